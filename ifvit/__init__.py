@@ -1,0 +1,1 @@
+"""IFViT: interpretable fixed-length fingerprint matching (arXiv 2404.08237), trained in JAX."""
