@@ -1,0 +1,270 @@
+"""Configurations of both modules, and their presets.
+
+A field's comment says what it is; its metadata holds the range that is checked. Values marked
+(paper) are IFViT's (arXiv 2404.08237), LoFTR's where that says nothing.
+"""
+
+import dataclasses
+import difflib
+import math
+import tomllib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ifvit.errors import UserError
+
+
+def number(default, lo=-math.inf, hi=math.inf):
+    """A numeric field with its closed range."""
+    return field(default=default, metadata={"lo": lo, "hi": hi})
+
+
+def choice(default, *choices):
+    return field(default=default, metadata={"choices": choices})
+
+
+TINY = 1e-12  # the lower bound of "positive"
+
+
+@dataclass(frozen=True)
+class Config:
+    """What both modules share. Reads by key too: `config["checkpoint_dir"]`."""
+
+    # --- data
+    dataset_root: tuple[str, ...] = ("synthetic",)  # folders of prints; `synthetic` for generated ones
+    ppi: float = number(0.0, 0, 5000)               # overrides the prints' resolution; 0: the file's, or the set's
+    held_out: float = number(0.1, 0.0, 0.9)         # share of fingers kept for validation
+    synthetic_fingers: int = number(300, 2)         # how many generated fingers, where generated ones are used
+    synthetic_impressions: int = number(8, 1)       # and impressions of each
+    input_workers: int = number(0, 0, 256)          # Grain worker processes a host; 0: threads of this process
+    max_broken: float = number(0.1, 0, 1)           # share of unreadable images above which a run refuses
+    canvas_size: int = number(512, 64, 4096)        # px at 500 ppi, what the host hands to the device
+    # --- network
+    input_ppi: float = number(200.0, 50, 1000)      # resolution the network sees
+    image_size: int = number(128, 16, 2048)         # px, side of its window, a multiple of 8 (paper)
+    resnet_widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of the ResNet-18 stages (paper)
+    transformer: str = choice("loftr", "loftr", "siamese")  # linear attention, or plain softmax
+    transformer_width: int = number(256, 4)         # (paper)
+    transformer_heads: int = number(8, 1)           # (paper)
+    transformer_layers: int = number(4, 1, 64)      # pairs of a self and a cross layer (paper)
+    temp_bug_fix: bool = True                       # False: position encoding of LoFTR's published outdoor_ds weights
+    similarity: str = choice("scaled_dot", "scaled_dot", "cosine")  # cosine has a learned scale
+    # --- matching
+    match_threshold: float = number(0.2, 0, 1)      # confidence above which a mutual match counts (paper)
+    match_border: int = number(2, 0, 64)            # cells at the edge of the grid whose matches are dropped (LoFTR)
+    # --- corruption of the inputs: strength 1 is the default of each, 0 none
+    rotation: float = number(60.0, 0, 180)          # degrees, uniform within ± (paper)
+    noise: float = number(1.0, 0, 5)                # sensor noise (Perlin, paper) and speckle
+    thickness: float = number(1.0, 0, 5)            # dryness and over-pressure
+    distortion: float = number(1.0, 0, 5)           # smooth skin distortion, 1: up to about 8 px at 500 ppi
+    partial: float = number(1.0, 0, 1)              # how often only a part of the finger touches
+    # --- training
+    batch_size: int = number(128, 1)                # pairs a step, over all devices (paper)
+    num_epochs: int = number(100, 1)
+    pairs_per_epoch: int = number(0, 0)             # 0: four for each training print (paper: 100,360 of 25,090)
+    impostor_share: float = number(0.25, 0, 0.9)    # of the pairs (paper: 25,000 of 100,000)
+    learning_rate: float = number(1e-3, TINY, 10)   # peak (paper)
+    warmup: float = number(0.05, 0, 1)              # share of all steps
+    final_lr: float = number(0.01, 0, 1)            # of the peak, at the end of the cosine
+    weight_decay: float = number(2e-4, 0, 10)       # (paper)
+    grad_clip: float = number(1.0, TINY)            # global norm
+    val_pairs: int = number(512, 0)                 # validation pairs an epoch
+    save_every: int = number(5, 1)                  # epochs between periodic checkpoints
+    seed: int = number(0, 0, 2**31 - 1)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            check(f, getattr(self, f.name))
+        if self.image_size % 8:
+            raise UserError(f"image_size is {self.image_size}, not a multiple of the stride 8; "
+                            f"use {self.image_size // 8 * 8 + 8}.")
+        if self.canvas_size % 8:
+            raise UserError(f"canvas_size is {self.canvas_size}, not a multiple of 8; "
+                            f"use {self.canvas_size // 8 * 8 + 8}.")
+        if self.transformer_width % (4 * self.transformer_heads) and self.transformer_width % self.transformer_heads:
+            raise UserError(f"transformer_width {self.transformer_width} is not a multiple of transformer_heads "
+                            f"{self.transformer_heads}; change one of them.")
+        if self.transformer_width % 4:
+            raise UserError(f"transformer_width {self.transformer_width} is not a multiple of 4, which the position "
+                            "encoding needs; change it.")
+        if not 3 <= len(self.resnet_widths) <= 5 or min(self.resnet_widths) < 1:
+            raise UserError(f"resnet_widths has {len(self.resnet_widths)} stages {self.resnet_widths}; give 3 to 5 "
+                            "positive widths.")
+
+    def __getitem__(self, key: str):
+        return getattr(self, known_key(type(self), key))
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def to_dict(self) -> dict:
+        """Fields as JSON has them (tuples become lists)."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+
+@dataclass(frozen=True)
+class DenseConfig(Config):
+    """Module 1, dense registration.
+
+    `python -m ifvit.train_dense --dataset_root DIR`; figures to expect stand in the README.
+    """
+
+    checkpoint_dir: str = "./checkpoints/dense_reg"
+    dense_loss: str = choice("focal", "focal", "nll")  # LoFTR's focal loss, or the negative log-likelihood
+    loftr_ckpt: str = ""                            # LoFTR weights that start the transformer ('' for none)
+
+
+@dataclass(frozen=True)
+class MatchConfig(Config):
+    """Module 2, the matcher; its pairs are aligned by Module 1 (`dense_reg_ckpt`)."""
+
+    checkpoint_dir: str = "./checkpoints/matcher"
+    dense_reg_ckpt: str = "./checkpoints/dense_reg/dense_reg_ckpt.pkl"
+    num_classes: int = number(0, 0)                 # ArcFace classes; 0: the training identities, counted
+    num_epochs: int = number(70, 1)                 # (paper)
+    learning_rate: float = number(1e-4, TINY, 10)   # (paper, after its pre-training)
+    impostor_share: float = number(0.5, 0, 0.9)
+    rotation: float = number(20.0, 0, 180)          # degrees; of each print on its own, before alignment
+    partial: float = number(0.3, 0, 1)
+    synthetic_share: float = number(0.0, 0, 1)      # share of pairs drawn from generated fingers beside real ones
+    share_global_local: bool = True                 # one transformer in both branches, or seeded alike and then apart
+    seed_resnet: bool = False                       # start both branches' ResNets from Module 1's too
+    # --- alignment
+    alignment_matches: int = number(256, 4)         # best matches that the robust fit sees
+    alignment_samples: int = number(256, 1)         # two-match hypotheses it tries
+    inlier_radius: float = number(1.25, 0.1, 10)    # cells
+    min_matches: int = number(4, 2)                 # fewer inliers: not aligned
+    enhance: bool = True                            # band-pass the aligned prints (paper: both enhanced)
+    # --- branches
+    roi_size: int = number(90, 16, 1024)            # px at input_ppi, side of the local branch's window (paper)
+    embedding_size: int = number(256, 2)            # of each branch (paper)
+    embedding_grid: int = number(8, 1, 64)          # the head pools a branch's cells to this many a side
+    embedding_channels: int = number(32, 1)         # of this many channels before the last linear map
+    global_weight: float = number(0.6, 0, 1)        # of the fused cosine; the local branch has the rest (paper)
+    # --- losses
+    loss_dense: float = number(0.5, 0)              # L_D (paper)
+    loss_embedding: float = number(0.1, 0)          # L_E (paper)
+    loss_arcface: float = number(1.0, 0)            # L_A (paper)
+    dense_loss: str = choice("focal", "focal", "nll")
+    embedding_margin: float = number(0.4, -1, 1)    # (paper)
+    arcface_margin: float = number(0.4, 0, math.pi / 2)  # (paper)
+    arcface_scale: float = number(64.0, TINY)       # (paper)
+
+
+def known_key(cls, key: str) -> str:
+    """`key` if `cls` has it; else a UserError that names the nearest."""
+    names = [f.name for f in dataclasses.fields(cls)]
+    if key in names:
+        return key
+    near = difflib.get_close_matches(key, names, 1, cutoff=0.4)
+    raise UserError(f"{cls.__name__} has no key {key!r}; "
+                    + (f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(names)}."))
+
+
+def check(f: dataclasses.Field, value) -> None:
+    """UserError unless `value` has the field's type and lies in its range."""
+    kind = f.type
+    what = f"{f.name} is {value!r}"
+    if isinstance(kind, types.GenericAlias):
+        inner = typing.get_args(kind)[0]
+        if not isinstance(value, tuple) or not value or not all(isinstance(v, inner) for v in value):
+            raise UserError(f"{what}, which is not a list of {inner.__name__}; give at least one.")
+        return
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise UserError(f"{what}, which is not of type {kind.__name__}; give one.")
+    if "choices" in f.metadata and value not in f.metadata["choices"]:
+        raise UserError(f"{what}, which is not known; choose from {', '.join(f.metadata['choices'])}.")
+    if "lo" in f.metadata:
+        lo, hi = f.metadata["lo"], f.metadata["hi"]
+        if not (lo <= value <= hi) or math.isnan(value) or (kind is float and math.isinf(value)):
+            low = "more than 0" if lo == TINY else f"at least {lo:g}" if lo > -math.inf else ""
+            high = f"at most {hi:g}" if hi < math.inf else ""
+            raise UserError(f"{what}, which is out of range; it must be {' and '.join(x for x in (low, high) if x)}.")
+
+
+def parse_value(cls, key: str, text: str):
+    """The text of `--set key=text` as the field's type.
+
+    Tuples are comma-separated, e.g. `resnet_widths=16,32,64`.
+    """
+    known_key(cls, key)
+    kind = next(f.type for f in dataclasses.fields(cls) if f.name == key)
+    try:
+        if isinstance(kind, types.GenericAlias):
+            inner = typing.get_args(kind)[0]
+            return tuple(inner(t.strip().strip("()[]'\"")) for t in text.split(",") if t.strip())
+        if kind is bool:
+            return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+        return kind(text)
+    except (ValueError, KeyError):
+        name = getattr(kind, "__name__", str(kind))
+        raise UserError(f"--set {key}={text}: {text!r} is not of type {name}; give one.") from None
+
+
+# What each preset changes. `paper` is the dataclasses' defaults.
+_SMALL_NET = dict(resnet_widths=(16, 32, 64), transformer_width=64, transformer_heads=4, transformer_layers=2,
+                  similarity="cosine", dense_loss="nll", input_ppi=350.0, image_size=224, batch_size=16,
+                  match_border=0, match_threshold=0.1)
+_SMOKE_NET = dict(resnet_widths=(8, 8, 16), transformer_width=16, transformer_heads=2, transformer_layers=1,
+                  similarity="cosine", dense_loss="nll", input_ppi=200.0, image_size=64, batch_size=4,
+                  match_border=0, match_threshold=0.1, canvas_size=256, synthetic_fingers=6, synthetic_impressions=2,
+                  held_out=0.34, pairs_per_epoch=8, num_epochs=2, val_pairs=8, save_every=1)
+
+PRESETS = {
+    "paper": (dict(), dict()),
+    "cpu": (
+        dict(_SMALL_NET, learning_rate=2e-3, pairs_per_epoch=1600, num_epochs=12, val_pairs=128,
+             synthetic_fingers=100),
+        dict(_SMALL_NET, learning_rate=1e-3, pairs_per_epoch=1280, num_epochs=6, val_pairs=192, seed_resnet=True,
+             synthetic_fingers=100, loss_embedding=1.0, loss_arcface=0.1, arcface_scale=30.0, roi_size=96,
+             embedding_channels=16, match_threshold=0.05),
+    ),
+    "quick": (
+        dict(_SMALL_NET, learning_rate=2e-3, image_size=160, pairs_per_epoch=800, num_epochs=5, val_pairs=64,
+             synthetic_fingers=60, synthetic_impressions=6),
+        dict(_SMALL_NET, learning_rate=1e-3, image_size=160, pairs_per_epoch=480, num_epochs=4, val_pairs=96,
+             seed_resnet=True, synthetic_fingers=60, synthetic_impressions=6, loss_embedding=1.0, loss_arcface=0.1,
+             arcface_scale=30.0, roi_size=64, embedding_channels=16, match_threshold=0.05),
+    ),
+    "smoke": (_SMOKE_NET, dict(_SMOKE_NET, seed_resnet=True, roi_size=32, embedding_size=32, embedding_channels=8,
+                               alignment_samples=32, alignment_matches=32)),
+}
+
+
+def default_preset() -> str:
+    """`paper` where JAX finds an accelerator, else `cpu`."""
+    import jax
+
+    return "cpu" if jax.default_backend() == "cpu" else "paper"
+
+
+def preset(name: str, cls):
+    """The configuration of `cls` (DenseConfig or MatchConfig) in a preset."""
+    if name not in PRESETS:
+        raise UserError(f"There is no preset {name!r}; choose from {', '.join(PRESETS)}.")
+    return cls(**PRESETS[name][0 if cls is DenseConfig else 1])
+
+
+def read_toml(path: str) -> dict:
+    """A `--config` file as a dictionary; top-level keys, and tables `dense` and `match`."""
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"Config file not found: {path}; give the path of a TOML file.")
+    try:
+        return tomllib.loads(file.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"Config file {path} is not TOML ({e}); mend that line.") from None
+
+
+def with_changes(config, changes: dict):
+    """`config` with keys replaced; lists become tuples; unknown keys name the nearest known one."""
+    clean = {known_key(type(config), k): tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    return config.replace(**clean)
+
+
+DENSE_CONFIG = DenseConfig()
+MATCH_CONFIG = MatchConfig()

@@ -1,0 +1,307 @@
+"""From a file to the canvas: decode, segment, bring to 500 ppi without squashing.
+
+A print on the canvas is dark ridges on light ground, 500 ppi in both directions,
+its foreground centred, with a mask that says where ridges are.
+"""
+
+import re
+import threading
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, UInt8
+from PIL import Image, ImageOps
+from scipy import ndimage
+
+from ifvit.errors import UserError
+
+CANVAS_PPI = 500.0
+RIDGE_PERIOD = 9.0 / 500.0  # inches from ridge to ridge: about 0.46 mm in an adult
+MASK_CELL = 8  # canvas pixels a mask cell, the stride of the networks
+
+_BOMB_LOCK = threading.Lock()
+
+
+class BrokenImage(ValueError):
+    """An image file that cannot be decoded: empty, truncated, or not an image."""
+
+
+def decode(
+    path: str | Path, max_megapixels: float = 20
+) -> tuple[UInt8[np.ndarray, "H W"], float | None]:
+    """The pixels of an image file as grey levels, and the ppi that it claims.
+
+    Palettes are looked up, colour becomes luma, transparency is laid on white, 16 bits
+    become 8. The orientation tag is applied: Pillow does so for TIFF whatever we want,
+    and a phone's photograph lies on its side without it; sensors write none.
+
+    Returns: grey levels; the ppi of the file's tag, None where it has none that can be
+    believed (`believable_ppi`).
+    Raises: UserError for a file that is not there, is larger than `max_megapixels`
+    (known from the header, nothing is decoded), or needs a package that is missing;
+    BrokenImage, with the reason, for one that cannot be decoded.
+    """
+    head = _head(path)
+    if head[:2] == b"\xff\xa0":
+        _need_wsq(path)
+    try:
+        image = _open(path)
+    except Exception as error:  # Pillow's readers raise anything on a broken file
+        raise BrokenImage(f"{path}: {_reason(error, head)}") from error
+    with image:
+        width, height = image.size
+        if width * height > max_megapixels * 1e6:
+            raise UserError(
+                f"{path} is too large: {width} x {height} pixels, and at most "
+                f"{max_megapixels:g} million are read. Cut it to one finger, or scale it "
+                "to 500 ppi."
+            )
+        tag = _ppi_tag(image, head)
+        try:
+            image.load()
+            if image.format != "TIFF":  # done by Pillow while loading
+                image = ImageOps.exif_transpose(image)
+            return _grey(image), tag
+        except Exception as error:
+            raise BrokenImage(f"{path}: {_reason(error, head)}") from error
+
+
+def believable_ppi(x: float, y: float) -> float | None:
+    """The resolution that two tags agree on, in pixels an inch, or None.
+
+    1, 72, 96 and 120 are what software writes for "unknown"; no sensor for prints lies
+    below 250. Axes that differ by more than 2 % are not a square pixel's.
+    """
+    if 250 <= x <= 2000 and 250 <= y <= 2000 and abs(x - y) <= 0.02 * max(x, y):
+        return (x + y) / 2
+    return None
+
+
+def print_ppi(known: float | None, tag: float | None) -> float:
+    """The ppi to read a print at: the set's, else the file's tag, else 500."""
+    return known or tag or CANVAS_PPI
+
+
+def foreground(grey: UInt8[np.ndarray, "H W"], ppi: float) -> Bool[np.ndarray, "H W"]:
+    """Where the ridges are: one region without holes, all False on a blank image.
+
+    The root mean square of the gradient over about 1.5 ridge periods, on cells of half a
+    period, against a share of what the print's own strong areas have.
+    """
+    height, width = grey.shape
+    cell = max(1, round(0.45 * RIDGE_PERIOD * ppi))
+    if min(height, width) < 4 * cell:
+        return np.zeros(grey.shape, bool)
+    period = RIDGE_PERIOD * ppi / cell  # in cells, as all that follows
+    energy = np.sqrt(ndimage.gaussian_filter(_gradient_power(grey, cell), 0.75 * period))
+    strong = _strong_level(energy)
+    if strong < 4.0:  # grey levels a pixel: sensor noise, no print
+        return np.zeros(grey.shape, bool)
+    mask = energy > 0.36 * strong
+    # Opening cuts the bridges to specks and smears, and the strips of a sensor's rim.
+    mask = _open_by_disc(mask, 1.2 * period, beyond="constant")
+    # Closing heals creases, and takes off the half period by which the filter spreads.
+    mask = ~_open_by_disc(~mask, 1.2 * period, 0.6 * period)
+    mask = ndimage.binary_fill_holes(_main_regions(mask))
+    fine = np.repeat(np.repeat(mask, cell, 0), cell, 1)
+    return np.pad(fine, [(0, height - fine.shape[0]), (0, width - fine.shape[1])], "edge")
+
+
+def to_canvas(
+    grey: UInt8[np.ndarray, "H W"], ppi: float, canvas: int = 512
+) -> tuple[UInt8[np.ndarray, "canvas canvas"], Bool[np.ndarray, "canvas/8 canvas/8"]]:
+    """The print at 500 ppi, its foreground's centroid in the middle of a square canvas.
+
+    Aspect is kept; what does not fit is cut; what the image does not cover has the
+    print's background level, so that no black corner tells of the frame.
+
+    Returns: the canvas; the mask, True for a cell of 8 x 8 pixels at least half of which
+    is foreground.
+    """
+    if not ppi > 0 or canvas % MASK_CELL:
+        raise ValueError(f"ppi {ppi} must be positive, canvas {canvas} a multiple of 8")
+    grey = _resample(_without_frame(grey), CANVAS_PPI / ppi)
+    mask = foreground(grey, CANVAS_PPI)
+    out = np.full((canvas, canvas), _background(grey, mask), np.uint8)
+    out_mask = np.zeros((canvas, canvas), bool)
+    there = mask if mask.any() else np.ones_like(mask)
+    middle = (np.average(np.arange(n) + 0.5, weights=there.sum(1 - axis))
+              for axis, n in enumerate(grey.shape))
+    source, target = zip(*(_overlap(n, m, canvas) for n, m in zip(grey.shape, middle)))
+    out[target] = grey[source]
+    out_mask[target] = mask[source]
+    cells = canvas // MASK_CELL
+    share = out_mask.reshape(cells, MASK_CELL, cells, MASK_CELL).mean((1, 3))
+    return out, share >= 0.5
+
+
+def _head(path: str | Path) -> bytes:
+    """The first bytes of the file: its magic and, for WSQ, its NISTCOM comment."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4096)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read: {error.strerror}. Check the path and its rights."
+        ) from error
+
+
+def _need_wsq(path: str | Path) -> None:
+    try:
+        import wsq  # noqa: F401  (registers itself with Pillow)
+    except ImportError as error:
+        raise UserError(
+            f"{path} is WSQ, which needs a package of its own: pip install 'ifvit[wsq]'"
+        ) from error
+
+
+def _open(path: str | Path) -> Image.Image:
+    """Pillow's open, header only, without its own limit: ours has a sentence to it."""
+    with _BOMB_LOCK:
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(path)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
+
+
+def _reason(error: Exception, head: bytes) -> str:
+    if not head:
+        return "the file is empty"
+    if isinstance(error, Image.UnidentifiedImageError | NameError):  # wsq's, without a frame
+        return "not an image, or its header is broken"
+    return str(error) or type(error).__name__
+
+
+def _ppi_tag(image: Image.Image, head: bytes) -> float | None:
+    if comment := re.search(rb"\bPPI (\d+)", head if image.format == "WSQ" else b""):
+        return believable_ppi(float(comment[1]), float(comment[1]))
+    try:
+        x, y = (float(v) for v in image.info["dpi"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return None
+    return believable_ppi(x, y)
+
+
+def _grey(image: Image.Image) -> UInt8[np.ndarray, "H W"]:
+    if image.mode.startswith("I") or image.mode == "F":
+        return _eight_bits(np.asarray(image), image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return np.array(image.convert("L"))
+
+
+def _eight_bits(values: np.ndarray, image: Image.Image) -> UInt8[np.ndarray, "H W"]:
+    """Wider levels to 8 bits; 12 bits in 16, as sensors write them, fill the range."""
+    values = np.nan_to_num(values.astype(np.float32))
+    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (4095.0, 65535.0)
+    top = next((top for top in tops if values.max() <= top), values.max())
+    grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
+    white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
+    return 255 - grey if white_is_zero else grey
+
+
+def _gradient_power(grey: np.ndarray, cell: int) -> np.ndarray:
+    """The mean squared gradient in each cell of `cell` pixels a side."""
+    rows, columns = grey.shape[0] // cell, grey.shape[1] // cell
+    levels = np.pad(grey, 1, "edge").astype(np.int16)
+    down = (levels[2:, 1:-1] - levels[:-2, 1:-1]).astype(np.float32)
+    across = (levels[1:-1, 2:] - levels[1:-1, :-2]).astype(np.float32)
+    power = (down * down + across * across)[: rows * cell, : columns * cell]
+    by_rows = np.add.reduceat(power, np.arange(0, rows * cell, cell), 0)
+    return np.add.reduceat(by_rows, np.arange(0, columns * cell, cell), 1) / (4 * cell**2)
+
+
+def _strong_level(energy: np.ndarray) -> float:
+    """What the strong areas have: the median of the upper class by Otsu's threshold."""
+    counts, edges = np.histogram(energy, 128)
+    centres = (edges[1:] + edges[:-1]) / 2
+    below = np.cumsum(counts)
+    above = below[-1] - below
+    mass = np.cumsum(counts * centres)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        gap = mass / below - (mass[-1] - mass) / above
+    between = np.nan_to_num(below * above * gap**2)
+    upper = energy[energy > edges[np.argmax(between) + 1]]
+    return float(np.median(upper)) if upper.size else 0.0
+
+
+def _open_by_disc(
+    mask: np.ndarray, radius: float, more: float = 0.0, beyond: str = "edge"
+) -> np.ndarray:
+    """Erode by a disc of `radius` cells, dilate by one of `radius + more`.
+
+    Beyond the image all is as at its border ("edge") or False ("constant").
+    """
+    if mask.all() or not mask.any():
+        return mask
+    pad = int(radius) + 1
+    padded = np.pad(mask, pad, beyond)
+    # Two distance transforms: their cost does not grow with the radius.
+    kept = ndimage.distance_transform_edt(padded) > radius
+    if not kept.any():
+        return kept[pad:-pad, pad:-pad]
+    grown = ndimage.distance_transform_edt(~kept) <= radius + more
+    return grown[pad:-pad, pad:-pad]
+
+
+def _main_regions(mask: np.ndarray) -> np.ndarray:
+    """The largest region and those at least half its size (a print torn in two)."""
+    labels, count = ndimage.label(mask)
+    if count < 2:
+        return mask
+    sizes = np.bincount(labels.ravel())
+    sizes[0] = 0
+    return (sizes >= 0.5 * sizes.max())[labels]
+
+
+def _without_frame(grey: np.ndarray) -> np.ndarray:
+    """Cut lines of one grey level off the sides: frames and bars, and blank margin.
+
+    At most a tenth of the side: SOCOFing frames its prints in one to four pixels.
+    """
+
+    def flat(line: np.ndarray) -> bool:
+        return np.mean(np.abs(line - np.median(line)) <= 6) >= 0.93
+
+    def cut(lines: np.ndarray) -> int:
+        most = len(lines) // 10
+        return next((i for i in range(most) if not flat(lines[i])), most)
+
+    signed = grey.astype(np.int16)
+    top, bottom = cut(signed), cut(signed[::-1])
+    left, right = cut(signed.T), cut(signed.T[::-1])
+    return grey[top : len(grey) - bottom, left : grey.shape[1] - right]
+
+
+def _resample(grey: np.ndarray, scale: float) -> np.ndarray:
+    """`grey` at `scale` times its size, antialiased, the same in both directions."""
+    if scale == 1:
+        return grey
+    height, width = (max(1, int(n * scale)) for n in grey.shape)
+    # The box is the part that whole output pixels cover: the scale stays exact.
+    box = (0, 0, min(width / scale, grey.shape[1]), min(height / scale, grey.shape[0]))
+    image = Image.fromarray(np.ascontiguousarray(grey))
+    return np.array(image.resize((width, height), Image.Resampling.BICUBIC, box))
+
+
+def _background(grey: np.ndarray, mask: np.ndarray) -> int:
+    """The level around the print; where it fills the image, that of its valleys.
+
+    Only what is lighter than the print counts: a smear of wet ink is outside the mask too.
+    """
+    if mask.any():
+        light = grey[~mask & (grey > grey[mask].mean())]
+        if light.size < 0.02 * grey.size:
+            return int(np.percentile(grey[mask], 90))
+        return int(np.median(light))
+    return int(np.median(grey))
+
+
+def _overlap(size: int, middle: float, canvas: int) -> tuple[slice, slice]:
+    """Where an axis of `size` and the canvas meet, `middle` of it in the canvas's middle."""
+    shift = canvas // 2 - round(middle)
+    first, last = max(0, shift), min(canvas, size + shift)
+    return slice(first - shift, last - shift), slice(first, last)

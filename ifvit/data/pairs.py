@@ -1,0 +1,92 @@
+"""Which prints make pair number n of a run: a pure function of (seed, n), with no state to save."""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from ifvit.data.sources import Print
+
+
+class Pair(NamedTuple):
+    print0: int  # indices into the print set
+    print1: int
+    genuine: bool
+
+
+@dataclass(frozen=True)
+class DensePairs:
+    """Module 1: the same print twice (two views are made of it on the device), or two fingers' prints."""
+
+    prints: tuple[Print, ...]
+    impostor_share: float
+    seed: int
+
+    def __post_init__(self):
+        object.__setattr__(self, "fingers", _by_finger(self.prints))
+
+    def __getitem__(self, n: int) -> Pair:
+        rng = np.random.default_rng([self.seed, 1, n])
+        if rng.random() < self.impostor_share:
+            return _impostor(rng, self.fingers)
+        i = int(rng.integers(len(self.prints)))
+        return Pair(i, i, True)
+
+
+@dataclass(frozen=True)
+class MatchPairs:
+    """Module 2: two impressions of a finger, or of two fingers; fingers are equally likely.
+
+    A finger with one impression is paired with itself, which the device augments twice.
+    `synthetic_share` of the pairs come from the generated fingers where there are real ones too.
+    """
+
+    prints: tuple[Print, ...]
+    impostor_share: float
+    synthetic_share: float
+    seed: int
+
+    def __post_init__(self):
+        fingers = _by_finger(self.prints)
+        pools = [{k: v for k, v in fingers.items() if (k[0] == SYNTHETIC) == made} for made in (False, True)]
+        object.__setattr__(self, "pools", pools)
+
+    def __getitem__(self, n: int) -> Pair:
+        rng = np.random.default_rng([self.seed, 2, n])
+        made = rng.random() < self.synthetic_share
+        usable = [len(pool) > 1 for pool in self.pools]
+        pool = self.pools[int(made) if all(usable) else int(usable[1])]
+        if rng.random() < self.impostor_share:
+            return _impostor(rng, pool)
+        impressions = pool[list(pool)[rng.integers(len(pool))]]
+        if len(impressions) == 1:
+            return Pair(impressions[0], impressions[0], True)
+        i, j = rng.choice(len(impressions), 2, replace=False)
+        return Pair(impressions[i], impressions[j], True)
+
+
+SYNTHETIC = "synthetic"  # database of the generated prints
+
+
+def _by_finger(prints) -> dict[tuple[str, str], list[int]]:
+    """Indices of each finger's prints, fingers in the order they first come."""
+    fingers = defaultdict(list)
+    for i, p in enumerate(prints):
+        fingers[p.identity].append(i)
+    return dict(fingers)
+
+
+def _impostor(rng, fingers) -> Pair:
+    """Prints of two fingers, four times in five of one database: else the sensor would tell them apart."""
+    identities = list(fingers)
+    a = identities[rng.integers(len(identities))]
+    near = [f for f in identities if f[0] == a[0] and f != a] if rng.random() < 0.8 else []
+    others = near or [f for f in identities if f != a]
+    b = others[rng.integers(len(others))]
+    return Pair(int(rng.choice(fingers[a])), int(rng.choice(fingers[b])), False)
+
+
+def class_labels(prints) -> dict[tuple[str, str], int]:
+    """ArcFace's class of each identity, in sorted order."""
+    return {identity: k for k, identity in enumerate(sorted({p.identity for p in prints}))}

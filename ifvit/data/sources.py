@@ -1,0 +1,337 @@
+"""Which prints a folder holds: the file, the finger it is of, the ppi it is at.
+
+Sets are known by their files' names: FVC, CrossMatch, SOCOFing, NIST SD4, SD300, SD301
+and SD302. Names that carry no finger are read as `DATABASE/FINGER/IMPRESSION.ext`.
+"""
+
+import hashlib
+import logging
+import math
+import os
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ifvit.errors import UserError
+
+EXTENSIONS = {".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".wsq"}
+
+log = logging.getLogger("ifvit")
+
+
+@dataclass(frozen=True)
+class Print:
+    """One impression of one finger, in a file."""
+
+    path: str
+    database: str
+    finger: str  # never the person: ten fingers of a person are ten identities
+    impression: str
+    ppi: float | None  # None: the file's tag where it can be believed, else 500
+    altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
+
+    @property
+    def identity(self) -> tuple[str, str]:
+        return self.database, self.finger
+
+
+def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
+    """The prints under one folder. See `read_roots`."""
+    return read_roots([root], ppi)
+
+
+def read_roots(
+    roots: str | Path | Iterable[str | Path], ppi: float | None = None
+) -> list[Print]:
+    """The prints under some folders, by database, finger and impression in natural order.
+
+    A file that is reached twice counts once. A database is named by its folder; where
+    two have one name, they and their neighbours get the parent folder's before it. Files
+    that fit no known set, beside ones that do, are left out with a warning. `ppi`
+    overrides what is known of a set.
+
+    Raises: UserError for a root that is missing, a file, empty, or holds no print known.
+    """
+    found: list[tuple[_Name, str]] = []
+    seen: set[str] = set()
+    for root in [roots] if isinstance(roots, str | Path) else roots:
+        found += _read_folders(Path(root), seen)
+    names = _database_names({name.anchor for name, _ in found})
+    best: dict[tuple, tuple[_Name, str]] = {}
+    for name, path in found:
+        key = (name.anchor, name.finger, name.impression, name.altered)
+        if key not in best or _off_500(name) < _off_500(best[key][0]):
+            best[key] = name, path
+    if len(best) < len(found):
+        # A card scanned at three ppi, or a print stored as tif and png, is one impression.
+        log.warning("%d files left out: further copies of an impression, at another ppi "
+                    "or in another format", len(found) - len(best))
+    prints = [
+        Print(path, names[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered)
+        for n, path in best.values()
+    ]
+    return sorted(prints, key=lambda p: [
+        _natural(v) for v in (p.database, p.finger, p.impression, p.path)])
+
+
+def split_by_finger(
+    prints: Sequence[Print], held_out: float, seed: int
+) -> tuple[list[Print], list[Print]]:
+    """Training prints and held-out ones; no finger is in both.
+
+    In every database the fingers are ranked by a digest of (seed, identity) and the
+    first ceil(held_out * n) held out, at least two so that there are impostor pairs, and
+    at least two left. Databases of fewer than four fingers are ranked together. So a larger
+    database's split does not change when others are added.
+
+    Raises: ValueError unless 0 <= held_out < 1.
+    """
+    if not 0 <= held_out < 1:
+        raise ValueError(f"held_out is {held_out}, a fraction in [0, 1) is needed")
+    fingers = defaultdict(set)
+    for p in prints:
+        fingers[p.database].add(p.finger)
+    groups = defaultdict(list)
+    for database, members in fingers.items():
+        groups[database if len(members) >= 4 else None] += [(database, f) for f in members]
+    out = set()
+    for members in groups.values():
+        if held_out and len(members) >= 4:
+            count = min(max(2, math.ceil(held_out * len(members))), len(members) - 2)
+            out.update(sorted(members, key=lambda m: _rank(seed, *m))[:count])
+    return [p for p in prints if p.identity not in out], [
+        p for p in prints if p.identity in out]
+
+
+def drop_duplicates(prints: Sequence[Print]) -> tuple[list[Print], list[Print]]:
+    """Kept and dropped: of files equal to the byte under different fingers, the first stays.
+
+    They would be a genuine pair that is labelled impostor.
+    """
+    owner: dict[bytes, tuple[str, str]] = {}
+    kept, dropped = [], []
+    for p in prints:
+        digest = hashlib.sha256(Path(p.path).read_bytes()).digest()
+        same_finger = owner.setdefault(digest, p.identity) == p.identity
+        (kept if same_finger else dropped).append(p)
+    return kept, dropped
+
+
+def require_fingers(prints: Sequence[Print]) -> None:
+    """Raises UserError unless there are two fingers: one has no impostor."""
+    fingers = {p.identity for p in prints}
+    if len(fingers) < 2:
+        which = f"one finger, {'/'.join(fingers.pop())}" if fingers else "no finger"
+        raise UserError(
+            f"The prints are of {which}, and training and evaluation need two or more. "
+            "Give --dataset_root a folder with prints of several fingers."
+        )
+
+
+def _rank(seed: int, database: str, finger: str) -> tuple[bytes, str, str]:
+    # The folder's own name only: the prefix comes and goes with the other roots.
+    key = f"{seed}\0{database.rpartition('/')[2]}\0{finger}"
+    return hashlib.sha256(key.encode()).digest(), database, finger
+
+
+class _Name(NamedTuple):
+    """What a file's place and name say."""
+
+    layout: str
+    anchor: Path  # the database's folder
+    finger: str | None  # None: a slap or a palm, known and left out
+    impression: str = ""
+    ppi: float | None = None
+    altered: bool = False
+
+
+_FINGER_NAMES = "thumb|index|middle|ring|little"
+_CAPTURES = "roll|plain|slap-segmented|[a-z-]*slap[a-z-]*|[a-z-]*palm[a-z-]*"
+_PATTERNS = {
+    "FVC": r"(?P<finger>\d+)_(?P<impression>\d+)",
+    "CrossMatch": r"(?P<finger>\d+_\d+)_(?P<impression>\d+)",
+    "SOCOFing": rf"(?P<person>\d+)__[MF]_(?P<hand>Left|Right)_(?P<name>{_FINGER_NAMES})"
+                r"_finger(?:_(?P<change>CR|Obl|Zcut))?",
+    "SD4": r"(?P<impression>[fs])(?P<finger>\d{4})_\d{2}",
+    "SD300": rf"(?P<subject>\d+)_(?P<capture>{_CAPTURES})_(?P<ppi>\d+)_(?P<frgp>\d\d)",
+    "SD302": r"(?P<subject>\d+)_(?P<device>[^_]+)_(?:(?P<ppi>\d+)_)?"
+             rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
+    "SD301": r"(?P<subject>\d+)_(?P<encounter>[^_]+)_(?P<device>[^_]+)_(?P<ppi>\d+)_"
+             rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
+}
+_PATTERNS = {layout: re.compile(p, re.IGNORECASE) for layout, p in _PATTERNS.items()}
+
+# Folders between a NIST set's own and its files; the set's folder is the database, so
+# that a finger's rolled and plain prints share an identity.
+_NIST_FOLDER = re.compile(rf"figs_\d+|images|png\w*|\d+|{_CAPTURES}", re.IGNORECASE)
+_NIST_TOP = {"friction-ridge", "challengers", "baseline"}
+
+
+def _read_name(path: Path) -> _Name | None:
+    """What the absolute path says, None where no known set's name looks so."""
+    matches = ((layout, p.fullmatch(path.stem)) for layout, p in _PATTERNS.items())
+    layout, m = next(((layout, m) for layout, m in matches if m), (None, None))
+    folder = path.parent
+    if m is None:
+        return None
+    if layout in ("FVC", "CrossMatch"):
+        return _Name(layout, folder, m["finger"], m["impression"], _fvc_ppi(folder))
+    if layout == "SOCOFing":
+        finger = f"{m['person']}_{m['hand']}_{m['name']}".lower()
+        anchor = _above(folder, re.compile(r"real|altered(-\w+)?", re.IGNORECASE))
+        impression = f"{folder.name}_{m['change']}".lower() if m["change"] else "real"
+        return _Name(layout, anchor, finger, impression, _socofing_ppi(path), bool(m["change"]))
+    anchor = _nist_anchor(folder, m.groupdict().get("device"))
+    if layout == "SD4":
+        return _Name(layout, anchor, m["finger"], m["impression"].lower())
+    frgp = {11: 1, 12: 6}.get(int(m["frgp"]), int(m["frgp"]))
+    if not 1 <= frgp <= 10 or m["capture"].lower() not in ("roll", "plain", "slap-segmented"):
+        return _Name(layout, anchor, None)
+    parts = [m.groupdict().get(k) for k in ("encounter", "device", "capture")]
+    parts += ["thumb"] if int(m["frgp"]) != frgp else []
+    ppi = m["ppi"] or next((p for p in folder.parts[::-1] if p in ("500", "1000", "2000")), 0)
+    return _Name(layout, anchor, f"{m['subject']}_{frgp:02d}",
+                 "_".join(p for p in parts if p), float(ppi) or None)
+
+
+def _fvc_ppi(folder: Path) -> float | None:
+    """FVC2002's DB2 was taken at 569 ppi, by the competition's table of sensors."""
+    parts = [part.lower() for part in (*folder.parts, *folder.resolve().parts)]
+    is_db2 = re.fullmatch("db2(_[ab])?", folder.name.lower())
+    return 569.0 if is_db2 and "fvc2002" in parts else None
+
+
+def _socofing_ppi(path: Path) -> float | None:
+    """Most are shrunk to 96 x 103, ridges 3.2 px apart; a few are 241 wide, unshrunk."""
+    with open(path, "rb") as file:
+        head = file.read(22)
+    if head[:2] == b"BM" and int.from_bytes(head[18:22], "little") > 200:
+        return None
+    return 175.0
+
+
+def _off_500(name: _Name) -> float:
+    return abs((name.ppi or 500) - 500)
+
+
+def _above(folder: Path, pattern: re.Pattern) -> Path:
+    while pattern.fullmatch(folder.name) and folder.parent.name:
+        folder = folder.parent
+    return folder
+
+
+def _nist_anchor(folder: Path, device: str | None) -> Path:
+    tops = [i for i, part in enumerate(folder.parts) if part.lower() in _NIST_TOP]
+    if tops and tops[-1] > 1:
+        folder = Path(*folder.parts[: tops[-1]])
+    elif device:
+        words = re.compile(rf"{re.escape(device)}|{_NIST_FOLDER.pattern}", re.IGNORECASE)
+        return _above(folder, words)
+    return _above(folder, _NIST_FOLDER)
+
+
+def _read_folders(root: Path, seen: set[str]) -> list[tuple[_Name, str]]:
+    """Every print under `root` that is not in `seen` (real paths), which it adds to."""
+    folders, others = _walk(root)
+    read, nameless, misfits = [], [], []
+    for folder, files in folders.items():
+        place = Path(os.path.abspath(folder))
+        names = {file: _read_name(place / file) for file in files}
+        layouts = Counter(name.layout for name in names.values() if name)
+        if not layouts:
+            nameless.append((folder, files))
+            continue
+        layout = layouts.most_common(1)[0][0]
+        fits = {file for file, name in names.items() if name and name.layout == layout}
+        read += [(names[file], folder / file) for file in files if file in fits]
+        misfits += [folder / file for file in files if file not in fits]
+    named = {path.parent.parent for _, path in read}
+    for folder, files in nameless:
+        inner = any(folder in other.parents for other in folders)
+        if folder == root or inner or folder.parent in named:
+            misfits += [folder / file for file in files]
+            continue
+        place = Path(os.path.abspath(folder))
+        read += [(_Name("folders", place.parent, place.name, Path(file).stem),
+                  folder / file) for file in files]
+    kept = [(name, path) for name, path in read if name.finger is not None]
+    if not kept:
+        raise UserError(_nothing_known(root, others, misfits + [p for _, p in read]))
+    if misfits:
+        log.warning("%s: %d files left out, their names fit no known set, such as %s",
+                    root, len(misfits), misfits[0])
+    fresh = []
+    for name, path in kept:
+        if (real := os.path.realpath(path)) not in seen:
+            seen.add(real)
+            fresh.append((name, str(path)))
+    return fresh
+
+
+def _walk(root: Path) -> tuple[dict[Path, list[str]], Counter]:
+    """Each folder's image files, sorted, and a count of the other files' extensions."""
+    if not root.exists():
+        raise UserError(f"There is no folder {root}. Check the path of --dataset_root.")
+    if not root.is_dir():
+        raise UserError(f"{root} is a file. Give --dataset_root the folder that holds it.")
+    folders, others, visited = {}, Counter(), set()
+    for place, inner, files in os.walk(root, followlinks=True):
+        if (real := os.path.realpath(place)) in visited:
+            inner.clear()  # a link back to where we were
+            continue
+        visited.add(real)
+        inner[:] = sorted((d for d in inner if not _hidden(d)), key=_natural)
+        images = []
+        for file in sorted((f for f in files if not _hidden(f)), key=_natural):
+            extension = Path(file).suffix.lower()
+            if extension in EXTENSIONS:
+                images.append(file)
+            else:
+                others[extension or "without extension"] += 1
+        if images:
+            folders[Path(place)] = images
+    return folders, others
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db")
+
+
+def _nothing_known(root: Path, others: Counter, images: list[Path]) -> str:
+    counts = others + Counter(p.suffix.lower() for p in images)
+    if not counts:
+        return f"{root} is empty. Give --dataset_root a folder that holds prints."
+    kinds = ", ".join(f"{n} {e}" for e, n in counts.most_common())
+    example = f", with names such as {images[0].name}" if images else ""
+    return (
+        f"{root} holds no print that is known, only {counts.total()} files: {kinds}"
+        f"{example}. Name prints FINGER_IMPRESSION.ext, or put them in one folder a finger; "
+        f"images end in {' '.join(sorted(EXTENSIONS))}."
+    )
+
+
+def _database_names(anchors: set[Path]) -> dict[Path, str]:
+    """The last parts of each folder's path, as many as tell it from the others."""
+    depth = dict.fromkeys(anchors, 1)
+
+    def name(anchor: Path) -> str:
+        return "/".join(anchor.parts[1:][-depth[anchor]:]) or "prints"
+
+    while True:
+        count = Counter(name(a) for a in anchors)
+        # Neighbours of one that needs its parent's name get it too: FVC2002/DB4_B.
+        crowded = {a.parent for a in anchors
+                   if count[name(a)] > 1 and depth[a] < len(a.parts)}
+        if not crowded:
+            return {a: name(a) for a in anchors}
+        for anchor in anchors:
+            depth[anchor] += anchor.parent in crowded
+
+
+def _natural(text: str) -> list[tuple[int, int | str, str]]:
+    """A sort key by which 2 comes before 10."""
+    return [(0, int(part), part) if part.isdecimal() else (1, part, "")
+            for part in re.split(r"(\d+)", text) if part]

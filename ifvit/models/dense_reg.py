@@ -1,0 +1,48 @@
+"""Module 1, dense registration: siamese ResNet-18, transformer, dual softmax."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from ifvit.models.matching import log_dual_softmax, similarity
+from ifvit.models.resnet import STRIDE, ResNet18
+from ifvit.models.transformer import Transformer, position_encoding
+
+
+def cell_mask(mask: Bool[Array, "N H W"]) -> Bool[Array, "N L"]:
+    """Cells of STRIDE × STRIDE px of which at least half is foreground, flattened."""
+    n, h, w = mask.shape
+    blocks = mask.reshape(n, h // STRIDE, STRIDE, w // STRIDE, STRIDE).mean(axis=(2, 4))
+    return (blocks >= 0.5).reshape(n, -1)
+
+
+class DenseRegistration(nnx.Module):
+    """Two prints -> log of the matching confidence of every cell with every cell.
+
+    The transformer is the attribute `loftr_transformer` or `siamese_transformer`, by its kind.
+    """
+
+    def __init__(self, config, *, rngs: nnx.Rngs):
+        self.temp_bug_fix = config.temp_bug_fix
+        self.transformer_name = f"{config.transformer}_transformer"
+        self.resnet = ResNet18(config.resnet_widths, config.transformer_width, rngs=rngs)
+        setattr(self, self.transformer_name,
+                Transformer(config.transformer_width, config.transformer_heads, config.transformer_layers,
+                            config.transformer, rngs=rngs))
+        self.log_scale = nnx.Param(jnp.log(20.0)) if config.similarity == "cosine" else None
+
+    def __call__(self, image0: Float[Array, "B H W 1"], image1: Float[Array, "B H W 1"],
+                 mask0: Bool[Array, "B H W"], mask1: Bool[Array, "B H W"], train: bool) -> Float[Array, "B L L"]:
+        """Normalised prints and foreground masks -> log confidence, L = H/8 · W/8 cells, rows image 0.
+
+        Both prints pass the ResNet as one batch: BatchNorm sees the whole pair, under a sharded
+        jit the whole global batch.
+        """
+        batch = image0.shape[0]
+        x = self.resnet(jnp.concatenate([image0, image1]), train)
+        x = x + position_encoding(*x.shape[1:], self.temp_bug_fix)
+        x = x.reshape(2 * batch, -1, x.shape[-1])
+        m0, m1 = cell_mask(mask0), cell_mask(mask1)
+        f0, f1 = getattr(self, self.transformer_name)(x[:batch], x[batch:], m0, m1)
+        scale = None if self.log_scale is None else self.log_scale[...]
+        return log_dual_softmax(similarity(f0, f1, scale), m0, m1)

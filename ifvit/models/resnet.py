@@ -1,0 +1,65 @@
+"""ResNet-18 (He et al. 2015, arXiv 1512.03385) cut to a stride of 8, for grey prints."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+STRIDE = 8  # px of the input for one cell of the feature map; everything that counts cells reads it here
+
+
+class ConvBN(nnx.Module):
+    """Convolution without bias, then BatchNorm over batch, height and width."""
+
+    def __init__(self, cin: int, cout: int, kernel: int, stride: int, *, rngs: nnx.Rngs):
+        init = jax.nn.initializers.he_normal()
+        self.conv = nnx.Conv(cin, cout, (kernel, kernel), strides=stride, padding="SAME",
+                             use_bias=False, kernel_init=init, rngs=rngs)
+        self.bn = nnx.BatchNorm(cout, momentum=0.95, epsilon=1e-5, rngs=rngs)
+
+    def __call__(self, x, train: bool):
+        return self.bn(self.conv(x), use_running_average=not train)
+
+
+class BasicBlock(nnx.Module):
+    """Two 3×3 convolutions and a shortcut (fig. 5 left; projection shortcut where shapes change)."""
+
+    def __init__(self, cin: int, cout: int, stride: int, *, rngs: nnx.Rngs):
+        self.conv1 = ConvBN(cin, cout, 3, stride, rngs=rngs)
+        self.conv2 = ConvBN(cout, cout, 3, 1, rngs=rngs)
+        if cin != cout or stride != 1:
+            self.shortcut = ConvBN(cin, cout, 1, stride, rngs=rngs)
+        else:
+            self.shortcut = None
+
+    def __call__(self, x, train: bool):
+        y = self.conv2(nnx.relu(self.conv1(x, train)), train)
+        if self.shortcut is not None:
+            x = self.shortcut(x, train)
+        return nnx.relu(x + y)
+
+
+class ResNet18(nnx.Module):
+    """Two basic blocks a stage; the stem and two of the stages halve the resolution.
+
+    `widths` are the stages' channels: (64, 128, 256, 512) is ResNet-18, whose last stage keeps
+    stride 8 here; fewer or narrower stages make the small presets. No max-pooling: at 5–9 px
+    a ridge it would erase what is matched.
+    """
+
+    def __init__(self, widths: tuple[int, ...], out_width: int, *, rngs: nnx.Rngs):
+        self.stem = ConvBN(1, widths[0], 7, 2, rngs=rngs)
+        cin = widths[0]
+        self.stages = len(widths)
+        for i, cout in enumerate(widths):
+            stride = 2 if i in (1, 2) else 1
+            setattr(self, f"stage{i}_block0", BasicBlock(cin, cout, stride, rngs=rngs))
+            setattr(self, f"stage{i}_block1", BasicBlock(cout, cout, 1, rngs=rngs))
+            cin = cout
+        self.project = nnx.Conv(cin, out_width, (1, 1), use_bias=False, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "N H W 1"], train: bool) -> Float[Array, "N H/8 W/8 D"]:
+        x = nnx.relu(self.stem(x, train))
+        for i in range(self.stages):
+            x = getattr(self, f"stage{i}_block0")(x, train)
+            x = getattr(self, f"stage{i}_block1")(x, train)
+        return self.project(x)

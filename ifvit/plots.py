@@ -1,0 +1,165 @@
+"""Pictures: DET curves, score histograms, training curves, matches. PNG files, written whole or not at all.
+
+Figures are made without pyplot, so there is no global state, no window, and threads do not meet.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jaxtyping import Float, Num
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from numpy.typing import ArrayLike
+
+from ifvit.errors import UserError
+from ifvit.rates import eer_of_curve
+
+_GENUINE, _IMPOSTOR = "tab:blue", "tab:orange"
+_GAP = 16  # px of white between two prints
+
+
+def det(path: str | Path, curves: Mapping[str, tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]]) -> None:
+    """DET curves, name -> (FMR, FNMR) as fractions with ascending thresholds, on log axes in per cent.
+
+    A rate of 0 has no place on a log axis: it is drawn at the axis' lower end. The dotted diagonal
+    is where both rates are equal.
+    """
+    lowest = 100 * min((rates[rates > 0].min() for pair in curves.values() for rates in pair if rates.any()), default=1)
+    floor = min(0.1, 10 ** np.floor(np.log10(lowest / 1.01)))
+    figure = _figure(6.5, 6)
+    axes = figure.add_subplot(
+        xscale="log", yscale="log", xlim=(floor, 100), ylim=(floor, 100), aspect="equal",
+        xlabel="FMR (%)", ylabel="FNMR (%)",
+    )  # fmt: skip
+    axes.plot([floor, 100], [floor, 100], ":", color="grey", linewidth=1, label="FMR = FNMR")
+    for name, (fmr, fnmr) in curves.items():
+        x, y = np.maximum(100 * fmr, floor), np.maximum(100 * fnmr, floor)
+        # "pre": between two FMRs that thresholds give, only the lower one's FNMR can be had.
+        label = f"{name}: EER {100 * eer_of_curve(fmr, fnmr):.2f} %"
+        axes.step(x, y, where="pre", clip_on=False, zorder=3, label=label)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.grid(which="major", alpha=0.4)
+    axes.legend(fontsize="small", loc="best" if len(curves) < 6 else "lower left")
+    _save(figure, path)
+
+
+def histogram(path: str | Path, genuine: ArrayLike, impostor: ArrayLike, threshold: float | None = None) -> None:
+    """How the scores of genuine and impostor pairs spread: shares of each kind, over common bins.
+
+    Raises UserError when there is no score at all.
+    """
+    both = np.concatenate([np.asarray(genuine, np.float64), np.asarray(impostor, np.float64)])
+    if both.size == 0:
+        raise UserError("There are no scores to draw. Give prints of which pairs can be made.")
+    edges = np.histogram_bin_edges(both, bins=40)
+    figure = _figure(7, 4)
+    axes = figure.add_subplot(xlabel="score", ylabel="share of the kind (%)")
+    for kind, scores, color in (("impostor", impostor, _IMPOSTOR), ("genuine", genuine, _GENUINE)):
+        share = np.full(len(scores), 100 / max(len(scores), 1))
+        axes.hist(scores, edges, weights=share, color=color, alpha=0.6, label=f"{kind} ({len(scores)})")
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
+    axes.legend()
+    _save(figure, path)
+
+
+def curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Training curves over the steps, a panel a metric, from the rows of a metrics.jsonl.
+
+    A row has `step`, `epoch`, `split` ("train" or "val"), and metrics by name; what is no finite
+    number is left out. Where a resumed run logged a step twice, the later row counts.
+
+    Raises UserError when no row has a metric.
+    """
+    metrics: dict[str, dict[str, dict[int, float]]] = {}  # metric -> split -> step -> value
+    for row in rows:
+        for name, value in row.items():
+            if name not in ("step", "epoch", "split") and isinstance(value, Real) and np.isfinite(value):
+                metrics.setdefault(name, {}).setdefault(row["split"], {})[row["step"]] = float(value)
+    if not metrics:
+        raise UserError("There are no metrics to draw. Train for at least one step first.")
+
+    columns = min(3, len(metrics))
+    panels_down = -(-len(metrics) // columns)
+    figure = _figure(4 * columns, 2.6 * panels_down)
+    for position, (name, splits) in enumerate(metrics.items(), start=1):
+        axes = figure.add_subplot(panels_down, columns, position)
+        for split, color, style in (("train", _GENUINE, "-"), ("val", _IMPOSTOR, "o-")):
+            points = sorted(splits.get(split, {}).items())
+            if points:
+                # A single point makes no line, so it gets a marker.
+                axes.plot(*zip(*points), style if len(points) > 1 else "o", color=color, markersize=4, label=split)
+        axes.set_title(name, fontsize="medium")
+        axes.set_xlabel("step", fontsize="small")
+        axes.tick_params(labelsize="small")
+        axes.grid(alpha=0.4)
+        axes.legend(fontsize="small")
+    _save(figure, path)
+
+
+def matches(
+    path: str | Path,
+    a: Num[np.ndarray, "Ha Wa"],
+    b: Num[np.ndarray, "Hb Wb"],
+    xy_a: Num[np.ndarray, "N 2"],
+    xy_b: Num[np.ndarray, "N 2"],
+    confidence: Float[np.ndarray, " N"],
+    title: str,
+) -> None:
+    """Two prints side by side (uint8 0 to 255, or float 0 to 1) and a line for each match.
+
+    Positions are (x, y) in pixels of the print's own picture, confidence 0 to 1. N may be 0.
+    """
+    height, width = max(len(a), len(b)), a.shape[1] + _GAP + b.shape[1]
+    both = np.ones((height, width))
+    both[: len(a), : a.shape[1]] = _unit(a)
+    both[: len(b), a.shape[1] + _GAP :] = _unit(b)
+
+    figure = _figure(9.5, max(3, 8 * height / width + 0.6))
+    axes = figure.add_subplot()
+    axes.set_axis_off()
+    axes.set_title(title)
+    # Paler than it is, so that the lines stand out from dark ridges.
+    axes.imshow(0.6 + 0.4 * both, cmap="gray", vmin=0, vmax=1)
+
+    weakest_first = np.argsort(confidence)  # what is drawn last lies on top
+    start = np.asarray(xy_a, np.float64).reshape(-1, 2)[weakest_first]
+    end = np.asarray(xy_b, np.float64).reshape(-1, 2)[weakest_first] + (a.shape[1] + _GAP, 0)
+    shade = matplotlib.colors.Normalize(0, 1)
+    lines = LineCollection(np.stack([start, end], axis=1), cmap="turbo", norm=shade, linewidths=1, alpha=0.85)
+    lines.set_array(np.asarray(confidence, np.float64)[weakest_first])
+    axes.add_collection(lines, autolim=False)
+    for ends in (start, end):
+        axes.scatter(*ends.T, c=lines.get_array(), cmap="turbo", norm=shade, s=8, linewidths=0)
+    figure.colorbar(lines, ax=axes, label="confidence", fraction=0.03, pad=0.02)
+    _save(figure, path)
+
+
+def _unit(image: np.ndarray) -> np.ndarray:
+    return image / 255 if np.issubdtype(image.dtype, np.integer) else image
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure of that many inches, at 100 dots an inch."""
+    figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The same folder, so that the rename does not cross file systems and cannot be seen half done.
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(unfinished, format="png")
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)

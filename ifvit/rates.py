@@ -1,0 +1,193 @@
+"""Error rates of a matcher's scores, and which pairs of prints a protocol compares.
+
+A higher score means more alike; a comparison is accepted when score >= threshold. FMR(t) is the
+share of impostor scores accepted, FNMR(t) the share of genuine scores refused (ISO/IEC 19795-1;
+Maio et al., "FVC2000: Fingerprint Verification Competition", IEEE TPAMI 24(3), 2002). Rates are
+fractions, not per cent.
+
+Wherever scores are taken: 1-D array-likes, at least one score, each finite, else UserError.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import ArrayLike
+
+from ifvit.errors import UserError
+
+
+def summary(genuine: ArrayLike, impostor: ArrayLike) -> dict[str, float | int]:
+    """One database's results: `eer`, `fmr100`, `fmr1000`, `auc`; `genuine`, `impostor` (counts)."""
+    return {
+        "eer": equal_error_rate(genuine, impostor),
+        "fmr100": fnmr_at_fmr(genuine, impostor, 0.01),
+        "fmr1000": fnmr_at_fmr(genuine, impostor, 0.001),
+        "auc": auc(genuine, impostor),
+        "genuine": len(np.asarray(genuine)),
+        "impostor": len(np.asarray(impostor)),
+    }
+
+
+def macro(databases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The mean over databases of `eer`, `fmr100`, `fmr1000` and `auc`, each database weighing the same.
+
+    Raises UserError when there is no database.
+    """
+    if not databases:
+        raise UserError("There is no database to average over. Give a folder that holds prints.")
+    return {
+        rate: float(np.mean([results[rate] for results in databases.values()]))
+        for rate in ("eer", "fmr100", "fmr1000", "auc")
+    }
+
+
+def det_curve(
+    genuine: ArrayLike, impostor: ArrayLike
+) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
+    """(thresholds, FMR, FNMR): thresholds ascend, so FMR falls and FNMR rises.
+
+    The thresholds are every distinct score, and the next number above the highest, which refuses
+    everything. No other threshold gives other rates.
+    """
+    genuine, impostor = _scores(genuine, "genuine"), _scores(impostor, "impostor")
+    scores = np.unique(np.concatenate([genuine, impostor]))
+    thresholds = np.append(scores, np.nextafter(scores[-1], np.inf))
+    # Counts are subtracted before the division: 1 - 99/100 would come out above 0.01.
+    fmr = (len(impostor) - np.searchsorted(np.sort(impostor), thresholds, "left")) / len(impostor)
+    fnmr = np.searchsorted(np.sort(genuine), thresholds, "left") / len(genuine)
+    return thresholds, fmr, fnmr
+
+
+def equal_error_rate(genuine: ArrayLike, impostor: ArrayLike) -> float:
+    """The rate at which FMR = FNMR, as `eer_of_curve` finds it."""
+    _, fmr, fnmr = det_curve(genuine, impostor)
+    return eer_of_curve(fmr, fnmr)
+
+
+def eer_of_curve(fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"]) -> float:
+    """EER of a DET curve whose thresholds ascend, as the FVC defines it (Maio et al. 2002, section 4).
+
+    t1 is the last threshold with FNMR <= FMR, t2 the first with FNMR >= FMR. Of the two intervals
+    [FNMR(t1), FMR(t1)] and [FMR(t2), FNMR(t2)] the one of the lower sum counts; the EER is its
+    middle. Where some threshold makes both rates equal, that is their value.
+    """
+    t1 = np.flatnonzero(fnmr <= fmr)[-1]
+    t2 = np.flatnonzero(fnmr >= fmr)[0]
+    return float(min(fnmr[t1] + fmr[t1], fnmr[t2] + fmr[t2]) / 2)
+
+
+def fnmr_at_fmr(genuine: ArrayLike, impostor: ArrayLike, fmr: float) -> float:
+    """The lowest FNMR among the thresholds whose FMR is at most `fmr` (FMR100: 0.01, FMR1000: 0.001).
+
+    Raises UserError when `fmr` is not within 0 to 1.
+    """
+    _check_rate(fmr)
+    _, fmr_t, fnmr_t = det_curve(genuine, impostor)
+    return float(fnmr_t[fmr_t <= fmr][0])
+
+
+def threshold_at_fmr(impostor: ArrayLike, fmr: float) -> float:
+    """The lowest threshold at which at most the share `fmr` of the impostor scores is accepted.
+
+    It lies next above an impostor score in the scores' own precision, so `score >= threshold` gives
+    the FNMR of `fnmr_at_fmr` whether the scores are float32 or float64. At an `fmr` of 1 it is the
+    lowest score.
+
+    Raises UserError when `fmr` is not within 0 to 1.
+    """
+    _check_rate(fmr)
+    falling = np.sort(_scores(impostor, "impostor"))[::-1]
+    if fmr == 1:
+        return float(falling[-1])
+    # n impostors may pass; the score of rank n + 1 and all that equal it may not.
+    passes = int(np.count_nonzero(np.arange(1, len(falling) + 1) / len(falling) <= fmr))
+    return float(np.nextafter(falling[passes], falling.dtype.type(np.inf)))
+
+
+def auc(genuine: ArrayLike, impostor: ArrayLike) -> float:
+    """The chance that a genuine score exceeds an impostor score, a tie counting one half (Mann-Whitney U / nm)."""
+    genuine, impostor = _scores(genuine, "genuine"), np.sort(_scores(impostor, "impostor"))
+    below = np.searchsorted(impostor, genuine, "left")
+    not_above = np.searchsorted(impostor, genuine, "right")
+    return float(np.mean((below + not_above) / 2) / len(impostor))
+
+
+def pairs_fvc(prints: Sequence[Any]) -> list[tuple[int, int, bool]]:
+    """(i, j, genuine) with i < j, within each database: every genuine pair once, and for impostors
+    the first impressions of every two fingers (Maio et al. 2002). 10 fingers x 8 give 280 and 45.
+
+    A print has `identity` (database, finger), `database`, `impression` and, if need be, `altered`.
+    Impressions count in natural order, '10' after '9'. Altered prints are in no genuine pair, and
+    are a finger's first impression only when it has no other.
+    """
+    pairs = []
+    for fingers in _by_finger(prints).values():
+        for members in fingers.values():
+            pairs += [(i, j, True) for i, j in _ordered(members) if _may_be_genuine(prints[i], prints[j])]
+        pairs += [(i, j, False) for i, j in _ordered([members[0] for members in fingers.values()])]
+    return pairs
+
+
+def pairs_all(prints: Sequence[Any]) -> list[tuple[int, int, bool]]:
+    """(i, j, genuine) with i < j: every pair within each database, altered prints in no genuine pair.
+
+    `prints` as for `pairs_fvc`.
+    """
+    pairs = []
+    for fingers in _by_finger(prints).values():
+        for i, j in _ordered(itertools.chain.from_iterable(fingers.values())):
+            genuine = prints[i].identity == prints[j].identity
+            if not genuine or _may_be_genuine(prints[i], prints[j]):
+                pairs.append((i, j, genuine))
+    return pairs
+
+
+def _by_finger(prints: Sequence[Any]) -> dict[str, dict[tuple, list[int]]]:
+    """database -> identity -> the indices of its prints, first impression first."""
+    databases: dict[str, dict[tuple, list[int]]] = {}
+    first_to_last = sorted(range(len(prints)), key=lambda i: (_altered(prints[i]), _natural(prints[i].impression)))
+    for i in range(len(prints)):  # databases and fingers keep the order of the prints
+        databases.setdefault(prints[i].database, {}).setdefault(prints[i].identity, [])
+    for i in first_to_last:
+        databases[prints[i].database][prints[i].identity].append(i)
+    return databases
+
+
+def _ordered(indices: Any) -> itertools.combinations:
+    return itertools.combinations(sorted(indices), 2)
+
+
+def _may_be_genuine(a: Any, b: Any) -> bool:
+    return not (_altered(a) or _altered(b))
+
+
+def _altered(impression: Any) -> bool:
+    return getattr(impression, "altered", False)
+
+
+def _natural(impression: str | int) -> list:
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(impression))]
+
+
+def _scores(values: ArrayLike, kind: str) -> np.ndarray:
+    """Floats of the given precision (integers as float64): `threshold_at_fmr` depends on it."""
+    scores = np.asarray(values)
+    if scores.dtype.kind != "f":
+        scores = scores.astype(np.float64)
+    if scores.ndim != 1 or scores.size == 0:
+        raise UserError(f"There are no {kind} scores to rate. Give two fingers with two impressions each.")
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"{np.count_nonzero(~np.isfinite(scores))} of {scores.size} {kind} scores are not finite numbers. "
+            "Check the model that gave them: NaN weights give NaN scores."
+        )
+    return scores
+
+
+def _check_rate(fmr: float) -> None:
+    if not 0 <= fmr <= 1:
+        raise UserError(f"A false match rate of {fmr} is not within 0 to 1. Give a fraction, such as 0.001.")
