@@ -143,6 +143,7 @@ class MatchConfig(Config):
     embedding_grid: int = number(8, 1, 64)          # the head pools a branch's cells to this many a side
     embedding_channels: int = number(32, 1)         # of this many channels before the last linear map
     global_weight: float = number(0.6, 0, 1)        # of the fused cosine; the local branch has the rest (paper)
+    calibration_pairs: int = number(4000, 4)        # of held-out fingers, to fit the fused score and its thresholds
     # --- losses
     loss_dense: float = number(0.5, 0)              # L_D (paper)
     loss_embedding: float = number(0.1, 0)          # L_E (paper)
@@ -151,6 +152,12 @@ class MatchConfig(Config):
     embedding_margin: float = number(0.4, -1, 1)    # (paper)
     arcface_margin: float = number(0.4, 0, math.pi / 2)  # (paper)
     arcface_scale: float = number(64.0, TINY)       # (paper)
+
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.roi_size > self.image_size:
+            raise UserError(f"roi_size is {self.roi_size}, more than image_size {self.image_size}; make it smaller.")
 
 
 def known_key(cls, key: str) -> str:
@@ -221,17 +228,18 @@ PRESETS = {
              synthetic_fingers=100),
         dict(_SMALL_NET, learning_rate=1e-3, pairs_per_epoch=1280, num_epochs=6, val_pairs=192, seed_resnet=True,
              synthetic_fingers=100, loss_embedding=1.0, loss_arcface=0.1, arcface_scale=30.0, roi_size=96,
-             embedding_channels=16, match_threshold=0.05),
+             embedding_channels=16, match_threshold=0.05, calibration_pairs=1000),
     ),
     "quick": (
         dict(_SMALL_NET, learning_rate=2e-3, image_size=160, pairs_per_epoch=800, num_epochs=5, val_pairs=64,
              synthetic_fingers=60, synthetic_impressions=6),
         dict(_SMALL_NET, learning_rate=1e-3, image_size=160, pairs_per_epoch=480, num_epochs=4, val_pairs=96,
              seed_resnet=True, synthetic_fingers=60, synthetic_impressions=6, loss_embedding=1.0, loss_arcface=0.1,
-             arcface_scale=30.0, roi_size=64, embedding_channels=16, match_threshold=0.05),
+             arcface_scale=30.0, roi_size=64, embedding_channels=16, match_threshold=0.05,
+             calibration_pairs=300),
     ),
     "smoke": (_SMOKE_NET, dict(_SMOKE_NET, seed_resnet=True, roi_size=32, embedding_size=32, embedding_channels=8,
-                               alignment_samples=32, alignment_matches=32)),
+                               alignment_samples=32, alignment_matches=32, calibration_pairs=8)),
 }
 
 

@@ -133,7 +133,7 @@ def corrupt(key, image: Float[Array, "S S"], mask: Bool[Array, "S S"], config, s
     place = jax.random.uniform(k_place, (2,), minval=-0.2, maxval=0.2)
     ragged = 0.25 * _smooth_noise(k_edge, size, (4 * ridge,))
     contact = (((yx - place) / axes) ** 2).sum(-1) < 1 + ragged
-    use = jax.random.uniform(k_use) < 0.5 * config.partial
+    use = jax.random.uniform(k_use) < 0.7 * config.partial
     kept = mask & (contact | ~use)
     mask = jnp.where(kept.mean() > 0.08, kept, mask)
 

@@ -141,18 +141,15 @@ def _head(path: str | Path) -> bytes:
         with open(path, "rb") as file:
             return file.read(4096)
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. Check the path and its rights."
-        ) from error
+        why = f"{path} cannot be read: {error.strerror}. Check the path and its rights."
+        raise UserError(why) from error
 
 
 def _need_wsq(path: str | Path) -> None:
     try:
         import wsq  # noqa: F401  (registers itself with Pillow)
     except ImportError as error:
-        raise UserError(
-            f"{path} is WSQ, which needs a package of its own: pip install 'ifvit[wsq]'"
-        ) from error
+        raise UserError(f"{path} is WSQ, not read yet: pip install 'ifvit[wsq]'") from error
 
 
 def _open(path: str | Path) -> Image.Image:
@@ -249,9 +246,7 @@ def _open_by_disc(
 
 def _main_regions(mask: np.ndarray) -> np.ndarray:
     """The largest region and those at least half its size (a print torn in two)."""
-    labels, count = ndimage.label(mask)
-    if count < 2:
-        return mask
+    labels, _ = ndimage.label(mask)
     sizes = np.bincount(labels.ravel())
     sizes[0] = 0
     return (sizes >= 0.5 * sizes.max())[labels]
@@ -292,12 +287,11 @@ def _background(grey: np.ndarray, mask: np.ndarray) -> int:
 
     Only what is lighter than the print counts: a smear of wet ink is outside the mask too.
     """
-    if mask.any():
-        light = grey[~mask & (grey > grey[mask].mean())]
-        if light.size < 0.02 * grey.size:
-            return int(np.percentile(grey[mask], 90))
-        return int(np.median(light))
-    return int(np.median(grey))
+    if not mask.any():
+        return int(np.median(grey))
+    light = grey[~mask & (grey > grey[mask].mean())]
+    enough = light.size >= 0.02 * grey.size
+    return int(np.median(light) if enough else np.percentile(grey[mask], 90))
 
 
 def _overlap(size: int, middle: float, canvas: int) -> tuple[slice, slice]:

@@ -43,9 +43,7 @@ def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
     return read_roots([root], ppi)
 
 
-def read_roots(
-    roots: str | Path | Iterable[str | Path], ppi: float | None = None
-) -> list[Print]:
+def read_roots(roots: Iterable[str | Path], ppi: float | None = None) -> list[Print]:
     """The prints under some folders, by database, finger and impression in natural order.
 
     A file that is reached twice counts once. A database is named by its folder; where
@@ -57,13 +55,13 @@ def read_roots(
     """
     found: list[tuple[_Name, str]] = []
     seen: set[str] = set()
-    for root in [roots] if isinstance(roots, str | Path) else roots:
+    for root in roots:
         found += _read_folders(Path(root), seen)
     names = _database_names({name.anchor for name, _ in found})
-    best: dict[tuple, tuple[_Name, str]] = {}
+    best = {}
     for name, path in found:
-        key = (name.anchor, name.finger, name.impression, name.altered)
-        if key not in best or _off_500(name) < _off_500(best[key][0]):
+        key = (name.anchor, name.finger, name.impression)
+        if key not in best or name.off_500 < best[key][0].off_500:
             best[key] = name, path
     if len(best) < len(found):
         # A card scanned at three ppi, or a print stored as tif and png, is one impression.
@@ -97,13 +95,19 @@ def split_by_finger(
     groups = defaultdict(list)
     for database, members in fingers.items():
         groups[database if len(members) >= 4 else None] += [(database, f) for f in members]
+
+    def rank(member: tuple[str, str]) -> tuple:
+        # The folder's own name only: the prefix comes and goes with the other roots.
+        key = f"{seed}\0{member[0].rpartition('/')[2]}\0{member[1]}"
+        return hashlib.sha256(key.encode()).digest(), member
+
     out = set()
     for members in groups.values():
         if held_out and len(members) >= 4:
             count = min(max(2, math.ceil(held_out * len(members))), len(members) - 2)
-            out.update(sorted(members, key=lambda m: _rank(seed, *m))[:count])
-    return [p for p in prints if p.identity not in out], [
-        p for p in prints if p.identity in out]
+            out.update(sorted(members, key=rank)[:count])
+    train = [p for p in prints if p.identity not in out]
+    return train, [p for p in prints if p.identity in out]
 
 
 def drop_duplicates(prints: Sequence[Print]) -> tuple[list[Print], list[Print]]:
@@ -131,12 +135,6 @@ def require_fingers(prints: Sequence[Print]) -> None:
         )
 
 
-def _rank(seed: int, database: str, finger: str) -> tuple[bytes, str, str]:
-    # The folder's own name only: the prefix comes and goes with the other roots.
-    key = f"{seed}\0{database.rpartition('/')[2]}\0{finger}"
-    return hashlib.sha256(key.encode()).digest(), database, finger
-
-
 class _Name(NamedTuple):
     """What a file's place and name say."""
 
@@ -147,14 +145,16 @@ class _Name(NamedTuple):
     ppi: float | None = None
     altered: bool = False
 
+    @property
+    def off_500(self) -> float:
+        return abs((self.ppi or 500) - 500)
 
-_FINGER_NAMES = "thumb|index|middle|ring|little"
+
 _CAPTURES = "roll|plain|slap-segmented|[a-z-]*slap[a-z-]*|[a-z-]*palm[a-z-]*"
 _PATTERNS = {
     "FVC": r"(?P<finger>\d+)_(?P<impression>\d+)",
     "CrossMatch": r"(?P<finger>\d+_\d+)_(?P<impression>\d+)",
-    "SOCOFing": rf"(?P<person>\d+)__[MF]_(?P<hand>Left|Right)_(?P<name>{_FINGER_NAMES})"
-                r"_finger(?:_(?P<change>CR|Obl|Zcut))?",
+    "SOCOFing": r"(?P<finger>\d+__[MF]_(?:Left|Right)_[a-z]+)_finger(?:_(?P<change>CR|Obl|Zcut))?",
     "SD4": r"(?P<impression>[fs])(?P<finger>\d{4})_\d{2}",
     "SD300": rf"(?P<subject>\d+)_(?P<capture>{_CAPTURES})_(?P<ppi>\d+)_(?P<frgp>\d\d)",
     "SD302": r"(?P<subject>\d+)_(?P<device>[^_]+)_(?:(?P<ppi>\d+)_)?"
@@ -180,7 +180,7 @@ def _read_name(path: Path) -> _Name | None:
     if layout in ("FVC", "CrossMatch"):
         return _Name(layout, folder, m["finger"], m["impression"], _fvc_ppi(folder))
     if layout == "SOCOFing":
-        finger = f"{m['person']}_{m['hand']}_{m['name']}".lower()
+        finger = re.sub("__[mf]", "", m["finger"].lower())
         anchor = _above(folder, re.compile(r"real|altered(-\w+)?", re.IGNORECASE))
         impression = f"{folder.name}_{m['change']}".lower() if m["change"] else "real"
         return _Name(layout, anchor, finger, impression, _socofing_ppi(path), bool(m["change"]))
@@ -199,9 +199,9 @@ def _read_name(path: Path) -> _Name | None:
 
 def _fvc_ppi(folder: Path) -> float | None:
     """FVC2002's DB2 was taken at 569 ppi, by the competition's table of sensors."""
-    parts = [part.lower() for part in (*folder.parts, *folder.resolve().parts)]
+    above = [part.lower() for part in (*folder.parts, *folder.resolve().parts)]
     is_db2 = re.fullmatch("db2(_[ab])?", folder.name.lower())
-    return 569.0 if is_db2 and "fvc2002" in parts else None
+    return 569.0 if is_db2 and "fvc2002" in above else None
 
 
 def _socofing_ppi(path: Path) -> float | None:
@@ -211,10 +211,6 @@ def _socofing_ppi(path: Path) -> float | None:
     if head[:2] == b"BM" and int.from_bytes(head[18:22], "little") > 200:
         return None
     return 175.0
-
-
-def _off_500(name: _Name) -> float:
-    return abs((name.ppi or 500) - 500)
 
 
 def _above(folder: Path, pattern: re.Pattern) -> Path:
@@ -283,21 +279,14 @@ def _walk(root: Path) -> tuple[dict[Path, list[str]], Counter]:
             inner.clear()  # a link back to where we were
             continue
         visited.add(real)
-        inner[:] = sorted((d for d in inner if not _hidden(d)), key=_natural)
-        images = []
-        for file in sorted((f for f in files if not _hidden(f)), key=_natural):
-            extension = Path(file).suffix.lower()
-            if extension in EXTENSIONS:
-                images.append(file)
-            else:
-                others[extension or "without extension"] += 1
+        inner[:] = sorted((d for d in inner if d[0] != "." and d != "__MACOSX"), key=_natural)
+        files = sorted((f for f in files if f[0] != "." and f != "Thumbs.db"), key=_natural)
+        images = [f for f in files if Path(f).suffix.lower() in EXTENSIONS]
+        others.update(Path(f).suffix.lower() or "without extension"
+                      for f in set(files) - set(images))
         if images:
             folders[Path(place)] = images
     return folders, others
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name in ("__MACOSX", "Thumbs.db")
 
 
 def _nothing_known(root: Path, others: Counter, images: list[Path]) -> str:
@@ -316,17 +305,13 @@ def _nothing_known(root: Path, others: Counter, images: list[Path]) -> str:
 def _database_names(anchors: set[Path]) -> dict[Path, str]:
     """The last parts of each folder's path, as many as tell it from the others."""
     depth = dict.fromkeys(anchors, 1)
-
-    def name(anchor: Path) -> str:
-        return "/".join(anchor.parts[1:][-depth[anchor]:]) or "prints"
-
     while True:
-        count = Counter(name(a) for a in anchors)
+        names = {a: "/".join(a.parts[-depth[a]:]) for a in anchors}
+        count = Counter(names.values())
         # Neighbours of one that needs its parent's name get it too: FVC2002/DB4_B.
-        crowded = {a.parent for a in anchors
-                   if count[name(a)] > 1 and depth[a] < len(a.parts)}
+        crowded = {a.parent for a in anchors if count[names[a]] > 1}
         if not crowded:
-            return {a: name(a) for a in anchors}
+            return names
         for anchor in anchors:
             depth[anchor] += anchor.parent in crowded
 

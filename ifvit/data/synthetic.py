@@ -329,7 +329,7 @@ def _place(seed: int, finger: int, impression: int) -> tuple[np.ndarray, np.ndar
     mid_x = rng.normal(0.5 * WIDTH, spread[0])
     mid_y = rng.normal(0.5 * HEIGHT, spread[1])
     wide, tall = (1 + rng.normal(0, 0.015, 2)).tolist()
-    amount = min(rng.gamma(2.0, 1.3), 6.0)  # of skin distortion; its peaks are about twice this
+    amount = min(rng.gamma(2.0, 1.3), 4.5)  # of skin distortion; peaks are two to three times this
     at_x = mid_x + wide * (cos * x - sin * y) + amount * _smooth(rng, (h, w), (4, 4))
     at_y = mid_y + tall * (sin * x + cos * y) + amount * _smooth(rng, (h, w), (4, 4))
 

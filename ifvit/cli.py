@@ -1,0 +1,91 @@
+"""How every command parses its flags and ends: one sentence on stderr for a user's mistake, and exit codes.
+
+0 done · 1 a failure (NaN included) · 2 the user's mistake · 75 preempted, saved · 130 Ctrl-C, saved.
+"""
+
+import dataclasses
+import difflib
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import tyro
+
+from ifvit.errors import UserError
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after it was saved; `code` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+class Failure(Exception):
+    """The run itself failed, e.g. the loss is NaN: exit code 1, no traceback."""
+
+
+def parse(cls, name: str, argv: list[str]):
+    """`cls`, a dataclass of flags, from the command line; unknown flags name the nearest known one."""
+    args, unknown = tyro.cli(cls, prog=f"python -m {name}", args=argv, return_unknown_args=True, use_underscores=True,
+                             config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff))
+    if unknown:
+        flag = unknown[0].split("=")[0]
+        known = ["--" + f.name.rstrip("_") for f in dataclasses.fields(cls)]
+        near = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
+        raise UserError(f"Unknown {'flag' if flag.startswith('-') else 'argument'} {flag}; "
+                        + (f"did you mean {near[0]}?" if near else f"python -m {name} --help lists the flags."))
+    return args
+
+
+def main(cls, name: str, argv: list[str] | None = None) -> int:
+    """Parses `cls`, calls its `run()`, turns what it raises into a sentence and an exit code."""
+    return _guard(lambda: parse(cls, name, sys.argv[1:] if argv is None else argv).run())
+
+
+def main_with_commands(commands: dict[str, type], name: str) -> int:
+    """The same for a command with sub-commands."""
+    def call():
+        words = sys.argv[1:]
+        if not words or words[0] in ("-h", "--help"):
+            for word, cls in commands.items():
+                print(f"python -m {name} {word}  {(cls.__doc__ or '').splitlines()[0]}")
+            return 0
+        if words[0] not in commands:
+            near = difflib.get_close_matches(words[0], commands, 1, cutoff=0.0)
+            raise UserError(f"Unknown command {words[0]!r}; did you mean {near[0]!r}?")
+        return parse(commands[words[0]], f"{name} {words[0]}", words[1:]).run()
+
+    return _guard(call)
+
+
+def _guard(call: Callable[[], int | None]) -> int:
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
+    logging.getLogger("ifvit").setLevel(logging.INFO)
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    try:
+        return call() or 0
+    except UserError as e:
+        print(f"Error: {e}", file=sys.stderr)
+        return 2
+    except Interrupted as e:
+        print(e, file=sys.stderr)
+        return e.code
+    except Failure as e:
+        print(f"Error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped; nothing was being trained.", file=sys.stderr)
+        return 130
+
+
+def use_compilation_cache(folder: Path) -> None:
+    """Compiled steps outlive the process; a second run starts training in seconds."""
+    import jax
+
+    os.makedirs(folder, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,50 @@
+"""From `--dataset_root` to prepared prints, split by finger."""
+
+import logging
+import os
+from dataclasses import replace
+
+from ifvit.data import synthetic
+from ifvit.data.pairs import SYNTHETIC
+from ifvit.data.prepare import PrintSet, prepare
+from ifvit.data.sources import Print, read_root, read_roots, require_fingers, split_by_finger
+from ifvit.paths import cache_dir, resolve_data
+
+log = logging.getLogger("ifvit")
+
+
+def gather(config) -> tuple[PrintSet, PrintSet, PrintSet]:
+    """All prints of a configuration, those to train on, and those of the held-out fingers.
+
+    UserError when there are fewer than two fingers, or the split leaves a side with fewer.
+    """
+    prints = read_prints(config)
+    require_fingers(prints)
+    everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())
+    require_fingers(everything.prints)
+    train, held_out = split_by_finger(everything.prints, config.held_out, config.seed)
+    for part in (train, held_out):
+        require_fingers(part)
+    count = lambda part: len({p.identity for p in part})
+    log.info("%d prints of %d fingers to train on, %d prints of %d fingers held out",
+             len(train), count(train), len(held_out), count(held_out))
+    return everything, everything.subset(train), everything.subset(held_out)
+
+
+def read_prints(config) -> list[Print]:
+    """The prints of every root; the root `synthetic` is generated, once, into the cache.
+
+    Where Module 2 mixes generated fingers into real ones (`synthetic_share`), they are added.
+    """
+    roots = [resolve_data(r) for r in config.dataset_root if r != SYNTHETIC]
+    prints = read_roots(roots, config.ppi or None) if roots else []
+    if SYNTHETIC in config.dataset_root or getattr(config, "synthetic_share", 0) > 0:
+        prints += generated(config)
+    return prints
+
+
+def generated(config) -> list[Print]:
+    files = synthetic.prints(config.seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
+                             workers=os.cpu_count() or 1)
+    wanted = {str(f) for f in files}
+    return [replace(p, database=SYNTHETIC) for p in read_root(files[0].parent, synthetic.PPI) if p.path in wanted]

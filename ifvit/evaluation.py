@@ -1,0 +1,111 @@
+"""Scores of pairs, by either module, and the fusion of Module 2's into one calibrated score."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from ifvit.data.augment import plain_views
+from ifvit.data.loader import fixed_batches
+from ifvit.data.pairs import Pair
+from ifvit.data.prepare import PrintSet
+from ifvit.training.state import Network
+from ifvit.training.step import aligned_pair, registration
+
+
+def dense_scores(net: Network, config) -> Callable:
+    """Module 1: (params, batch_stats, batch) -> `matches`, the inliers of its robust fit, as the score too."""
+    def score(params, batch_stats, batch):
+        found = registration(net, (params, batch_stats), plain_views(batch, config), config)
+        return {"matches": found.count}
+
+    return score
+
+
+def match_scores(net: Network, aligner: Network | None, config) -> Callable:
+    """Module 2: (params, batch_stats, aligner_state, batch) -> cosines `global` and `local`, `agreement`, `matches`.
+
+    `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
+    in the common frame of a genuine pair a cell is its own match.
+    """
+    def score(params, batch_stats, aligner_state, batch):
+        pair, _, count = aligned_pair(aligner, aligner_state, plain_views(batch, config), config)
+        e, _ = net.apply(params, batch_stats, pair, train=False)
+        itself = jnp.exp(jnp.diagonal(e.log_conf, axis1=1, axis2=2)) * e.cells
+        return {"global": (e.global0 * e.global1).sum(-1), "local": (e.local0 * e.local1).sum(-1),
+                "agreement": itself.sum(-1), "matches": count}
+
+    return score
+
+
+def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: list[Pair], batch_size: int) -> dict[str, np.ndarray]:
+    """`score(*state, batch)` over all pairs, on this process's devices: name -> (pairs,) array, in order."""
+    parts = []
+    for batch, count in fixed_batches(prints, pairs, batch_size):
+        out = jax.device_get(score(*state, batch))
+        parts.append({k: v[:count] for k, v in out.items()})
+    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+
+
+FEATURES = ("global", "local", "agreement", "matches")
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Logistic fusion of a pair's scores, and the impostor scores that thresholds are taken from."""
+
+    weights: tuple[float, ...]  # of FEATURES, after `features`
+    bias: float
+    impostor_scores: tuple[float, ...]  # fused, of the calibration pairs, descending
+
+    def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, "N"]:
+        """Probability that a pair is genuine, were genuine and impostor pairs equally many."""
+        return 1 / (1 + np.exp(-(features(scores) @ np.asarray(self.weights) + self.bias)))
+
+    def threshold(self, fmr: float) -> float:
+        """The score above which a share `fmr` of impostors lies.
+
+        Below one in the number of calibration pairs the tail of the log-odds is taken as
+        exponential (fitted to its highest tenth): an estimate, no measurement.
+        """
+        scores = np.asarray(self.impostor_scores)
+        rank = fmr * len(scores)
+        if rank >= 1:
+            return float(scores[min(int(rank), len(scores) - 1)])
+        odds = np.log(np.clip(scores, 1e-12, 1 - 1e-12) / (1 - np.clip(scores, 1e-12, 1 - 1e-12)))
+        tail = odds[: max(2, len(odds) // 10)]
+        spread = max(float((tail - tail[-1]).mean()), 1e-3)
+        return float(1 / (1 + np.exp(-(tail[-1] + spread * np.log(len(tail) / max(rank, 1e-9))))))
+
+
+def features(scores: dict[str, np.ndarray]) -> Float[np.ndarray, "N 4"]:
+    """FEATURES as the fusion takes them: counts enter as logarithms."""
+    return np.stack([scores["global"], scores["local"], np.log1p(scores["agreement"]), np.log1p(scores["matches"])],
+                    axis=1).astype(np.float64)
+
+
+def fit_fusion(scores: dict[str, np.ndarray], genuine: np.ndarray, ridge: float = 0.1) -> Fusion:
+    """Logistic regression with weights ≥ 0 (no score may count against a pair), both classes weighted alike."""
+    from scipy.optimize import minimize
+
+    x, y = features(scores), genuine.astype(np.float64)
+    mean, scale = x.mean(0), x.std(0) + 1e-6
+    z = (x - mean) / scale
+    w = np.where(y > 0, 0.5 / max(y.sum(), 1), 0.5 / max((1 - y).sum(), 1))
+
+    def loss(theta):
+        logit = z @ theta[:-1] + theta[-1]
+        p = 1 / (1 + np.exp(-logit))
+        value = (w * (np.logaddexp(0, logit) - y * logit)).sum() + ridge / len(y) * (theta[:-1] ** 2).sum()
+        grad = np.append(z.T @ (w * (p - y)) + 2 * ridge / len(y) * theta[:-1], (w * (p - y)).sum())
+        return value, grad
+
+    start = np.append(np.full(x.shape[1], 0.5), 0.0)
+    theta = minimize(loss, start, jac=True, bounds=[(0, None)] * x.shape[1] + [(None, None)]).x
+    weights = theta[:-1] / scale
+    fusion = Fusion(tuple(map(float, weights)), float(theta[-1] - weights @ mean), ())
+    impostors = np.sort(fusion.score({k: v[~genuine] for k, v in scores.items()}))[::-1]
+    return Fusion(fusion.weights, fusion.bias, tuple(map(float, impostors)))

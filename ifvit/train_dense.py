@@ -1,0 +1,48 @@
+"""Trains Module 1, dense registration.
+
+    python -m ifvit.train_dense --dataset_root DIR --checkpoint_dir ./checkpoints/dense_reg
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ifvit import cli
+from ifvit.commands import TrainArgs, build_config, given, start
+from ifvit.config import DenseConfig
+
+
+@dataclass(frozen=True)
+class Args(TrainArgs):
+    """Trains Module 1, dense registration."""
+
+    checkpoint_dir: str | None = None
+    """where checkpoints and metrics go [./checkpoints/dense_reg]"""
+    batch_size: int | None = None
+    """pairs a step, over all devices [the preset's]"""
+    num_epochs: int | None = None
+    """[the preset's]"""
+    loftr_ckpt: str | None = None
+    """LoFTR weights (.ckpt, .pt, .safetensors) that start the transformer [none]"""
+
+    def run(self) -> int:
+        flags = given(checkpoint_dir=self.checkpoint_dir, batch_size=self.batch_size, num_epochs=self.num_epochs,
+                      loftr_ckpt=self.loftr_ckpt)
+        config = build_config(DenseConfig, self, flags)
+        start(self, "train_dense")
+        print(f"Module 1 checkpoint: {run(config, self.resume)}")
+        return 0
+
+
+def run(config: DenseConfig, resume: str) -> Path:
+    """Trains Module 1; returns the final checkpoint's path."""
+    from ifvit.data.gather import gather
+    from ifvit.training.dense import dense_task
+    from ifvit.training.loop import train
+
+    _, train_set, held_out = gather(config)
+    return train(dense_task(config, train_set, held_out), resume)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(Args, "ifvit.train_dense"))

@@ -1,0 +1,51 @@
+"""Trains Module 2, the matcher, from Module 1's checkpoint.
+
+    python -m ifvit.train_match --dataset_root DIR --pretrained_ckpt ./checkpoints/dense_reg/dense_reg_ckpt.pkl
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from ifvit import cli
+from ifvit.commands import TrainArgs, build_config, given, start
+from ifvit.config import MatchConfig
+
+
+@dataclass(frozen=True)
+class Args(TrainArgs):
+    """Trains Module 2, the matcher."""
+
+    pretrained_ckpt: str | None = None
+    """Module 1's checkpoint; '' for none: random start, no alignment [./checkpoints/dense_reg/dense_reg_ckpt.pkl]"""
+    checkpoint_dir: str | None = None
+    """where checkpoints and metrics go [./checkpoints/matcher]"""
+    num_classes: int | None = None
+    """ArcFace classes, at least the number of training fingers [counted]"""
+    batch_size: int | None = None
+    """pairs a step, over all devices [the preset's]"""
+    num_epochs: int | None = None
+    """[the preset's]"""
+
+    def run(self) -> int:
+        flags = given(dense_reg_ckpt=self.pretrained_ckpt, checkpoint_dir=self.checkpoint_dir,
+                      num_classes=self.num_classes, batch_size=self.batch_size, num_epochs=self.num_epochs)
+        config = build_config(MatchConfig, self, flags)
+        start(self, "train_match")
+        print(f"Module 2 checkpoint: {run(config, self.resume)}")
+        return 0
+
+
+def run(config: MatchConfig, resume: str) -> Path:
+    """Trains Module 2; returns the final checkpoint's path."""
+    from ifvit.data.gather import gather
+    from ifvit.training.loop import train
+    from ifvit.training.match import checkpoint_of_module1, match_task
+
+    checkpoint_of_module1(config)  # a wrong path shows before prints are read
+    _, train_set, held_out = gather(config)
+    return train(match_task(config, train_set, held_out), resume)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(Args, "ifvit.train_match"))

@@ -1,0 +1,78 @@
+"""Module 1 as a task of the loop."""
+
+import jax
+import numpy as np
+
+from ifvit import loftr
+from ifvit.data.loader import PairSource, batches, fixed_batches
+from ifvit.data.pairs import DensePairs
+from ifvit.data.prepare import PrintSet
+from ifvit.errors import UserError
+from ifvit.paths import resolve
+from ifvit.training.loop import Task
+from ifvit.training.state import create_state, optimizer
+from ifvit.training.step import dense_eval, dense_network, dense_step
+
+VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
+
+
+def dense_task(config, train: PrintSet, held_out: PrintSet) -> Task:
+    """Trains on known warps of the prints in `train`, validates on those in `held_out`."""
+    net = dense_network(config)
+    steps = steps_per_epoch(config, len(train))
+    tx, schedule = optimizer(config, steps * config.num_epochs)
+    pairs = DensePairs(train.prints, config.impostor_share, config.seed)
+
+    def create():
+        return create_state(net, tx, config.seed, lambda params, stats: (with_loftr(params, config), stats))
+
+    def host_batches(first, last):
+        source = PairSource(train, pairs, {}, config.batch_size, first, last, jax.process_index(), jax.process_count())
+        return batches(source, config.input_workers)
+
+    evaluate = jax.jit(dense_eval(net, config, known_warp_only=False))
+
+    def validate(state, epoch):
+        return warp_metrics(evaluate, (state.params, state.batch_stats), held_out, config)
+
+    return Task("dense_reg", config, steps, train.digest(), create, dense_step(net, config, tx, schedule), (),
+                host_batches, validate, "accuracy", True, {})
+
+
+def steps_per_epoch(config, prints: int) -> int:
+    """Whole batches of an epoch's pairs; the schedule, the loop and the log all count by it."""
+    wanted = config.pairs_per_epoch or 4 * prints
+    if wanted < config.batch_size:
+        raise UserError(f"An epoch has {wanted} pairs and a batch {config.batch_size}; use --batch_size {wanted} or "
+                        f"--set pairs_per_epoch={config.batch_size}.")
+    return wanted // config.batch_size
+
+
+def with_loftr(params: dict, config) -> dict:
+    """Parameters with LoFTR's published coarse transformer in place, where `loftr_ckpt` names it."""
+    if not config.loftr_ckpt:
+        return params
+    name = f"{config.transformer}_transformer"
+    path = resolve(config.loftr_ckpt)
+    loaded = loftr.load_loftr(path, params[name])
+    print(f"LoFTR's transformer loaded from {path}: {sum(x.size for x in jax.tree.leaves(loaded)):,} parameters")
+    return {**params, name: loaded}
+
+
+def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | None = None) -> dict[str, float]:
+    """Known-warp accuracy over fixed views of `prints`, and how confident impostor pairs are made.
+
+    Accuracy: share of the cells with a known match that are matched within one cell (8 px).
+    """
+    pairs = DensePairs(prints.prints, config.impostor_share, VALIDATION_SEED)
+    wanted = [pairs[n] for n in range(config.val_pairs if count is None else count)]
+    if not wanted:
+        return {}
+    totals: dict[str, float] = {}
+    for i, (batch, _) in enumerate(fixed_batches(prints, wanted, config.batch_size)):
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(VALIDATION_SEED), i), config.batch_size)
+        for k, v in jax.device_get(evaluate(*state, batch, keys)).items():
+            totals[k] = totals.get(k, 0.0) + float(v)
+    impostors = max(1, sum(not p.genuine for p in wanted))
+    return {"accuracy": totals["correct"] / max(totals["known"], 1),
+            "impostor_confidence": totals["impostor_confidence"] / impostors}

@@ -1,0 +1,138 @@
+"""Module 2 as a task of the loop: seeded from Module 1, which aligns its pairs."""
+
+from dataclasses import asdict
+
+import jax
+import numpy as np
+
+from ifvit import checkpoint, rates
+from ifvit.config import DenseConfig
+from ifvit.data.loader import PairSource, batches
+from ifvit.data.pairs import MatchPairs, Pair, class_labels
+from ifvit.data.prepare import PrintSet
+from ifvit.errors import UserError
+from ifvit.evaluation import fit_fusion, match_scores, score_pairs
+from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights
+from ifvit.training.dense import VALIDATION_SEED, steps_per_epoch
+from ifvit.training.loop import Task
+from ifvit.training.state import create_state, optimizer
+from ifvit.training.step import dense_network, match_network, match_step
+
+# what both modules' windows and networks must have in common
+COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
+          "image_size", "similarity", "temp_bug_fix")
+
+
+def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
+    """Trains on pairs of the prints in `train`; its checkpoints hold the Module 1 that aligns them."""
+    classes = class_labels(train.prints)
+    num_classes = config.num_classes or len(classes)
+    if num_classes < len(classes):
+        raise UserError(f"--num_classes is {num_classes}, and there are {len(classes)} fingers to train on; use "
+                        f"--num_classes {len(classes)} or leave it out.")
+    module1 = checkpoint_of_module1(config)
+    aligner = module1 and dense_network(dense_config(module1.metadata))
+    aligner_tree = module1 and {k: module1.state[k] for k in ("params", "batch_stats")}
+    aligner_state = (aligner_tree["params"], aligner_tree["batch_stats"]) if module1 else ({}, {})
+
+    net = match_network(config, num_classes)
+    steps = steps_per_epoch(config, len(train))
+    tx, schedule = optimizer(config, steps * config.num_epochs)
+    pairs = MatchPairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
+
+    def create():
+        return create_state(net, tx, config.seed, seed_from_module1)
+
+    def seed_from_module1(params, stats):
+        if module1 is None:
+            print("⚠ Warning: No Module 1 checkpoint provided!", flush=True)
+            return params, stats
+        both = load_module1_transformer_weights(config.dense_reg_ckpt, with_both(params), config.share_global_local)
+        params = with_one(both) if config.share_global_local else both
+        if config.seed_resnet:
+            for branch in ("resnet_global", "resnet_local"):
+                params[branch], stats[branch] = module1.state["params"]["resnet"], module1.state["batch_stats"]["resnet"]
+        return params, stats
+
+    def host_batches(first, last):
+        source = PairSource(train, pairs, classes, config.batch_size, first, last, jax.process_index(),
+                            jax.process_count())
+        return batches(source, config.input_workers)
+
+    score = jax.jit(match_scores(net, aligner, config))
+
+    def scores_of(state, chosen):
+        return score_pairs(score, (state.params, state.batch_stats, aligner_state), held_out, chosen, config.batch_size)
+
+    def validate(state, epoch):
+        chosen = balanced_pairs(held_out, config.val_pairs)
+        genuine = np.array([p.genuine for p in chosen])
+        if not 0 < genuine.sum() < len(chosen):
+            return {}
+        s = scores_of(state, chosen)
+        fused = config.global_weight * s["global"] + (1 - config.global_weight) * s["local"]
+        return {"eer": rates.equal_error_rate(fused[genuine], fused[~genuine])} | {
+            f"eer_{k}": rates.equal_error_rate(s[k][genuine], s[k][~genuine]) for k in s} | {
+            f"{k}_{kind}": float(s[k][which].mean()) for k in ("global", "local") for kind, which in
+            (("genuine", genuine), ("impostor", ~genuine))}
+
+    def finish(state):
+        chosen = balanced_pairs(held_out, config.calibration_pairs)
+        genuine = np.array([p.genuine for p in chosen])
+        return {"fusion": asdict(fit_fusion(scores_of(state, chosen), genuine))}
+
+    tied = config.share_global_local
+    return Task("matcher", config, steps, train.digest(), create, match_step(net, aligner, config, tx, schedule),
+                (aligner_state,), host_batches, validate, "eer", False,
+                {"num_classes": num_classes, "aligner_config": module1 and module1.metadata["config"]},
+                with_both if tied else lambda p: p, with_one if tied else lambda p: p, aligner_tree, finish)
+
+
+def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
+    """Module 1's checkpoint by `dense_reg_ckpt`; None where that is empty; UserError where it does not serve."""
+    if not config.dense_reg_ckpt:
+        return None
+    try:
+        folder = checkpoint.locate(config.dense_reg_ckpt)
+    except UserError as e:
+        if "not found" not in str(e):
+            raise
+        raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
+                        "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
+    found = checkpoint.load(folder, "dense_reg")
+    ours = config.to_dict()
+    for k in COMMON:
+        if found.metadata["config"][k] != ours[k]:
+            raise UserError(f"Module 1 in {folder} was trained with {k} = {found.metadata['config'][k]}, Module 2 is "
+                            f"configured with {ours[k]}; give both the same (--set {k}=…).")
+    return found
+
+
+def dense_config(metadata: dict) -> DenseConfig:
+    """The configuration in a Module 1 checkpoint's metadata (or a matcher's `aligner_config`)."""
+    raw = metadata["config"]
+    return DenseConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+def balanced_pairs(prints: PrintSet, count: int) -> list[Pair]:
+    """Genuine pairs of a set, then impostors of the same databases: at most half of `count` of the genuine ones.
+
+    A fixed draw: every run and every epoch sees the same pairs.
+    """
+    rng = np.random.default_rng(VALIDATION_SEED)
+    every = rates.pairs_all(prints.prints)
+    genuine, impostor = ([p for p in every if p[2] == kind] for kind in (True, False))
+    first = min(len(genuine), count // 2)
+    chosen = [genuine[i] for i in sorted(rng.permutation(len(genuine))[:first])]
+    chosen += [impostor[i] for i in sorted(rng.permutation(len(impostor))[: count - first])]
+    return [Pair(i, j, bool(g)) for i, j, g in chosen]
+
+
+def with_both(params: dict) -> dict:
+    """A tied transformer under both names, as checkpoints have it."""
+    return {**params, BRANCHES[1]: params[BRANCHES[0]]}
+
+
+def with_one(params: dict) -> dict:
+    """The inverse of `with_both`."""
+    return {k: v for k, v in params.items() if k != BRANCHES[1]}
