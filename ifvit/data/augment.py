@@ -67,9 +67,7 @@ def to_view(view: View, p: Float[Array, "N 2"], image_size: int) -> Float[Array,
     middle = (image_size - 1) / 2
     inverse = jnp.linalg.inv(view.matrix)
     q = middle + (p - view.centre) @ inverse.T
-    for _ in range(6):
-        q = q + (p - to_canvas(view, q, image_size)) @ inverse.T
-    return q
+    return jax.lax.fori_loop(0, 6, lambda _, q: q + (p - to_canvas(view, q, image_size)) @ inverse.T, q)
 
 
 def take_view(canvas: UInt8[Array, "C C"], mask8: Bool[Array, "C/8 C/8"], view: View, config,
@@ -78,7 +76,7 @@ def take_view(canvas: UInt8[Array, "C C"], mask8: Bool[Array, "C/8 C/8"], view: 
     size, ratio = config.image_size, CANVAS_PPI / config.input_ppi
     xy = to_canvas(view, jnp.asarray(grid_points(size)), size)
     image = canvas.astype(jnp.float32) / 255
-    if ratio > 1.1:  # half a sample's width: no aliasing of what the window cannot hold
+    if ratio > 1.5:  # half a sample's width: no aliasing of what the window cannot hold
         background = image[0, 0]
         image = blur(image - background, 0.45 * math.sqrt(ratio**2 - 1)) + background
     pixels = sample(image, xy, image[0, 0])
@@ -165,46 +163,56 @@ def dense_pair(keys, batch: dict, config, cell_mask, known_warp_only: bool = Fal
     `genuine` (B,) bool; a genuine pair has the same print twice. With `known_warp_only` views are
     not corrupted: pose and distortion alone.
     """
-    def one(key, canvas0, canvas1, mask0, mask1, genuine):
-        k_angle, k0, k1, k2, k3 = jax.random.split(key, 5)
-        turn = jax.random.uniform(k_angle, (2,), minval=-1, maxval=1)
-        base = turn[0] * math.radians(15)
-        view0 = random_view(k0, config, base, 0.03, 10)
-        view1 = random_view(k1, config, base + turn[1] * math.radians(config.rotation), 0.08, 45)
-        x0, m0 = take_view(canvas0, mask0, view0, config)
-        x1, m1 = take_view(canvas1, mask1, view1, config)
-        if not known_warp_only:
-            x0, m0 = corrupt(k2, x0, m0, config, 0.6)
-            x1, m1 = corrupt(k3, x1, m1, config, 1.0)
-        c0, c1 = cell_mask(m0[None])[0], cell_mask(m1[None])[0]
-        none = jnp.where(c0, NO_MATCH, IGNORE)
-        return x0, x1, m0, m1, jnp.where(genuine, truth(view0, view1, c0, c1, config), none)
+    rotation = math.radians(config.rotation)
+    # of view 0 and view 1: the second is turned, scaled, moved and corrupted more
+    scale, shift, strength = (jnp.array(v) for v in ((0.03, 0.08), (10.0, 45.0), (0.6, 1.0)))
 
-    x0, x1, m0, m1, labels = jax.vmap(one)(keys, batch["canvas0"], batch["canvas1"], batch["mask0"],
-                                           batch["mask1"], batch["genuine"])
-    return DensePair(normalise(x0, m0, config), normalise(x1, m1, config), m0, m1, labels)
+    def one(key, canvases, masks, genuine):
+        k_turn, k_views = jax.random.split(key)
+        turn = jax.random.uniform(k_turn, (2,), minval=-1, maxval=1) * jnp.array([math.radians(15), rotation])
+
+        def view(key, canvas, mask, angle, scale, shift, strength):
+            k_view, k_corrupt = jax.random.split(key)
+            v = random_view(k_view, config, angle, scale, shift)
+            x, m = take_view(canvas, mask, v, config)
+            return v, *((x, m) if known_warp_only else corrupt(k_corrupt, x, m, config, strength))
+
+        views, x, m = jax.vmap(view)(jax.random.split(k_views), canvases, masks, jnp.cumsum(turn), scale, shift,
+                                     strength)
+        cells = cell_mask(m)
+        view0, view1 = (jax.tree.map(lambda a: a[i], views) for i in (0, 1))
+        none = jnp.where(cells[0], NO_MATCH, IGNORE)
+        return x, m, jnp.where(genuine, truth(view0, view1, *cells, config), none)
+
+    x, m, labels = jax.vmap(one)(keys, *_stacked(batch), batch["genuine"])
+    image0, image1 = (normalise(x[:, i], m[:, i], config) for i in (0, 1))
+    return DensePair(image0, image1, m[:, 0], m[:, 1], labels)
 
 
 def match_views(keys, batch: dict, config):
     """Module 2's prints before alignment, each turned, moved and corrupted on its own: images, masks (B S S)."""
-    def one(key, canvas0, canvas1, mask0, mask1):
-        def view(key, canvas, mask):
-            k_angle, k_view, k_corrupt = jax.random.split(key, 3)
-            angle = _uniform(k_angle, -1, 1) * math.radians(config.rotation)
-            image, mask = take_view(canvas, mask, random_view(k_view, config, angle, 0.03, 20), config)
-            return corrupt(k_corrupt, image, mask, config, 0.5)
+    def view(key, canvas, mask):
+        k_angle, k_view, k_corrupt = jax.random.split(key, 3)
+        angle = _uniform(k_angle, -1, 1) * math.radians(config.rotation)
+        image, mask = take_view(canvas, mask, random_view(k_view, config, angle, 0.03, 20.0), config)
+        return corrupt(k_corrupt, image, mask, config, 0.5)
 
-        k0, k1 = jax.random.split(key)
-        return *view(k0, canvas0, mask0), *view(k1, canvas1, mask1)
-
-    return jax.vmap(one)(keys, batch["canvas0"], batch["canvas1"], batch["mask0"], batch["mask1"])
+    keys = jax.vmap(jax.random.split)(keys)
+    x, m = jax.vmap(jax.vmap(view))(keys, *_stacked(batch))
+    return x[:, 0], m[:, 0], x[:, 1], m[:, 1]
 
 
 def plain_views(batch: dict, config):
     """Both prints of each pair as they are: images, masks (B S S), in the order of `match_views`."""
     view = plain_view(config)
-    take = jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config))
-    return *take(batch["canvas0"], batch["mask0"]), *take(batch["canvas1"], batch["mask1"])
+    x, m = jax.vmap(jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config)))(*_stacked(batch))
+    return x[:, 0], m[:, 0], x[:, 1], m[:, 1]
+
+
+def _stacked(batch: dict):
+    """Canvases and masks (B 2 …): a pair stays together, so a batch split over devices needs no exchange."""
+    return (jnp.stack([batch["canvas0"], batch["canvas1"]], axis=1),
+            jnp.stack([batch["mask0"], batch["mask1"]], axis=1))
 
 
 def _uniform(key, lo, hi):

@@ -23,6 +23,8 @@ def gather(config) -> tuple[PrintSet, PrintSet, PrintSet]:
     everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())
     require_fingers(everything.prints)
     train, held_out = split_by_finger(everything.prints, config.held_out, config.seed)
+    real = [p for p in held_out if p.database != SYNTHETIC]
+    held_out = real or held_out  # where there are real prints, generated ones choose nothing
     for part in (train, held_out):
         require_fingers(part)
     count = lambda part: len({p.identity for p in part})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ifvit.data.images import BrokenImage, decode, to_canvas
+from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
 from ifvit.data.sources import Print, drop_duplicates
 from ifvit.errors import UserError
 
@@ -88,7 +88,7 @@ def _decode_all(prints, canvas_size, folder, key):
     def one(p: Print):
         try:
             grey, tag = decode(p.path)
-            return to_canvas(grey, p.ppi or tag or 500.0, canvas_size)
+            return to_canvas(grey, print_ppi(p.ppi, tag), canvas_size)
         except BrokenImage as e:
             return str(e)
 

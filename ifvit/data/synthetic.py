@@ -1,16 +1,16 @@
 """Synthetic fingerprints: master fingers, impressions of them, and the map between the two.
 
-A finger is grown once: singular points give the ridge orientation (zero-pole model of Sherlock
-and Monro, IEEE PAMI 1993, with a smooth lift at the sides in the spirit of the correction of
-Vizcaya and Gerhardt, Pattern Recognition 1996), and repeated filtering of noise with a Gabor
-filter tuned to each place lets ridges, and with them minutiae, arise (Cappelli et al., Synthetic
-fingerprint-image generation, Handbook of Fingerprint Recognition, ch. 6). Every impression then
-shows it displaced, distorted, partly in contact, dry or wet, through one of several sensors.
+A finger is grown once: singular points give the ridge orientation (zero-pole model of Sherlock and Monro,
+IEEE PAMI 1993, with a smooth lift at the sides in the spirit of Vizcaya and Gerhardt, Pattern Recognition
+1996), and noise filtered again and again with a Gabor filter tuned to each place turns into ridges with
+minutiae (Cappelli et al., Handbook of Fingerprint Recognition, ch. 6). Every impression then shows it
+displaced, distorted, partly in contact, dry or wet, through one of several sensors.
 
 Everything is a pure function of (seed, finger, impression), non-negative integers.
 """
 
 import functools
+import math
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
@@ -20,37 +20,34 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
-from scipy import fft, ndimage
+from scipy import ndimage, signal
+from scipy.special import expit
 
-VERSION = 1  # part of the cache's name: raise it whenever any picture changes
+VERSION = 2  # part of the cache's name: raise it whenever any picture changes
 PPI = 500
 HEIGHT, WIDTH = 560, 420  # master frame, px
 
 # Natural frequencies of the patterns (Wilson et al., J. Artificial Neural Networks 1993).
-PATTERNS = {
-    "arch": 0.037,
-    "tented arch": 0.029,
-    "left loop": 0.338,
-    "right loop": 0.317,
-    "whorl": 0.279,
-}
+PATTERNS = {"arch": 0.037, "tented arch": 0.029, "left loop": 0.338, "right loop": 0.317, "whorl": 0.279}
 
-# What a sensor makes of contact; each drawn between its bounds. Grey levels lie in [0, 1], blur
-# is in px; ink is the share of the background's light that a ridge takes away, hardness how
-# steeply contact turns into ink, edge_grain and noise are per pixel, stripes per column.
-_NAMES = ("background", "shade", "ink", "ink_spread", "ink_grain")
-_NAMES += ("hardness", "edge_grain", "blur", "noise", "stripes")
-_BOUNDS = {
-    "optical": [(0.96, 1.03), (0, 0), (0.65, 0.97), (0, 0.12), (0, 0.14)]
-    + [(3, 10), (0, 0.3), (0.4, 0.8), (0, 0.03), (0, 0)],
-    "shaded": [(0.6, 0.85), (0.02, 0.07), (0.7, 0.92), (0, 0.1), (0, 0.1)]
-    + [(3, 8), (0, 0.2), (0.5, 0.9), (0.01, 0.03), (0, 0)],
-    "capacitive": [(0.3, 1.0), (0, 0.05), (0.5, 0.85), (0, 0.1), (0, 0.1)]
-    + [(4, 12), (0.1, 0.6), (0.25, 0.5), (0.01, 0.05), (0, 0.012)],
-    "soft": [(0.8, 0.97), (0.01, 0.05), (0.25, 0.55), (0.05, 0.3), (0, 0.05)]
-    + [(1.5, 3.5), (0, 0), (0.8, 1.3), (0.005, 0.02), (0, 0)],
+# What a sensor makes of contact; each drawn between its bounds. Grey levels lie in [0, 1], blur is in px; ink
+# is the share of the background's light that a ridge takes away, hardness how steeply contact turns into ink,
+# edge_grain and noise are per pixel, stripes per column. The bounds span, with a margin, the looks of these:
+# optical CrossMatch and SFinGe, shaded FVC2000 DB3, capacitive FVC2000 DB2, soft FVC2000 DB1.
+SENSORS = {
+    "optical": dict(background=(0.96, 1.04), shade=(0, 0.01), ink=(0.4, 0.9), ink_spread=(0, 0.2),
+                    ink_grain=(0, 0.2), hardness=(5, 18), edge_grain=(0, 0.3), blur=(0.3, 0.7),
+                    noise=(0, 0.025), stripes=(0, 0)),
+    "shaded": dict(background=(0.6, 1.0), shade=(0.02, 0.1), ink=(0.7, 0.97), ink_spread=(0, 0.1),
+                   ink_grain=(0, 0.15), hardness=(5, 18), edge_grain=(0, 0.25), blur=(0.35, 0.8),
+                   noise=(0.01, 0.035), stripes=(0, 0)),
+    "capacitive": dict(background=(0.82, 1.08), shade=(0, 0.05), ink=(0.4, 0.75), ink_spread=(0, 0.1),
+                       ink_grain=(0, 0.1), hardness=(5, 18), edge_grain=(0, 0.5), blur=(0.2, 0.5),
+                       noise=(0, 0.035), stripes=(0, 0.012)),
+    "soft": dict(background=(0.8, 1.0), shade=(0.01, 0.05), ink=(0.22, 0.55), ink_spread=(0.05, 0.3),
+                 ink_grain=(0, 0.05), hardness=(1.5, 4), edge_grain=(0, 0), blur=(0.7, 1.3),
+                 noise=(0.002, 0.02), stripes=(0, 0)),
 }
-SENSORS = {kind: dict(zip(_NAMES, bounds)) for kind, bounds in _BOUNDS.items()}
 
 # Random streams: one tag each, so that no draw of one stage moves another's.
 _PATTERN, _FIELD, _RIDGES, _SKIN, _SENSOR, _POSE, _PRINT = range(1, 8)
@@ -58,67 +55,47 @@ _PATTERN, _FIELD, _RIDGES, _SKIN, _SENSOR, _POSE, _PRINT = range(1, 8)
 
 @dataclass(frozen=True)
 class MasterFinger:
-    """The whole skin of one fingertip, at 500 ppi.
+    """The whole skin of one fingertip, at 500 ppi; its arrays are (H, W), float32 but for the mask."""
 
-    ridges: (H, W) float32 in [-1, 1], ridge +1 (dark in prints), valley -1.
-    mask: (H, W) bool, outline of the finger.
-    pattern: a key of PATTERNS.
-    orientation: (H, W) float32, radians in [-pi/2, pi/2); the ridge runs along (cos, sin) in
-        (x right, y down) pixel axes.
-    period: (H, W) float32, px from ridge to ridge.
-    relief: (H, W) float32, what lasting roughness (both signs) and creases (negative) add to
-        the height of the ridges.
-    pores: (H, W) float32 in [0, 1], 1 at the middle of a pore.
-    """
-
-    ridges: np.ndarray
-    mask: np.ndarray
-    pattern: str
-    orientation: np.ndarray
-    period: np.ndarray
-    relief: np.ndarray
-    pores: np.ndarray
+    ridges: np.ndarray  # in [-1, 1]: ridge +1 (dark in prints), valley -1
+    mask: np.ndarray  # bool, the outline of the finger
+    pattern: str  # a key of PATTERNS
+    orientation: np.ndarray  # in [-pi/2, pi/2): ridges run along (cos, sin), x right and y down
+    period: np.ndarray  # px from ridge to ridge
+    relief: np.ndarray  # height that lasting roughness (+ and -) and creases (-) add to ridges
+    pores: np.ndarray  # in [0, 1], 1 at the middle of a pore
 
 
 def pattern(seed: int, finger: int) -> str:
     """The finger's pattern, drawn with its natural frequency."""
-    u = _rng(seed, finger, _PATTERN).random()
-    return list(PATTERNS)[int(np.searchsorted(np.cumsum(list(PATTERNS.values())), u).clip(0, 4))]
+    return str(_rng(seed, finger, _PATTERN).choice(list(PATTERNS), p=list(PATTERNS.values())))
 
 
 def master_finger(seed: int, finger: int) -> MasterFinger:
     """The finger itself, as every impression of it shows it; 560x420 px."""
     kind = pattern(seed, finger)
     rng = _rng(seed, finger, _FIELD)
-    y, x = np.mgrid[0:HEIGHT:2, 0:WIDTH:2].astype(np.float32)  # grown at half the resolution
+    y, x = np.mgrid[:HEIGHT:2, :WIDTH:2].astype(np.float32)  # grown at half the resolution
     orientation = _orientation(rng, kind, x, y)
-    mean = np.clip(rng.normal(8.9, 0.6), 7.9, 10.5)
+    mean = np.clip(rng.normal(8.7, 1.0), 7.2, 11)
     slope = 1 + rng.uniform(0.02, 0.18) * np.clip((y - 0.55 * HEIGHT) / (0.45 * HEIGHT), 0, 1)
-    period = mean * slope * (1 + 0.05 * _smooth(rng, y.shape, (5, 4)))
+    period = mean * slope * (1 + 0.08 * _smooth(rng, y.shape, (5, 4)))
     wave, size = _grow(_rng(seed, finger, _RIDGES), orientation, period / 2)
 
-    # Unit amplitude but at the minutiae, where the amplitude of the wave is 0.
-    ridges = _twice(wave) / np.maximum(_bilinear_twice(size), 0.35 * size.mean())
-    double = np.exp(2j * orientation)
-    orientation = np.angle(_bilinear_twice(double.real) + 1j * _bilinear_twice(double.imag)) / 2
+    # Unit amplitude but at the minutiae, where the amplitude of the wave is 0. Of few px a period,
+    # the wave needs band-limited interpolation: splines are too coarse.
+    wave = signal.resample(signal.resample(wave, HEIGHT), WIDTH, axis=1)
+    ridges = wave / np.maximum(_bilinear_twice(size), 0.35 * size.mean())
     ridges = np.clip(ridges, -1, 1).astype(np.float32)
-    relief, pores = _skin(_rng(seed, finger, _SKIN), ridges)
-    yy, xx = np.mgrid[0:HEIGHT, 0:WIDTH].astype(np.float32)
-    return MasterFinger(
-        ridges,
-        _outline(xx, yy) > 0,
-        kind,
-        orientation.astype(np.float32),
-        _bilinear_twice(period).astype(np.float32),
-        relief,
-        pores,
-    )
+    orientation = np.angle(_bilinear_twice(np.exp(2j * orientation))) / 2
+    mask = _outline(*np.mgrid[:HEIGHT, :WIDTH].astype(np.float32)[::-1]) > 0
+    fields = orientation.astype(np.float32), _bilinear_twice(period).astype(np.float32)
+    return MasterFinger(ridges, mask, kind, *fields, *_skin(_rng(seed, finger, _SKIN), ridges))
 
 
 def true_map(master: MasterFinger, seed: int, finger: int, impression: int) -> np.ndarray:
     """(H, W, 2) float32: the master-frame (x, y), px, that each pixel of the impression shows."""
-    x, y, _ = _place(seed, finger, impression)
-    return np.stack([x, y], axis=-1)
+    return np.stack(_place(seed, finger, impression)[:2], axis=-1)
 
 
 def impression(master: MasterFinger, seed: int, finger: int, impression: int) -> np.ndarray:
@@ -128,25 +105,21 @@ def impression(master: MasterFinger, seed: int, finger: int, impression: int) ->
     rng = _rng(seed, finger, _PRINT, impression)
     ridges, relief, pores = _sample((master.ridges, master.relief, master.pores), x, y)
 
-    def grain(sigma):
-        return _grain(rng, shape, sigma)
-
+    grain = functools.partial(_grain, rng, shape)
     # Wetness runs from dry (below 0) to wet: it widens ridges and calms their roughness.
-    wetness, rough = rng.normal(0.05, 0.33), rng.lognormal(0, 0.5)
+    wetness, rough = rng.normal(0.05, 0.4), rng.lognormal(-0.4, 0.65)
     dry, wet = max(-wetness, 0), max(wetness, 0)
     height = ridges + rng.uniform(0.6, 1.3) * relief - rng.uniform(0, 3) * pores
     height += rough * (0.1 + 0.45 * dry) * grain(1.0) + sensor.edge_grain * grain(0)
     height += rough * (0.12 + 0.4 * dry + 0.15 * wet) * grain(2.5)
     height += wetness - 0.1 + rng.uniform(0.08, 0.3) * _smooth(rng, shape, (6, 6))
     # Pressed hardest in the middle; over some ridges at the rim they thin, break and end.
-    height += np.minimum(contact * rng.uniform(3, 9) - 0.4, rng.uniform(0.0, 0.4) * contact)
-    dark = _step(sensor.hardness * height) * _step(60 * contact + 3 * grain(2.5))
+    height += np.minimum(contact * rng.uniform(3, 9) - 0.4, rng.uniform(0, 0.4) * contact)
+    dark = expit(sensor.hardness * height) * expit(60 * contact + 3 * grain(2.5))
 
-    ink = sensor.ink * (1 + sensor.ink_spread * _smooth(rng, shape, (5, 5)))
-    ink += sensor.ink_grain * grain(1.0)
+    ink = sensor.ink * (1 + sensor.ink_spread * _smooth(rng, shape, (5, 5))) + sensor.ink_grain * grain(1.0)
     if rng.random() < 0.15:  # what the finger before left on the glass
-        ghost = rng.uniform(0.03, 0.15) * dark[::-1, ::-1] * (grain(1.0) > 0.3)
-        dark = np.maximum(dark, ghost)
+        dark = np.maximum(dark, rng.uniform(0.03, 0.15) * dark[::-1, ::-1] * (grain(1.0) > 0.3))
     dust = rng.uniform(0, 0.3) * np.maximum(grain(1.0) - 2.2, 0)
     back = sensor.background + sensor.shade * _smooth(rng, shape, (3, 3))
     grey = back * (1 - dark * np.clip(ink, 0, 1) - dust)
@@ -155,40 +128,30 @@ def impression(master: MasterFinger, seed: int, finger: int, impression: int) ->
     return np.clip(255 * grey + 0.5, 0, 255).astype(np.uint8)
 
 
-def prints(
-    seed: int, fingers: int, impressions: int, cache_dir: str | Path, workers: int = 1
-) -> list[Path]:
+def prints(seed: int, fingers: int, impressions: int, cache_dir: str | Path, workers: int = 1) -> list[Path]:
     """Impressions 1..impressions of fingers 1..fingers as PNG files, finger by finger.
 
-    They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those already
-    there are used as they are.
+    They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those already there are used.
     """
     folder = Path(cache_dir) / f"synthetic_v{VERSION}_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     job = functools.partial(_write_finger, folder, seed, impressions)
     numbers = range(1, fingers + 1)
     if workers == 1:
-        written = list(map(job, numbers))
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            written = list(pool.map(job, numbers))
-    return [path for paths in written for path in paths]
+        return sum(map(job, numbers), [])
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        return sum(pool.map(job, numbers), [])
 
 
 def _write_finger(folder: Path, seed: int, impressions: int, finger: int) -> list[Path]:
     paths = [folder / f"{finger}_{i}.png" for i in range(1, impressions + 1)]
-    missing = [i for i, path in enumerate(paths, 1) if not path.exists()]
+    missing = [(i, path) for i, path in enumerate(paths, 1) if not path.exists()]
     master = master_finger(seed, finger) if missing else None
-    for i in missing:
-        # Readers and other writers see a whole file or none.
-        part = folder / f".{finger}_{i}.{os.getpid()}.part"
-        picture = Image.fromarray(impression(master, seed, finger, i))
-        picture.save(part, format="PNG", dpi=(PPI, PPI))
-        os.replace(part, paths[i - 1])
+    for i, path in missing:
+        part = folder / f".{path.name}.{os.getpid()}.part"  # others see a whole file or none
+        Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
+        os.replace(part, path)
     return paths
-
-
-# ---- the finger ------------------------------------------------------------------------------
 
 
 def _orientation(rng, kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -196,8 +159,7 @@ def _orientation(rng, kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     cx, cy = WIDTH / 2 + rng.normal(0, 14), 0.43 * HEIGHT + rng.normal(0, 18)
     u, v = x - cx, cy - y  # v is up while the formulas of the model are in use
     if kind == "arch":
-        # Flat at the joint, an ever steeper hump above it.
-        rise = rng.uniform(1.0, 1.5) * np.clip((v + 0.3 * HEIGHT) / (0.5 * HEIGHT), 0.02, 1)
+        rise = rng.uniform(1.0, 1.5) * np.clip((v + 0.3 * HEIGHT) / (0.5 * HEIGHT), 0.02, 1)  # 0 at the joint
         angle = -np.arctan(rise * np.sin(np.clip(u / (0.5 * WIDTH), -1, 1) * np.pi * 0.72))
     else:
         down = rng.uniform(90, 150)
@@ -210,10 +172,8 @@ def _orientation(rng, kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         else:
             side = 1 if kind == "left loop" else -1  # a left loop opens left, its delta is right
             cores, deltas = [(0, 0)], [(side * rng.uniform(65, 125), -down)]
-        angle = np.zeros_like(u)
-        for (px, py), sign in [(c, 1) for c in cores] + [(d, -1) for d in deltas]:
-            angle += sign * np.arctan2(v - py, u - px) / 2
-        angle += np.pi / 2 * (len(cores) - len(deltas))
+        points = [(c, 1) for c in cores] + [(d, -1) for d in deltas]
+        angle = sum(sign * (np.arctan2(v - py, u - px) + np.pi) / 2 for (px, py), sign in points)
         # The bare model levels out far from the points; real flanks stay steep above the deltas.
         steep = rng.uniform(0.5, 0.75) if kind != "whorl" else rng.uniform(0.15, 0.35)
         angle -= steep * np.tanh(u / 110) / (1 + np.exp(-(v + 0.6 * down) / 40))
@@ -225,13 +185,12 @@ def _grow(rng, orientation: np.ndarray, period: np.ndarray) -> tuple[np.ndarray,
     """Noise, filtered until ridges fill the frame: their wave and its amplitude, both (H, W)."""
     sigma, radius, passes = 2.1, 5, 44  # wider or more: fewer minutiae
     fx, fy = -np.sin(orientation) / period, np.cos(orientation) / period
-    # One of each two opposite offsets: the cosine is even, the sine odd.
     reach = range(-radius, radius + 1)
     offsets = [(i, j) for i in reach for j in reach if (i, j) > (0, 0)]
-    squares = np.array([i * i + j * j for i, j in offsets], np.float32)
-    bell = np.exp(-squares / (2 * sigma**2))[:, None, None]
-    phase = np.stack([fx * j + fy * i for i, j in offsets]).astype(np.float32) * (2 * np.pi)
-    even, odd = bell * np.cos(phase), bell * np.sin(phase)
+    i, j = np.array(offsets, np.float32).T[:, :, None, None]
+    bell = np.exp(-(i * i + j * j) / (2 * sigma**2))
+    phase = 2 * np.pi * (fx * j + fy * i).astype(np.float32)
+    even, odd = bell * np.cos(phase), bell * np.sin(phase)  # for one of each two opposite offsets
     level = (1 + 2 * even.sum(0)) / (1 + 2 * bell.sum())  # the response to an even grey,
     even -= bell * level  # taken away here and at the centre
     h, w = orientation.shape
@@ -249,8 +208,8 @@ def _grow(rng, orientation: np.ndarray, period: np.ndarray) -> tuple[np.ndarray,
     for _ in range(passes):
         wave = filtered(wave, even, 1)
         wave = np.tanh(2 * wave / wave.std())
-    inphase, quadrature = filtered(wave, even, 1), filtered(wave, odd, -1)
-    return inphase, np.hypot(inphase, quadrature)
+    inphase = filtered(wave, even, 1)
+    return inphase, np.hypot(inphase, filtered(wave, odd, -1))
 
 
 def _outline(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -269,15 +228,14 @@ def _skin(rng, ridges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Relief and pores (see MasterFinger) that go with these ridges."""
     relief = 0.16 * _grain(rng, ridges.shape, 2.5) + 0.06 * _grain(rng, ridges.shape, 1.0)
     scars = [(rng.uniform(25, 220), rng.uniform(0.8, 2.2)) for _ in range(rng.poisson(2.5))]
-    # Fine wrinkles, as of age or dry skin, on some fingers.
-    wrinkles = rng.poisson(rng.uniform(10, 90)) if rng.random() < 0.5 else 0
+    wrinkles = rng.poisson(rng.uniform(10, 90)) if rng.random() < 0.5 else 0  # as of age or dry skin
     scars += [(rng.uniform(10, 60), rng.uniform(0.6, 1.0)) for _ in range(wrinkles)]
     for length, width in scars:
         angle = rng.normal(0, 0.6) if rng.random() < 0.7 else rng.uniform(-1.6, 1.6)
         t = np.linspace(-0.5, 0.5, int(length))
         bend = rng.normal(0, 0.24) * length * t * t
-        px = rng.uniform(30, WIDTH - 30) + length * t * np.cos(angle) - bend * np.sin(angle)
-        py = rng.uniform(40, HEIGHT - 40) + length * t * np.sin(angle) + bend * np.cos(angle)
+        px, py = _turned(length * t, bend, angle)
+        px, py = px + rng.uniform(30, WIDTH - 30), py + rng.uniform(40, HEIGHT - 40)
         inside = (px > 8) & (px < WIDTH - 8) & (py > 8) & (py < HEIGHT - 8)
         px, py = px[inside].astype(int), py[inside].astype(int)
         x0, y0 = px.min() - 8, py.min() - 8
@@ -286,88 +244,70 @@ def _skin(rng, ridges: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         line = np.minimum(ndimage.gaussian_filter(line, width), 1)
         relief[y0 : y0 + len(line), x0 : x0 + line.shape[1]] -= rng.uniform(0.8, 3) * line
     # About one pore in 9 px of ridge, on the crest: the highest of four places in each cell.
-    py, px = np.mgrid[0 : HEIGHT - 8 : 9, 0 : WIDTH - 8 : 9].reshape(2, -1, 1)
-    py, px = (p + rng.integers(0, 9, (len(p), 4)) for p in (py, px))
-    best = ridges[py, px].argmax(axis=1)[:, None]
-    py, px = np.take_along_axis(py, best, 1), np.take_along_axis(px, best, 1)
+    cells = np.mgrid[: HEIGHT - 8 : 9, : WIDTH - 8 : 9].reshape(2, -1, 1)
+    places = cells + rng.integers(0, 9, (*cells.shape[:2], 4))
+    best = ridges[*places].argmax(axis=1)
+    py, px = places[:, np.arange(len(best)), best]
     pores = np.zeros_like(ridges)
     pores[py, px] = rng.uniform(3, 10, py.shape) * (ridges[py, px] > 0.6)
-    pores = ndimage.gaussian_filter(pores, 1.1, truncate=3)
-    return relief, np.minimum(pores, 1)
-
-
-# ---- the impression --------------------------------------------------------------------------
+    return relief, np.minimum(ndimage.gaussian_filter(pores, 1.1, truncate=3), 1)
 
 
 def _sensor(seed: int, finger: int, impression: int) -> tuple[tuple[int, int], SimpleNamespace]:
-    """Shape, px, and properties (see SENSORS) of the impression's sensor.
-
-    It is the finger's usual one or, one time in four, another.
-    """
+    """Shape, px, and properties (see SENSORS) of the finger's usual sensor or, one time in four, another."""
     rng = _rng(seed, finger, _SENSOR, impression)
     if rng.random() < 0.75:
         rng = _rng(seed, finger, _SENSOR)
-    shape = (int(rng.integers(300, 481)), int(rng.integers(290, 401)))
-    ranges = SENSORS[rng.choice(list(SENSORS), p=[0.45, 0.2, 0.2, 0.15])]
+    shape = (int(rng.integers(288, 481)), int(rng.integers(256, 449)))
+    ranges = SENSORS[rng.choice(list(SENSORS), p=[0.4, 0.2, 0.2, 0.2])]
     return shape, SimpleNamespace(**{name: rng.uniform(*r) for name, r in ranges.items()})
 
 
 def _place(seed: int, finger: int, impression: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Master-frame x and y, px, of each pixel, and the contact: (H, W) each.
-
-    The contact is positive where the finger touches, 1 at the middle.
-    """
+    """(H, W) each: master-frame x and y, px, and contact, positive where skin touches, 1 in its middle."""
     rng = _rng(seed, finger, _POSE, impression)
     (h, w), _ = _sensor(seed, finger, impression)
     x = np.arange(w, dtype=np.float32)[None] - w // 2
     y = np.arange(h, dtype=np.float32)[:, None] - h // 2
     turn = float(np.clip(rng.normal(0, 0.16), -0.6, 0.6))
-    cos, sin = np.cos(turn).item(), np.sin(turn).item()
     partial = rng.random() < 0.25
-    # What lies at the middle of the canvas, mostly near the core.
-    spread = (60, 80) if partial else (18, 35)
-    mid_x = rng.normal(0.5 * WIDTH, spread[0])
-    mid_y = rng.normal(0.5 * HEIGHT, spread[1])
+    spread = (60, 80) if partial else (18, 35)  # of what lies at the canvas's middle, mostly near the core
+    mid_x, mid_y = rng.normal((0.5 * WIDTH, 0.5 * HEIGHT), spread).tolist()
     wide, tall = (1 + rng.normal(0, 0.015, 2)).tolist()
     amount = min(rng.gamma(2.0, 1.3), 4.5)  # of skin distortion; peaks are two to three times this
-    at_x = mid_x + wide * (cos * x - sin * y) + amount * _smooth(rng, (h, w), (4, 4))
-    at_y = mid_y + tall * (sin * x + cos * y) + amount * _smooth(rng, (h, w), (4, 4))
+    at_x, at_y = _turned(x, y, turn)
+    at_x = mid_x + wide * at_x + amount * _smooth(rng, (h, w), (4, 4))
+    at_y = mid_y + tall * at_y + amount * _smooth(rng, (h, w), (4, 4))
 
-    half = rng.uniform((0.26, 0.28), (0.37, 0.42)) * (WIDTH, HEIGHT)
-    half *= rng.uniform(0.6, 0.85, 2) if partial else rng.uniform(0.95, 1.15, 2)
+    scale = rng.uniform(0.65, 0.9, 2) if partial else rng.uniform(0.95, 1.15, 2)
+    half_x, half_y = (scale * rng.uniform((0.2, 0.27), (0.38, 0.43)) * (WIDTH, HEIGHT)).tolist()
     lean = turn + rng.normal(0, 0.1)
-    cos, sin = np.cos(lean).item(), np.sin(lean).item()
-    x, y = x - rng.normal(0, 12), y - rng.normal(0, 12)
-    contact = _oval((cos * x - sin * y) / half[0].item(), (sin * x + cos * y) / half[1].item())
-    contact = np.minimum(contact, _outline(at_x, at_y))
+    x, y = _turned(x - rng.normal(0, 12), y - rng.normal(0, 12), lean)
+    contact = np.minimum(_oval(x / half_x, y / half_y), _outline(at_x, at_y))
     contact += rng.uniform(0.01, 0.05) * _smooth(rng, (h, w), (6, 6))
     inside = (at_x >= 0) & (at_x <= WIDTH - 1) & (at_y >= 0) & (at_y <= HEIGHT - 1)
     return at_x, at_y, np.where(inside, contact, np.float32(-1))
 
 
-def _sample(channels, x: np.ndarray, y: np.ndarray) -> list[np.ndarray]:
-    """Each (H, W) channel, bilinearly, at (x, y); one set of weights for all."""
+def _turned(x, y, angle: float):
+    cos, sin = math.cos(angle), math.sin(angle)
+    return cos * x - sin * y, sin * x + cos * y
+
+
+def _sample(channels, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The (H, W) channels, bilinearly, at (x, y); one set of weights for all."""
     h, w = channels[0].shape
+    flat = np.stack(channels).reshape(len(channels), -1)
     x, y = np.clip(x, 0, w - 1.01), np.clip(y, 0, h - 1.01)
     column, row = np.floor(x), np.floor(y)
-    fx, fy = x - column, y - row
     corner = row.astype(np.intp) * w + column.astype(np.intp)
-    out = []
-    for flat in map(np.ravel, channels):
-        left, right = flat[:-1], flat[1:]
-        top, low = left[corner], left[corner + w]
-        top += fx * (right[corner] - top)
-        low += fx * (right[corner + w] - low)
-        out.append(top + fy * (low - top))
-    return out
 
+    def along_row(left):
+        here = flat.take(left, axis=1)
+        return here + (x - column) * (flat.take(left + 1, axis=1) - here)
 
-# ---- noise -----------------------------------------------------------------------------------
-
-
-def _step(x: np.ndarray) -> np.ndarray:
-    """Logistic step from 0 to 1."""
-    return 0.5 + 0.5 * np.tanh(0.5 * x)
+    top = along_row(corner)
+    return top + (y - row) * (along_row(corner + w) - top)
 
 
 def _rng(*key: int) -> np.random.Generator:
@@ -377,17 +317,15 @@ def _rng(*key: int) -> np.random.Generator:
 def _smooth(rng, shape: tuple[int, int], cells: tuple[int, int]) -> np.ndarray:
     """Smooth noise of variance about 1, cells[0] x cells[1] hills over the shape."""
     rows, columns = (_spline(n, c) for n, c in zip(shape, cells))
-    knots = rng.standard_normal((rows.shape[1], columns.shape[1])).astype(np.float32)
+    right = rng.standard_normal((rows.shape[1], columns.shape[1])).astype(np.float32) @ columns.T
     # In slices too small for BLAS to wake its threads, which cost more than they bring here.
-    right = knots @ columns.T
     return np.concatenate([rows[i : i + 32] @ right for i in range(0, len(rows), 32)])
 
 
 @functools.lru_cache(maxsize=4096)
 def _spline(length: int, cells: int) -> np.ndarray:
     """(length, cells + 3) cubic B-spline basis, scaled to keep unit variance on average."""
-    t = np.linspace(0, cells, length)[:, None] - np.arange(-1, cells + 2)
-    a = np.abs(t)
+    a = np.abs(np.linspace(0, cells, length)[:, None] - np.arange(-1, cells + 2))
     basis = np.where(a < 1, 2 / 3 - a**2 + a**3 / 2, np.where(a < 2, (2 - a) ** 3 / 6, 0))
     return (basis / np.sqrt((basis**2).sum(1).mean())).astype(np.float32)
 
@@ -403,15 +341,8 @@ def _grain(rng, shape: tuple[int, int], sigma: float) -> np.ndarray:
 @functools.cache
 def _tile(sigma: float) -> np.ndarray:
     noise = _rng(round(100 * sigma)).standard_normal((1024, 1024)).astype(np.float32)
-    noise = ndimage.gaussian_filter(noise, sigma, mode="wrap") if sigma else noise
+    noise = ndimage.gaussian_filter(noise, sigma, mode="wrap")
     return noise / noise.std()
-
-
-def _twice(field: np.ndarray) -> np.ndarray:
-    """Band-limited interpolation to (HEIGHT, WIDTH): at 4 px a period, splines are too coarse."""
-    h, w = field.shape
-    spectrum = fft.fftshift(fft.fft2(field))
-    return fft.ifft2(fft.ifftshift(np.pad(spectrum, ((h // 2,) * 2, (w // 2,) * 2)))).real * 4
 
 
 def _bilinear_twice(field: np.ndarray) -> np.ndarray:

@@ -39,10 +39,11 @@ class DenseRegistration(nnx.Module):
         jit the whole global batch.
         """
         batch = image0.shape[0]
-        x = self.resnet(jnp.concatenate([image0, image1]), train)
+        # interleaved, not one after the other: a batch split over devices needs no exchange
+        x = self.resnet(jnp.stack([image0, image1], axis=1).reshape(2 * batch, *image0.shape[1:]), train)
         x = x + position_encoding(*x.shape[1:], self.temp_bug_fix)
-        x = x.reshape(2 * batch, -1, x.shape[-1])
+        x = x.reshape(batch, 2, -1, x.shape[-1])
         m0, m1 = cell_mask(mask0), cell_mask(mask1)
-        f0, f1 = getattr(self, self.transformer_name)(x[:batch], x[batch:], m0, m1)
+        f0, f1 = getattr(self, self.transformer_name)(x[:, 0], x[:, 1], m0, m1)
         scale = None if self.log_scale is None else self.log_scale[...]
         return log_dual_softmax(similarity(f0, f1, scale), m0, m1)

@@ -94,6 +94,6 @@ class Matcher(nnx.Module):
         pad = -size % 8  # a window of 90 px has 12 cells a side, the last of them partly empty
         image0, image1 = (jnp.pad(i, ((0, 0), (0, pad), (0, pad), (0, 0))) for i in (image0, image1))
         cells = cell_mask(jnp.pad(mask, ((0, 0), (0, pad), (0, pad))))
-        x = resnet(jnp.concatenate([image0, image1]), train)
-        x = (x + position_encoding(*x.shape[1:], self.temp_bug_fix)).reshape(2 * batch, -1, x.shape[-1])
-        return *transformer(x[:batch], x[batch:], cells, cells), cells
+        x = resnet(jnp.stack([image0, image1], axis=1).reshape(2 * batch, *image0.shape[1:]), train)
+        x = (x + position_encoding(*x.shape[1:], self.temp_bug_fix)).reshape(batch, 2, -1, x.shape[-1])
+        return *transformer(x[:, 0], x[:, 1], cells, cells), cells

@@ -1,0 +1,20 @@
+# Everything runs in an environment of its own, .venv, made at the first call.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+
+.PHONY: train test clean
+
+train: $(VENV)/ready
+	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
+
+test: $(VENV)/ready
+	$(PY) -m pytest
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,wsq]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) checkpoints

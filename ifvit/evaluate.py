@@ -1,0 +1,117 @@
+"""Scores every pair of one or more databases with a trained checkpoint, and writes rates, scores and a DET plot.
+
+    python -m ifvit.evaluate --checkpoint ./checkpoints/matcher/matcher_ckpt --dataset_root DIR --out OUT
+"""
+
+import csv
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from ifvit import cli
+from ifvit.errors import UserError
+from ifvit.paths import cache_dir, resolve, resolve_data
+
+RATES = ("eer", "fmr100", "fmr1000", "auc")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Evaluates a checkpoint of either module on folders of prints."""
+
+    checkpoint: str
+    """of Module 2 (fused score), or of Module 1 (its registered matches are the score)"""
+    dataset_root: tuple[str, ...]
+    """folders of prints; every database in them is evaluated on its own"""
+    out: str = "./evaluation"
+    """folder for metrics.json, scores.csv, det.png, histogram.png, matches.png"""
+    protocol: Literal["fvc", "all"] = "fvc"
+    """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
+    batch_size: int = 16
+    """pairs at once"""
+    ppi: float | None = None
+    """resolution of the prints, where neither the file nor the set tells"""
+
+    def run(self) -> int:
+        from ifvit.data.prepare import prepare
+        from ifvit.data.sources import read_roots, require_fingers
+        from ifvit.scorer import Scorer
+
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
+        if not self.dataset_root:
+            raise UserError("--dataset_root names no folder; give one or more.")
+        cli.use_compilation_cache(cache_dir() / "compiled")
+        scorer = Scorer.from_checkpoint(self.checkpoint)
+        prints = read_roots([resolve_data(r) for r in self.dataset_root], self.ppi)
+        require_fingers(prints)
+        prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir())
+        print_table(evaluate(scorer, prints, Path(resolve(self.out)), self.protocol, self.batch_size))
+        return 0
+
+
+def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:
+    """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds."""
+    from ifvit import plots, rates
+    from ifvit.data.pairs import Pair
+
+    wanted = {"fvc": rates.pairs_fvc, "all": rates.pairs_all}[protocol](prints.prints)
+    pairs = [Pair(i, j, bool(g)) for i, j, g in wanted]
+    databases = sorted({p.database for p in prints.prints})
+    database = np.array([prints.prints[p.print0].database for p in pairs])
+    genuine = np.array([p.genuine for p in pairs], bool)
+    for name in databases:
+        mine = genuine[database == name] if pairs else genuine
+        if not mine.any() or mine.all():
+            raise UserError(f"Database {name} has {mine.sum()} genuine and {(~mine).sum()} impostor pairs, and both are "
+                            "needed; give two fingers or more, with two impressions or more.")
+    scores = scorer.score(prints, pairs, batch_size)
+    rows = {name: rates.summary(scores["score"][(database == name) & genuine],
+                                scores["score"][(database == name) & ~genuine]) for name in databases}
+    result = {"macro": {k: v for k, v in rates.macro(rows).items() if k in RATES}, "databases": rows}
+
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, database, scores))
+    plots.det(out / "det.png", {name: rates.det_curve(scores["score"][(database == name) & genuine],
+                                                      scores["score"][(database == name) & ~genuine])[1:]
+                                for name in databases})
+    plots.histogram(out / "histogram.png", scores["score"][genuine], scores["score"][~genuine])
+    typical = int(np.argsort(np.where(genuine, scores["score"], np.inf))[genuine.sum() // 2])
+    scorer.picture(prints, pairs[typical], out / "matches.png")
+    _write(out / "metrics.json", lambda f: f.write(json.dumps(result, indent=1) + "\n"))  # last: all is there
+    return result
+
+
+def print_table(result: dict) -> None:
+    """Rates in per cent, a line a database."""
+    print(f"{'database':20s} {'EER':>7s} {'FMR100':>7s} {'FMR1000':>8s} {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}")
+    for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
+        counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else ""
+        print(f"{name:20s} {row['eer']:7.2%} {row['fmr100']:7.2%} {row['fmr1000']:8.2%} {row['auc']:7.4f} {counts}")
+
+
+def _write_scores(file, prints, pairs, database, scores) -> None:
+    writer = csv.writer(file)
+    writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
+    number = lambda name, i: f"{scores[name][i]:.9g}" if name in scores else ""
+    for i, pair in enumerate(pairs):
+        a, b = (Path(prints.prints[k].path).name for k in pair[:2])
+        writer.writerow([database[i], a, b, int(pair.genuine), number("score", i), number("global", i),
+                         number("local", i), int(scores["matches"][i])])
+
+
+def _write(path: Path, write) -> None:
+    """A file that is there whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    with part.open("w", newline="") as file:
+        write(file)
+    os.replace(part, path)
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(Args, "ifvit.evaluate"))

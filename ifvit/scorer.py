@@ -1,0 +1,124 @@
+"""A trained checkpoint as a scorer of pairs: what evaluate, verify and train_all call."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from ifvit import checkpoint, plots
+from ifvit.config import MATCH_CONFIG, DenseConfig, MatchConfig
+from ifvit.data.augment import plain_views
+from ifvit.data.loader import fixed_batches
+from ifvit.data.pairs import Pair
+from ifvit.data.prepare import PrintSet
+from ifvit.errors import UserError
+from ifvit.evaluation import Fusion, dense_scores, match_scores, score_pairs
+from ifvit.training.step import dense_network, match_network, registration
+
+ALIGNMENT = ("alignment_matches", "alignment_samples", "inlier_radius", "min_matches")
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Module 1 (scores by its registered matches) or Module 2 (scores by the fusion)."""
+
+    module: str
+    config: Any                   # MatchConfig, or DenseConfig with the fields on alignment
+    params: dict
+    batch_stats: dict
+    aligner: tuple[dict, dict] | None  # Module 1's params and batch_stats
+    aligner_config: DenseConfig | None
+    num_classes: int
+    fusion: Fusion | None         # None: Module 1, or a matcher's checkpoint from before the end of training
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> "Scorer":
+        """UserError where the checkpoint is missing, half-written or damaged."""
+        found = checkpoint.load(path)
+        meta, state = found.metadata, found.state
+        if found.module == "dense_reg":
+            config = dense_with_alignment(meta["config"])
+            return cls("dense_reg", config, state["params"], state["batch_stats"], None, None, 0, None)
+        config = config_of(MatchConfig, meta["config"])
+        aligner = found.aligner and (found.aligner["params"], found.aligner["batch_stats"])
+        params = dict(state["params"])
+        if config.share_global_local:
+            del params["loftr_transformer_local"]
+        fusion = meta.get("fusion") and Fusion(**{k: tuple(v) if isinstance(v, list) else v
+                                                  for k, v in meta["fusion"].items()})
+        return cls("matcher", config, params, state["batch_stats"], aligner,
+                   aligner and config_of(DenseConfig, meta["aligner_config"]), meta["num_classes"], fusion)
+
+    @cached_property
+    def _aligner_network(self):
+        return self.aligner and dense_network(self.aligner_config)
+
+    @cached_property
+    def _score(self):
+        if self.module == "dense_reg":
+            return jax.jit(dense_scores(dense_network(self.config), self.config))
+        net = match_network(self.config, self.num_classes)
+        return jax.jit(match_scores(net, self._aligner_network, self.config))
+
+    def score(self, prints: PrintSet, pairs: list[Pair], batch_size: int) -> dict[str, np.ndarray]:
+        """`score` and what it is made of, one value a pair; higher is more alike."""
+        state = (self.params, self.batch_stats)
+        if self.module == "matcher":
+            state += (self.aligner or ({}, {}),)
+        found = score_pairs(self._score, state, prints, pairs, batch_size)
+        if self.module == "dense_reg":
+            found["score"] = found["matches"].astype(np.float64)
+        elif self.fusion:
+            found["score"] = self.fusion.score(found)
+        else:
+            weight = self.config.global_weight
+            found["score"] = weight * found["global"] + (1 - weight) * found["local"]
+        return found
+
+    def registration(self, prints: PrintSet, pair: Pair):
+        """Module 1's registration of one pair, on the host, and the two windows (S, S) it saw."""
+        if self.module == "dense_reg":
+            net, state = dense_network(self.config), (self.params, self.batch_stats)
+        elif self.aligner:
+            net, state = self._aligner_network, self.aligner
+        else:
+            raise UserError("This matcher was trained without Module 1 and registers nothing; leave the picture out.")
+
+        def run(state, batch):
+            views = plain_views(batch, self.config)
+            return views, registration(net, state, views, self.config)
+
+        batch, _ = next(fixed_batches(prints, [pair], 1))
+        views, found = jax.device_get(jax.jit(run)(state, batch))
+        return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
+
+    def picture(self, prints: PrintSet, pair: Pair, path: str | Path) -> None:
+        """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""
+        if self.module == "matcher" and not self.aligner:
+            return
+        found, image0, image1 = self.registration(prints, pair)
+        keep = found.inliers
+        names = [Path(prints.prints[i].path).name for i in pair[:2]]
+        plots.matches(path, image0, image1, found.points0[keep], found.points1[keep], found.matches.confidence[keep],
+                      f"{names[0]} – {names[1]}: {int(found.count)} matches")
+
+
+def config_of(cls, raw: dict):
+    """A configuration from a checkpoint's metadata."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+
+@dataclass(frozen=True)
+class _DenseWithAlignment(DenseConfig):
+    alignment_matches: int = MATCH_CONFIG.alignment_matches
+    alignment_samples: int = MATCH_CONFIG.alignment_samples
+    inlier_radius: float = MATCH_CONFIG.inlier_radius
+    min_matches: int = MATCH_CONFIG.min_matches
+
+
+def dense_with_alignment(raw: dict) -> _DenseWithAlignment:
+    """Module 1's configuration with Module 2's defaults for the robust fit, which Module 1 alone has no fields for."""
+    return config_of(_DenseWithAlignment, raw)

@@ -1,0 +1,278 @@
+"""The networks against LoFTR's and He's definitions, written out in plain numpy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.traverse_util import flatten_dict
+
+from ifvit.config import DenseConfig, MatchConfig
+from ifvit.models.dense_reg import DenseRegistration, cell_mask
+from ifvit.models.matcher import Aligned, EmbeddingHead, Matcher
+from ifvit.models.resnet import STRIDE, ResNet18
+from ifvit.models.transformer import (EncoderLayer, Transformer, linear_attention, position_encoding,
+                                      softmax_attention)
+
+TINY = dict(resnet_widths=(2, 3, 4), transformer_width=8, transformer_heads=2, transformer_layers=1, image_size=16)
+
+
+# --- references -----------------------------------------------------------------------------------
+
+
+def attention_by_definition(q, k, v, q_mask, kv_mask):
+    """Katharopoulos et al. 2020, eq. 5 with φ = elu + 1, query by query and key by key: O(L · S)."""
+    def phi(x):
+        return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
+
+    out = np.zeros(q.shape[:3] + v.shape[3:])
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        for i in np.flatnonzero(q_mask[b]):
+            weights = [phi(q[b, i, h]) @ phi(k[b, j, h]) * kv_mask[b, j] for j in range(k.shape[1])]
+            out[b, i, h] = sum(w * v[b, j, h] for j, w in enumerate(weights)) / (sum(weights) + 1e-6)
+    return out
+
+
+def softmax_by_definition(q, k, v, q_mask, kv_mask):
+    out = np.zeros(q.shape[:3] + v.shape[3:])
+    for b, h in np.ndindex(q.shape[0], q.shape[2]):
+        for i in np.flatnonzero(q_mask[b]):
+            weights = np.exp(k[b, :, h] @ q[b, i, h] / math.sqrt(q.shape[3])) * kv_mask[b]
+            out[b, i, h] = weights @ v[b, :, h] / weights.sum()
+    return out
+
+
+def layer_norm(x, scale, bias):
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5) * scale + bias
+
+
+def loftr_layer(p, heads, x, source, x_mask, source_mask, attention=attention_by_definition):
+    """LoFTREncoderLayer: x + norm2(mlp([x, norm1(merge(attention))])); p maps our names to arrays."""
+    def split(y):
+        return y.reshape(*y.shape[:2], heads, -1)
+
+    message = attention(split(x @ p["q_proj/kernel"]), split(source @ p["k_proj/kernel"]),
+                        split(source @ p["v_proj/kernel"]), x_mask, source_mask).reshape(x.shape)
+    message = layer_norm(message @ p["merge/kernel"], p["norm1/scale"], p["norm1/bias"])
+    hidden = np.maximum(np.concatenate([x, message], -1) @ p["mlp_0/kernel"], 0)
+    return x + layer_norm(hidden @ p["mlp_2/kernel"], p["norm2/scale"], p["norm2/bias"])
+
+
+# --- fixtures -------------------------------------------------------------------------------------
+
+
+def arrays(module) -> dict[str, np.ndarray]:
+    pure = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    return {k: np.asarray(v, np.float64) for k, v in flatten_dict(pure, sep="/").items()}
+
+
+def shapes(make) -> dict[str, tuple]:
+    state = nnx.to_pure_dict(nnx.state(nnx.eval_shape(make), nnx.Param))
+    return {k: v.shape for k, v in flatten_dict(state, sep="/").items()}
+
+
+def unlike_its_start(module, seed=0):
+    """Norms away from scale 1 and bias 0, so that one in the wrong place shows."""
+    rng = np.random.default_rng(seed)
+    state = nnx.state(module, nnx.Param)
+    nnx.update(module, jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), jnp.float32), state))
+    return module
+
+
+@pytest.fixture(scope="module")
+def two_prints():
+    """Features of two images of 6 and 9 cells, width 8, and masks that hide some of each."""
+    rng = np.random.default_rng(1)
+    f0, f1 = (rng.normal(0.5, 2, (2, n, 8)).astype(np.float32) for n in (6, 9))  # of mean ≠ 0, deviation ≠ 1
+    m0, m1 = np.ones((2, 6), bool), np.ones((2, 9), bool)
+    m0[0, 4:], m1[1, :3] = False, False
+    return f0, f1, m0, m1
+
+
+# --- attention ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention, definition", [
+    (linear_attention, attention_by_definition), (softmax_attention, softmax_by_definition)])
+def test_attention_equals_its_definition_query_by_query(attention, definition):
+    rng = np.random.default_rng(2)
+    q, k, v = (rng.normal(size=(2, n, 2, 3)).astype(np.float32) for n in (4, 5, 5))
+    q_mask, kv_mask = rng.random((2, 4)) < 0.7, rng.random((2, 5)) < 0.6
+    assert not q_mask.all() and not kv_mask.all() and kv_mask.any(1).all()
+    np.testing.assert_allclose(attention(q, k, v, q_mask, kv_mask), definition(q, k, v, q_mask, kv_mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [linear_attention, softmax_attention])
+def test_a_masked_key_is_as_if_it_were_not_there(attention):
+    rng = np.random.default_rng(3)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, n, 1, 4)), jnp.float32) for n in (3, 6, 6))
+    kv_mask = jnp.array([[True] * 4 + [False] * 2])
+    q_mask = jnp.ones((1, 3), bool)
+    masked = attention(q, k, v.at[:, 4:].set(1e3), q_mask, kv_mask)
+    np.testing.assert_allclose(masked, attention(q, k[:, :4], v[:, :4], q_mask, kv_mask[:, :4]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("attention", [linear_attention, softmax_attention])
+def test_with_every_key_masked_the_message_is_zero_and_finite(attention):
+    q = jnp.ones((1, 2, 1, 4))
+    out = attention(q, q, q, jnp.ones((1, 2), bool), jnp.zeros((1, 2), bool))
+    np.testing.assert_array_equal(out, 0)
+
+
+# --- LoFTR's transformer --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind, attention", [("loftr", attention_by_definition), ("siamese", softmax_by_definition)])
+def test_the_encoder_layer_is_loftrs_layer(two_prints, kind, attention):
+    f0, f1, m0, m1 = two_prints
+    layer = unlike_its_start(EncoderLayer(8, 2, kind, rngs=nnx.Rngs(0)))
+    expected = loftr_layer(arrays(layer), 2, f0, f1, m0, m1, attention)
+    np.testing.assert_allclose(nnx.jit(lambda m, *a: m(*a))(layer, *two_prints_in_order(two_prints)), expected, atol=2e-4)
+
+
+def two_prints_in_order(two_prints):
+    f0, f1, m0, m1 = two_prints
+    return f0, f1, m0, m1
+
+
+def test_self_and_cross_alternate_and_image_1_attends_to_the_updated_image_0(two_prints):
+    f0, f1, m0, m1 = two_prints
+    transformer = unlike_its_start(Transformer(8, 2, 2, "loftr", rngs=nnx.Rngs(0)))
+    p = arrays(transformer)
+    layers = [{k.removeprefix(f"layer_{i}/"): v for k, v in p.items() if k.startswith(f"layer_{i}/")} for i in range(4)]
+    x0, x1 = np.float64(f0), np.float64(f1)
+    for i, layer in enumerate(layers):
+        if i % 2 == 0:  # one layer serves both images
+            x0, x1 = loftr_layer(layer, 2, x0, x0, m0, m0), loftr_layer(layer, 2, x1, x1, m1, m1)
+        else:  # sequential
+            x0 = loftr_layer(layer, 2, x0, x1, m0, m1)
+            x1 = loftr_layer(layer, 2, x1, x0, m1, m0)
+    out0, out1 = nnx.jit(lambda m, *a: m(*a))(transformer, f0, f1, m0, m1)
+    np.testing.assert_allclose(out0, x0, atol=1e-3)
+    np.testing.assert_allclose(out1, x1, atol=1e-3)
+
+
+def test_four_layers_are_eight_encoder_layers_of_loftrs_80_arrays_and_5251072_parameters():
+    tree = shapes(lambda: Transformer(256, 8, 4, "loftr", rngs=nnx.Rngs(0)))
+    ours = {
+        "q_proj/kernel": (256, 256), "k_proj/kernel": (256, 256), "v_proj/kernel": (256, 256),
+        "merge/kernel": (256, 256), "mlp_0/kernel": (512, 512), "mlp_2/kernel": (512, 256),
+        "norm1/scale": (256,), "norm1/bias": (256,), "norm2/scale": (256,), "norm2/bias": (256,)}
+    assert tree == {f"layer_{i}/{name}": shape for i in range(8) for name, shape in ours.items()}
+    assert len(tree) == 80
+    assert sum(math.prod(s) for s in tree.values()) == 5_251_072
+
+
+# --- position encoding ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temp_bug_fix", [True, False])
+def test_the_position_encoding_counts_from_one_and_interleaves_sines_and_cosines(temp_bug_fix):
+    channels, pe = 16, np.asarray(position_encoding(3, 5, 16, temp_bug_fix))
+    expected = np.zeros((3, 5, channels))
+    for row, col, k in np.ndindex(3, 5, channels // 4):
+        exponent = 2 * k * (math.log(10000) / (channels / 2) if temp_bug_fix else 1)
+        x, y = (col + 1) * math.exp(-exponent), (row + 1) * math.exp(-exponent)
+        expected[row, col, 4 * k : 4 * k + 4] = math.sin(x), math.cos(x), math.sin(y), math.cos(y)
+    np.testing.assert_allclose(pe, expected, atol=1e-6)
+
+
+def test_the_published_weights_precedence_bug_is_reproduced():
+    """`-math.log(10000.0) / d_model // 2` of LoFTR at d = 256 floors to −1."""
+    assert -math.log(10000.0) / 256 // 2 == -1
+    pe = np.asarray(position_encoding(1, 1, 256, temp_bug_fix=False))[0, 0, 0::4]
+    div = np.exp(np.arange(0, 128, 2) * (-math.log(10000.0) / 256 // 2))
+    np.testing.assert_allclose(pe, np.sin(div), atol=1e-6)
+
+
+# --- ResNet-18 ------------------------------------------------------------------------------------
+
+
+def test_the_resnet_has_resnet_18s_parameters():
+    """torchvision's resnet18 has 11,689,512; less its classifier, less two input channels, plus our projection."""
+    tree = shapes(lambda: ResNet18((64, 128, 256, 512), 256, rngs=nnx.Rngs(0)))
+    expected = 11_689_512 - (512 * 1000 + 1000) - 2 * 64 * 7 * 7 + 512 * 256
+    assert sum(math.prod(s) for s in tree.values()) == expected
+
+
+@pytest.mark.parametrize("widths", [(2, 3, 4), (2, 3, 4, 5), (2, 3, 4, 5, 6)])
+def test_the_feature_map_has_one_cell_for_8_by_8_px_whatever_the_stages(widths):
+    out = nnx.eval_shape(lambda: ResNet18(widths, 12, rngs=nnx.Rngs(0))(jnp.zeros((2, 64, 48, 1)), False))
+    assert STRIDE == 8 and out.shape == (2, 8, 6, 12)
+
+
+# --- Module 1 -------------------------------------------------------------------------------------
+
+
+def test_a_cell_is_foreground_when_half_of_its_pixels_are():
+    mask = np.zeros((1, 16, 24), bool)
+    mask[0, :4, :8] = True  # 32 of cell 0's 64 px
+    mask[0, :4, 8:16] = True
+    mask[0, 0, 8] = False  # 31 of cell 1's
+    mask[0, 8:, 16:] = True
+    np.testing.assert_array_equal(cell_mask(jnp.asarray(mask)), [[True, False, False, False, False, True]])
+
+
+def test_confidences_have_image_0_in_rows_and_vanish_outside_the_masks():
+    config = DenseConfig(**TINY, similarity="cosine")
+    model = DenseRegistration(config, rngs=nnx.Rngs(0))
+    rng = np.random.default_rng(4)
+    image0, image1 = rng.normal(size=(2, 2, 16, 16, 1)).astype(np.float32)
+    mask0, mask1 = np.zeros((2, 2, 16, 16), bool)
+    mask0[:, :8, 8:], mask0[1, 8:, :8] = True, True  # cell 1 of both pairs, cell 2 of the second
+    mask1[:, :8], mask1[0, 8:] = True, True  # all of the first, cells 0 and 1 of the second
+    conf = np.exp(nnx.jit(lambda m, *a: m(*a, train=False))(model, image0, image1, mask0, mask1))
+    assert conf.shape == (2, 4, 4)
+    rows, columns = np.array([[0, 1, 0, 0], [0, 1, 1, 0]], bool), np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
+    np.testing.assert_array_equal(conf > 0, rows[:, :, None] & columns[:, None, :])
+    # a single row: softmax over its one column entry is 1, so the product is the softmax of the row
+    assert conf[0, 1].sum() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["loftr", "siamese"])
+def test_module_1s_transformer_bears_the_name_of_its_kind(kind):
+    tree = shapes(lambda: DenseRegistration(DenseConfig(**TINY, transformer=kind), rngs=nnx.Rngs(0)))
+    assert {k.split("/")[0] for k in tree} == {"resnet", f"{kind}_transformer"}
+
+
+# --- Module 2 -------------------------------------------------------------------------------------
+
+MATCH = MatchConfig(**TINY | {"image_size": 32}, roi_size=20, embedding_size=6, embedding_grid=2, embedding_channels=3)
+
+
+def test_a_tied_transformer_is_one_and_an_untied_one_is_two():
+    both = {"loftr_transformer_global", "loftr_transformer_local"}
+    for share, count in ((True, 1), (False, 2)):
+        config = MATCH.replace(share_global_local=share)
+        tree = shapes(lambda: Matcher(config, 5, rngs=nnx.Rngs(0)))
+        assert len({k.split("/")[0] for k in tree} & both) == count
+
+
+def test_embeddings_are_unit_vectors_of_the_configured_size_and_a_window_of_20_px_has_9_cells():
+    rng = np.random.default_rng(5)
+    model = Matcher(MATCH, 5, rngs=nnx.Rngs(0))
+    pair = Aligned(*rng.normal(size=(2, 2, 32, 32, 1)).astype(np.float32), np.ones((2, 32, 32), bool),
+                   *rng.normal(size=(2, 2, 20, 20, 1)).astype(np.float32), np.ones((2, 20, 20), bool))
+    e = nnx.jit(lambda m, p: m(p, train=False))(model, pair)
+    for vectors in e[:4]:
+        assert vectors.shape == (2, 6)
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
+    assert e.log_conf.shape == (2, 16, 16) and e.cells.shape == (2, 16)
+    features = nnx.eval_shape(lambda: Matcher(MATCH, 5, rngs=nnx.Rngs(0))._features(
+        ResNet18((2, 3, 4), 8, rngs=nnx.Rngs(0)), Transformer(8, 2, 1, "loftr", rngs=nnx.Rngs(0)),
+        pair.local0, pair.local1, pair.roi, False))
+    assert features[0].shape == (2, 9, 8)  # three cells a side, the last half empty
+
+
+def test_the_embedding_depends_on_where_a_feature_lies_and_not_on_what_is_masked():
+    rng = np.random.default_rng(6)
+    head = nnx.jit(EmbeddingHead(MATCH, rngs=nnx.Rngs(1)).__call__)
+    f = rng.normal(size=(1, 16, 8)).astype(np.float32)
+    mask = np.ones((1, 16), bool)
+    mask[0, 12:] = False
+    elsewhere = f.reshape(1, 4, 4, 8)[:, :, ::-1].reshape(1, 16, 8)
+    other_background = np.where(mask[..., None], f, 9.0).astype(np.float32)
+    assert abs(np.asarray(head(f, mask)) - head(elsewhere, mask)).max() > 0.01
+    np.testing.assert_array_equal(head(f, mask), head(other_background, mask))
