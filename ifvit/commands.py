@@ -10,6 +10,7 @@ from ifvit.config import DenseConfig, MatchConfig, default_preset, parse_value, 
 from ifvit.data.pairs import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve
+from ifvit.training.sharding import use_cpu_cores
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ def build_config(cls, args: TrainArgs, flags: dict, table: str = ""):
     `table` (`dense` or `match`, in train_all) picks the keys of `[table]` in the file and `table.key`
     of `--set`; without it both are plain keys.
     """
+    use_cpu_cores()
     config = preset(args.preset or default_preset(), cls)
     if args.config:
         raw = read_toml(args.config)
@@ -73,6 +75,7 @@ def build_config(cls, args: TrainArgs, flags: dict, table: str = ""):
 def start(args: TrainArgs, name: str) -> None:
     """The first log line, and the compilation cache."""
     import jax
+
 
     roots = " ".join(args.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
     devices = jax.devices()

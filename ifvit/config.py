@@ -38,6 +38,7 @@ class Config:
     held_out: float = number(0.1, 0.0, 0.9)         # share of fingers kept for validation
     synthetic_fingers: int = number(300, 2)         # how many generated fingers, where generated ones are used
     synthetic_impressions: int = number(8, 1)       # and impressions of each
+    synthetic_share: float = number(0.0, 0, 1)      # share of pairs drawn from generated fingers beside real ones
     input_workers: int = number(0, 0, 256)          # Grain worker processes a host; 0: threads of this process
     max_broken: float = number(0.1, 0, 1)           # share of unreadable images above which a run refuses
     canvas_size: int = number(512, 64, 4096)        # px at 500 ppi, what the host hands to the device
@@ -128,7 +129,6 @@ class MatchConfig(Config):
     impostor_share: float = number(0.5, 0, 0.9)
     rotation: float = number(20.0, 0, 180)          # degrees; of each print on its own, before alignment
     partial: float = number(0.3, 0, 1)
-    synthetic_share: float = number(0.0, 0, 1)      # share of pairs drawn from generated fingers beside real ones
     share_global_local: bool = True                 # one transformer in both branches, or seeded alike and then apart
     seed_resnet: bool = False                       # start both branches' ResNets from Module 1's too
     # --- alignment
@@ -224,10 +224,10 @@ _SMOKE_NET = dict(resnet_widths=(8, 8, 16), transformer_width=16, transformer_he
 PRESETS = {
     "paper": (dict(), dict()),
     "cpu": (
-        dict(_SMALL_NET, learning_rate=2e-3, pairs_per_epoch=1600, num_epochs=12, val_pairs=128,
-             synthetic_fingers=100),
+        dict(_SMALL_NET, learning_rate=2e-3, pairs_per_epoch=1600, num_epochs=12, val_pairs=128, save_every=2,
+             synthetic_fingers=100, synthetic_share=0.25),
         dict(_SMALL_NET, learning_rate=1e-3, pairs_per_epoch=1280, num_epochs=6, val_pairs=192, seed_resnet=True,
-             synthetic_fingers=100, loss_embedding=1.0, loss_arcface=0.1, arcface_scale=30.0, roi_size=96,
+             save_every=2, synthetic_fingers=100, synthetic_share=0.25, loss_embedding=1.0, loss_arcface=0.1, arcface_scale=30.0, roi_size=96,
              embedding_channels=16, match_threshold=0.05, calibration_pairs=1000),
     ),
     "quick": (

@@ -41,11 +41,13 @@ class Args:
         from ifvit.data.prepare import prepare
         from ifvit.data.sources import read_roots, require_fingers
         from ifvit.scorer import Scorer
+        from ifvit.training.sharding import use_cpu_cores
 
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
         if not self.dataset_root:
             raise UserError("--dataset_root names no folder; give one or more.")
+        use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
         prints = read_roots([resolve_data(r) for r in self.dataset_root], self.ppi)

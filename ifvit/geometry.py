@@ -142,7 +142,7 @@ def ridge_overlap(image0: Float[Array, "*B H W"], image1: Float[Array, "*B H W"]
     The box is the Gaussian of `sigma` px here, the threshold 0.4 of each print's own mean inside `both`.
     """
     def energetic(image):
-        p = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(1, 1), (1, 1)])
+        p = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(1, 1), (1, 1)], mode="edge")  # the frame is no ridge
         rows = p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]
         cols = p[..., :-2] + 2 * p[..., 1:-1] + p[..., 2:]
         gx, gy = rows[..., 2:] - rows[..., :-2], cols[..., 2:, :] - cols[..., :-2, :]

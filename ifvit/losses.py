@@ -15,7 +15,7 @@ IGNORE = -2
 
 def focal_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Bool[Array, "B L"],
                m1: Bool[Array, "B S"], alpha: float = 0.25, gamma: float = 2.0) -> Float[Array, ""]:
-    """LoFTR's dense focal loss (section 3.4; Lin et al. 2017, eq. 5), probabilities clamped at 1e-6.
+    """LoFTR's dense focal loss (section 3.4: one alpha for matches and non-matches), probabilities clamped at 1e-6.
 
     Mean over the matches plus mean over all other pairs of foreground cells: an impostor pair is
     all negatives, and counts.
@@ -24,7 +24,7 @@ def focal_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: B
     positive = jnp.arange(log_conf.shape[2]) == labels[:, :, None]
     negative = m0[:, :, None] & m1[:, None, :] & (labels != IGNORE)[:, :, None] & ~positive
     loss_pos = -alpha * (1 - p) ** gamma * jnp.log(p)
-    loss_neg = -(1 - alpha) * p**gamma * jnp.log(1 - p)
+    loss_neg = -alpha * p**gamma * jnp.log(1 - p)
     return _mean(loss_pos, positive) + _mean(loss_neg, negative)
 
 

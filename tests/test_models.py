@@ -10,12 +10,13 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from ifvit.config import DenseConfig, MatchConfig
+from ifvit.models import transformer
 from ifvit.models.dense_reg import DenseRegistration, cell_mask
 from ifvit.models.matcher import Aligned, EmbeddingHead, Matcher
 from ifvit.models.resnet import STRIDE, ResNet18
-from ifvit.models.transformer import (EncoderLayer, Transformer, linear_attention, position_encoding,
-                                      softmax_attention)
+from ifvit.models.transformer import EncoderLayer, Transformer, position_encoding
 
+linear_attention, softmax_attention = jax.jit(transformer.linear_attention), jax.jit(transformer.softmax_attention)
 TINY = dict(resnet_widths=(2, 3, 4), transformer_width=8, transformer_heads=2, transformer_layers=1, image_size=16)
 
 
@@ -73,12 +74,17 @@ def shapes(make) -> dict[str, tuple]:
     return {k: v.shape for k, v in flatten_dict(state, sep="/").items()}
 
 
-def unlike_its_start(module, seed=0):
-    """Norms away from scale 1 and bias 0, so that one in the wrong place shows."""
+def filled(make, seed=0):
+    """The module with drawn parameters: norms are away from scale 1 and bias 0, so that one in the wrong place shows."""
     rng = np.random.default_rng(seed)
-    state = nnx.state(module, nnx.Param)
-    nnx.update(module, jax.tree.map(lambda p: jnp.asarray(p + 0.3 * rng.normal(size=p.shape), jnp.float32), state))
-    return module
+    graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
+    params = jax.tree.map(lambda p: rng.normal(0.1, 0.4, p.shape).astype(np.float32), params)
+    rest = jax.tree.map(lambda p: np.ones(p.shape, np.float32), rest)
+    return nnx.merge(graph, params, rest)
+
+
+def forward(module, *inputs, **options):
+    return nnx.jit(lambda m, *a: m(*a, **options))(module, *inputs)
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +113,10 @@ def test_attention_equals_its_definition_query_by_query(attention, definition):
 @pytest.mark.parametrize("attention", [linear_attention, softmax_attention])
 def test_a_masked_key_is_as_if_it_were_not_there(attention):
     rng = np.random.default_rng(3)
-    q, k, v = (jnp.asarray(rng.normal(size=(1, n, 1, 4)), jnp.float32) for n in (3, 6, 6))
-    kv_mask = jnp.array([[True] * 4 + [False] * 2])
-    q_mask = jnp.ones((1, 3), bool)
-    masked = attention(q, k, v.at[:, 4:].set(1e3), q_mask, kv_mask)
+    q, k, v = (rng.normal(size=(1, n, 1, 4)).astype(np.float32) for n in (3, 6, 6))
+    v[:, 4:] = 1e3
+    kv_mask, q_mask = np.array([[True] * 4 + [False] * 2]), np.ones((1, 3), bool)
+    masked = attention(q, k, v, q_mask, kv_mask)
     np.testing.assert_allclose(masked, attention(q, k[:, :4], v[:, :4], q_mask, kv_mask[:, :4]), rtol=1e-4, atol=1e-5)
 
 
@@ -126,21 +132,15 @@ def test_with_every_key_masked_the_message_is_zero_and_finite(attention):
 
 @pytest.mark.parametrize("kind, attention", [("loftr", attention_by_definition), ("siamese", softmax_by_definition)])
 def test_the_encoder_layer_is_loftrs_layer(two_prints, kind, attention):
-    f0, f1, m0, m1 = two_prints
-    layer = unlike_its_start(EncoderLayer(8, 2, kind, rngs=nnx.Rngs(0)))
-    expected = loftr_layer(arrays(layer), 2, f0, f1, m0, m1, attention)
-    np.testing.assert_allclose(nnx.jit(lambda m, *a: m(*a))(layer, *two_prints_in_order(two_prints)), expected, atol=2e-4)
-
-
-def two_prints_in_order(two_prints):
-    f0, f1, m0, m1 = two_prints
-    return f0, f1, m0, m1
+    layer = filled(lambda: EncoderLayer(8, 2, kind, rngs=nnx.Rngs(0)))
+    expected = loftr_layer(arrays(layer), 2, *two_prints, attention)
+    np.testing.assert_allclose(forward(layer, *two_prints), expected, atol=2e-4)
 
 
 def test_self_and_cross_alternate_and_image_1_attends_to_the_updated_image_0(two_prints):
     f0, f1, m0, m1 = two_prints
-    transformer = unlike_its_start(Transformer(8, 2, 2, "loftr", rngs=nnx.Rngs(0)))
-    p = arrays(transformer)
+    model = filled(lambda: Transformer(8, 2, 2, "loftr", rngs=nnx.Rngs(0)))
+    p = arrays(model)
     layers = [{k.removeprefix(f"layer_{i}/"): v for k, v in p.items() if k.startswith(f"layer_{i}/")} for i in range(4)]
     x0, x1 = np.float64(f0), np.float64(f1)
     for i, layer in enumerate(layers):
@@ -149,7 +149,7 @@ def test_self_and_cross_alternate_and_image_1_attends_to_the_updated_image_0(two
         else:  # sequential
             x0 = loftr_layer(layer, 2, x0, x1, m0, m1)
             x1 = loftr_layer(layer, 2, x1, x0, m1, m0)
-    out0, out1 = nnx.jit(lambda m, *a: m(*a))(transformer, f0, f1, m0, m1)
+    out0, out1 = forward(model, f0, f1, m0, m1)
     np.testing.assert_allclose(out0, x0, atol=1e-3)
     np.testing.assert_allclose(out1, x1, atol=1e-3)
 
@@ -217,18 +217,21 @@ def test_a_cell_is_foreground_when_half_of_its_pixels_are():
 
 def test_confidences_have_image_0_in_rows_and_vanish_outside_the_masks():
     config = DenseConfig(**TINY, similarity="cosine")
-    model = DenseRegistration(config, rngs=nnx.Rngs(0))
+    model = filled(lambda: DenseRegistration(config, rngs=nnx.Rngs(0)))
     rng = np.random.default_rng(4)
     image0, image1 = rng.normal(size=(2, 2, 16, 16, 1)).astype(np.float32)
     mask0, mask1 = np.zeros((2, 2, 16, 16), bool)
     mask0[:, :8, 8:], mask0[1, 8:, :8] = True, True  # cell 1 of both pairs, cell 2 of the second
     mask1[:, :8], mask1[0, 8:] = True, True  # all of the first, cells 0 and 1 of the second
-    conf = np.exp(nnx.jit(lambda m, *a: m(*a, train=False))(model, image0, image1, mask0, mask1))
+    run = jax.jit(lambda *a: jnp.exp(model(*a, train=False)))
+    conf = np.asarray(run(image0, image1, mask0, mask1))
     assert conf.shape == (2, 4, 4)
     rows, columns = np.array([[0, 1, 0, 0], [0, 1, 1, 0]], bool), np.array([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
     np.testing.assert_array_equal(conf > 0, rows[:, :, None] & columns[:, None, :])
-    # a single row: softmax over its one column entry is 1, so the product is the softmax of the row
+    # where there is one row alone every column's softmax is 1, and the row's own sums to 1
     assert conf[0, 1].sum() == pytest.approx(1, abs=1e-5)
+    # pairs do not mix
+    np.testing.assert_allclose(run(image0[::-1], image1[::-1], mask0[::-1], mask1[::-1]), conf[::-1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["loftr", "siamese"])
@@ -250,29 +253,23 @@ def test_a_tied_transformer_is_one_and_an_untied_one_is_two():
         assert len({k.split("/")[0] for k in tree} & both) == count
 
 
-def test_embeddings_are_unit_vectors_of_the_configured_size_and_a_window_of_20_px_has_9_cells():
-    rng = np.random.default_rng(5)
-    model = Matcher(MATCH, 5, rngs=nnx.Rngs(0))
-    pair = Aligned(*rng.normal(size=(2, 2, 32, 32, 1)).astype(np.float32), np.ones((2, 32, 32), bool),
-                   *rng.normal(size=(2, 2, 20, 20, 1)).astype(np.float32), np.ones((2, 20, 20), bool))
-    e = nnx.jit(lambda m, p: m(p, train=False))(model, pair)
-    for vectors in e[:4]:
-        assert vectors.shape == (2, 6)
-        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-4)
-    assert e.log_conf.shape == (2, 16, 16) and e.cells.shape == (2, 16)
-    features = nnx.eval_shape(lambda: Matcher(MATCH, 5, rngs=nnx.Rngs(0))._features(
-        ResNet18((2, 3, 4), 8, rngs=nnx.Rngs(0)), Transformer(8, 2, 1, "loftr", rngs=nnx.Rngs(0)),
-        pair.local0, pair.local1, pair.roi, False))
-    assert features[0].shape == (2, 9, 8)  # three cells a side, the last half empty
+def test_a_local_window_need_not_be_a_multiple_of_the_stride():
+    pair = Aligned(*np.zeros((2, 2, 32, 32, 1), np.float32), np.ones((2, 32, 32), bool),
+                   *np.zeros((2, 2, 20, 20, 1), np.float32), np.ones((2, 20, 20), bool))
+    e = nnx.eval_shape(lambda: Matcher(MATCH, 5, rngs=nnx.Rngs(0))(pair, train=False))
+    assert [v.shape for v in e] == [(2, 6)] * 4 + [(2, 16, 16), (2, 16)]
 
 
-def test_the_embedding_depends_on_where_a_feature_lies_and_not_on_what_is_masked():
+def test_an_embedding_is_a_unit_vector_of_where_the_features_lie_and_not_of_the_background():
     rng = np.random.default_rng(6)
-    head = nnx.jit(EmbeddingHead(MATCH, rngs=nnx.Rngs(1)).__call__)
+    head = filled(lambda: EmbeddingHead(MATCH, rngs=nnx.Rngs(0)))
     f = rng.normal(size=(1, 16, 8)).astype(np.float32)
     mask = np.ones((1, 16), bool)
     mask[0, 12:] = False
-    elsewhere = f.reshape(1, 4, 4, 8)[:, :, ::-1].reshape(1, 16, 8)
-    other_background = np.where(mask[..., None], f, 9.0).astype(np.float32)
-    assert abs(np.asarray(head(f, mask)) - head(elsewhere, mask)).max() > 0.01
-    np.testing.assert_array_equal(head(f, mask), head(other_background, mask))
+    mirrored = f.reshape(1, 4, 4, 8)[:, :, ::-1].reshape(1, 16, 8)
+    other_background = np.where(mask[..., None], f, 9).astype(np.float32)
+    run = jax.jit(lambda f, mask: head(f, mask))
+    e = np.asarray(run(f, mask))
+    assert e.shape == (1, 6) and np.linalg.norm(e) == pytest.approx(1, abs=1e-4)
+    assert abs(e - run(mirrored, mask)).max() > 0.01
+    np.testing.assert_array_equal(e, run(other_background, mask))

@@ -41,19 +41,18 @@ def plain_view(config) -> View:
 
 def random_view(key, config, angle: Float[Array, ""], scale: float, shift: float) -> View:
     """A view turned by `angle` radians, scaled by up to 1 ± scale, moved by up to ± shift px at 500 ppi."""
-    k_scale, k_shift, k_amp, k_dir, k_freq, k_phase = jax.random.split(key, 6)
+    # one draw for everything: each draw is a threefry of its own, and half a second of compilation
+    u = jax.random.uniform(key, (3 + 5 * MODES,), minval=-1, maxval=1)
+    modes = u[3:].reshape(5, MODES)
     plain = plain_view(config)
-    s = 1 + scale * jax.random.uniform(k_scale, minval=-1, maxval=1)
+    s = 1 + scale * u[0]
     c, d = jnp.cos(angle) * s, jnp.sin(angle) * s
-    length = jax.random.uniform(k_freq, (MODES,), minval=120.0, maxval=400.0) * config.input_ppi / CANVAS_PPI
-    towards = jax.random.uniform(k_dir, (MODES,), maxval=2 * jnp.pi)
+    length = (260.0 + 140.0 * modes[0]) * config.input_ppi / CANVAS_PPI
+    towards = jnp.pi * modes[1]
     frequency = (2 * jnp.pi / length)[:, None] * jnp.stack([jnp.cos(towards), jnp.sin(towards)], axis=-1)
-    amplitude = 1.6 * config.distortion * jax.random.normal(k_amp, (MODES, 2)) * (length[:, None] / length.max())
-    return View(
-        jnp.array([[c, -d], [d, c]]) @ plain.matrix,
-        plain.centre + jax.random.uniform(k_shift, (2,), minval=-shift, maxval=shift),
-        amplitude, frequency, jax.random.uniform(k_phase, (MODES,), maxval=2 * jnp.pi),
-    )
+    amplitude = 2.8 * config.distortion * modes[2:4].T * (length[:, None] / length.max())
+    return View(jnp.array([[c, -d], [d, c]]) @ plain.matrix, plain.centre + shift * u[1:3],
+                amplitude, frequency, jnp.pi * modes[4])
 
 
 def to_canvas(view: View, q: Float[Array, "N 2"], image_size: int) -> Float[Array, "N 2"]:
@@ -109,35 +108,31 @@ def corrupt(key, image: Float[Array, "S S"], mask: Bool[Array, "S S"], config, s
     Ridges are dark: a minimum filter thickens them (over-pressure), a maximum filter thins them (dryness).
     """
     size = image.shape[0]
-    keys = jax.random.split(key, 9)
     ridge = RIDGE * config.input_ppi / CANVAS_PPI
+    k_uniform, k_normal = jax.random.split(key)
+    u = jax.random.uniform(k_uniform, (12,))
+    octaves = [0.6 * ridge, 1.5 * ridge, 4 * ridge, 0.3 * ridge, 3 * ridge, 4 * ridge]
+    perlin0, perlin1, perlin2, pores, contrast, ragged, white = _noises(k_normal, size, octaves)
     x = local_normalise(image, mask, 2 * ridge)
 
-    thick = config.thickness * strength * _uniform(keys[0], -1, 1)
+    thick = config.thickness * strength * (2 * u[0] - 1)
     x = x + jnp.abs(thick) * (jnp.where(thick > 0, _neighbours(x, jnp.minimum), _neighbours(x, jnp.maximum)) - x)
     x = x - 0.5 * thick  # what a local threshold would then call ridge
 
-    amount = config.noise * strength * jax.random.uniform(keys[1], (4,)) ** 2
-    perlin = _smooth_noise(keys[2], size, (0.6 * ridge, 1.5 * ridge, 4 * ridge))
-    x = x + 1.2 * amount[0] * perlin + 0.8 * amount[1] * jax.random.normal(keys[3], x.shape)
-    pores = _smooth_noise(keys[4], size, (0.3 * ridge,))
+    amount = config.noise * strength * u[1:5] ** 2
+    x = x + 0.7 * amount[0] * (perlin0 + perlin1 + perlin2) + 0.8 * amount[1] * white
     x = x + 2.0 * amount[2] * jax.nn.relu(pores - 0.8)  # bright specks, on ridges where it is dry
-    x = x * jnp.exp(0.8 * amount[3] * _smooth_noise(keys[5], size, (3 * ridge,)))
+    x = x * jnp.exp(0.8 * amount[3] * contrast)
 
     # partial contact: an ellipse of the finger, its border ragged
-    k_use, k_place, k_axes, k_edge = jax.random.split(keys[6], 4)
     yx = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij"), axis=-1) / size - 0.5
-    axes = jax.random.uniform(k_axes, (2,), minval=0.25, maxval=0.55)
-    place = jax.random.uniform(k_place, (2,), minval=-0.2, maxval=0.2)
-    ragged = 0.25 * _smooth_noise(k_edge, size, (4 * ridge,))
-    contact = (((yx - place) / axes) ** 2).sum(-1) < 1 + ragged
-    use = jax.random.uniform(k_use) < 0.7 * config.partial
-    kept = mask & (contact | ~use)
+    axes, place = 0.25 + 0.3 * u[5:7], 0.4 * u[7:9] - 0.2
+    contact = (((yx - place) / axes) ** 2).sum(-1) < 1 + 0.25 * ragged
+    kept = mask & (contact | (u[9] > 0.7 * config.partial))
     mask = jnp.where(kept.mean() > 0.08, kept, mask)
 
-    soft = jax.random.uniform(keys[7]) * strength
-    x = jnp.where(jax.random.uniform(keys[8]) < 0.3, (1 - soft) * x + soft * blur(x, 0.18 * ridge), x)
-    return x, mask
+    soft = jnp.where(u[10] < 0.3, u[11] * strength, 0.0)
+    return (1 - soft) * x + soft * blur(x, 0.18 * ridge), mask
 
 
 def normalise(images: Float[Array, "B S S"], masks: Bool[Array, "B S S"], config) -> Float[Array, "B S S 1"]:
@@ -225,11 +220,13 @@ def _neighbours(x, pick):
     return pick(pick(pick(p[:-2, 1:-1], p[2:, 1:-1]), pick(p[1:-1, :-2], p[1:-1, 2:])), x)
 
 
-def _smooth_noise(key, size: int, lengths: tuple[float, ...]):
-    """Lattice noise of unit variance, an octave a `length` px (Perlin 1985), smooth between lattice points."""
-    total = 0.0
-    for i, length in enumerate(lengths):
-        n = max(2, int(np.ceil(size / length)))
-        lattice = jax.random.normal(jax.random.fold_in(key, i), (n, n))
-        total = total + jax.image.resize(lattice, (size, size), "cubic")
-    return total / math.sqrt(len(lengths))
+def _noises(key, size: int, lengths: list[float]) -> list[Float[Array, "S S"]]:
+    """Lattice noise of unit variance (Perlin 1985) with each of `lengths` px between lattice points; last, white noise.
+
+    One draw for all, as in `random_view`.
+    """
+    sides = [max(2, int(np.ceil(size / length))) for length in lengths]
+    ends = np.cumsum([n * n for n in sides])
+    z = jax.random.normal(key, (int(ends[-1]) + size * size,))
+    lattices = [z[end - n * n : end].reshape(n, n) for n, end in zip(sides, ends)]
+    return [jax.image.resize(x, (size, size), "cubic") for x in lattices] + [z[ends[-1] :].reshape(size, size)]

@@ -36,11 +36,11 @@ def gather(config) -> tuple[PrintSet, PrintSet, PrintSet]:
 def read_prints(config) -> list[Print]:
     """The prints of every root; the root `synthetic` is generated, once, into the cache.
 
-    Where Module 2 mixes generated fingers into real ones (`synthetic_share`), they are added.
+    Where generated fingers are mixed into real ones (`synthetic_share`), they are added.
     """
     roots = [resolve_data(r) for r in config.dataset_root if r != SYNTHETIC]
     prints = read_roots(roots, config.ppi or None) if roots else []
-    if SYNTHETIC in config.dataset_root or getattr(config, "synthetic_share", 0) > 0:
+    if SYNTHETIC in config.dataset_root or config.synthetic_share > 0:
         prints += generated(config)
     return prints
 

@@ -16,31 +16,8 @@ class Pair(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DensePairs:
-    """Module 1: the same print twice (two views are made of it on the device), or two fingers' prints."""
-
-    prints: tuple[Print, ...]
-    impostor_share: float
-    seed: int
-
-    def __post_init__(self):
-        object.__setattr__(self, "fingers", _by_finger(self.prints))
-
-    def __getitem__(self, n: int) -> Pair:
-        rng = np.random.default_rng([self.seed, 1, n])
-        if rng.random() < self.impostor_share:
-            return _impostor(rng, self.fingers)
-        i = int(rng.integers(len(self.prints)))
-        return Pair(i, i, True)
-
-
-@dataclass(frozen=True)
-class MatchPairs:
-    """Module 2: two impressions of a finger, or of two fingers; fingers are equally likely.
-
-    A finger with one impression is paired with itself, which the device augments twice.
-    `synthetic_share` of the pairs come from the generated fingers where there are real ones too.
-    """
+class _Pools:
+    """Fingers to draw from: the real ones, and the generated ones for `synthetic_share` of the pairs."""
 
     prints: tuple[Print, ...]
     impostor_share: float
@@ -52,11 +29,37 @@ class MatchPairs:
         pools = [{k: v for k, v in fingers.items() if (k[0] == SYNTHETIC) == made} for made in (False, True)]
         object.__setattr__(self, "pools", pools)
 
+    def pool(self, rng) -> dict[tuple[str, str], list[int]]:
+        """Where there are fingers of one kind alone, those."""
+        made = rng.random() < self.synthetic_share
+        real_is_there, made_is_there = (len(pool) > 1 for pool in self.pools)
+        return self.pools[int(made) if real_is_there and made_is_there else int(made_is_there)]
+
+
+@dataclass(frozen=True)
+class DensePairs(_Pools):
+    """Module 1: the same print twice (two views are made of it on the device), or two fingers' prints."""
+
+    def __getitem__(self, n: int) -> Pair:
+        rng = np.random.default_rng([self.seed, 1, n])
+        pool = self.pool(rng)
+        if rng.random() < self.impostor_share:
+            return _impostor(rng, pool)
+        impressions = pool[list(pool)[rng.integers(len(pool))]]
+        i = int(rng.choice(impressions))
+        return Pair(i, i, True)
+
+
+@dataclass(frozen=True)
+class MatchPairs(_Pools):
+    """Module 2: two impressions of a finger, or of two fingers; fingers are equally likely.
+
+    A finger with one impression is paired with itself, which the device augments twice.
+    """
+
     def __getitem__(self, n: int) -> Pair:
         rng = np.random.default_rng([self.seed, 2, n])
-        made = rng.random() < self.synthetic_share
-        usable = [len(pool) > 1 for pool in self.pools]
-        pool = self.pools[int(made) if all(usable) else int(usable[1])]
+        pool = self.pool(rng)
         if rng.random() < self.impostor_share:
             return _impostor(rng, pool)
         impressions = pool[list(pool)[rng.integers(len(pool))]]

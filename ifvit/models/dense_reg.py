@@ -29,7 +29,7 @@ class DenseRegistration(nnx.Module):
         setattr(self, self.transformer_name,
                 Transformer(config.transformer_width, config.transformer_heads, config.transformer_layers,
                             config.transformer, rngs=rngs))
-        self.log_scale = nnx.Param(jnp.log(20.0)) if config.similarity == "cosine" else None
+        self.log_scale = nnx.Param(jnp.log(jnp.float32(20))) if config.similarity == "cosine" else None
 
     def __call__(self, image0: Float[Array, "B H W 1"], image1: Float[Array, "B H W 1"],
                  mask0: Bool[Array, "B H W"], mask1: Bool[Array, "B H W"], train: bool) -> Float[Array, "B L L"]:

@@ -74,7 +74,7 @@ class Matcher(nnx.Module):
         self.loftr_transformer_local = self.loftr_transformer_global if config.share_global_local else transformer()
         self.head_global = EmbeddingHead(config, rngs=rngs)
         self.head_local = EmbeddingHead(config, rngs=rngs)
-        self.log_scale = nnx.Param(jnp.log(20.0)) if config.similarity == "cosine" else None
+        self.log_scale = nnx.Param(jnp.log(jnp.float32(20))) if config.similarity == "cosine" else None
         init = jax.nn.initializers.normal(1.0)
         self.arcface_global = nnx.Param(init(rngs.params(), (config.embedding_size, num_classes)))
         self.arcface_local = nnx.Param(init(rngs.params(), (config.embedding_size, num_classes)))

@@ -1,7 +1,6 @@
 """Module 1 as a task of the loop."""
 
 import jax
-import numpy as np
 
 from ifvit import loftr
 from ifvit.data.loader import PairSource, batches, fixed_batches
@@ -10,6 +9,7 @@ from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 from ifvit.training.loop import Task
+from ifvit.training.sharding import make_mesh, put_batch
 from ifvit.training.state import create_state, optimizer
 from ifvit.training.step import dense_eval, dense_network, dense_step
 
@@ -21,7 +21,7 @@ def dense_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     net = dense_network(config)
     steps = steps_per_epoch(config, len(train))
     tx, schedule = optimizer(config, steps * config.num_epochs)
-    pairs = DensePairs(train.prints, config.impostor_share, config.seed)
+    pairs = DensePairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
 
     def create():
         return create_state(net, tx, config.seed, lambda params, stats: (with_loftr(params, config), stats))
@@ -64,14 +64,15 @@ def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | 
 
     Accuracy: share of the cells with a known match that are matched within one cell (8 px).
     """
-    pairs = DensePairs(prints.prints, config.impostor_share, VALIDATION_SEED)
+    pairs = DensePairs(prints.prints, config.impostor_share, 0.0, VALIDATION_SEED)
     wanted = [pairs[n] for n in range(config.val_pairs if count is None else count)]
     if not wanted:
         return {}
+    mesh = make_mesh(config.batch_size)
     totals: dict[str, float] = {}
     for i, (batch, _) in enumerate(fixed_batches(prints, wanted, config.batch_size)):
         keys = jax.random.split(jax.random.fold_in(jax.random.key(VALIDATION_SEED), i), config.batch_size)
-        for k, v in jax.device_get(evaluate(*state, batch, keys)).items():
+        for k, v in jax.device_get(evaluate(*state, put_batch(batch, mesh), keys)).items():
             totals[k] = totals.get(k, 0.0) + float(v)
     impostors = max(1, sum(not p.genuine for p in wanted))
     return {"accuracy": totals["correct"] / max(totals["known"], 1),

@@ -18,7 +18,7 @@ from ifvit import checkpoint, plots
 from ifvit.cli import Failure, Interrupted
 from ifvit.errors import UserError
 from ifvit.training.metrics import Metrics, read_rows
-from ifvit.training.sharding import check_batch, make_mesh, over_data, put_batch, replicated
+from ifvit.training.sharding import make_mesh, over_data, put_batch, replicated
 from ifvit.training.state import TrainState
 
 # what a run may change and still be the same run
@@ -55,8 +55,7 @@ def train(task: Task, resume: str) -> Path:
     config = task.config
     folder = Path(os.path.abspath(config.checkpoint_dir))
     total = config.num_epochs * task.steps_per_epoch
-    mesh = make_mesh()
-    check_batch(config.batch_size, mesh)
+    mesh = make_mesh(config.batch_size)
 
     # The order of a resume: 1. find the checkpoint and compare configs, before anything is made;
     # 2. create the state, which gives the tree; 3. put the saved leaves into it; 4. drop the metric

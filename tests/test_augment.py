@@ -1,0 +1,279 @@
+"""Views of a print, their truth, and what corrupts them: known poses, known ridges, plain numpy."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from ifvit.config import PRESETS, DenseConfig
+from ifvit.data import augment
+from ifvit.data.augment import (View, corrupt, dense_pair, match_views, normalise, plain_view, plain_views, random_view,
+                                take_view, to_canvas, to_view, truth)
+from ifvit.losses import IGNORE, NO_MATCH
+from ifvit.models.dense_reg import cell_mask
+from ifvit.training.step import pair_keys
+
+SMOKE = DenseConfig(**PRESETS["smoke"][0])  # 200 ppi, window of 64 px, canvas of 256
+WIDE = SMOKE.replace(image_size=128, input_ppi=500.0)  # 16 × 16 cells, as many pixels as the canvas has there
+SIDE = 16
+CELLS = np.arange(SIDE * SIDE).reshape(SIDE, SIDE)
+EVERYWHERE = np.ones(SIDE * SIDE, bool)
+
+
+def posed(degrees=0.0, x=0.0, y=0.0, scale=1.0, config=WIDE) -> View:
+    """The plain view turned and scaled about its middle, moved by (x, y) px of the canvas."""
+    plain = plain_view(config)
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return plain._replace(matrix=plain.matrix @ jnp.array([[c, -s], [s, c]]) * scale,
+                          centre=plain.centre + jnp.array([x, y]))
+
+
+@pytest.fixture(scope="module")
+def labels_between():
+    run = jax.jit(lambda v0, v1, m0, m1: truth(v0, v1, m0, m1, WIDE))
+    return lambda v0, v1, m0=EVERYWHERE, m1=EVERYWHERE: np.asarray(run(v0, v1, m0, m1)).reshape(SIDE, SIDE)
+
+
+# --- views ----------------------------------------------------------------------------------------
+
+
+def test_the_plain_view_is_the_middle_of_the_canvas_at_the_networks_ppi():
+    """At 200 ppi a pixel is 2.5 px of the canvas; 31.5 is the window's middle, 127.5 the canvas's."""
+    q = np.array([[31.5, 31.5], [32.5, 31.5], [0, 63]])
+    expected = [[127.5, 127.5], [130, 127.5], [127.5 - 31.5 * 2.5, 127.5 + 31.5 * 2.5]]
+    np.testing.assert_allclose(to_canvas(plain_view(SMOKE), q, 64), expected, atol=1e-4)
+
+
+def test_a_pixel_of_a_view_shows_its_place_on_the_canvas():
+    """Canvases whose grey level is x, and y: at 500 ppi the view reads its own coordinates off them."""
+    y, x = np.mgrid[:256, :256].astype(np.uint8)
+    view = posed(25, 10, -6, 0.9)
+    xy = np.asarray(to_canvas(view, augment.grid_points(128), 128))
+    for canvas, expected in ((x, xy[:, 0]), (y, xy[:, 1])):
+        pixels, inside = take_view(canvas, np.ones((32, 32), bool), view, WIDE)
+        assert inside.all()
+        np.testing.assert_allclose(np.ravel(pixels) * 255, expected, atol=1e-2)
+
+
+def test_the_foreground_of_a_view_lies_where_the_canvas_has_it():
+    mask8 = np.zeros((32, 32), bool)
+    mask8[8:24, 12:20] = True  # canvas y 64 … 192, x 96 … 160: view y 0 … 128, x 32 … 96
+    _, inside = take_view(np.zeros((256, 256), np.uint8), mask8, posed(), WIDE)
+    assert inside[4:-4, 34:94].all() and not inside[:, :31].any() and not inside[:, 97:].any()
+
+
+@pytest.mark.parametrize("distortion", [0.0, 1.0, 2.0])
+def test_to_view_is_the_inverse_of_to_canvas_within_a_twentieth_of_a_pixel(distortion):
+    config = SMOKE.replace(distortion=distortion)
+
+    @jax.jit
+    def there_and_back(key, q):
+        view = random_view(key, config, jnp.float32(2.5), 0.08, 45.0)
+        return to_view(view, to_canvas(view, q, 64), 64)
+
+    q = np.random.default_rng(0).uniform(0, 63, (50, 2)).astype(np.float32)
+    for seed in range(20):
+        assert np.abs(there_and_back(jax.random.key(seed), q) - q).max() < 0.05
+
+
+# --- truth ----------------------------------------------------------------------------------------
+
+
+def test_a_view_matches_itself_cell_by_cell(labels_between):
+    np.testing.assert_array_equal(labels_between(posed(), posed()), CELLS)
+
+
+@pytest.mark.parametrize("cells", [1, -3])
+def test_mistake_3_every_cell_of_a_shifted_pair_has_its_true_label_also_right_of_64_px(labels_between, cells):
+    """View 1 lies `cells` cells to the right: what is at column c of view 0 is at column c − cells of view 1."""
+    labels = labels_between(posed(), posed(x=8 * cells))
+    expected = np.full((SIDE, SIDE), NO_MATCH)
+    for row, col in np.ndindex(SIDE, SIDE):
+        if 0 <= col - cells < SIDE:
+            expected[row, col] = row * SIDE + col - cells
+    np.testing.assert_array_equal(labels, expected)
+    assert len(np.unique(labels[:, 9:12])) == 3 * SIDE  # nothing is clipped to a last cell
+
+
+def test_a_shift_down_moves_rows(labels_between):
+    expected = np.full((SIDE, SIDE), NO_MATCH)
+    expected[2:] = CELLS[:-2]
+    np.testing.assert_array_equal(labels_between(posed(), posed(y=16)), expected)
+
+
+@pytest.mark.parametrize("quarters", [1, 2, 3])
+def test_a_quarter_turn_turns_the_cells(labels_between, quarters):
+    """View 1's axes are turned clockwise on the picture (y points down), so its picture is turned the other way."""
+    labels = labels_between(posed(), posed(90 * quarters))
+    seen_in_view_1 = np.rot90(CELLS, quarters)  # counter-clockwise: which cell of view 0 each cell of view 1 shows
+    expected = np.empty(SIDE * SIDE, int)
+    expected[seen_in_view_1.ravel()] = CELLS.ravel()
+    np.testing.assert_array_equal(labels.ravel(), expected)
+
+
+def test_labels_are_mutual_nearest_cells_for_any_pose(labels_between):
+    """Against brute force with complex numbers, in canvas px."""
+    degrees0, x0, y0, degrees1, x1, y1, scale = -12, 5, -3, 35, 21, -9, 1.15
+    labels = labels_between(posed(degrees0, x0, y0), posed(degrees1, x1, y1, scale))
+    centres = (CELLS.ravel() % SIDE + 1j * (CELLS.ravel() // SIDE)) * 8 + 3.5 * (1 + 1j) - 63.5 * (1 + 1j)
+    turn0, turn1 = np.exp(1j * np.radians(degrees0)), scale * np.exp(1j * np.radians(degrees1))
+    canvas0, canvas1 = centres * turn0 + (x0 + 1j * y0), centres * turn1 + (x1 + 1j * y1)
+
+    def nearest(points, turn, origin):
+        at = (points - origin) / turn  # in the other view's px from its middle
+        inside = (np.abs(at.real) < 64) & (np.abs(at.imag) < 64)
+        return np.abs(at[:, None] - centres).argmin(1), inside
+
+    j, seen = nearest(canvas0, turn1, x1 + 1j * y1)
+    i, back = nearest(canvas1, turn0, x0 + 1j * y0)
+    mutual = seen & back[j] & (i[j] == CELLS.ravel())
+    expected = np.where(mutual, j, np.where(seen, IGNORE, NO_MATCH))
+    assert mutual.sum() > 80 and (expected == IGNORE).any() and (expected == NO_MATCH).any()
+    np.testing.assert_array_equal(labels.ravel(), expected)
+
+
+def test_matched_cells_show_the_same_skin_in_distorted_views(labels_between):
+    """Canvases whose grey level is x, and y, tell where on the finger a pixel lies."""
+    view0, view1 = (random_view(jax.random.key(k), WIDE, jnp.float32(a), 0.08, 20.0) for k, a in ((1, 0.2), (2, -0.9)))
+    labels = labels_between(view0, view1).ravel()
+    middle = np.ravel([[(8 * r + 3) * 128 + 8 * c + 3 for c in range(SIDE)] for r in range(SIDE)])
+    take = jax.jit(lambda canvas, v: take_view(canvas, np.ones((32, 32), bool), v, WIDE)[0].ravel()[middle] * 255)
+    y, x = np.mgrid[:256, :256].astype(np.uint8)
+    place0, place1 = (np.stack([take(x, v), take(y, v)], axis=1) for v in (view0, view1))
+    matched = labels >= 0
+    assert matched.sum() > 60
+    # half a cell either way, and the corner pixel that stands for each cell
+    assert np.abs(place0[matched] - place1[labels[matched]]).max() < 1.1 * (4 + 1) * math.sqrt(2)
+    assert len(set(labels[matched])) == matched.sum()
+
+
+def test_mistake_8_labels_are_one_to_one_and_background_has_none(labels_between):
+    m0, m1 = np.arange(256) % 16 > 2, np.arange(256) % 16 < 13
+    labels = labels_between(posed(), posed(20, 3, 4, 0.85), m0, m1).ravel()
+    matched = labels[labels >= 0]
+    assert len(matched) == len(set(matched)) > 30
+    assert (labels[~m0] == IGNORE).all() and m1[matched].all()
+    shifted = labels_between(posed(), posed(), m0, m1)
+    np.testing.assert_array_equal(shifted[:, 13:], NO_MATCH)  # its place in view 1 is background: no match
+
+
+# --- corruption -----------------------------------------------------------------------------------
+
+NO_NOISE = SMOKE.replace(noise=0.0, partial=0.0)
+
+
+def ridge_share(image, mask):
+    """Share of the pixels below half way between ridge and valley."""
+    values = image[mask]
+    low, high = np.percentile(values, [5, 95])
+    return (values < (low + high) / 2).mean()
+
+
+def test_mistake_9_over_pressure_thickens_dark_ridges_and_dryness_thins_them(monkeypatch):
+    y, x = np.mgrid[:64, :64]
+    ridges = (0.5 + 0.4 * np.cos(2 * np.pi * (x + 0.3 * y) / 8)).astype(np.float32)
+    mask = np.hypot(y - 31.5, x - 31.5) < 28
+    inner = np.hypot(y - 31.5, x - 31.5) < 20
+    share = {}
+    for name, thickness in (("dry", -1.0), ("plain", 0.0), ("pressed", 1.0)):
+        monkeypatch.setattr(augment, "_uniform", lambda key, lo, hi: jnp.float32(thickness))
+        share[name] = ridge_share(np.asarray(corrupt(jax.random.key(5), ridges, mask, NO_NOISE, 1.0)[0]), inner)
+    assert share["plain"] == pytest.approx(0.5, abs=0.04)  # a cosine is half ridge
+    assert share["dry"] < share["plain"] - 0.1 and share["pressed"] > share["plain"] + 0.1
+
+
+def test_the_filters_take_the_least_and_the_greatest_of_five_pixels():
+    image = np.random.default_rng(6).random((5, 6))
+    p = np.pad(image, 1, mode="edge")
+    cross = np.stack([p[1:-1, 1:-1], p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
+    np.testing.assert_allclose(augment._neighbours(jnp.asarray(image), jnp.minimum), cross.min(0), rtol=1e-6)
+    np.testing.assert_allclose(augment._neighbours(jnp.asarray(image), jnp.maximum), cross.max(0), rtol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def ridges_and_background():
+    """Canvases of two prints on light ground, foreground masks; one genuine pair, one impostor pair."""
+    y, x = np.mgrid[:256, :256]
+    inside = np.hypot((y - 128) / 110, (x - 128) / 80) < 1
+    prints = [np.where(inside, 128 + 90 * np.sin(2 * np.pi * np.hypot(y + s, x - s) / 9), 235).astype(np.uint8)
+              for s in (40, 300)]
+    mask = inside.reshape(32, 8, 32, 8).mean((1, 3)) > 0.5
+    return {"canvas0": np.stack([prints[0], prints[0]]), "canvas1": np.stack([prints[0], prints[1]]),
+            "mask0": np.stack([mask, mask]), "mask1": np.stack([mask, mask]), "genuine": np.array([True, False])}
+
+
+@pytest.fixture(scope="module")
+def make_pair(ridges_and_background):
+    run = jax.jit(lambda keys: dense_pair(keys, ridges_and_background, SMOKE, cell_mask))
+    return lambda step: jax.tree.map(np.asarray, run(pair_keys(0, step, 2)))
+
+
+@pytest.fixture(scope="module")
+def steps(make_pair):
+    return [make_pair(step) for step in range(6)]
+
+
+def test_mistake_8_the_background_is_zero_however_the_print_is_turned(steps):
+    for pair in steps:
+        for image, mask in ((pair.image0, pair.mask0), (pair.image1, pair.mask1)):
+            assert (image[~mask] == 0).all()
+            assert (image[mask] != 0).mean() > 0.9 and np.abs(image).max() <= 3
+    assert any(pair.mask1[0].sum() != steps[0].mask1[0].sum() for pair in steps)
+
+
+def test_mistake_8_no_black_corners_where_the_view_leaves_the_canvas():
+    """A canvas that is foreground to its edges, seen by a window of its size at 45°."""
+    config = SMOKE.replace(canvas_size=64, input_ppi=500.0)
+    canvas = np.random.default_rng(7).integers(100, 160, (64, 64)).astype(np.uint8)
+    canvas[0, 0] = 200
+    image, mask = take_view(canvas, np.ones((8, 8), bool), posed(45, config=config), config)
+    corners = np.ix_([0, 1, -2, -1], [0, 1, -2, -1])
+    np.testing.assert_allclose(image[corners], 200 / 255, atol=1e-5)  # the background, not 0
+    assert not mask[corners].any() and mask[20:44, 20:44].all()
+    assert (np.asarray(normalise(image[None], mask[None], config))[0, ..., 0][corners] == 0).all()
+
+
+def test_mistake_8_corruption_and_pose_differ_from_step_to_step_and_are_the_same_in_the_same_step(make_pair, steps):
+    for first, second in zip(steps, steps[1:]):
+        for a, b in zip(first[:2], second[:2]):
+            assert np.abs(a - b).mean() > 0.1
+    again = make_pair(3)
+    for a, b in zip(again, steps[3]):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_two_views_of_a_print_are_not_the_same_picture(steps):
+    assert all(np.abs(pair.image0[0] - pair.image1[0]).mean() > 0.1 for pair in steps)
+
+
+def test_an_impostor_pair_is_labelled_no_match_on_its_foreground_and_unknown_elsewhere(steps):
+    for pair in steps:
+        cells = pair.mask0[1].reshape(8, 8, 8, 8).mean((1, 3)).ravel() >= 0.5
+        np.testing.assert_array_equal(pair.labels[1], np.where(cells, NO_MATCH, IGNORE))
+        assert (pair.labels[0] >= 0).any()
+
+
+def test_a_label_joins_foreground_cells_of_both_views(steps):
+    for pair in steps:
+        cells0, cells1 = (m[0].reshape(8, 8, 8, 8).mean((1, 3)).ravel() >= 0.5 for m in (pair.mask0, pair.mask1))
+        matched = pair.labels[0] >= 0
+        assert cells0[matched].all() and cells1[pair.labels[0][matched]].all()
+
+
+def test_keys_differ_between_pairs_steps_and_seeds():
+    keys = [jax.random.key_data(pair_keys(seed, step, 8)) for seed in (0, 1) for step in (0, 1, 2)]
+    assert len({tuple(k) for k in np.concatenate(keys).tolist()}) == 2 * 3 * 8
+
+
+def test_module_2s_views_are_of_the_prints_in_their_order(ridges_and_background):
+    """The second pair's prints differ; upright and uncorrupted views equal `take_view` of each."""
+    image0, mask0, image1, mask1 = jax.jit(lambda b: plain_views(b, SMOKE))(ridges_and_background)
+    np.testing.assert_array_equal(image0[0], image1[0])
+    assert np.abs(image0[1] - image1[1]).mean() > 0.1
+    expected = take_view(ridges_and_background["canvas1"][1], ridges_and_background["mask1"][1], plain_view(SMOKE), SMOKE)
+    np.testing.assert_allclose(image1[1], expected[0], atol=1e-5)
+    np.testing.assert_array_equal(mask1[1], expected[1])
+    shapes = jax.eval_shape(lambda b: match_views(pair_keys(0, 0, 2), b, SMOKE), ridges_and_background)
+    assert [s.shape for s in shapes] == [(2, 64, 64)] * 4
