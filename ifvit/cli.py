@@ -3,8 +3,11 @@
 0 done · 1 a failure (NaN included) · 2 the user's mistake · 75 preempted, saved · 130 Ctrl-C, saved.
 """
 
+import contextlib
 import dataclasses
 import difflib
+import io
+import itertools
 import logging
 import os
 import sys
@@ -30,11 +33,24 @@ class Failure(Exception):
 
 def parse(cls, name: str, argv: list[str]):
     """`cls`, a dataclass of flags, from the command line; unknown flags name the nearest known one."""
-    args, unknown = tyro.cli(cls, prog=f"python -m {name}", args=argv, return_unknown_args=True, use_underscores=True,
-                             config=(tyro.conf.FlagConversionOff, tyro.conf.HelptextFromCommentsOff))
+    known = ["--" + f.name.rstrip("_") for f in dataclasses.fields(cls)]
+    flags = ["--" + w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")]
+    unknown = [flag for flag in flags if flag not in (*known, "--help")]
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            if not unknown:
+                args, unknown = tyro.cli(
+                    cls, prog=f"python -m {name}", args=argv, return_unknown_args=True, use_underscores=True,
+                    config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff))
+    except SystemExit as e:
+        if not e.code:  # --help
+            raise
+        box = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
+        what = " ".join(itertools.takewhile(lambda line: line and not line.startswith("─"), box))
+        raise UserError(f"{what.rstrip('.')}; python -m {name} --help tells what each flag takes.") from None
     if unknown:
         flag = unknown[0].split("=")[0]
-        known = ["--" + f.name.rstrip("_") for f in dataclasses.fields(cls)]
         near = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
         raise UserError(f"Unknown {'flag' if flag.startswith('-') else 'argument'} {flag}; "
                         + (f"did you mean {near[0]}?" if near else f"python -m {name} --help lists the flags."))

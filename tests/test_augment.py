@@ -30,9 +30,14 @@ def posed(degrees=0.0, x=0.0, y=0.0, scale=1.0, config=WIDE) -> View:
                           centre=plain.centre + jnp.array([x, y]))
 
 
+def quickly(f):
+    """`f` compiled with little optimisation: these pictures are small."""
+    return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
+
+
 @pytest.fixture(scope="module")
 def labels_between():
-    run = jax.jit(lambda v0, v1, m0, m1: truth(v0, v1, m0, m1, WIDE))
+    run = quickly(lambda v0, v1, m0, m1: truth(v0, v1, m0, m1, WIDE))
     return lambda v0, v1, m0=EVERYWHERE, m1=EVERYWHERE: np.asarray(run(v0, v1, m0, m1)).reshape(SIDE, SIDE)
 
 
@@ -64,18 +69,20 @@ def test_the_foreground_of_a_view_lies_where_the_canvas_has_it():
     assert inside[4:-4, 34:94].all() and not inside[:, :31].any() and not inside[:, 97:].any()
 
 
-@pytest.mark.parametrize("distortion", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("distortion", [1.0, 2.0])
 def test_to_view_is_the_inverse_of_to_canvas_within_a_twentieth_of_a_pixel(distortion):
     config = SMOKE.replace(distortion=distortion)
 
-    @jax.jit
-    def there_and_back(key, q):
+    def there_and_back(key):
         view = random_view(key, config, jnp.float32(2.5), 0.08, 45.0)
-        return to_view(view, to_canvas(view, q, 64), 64)
+        canvas = to_canvas(view, q, 64)
+        undistorted = view.centre + (q - 31.5) @ view.matrix.T
+        return to_view(view, canvas, 64), jnp.linalg.norm(canvas - undistorted, axis=-1)
 
     q = np.random.default_rng(0).uniform(0, 63, (50, 2)).astype(np.float32)
-    for seed in range(20):
-        assert np.abs(there_and_back(jax.random.key(seed), q) - q).max() < 0.05
+    back, bend = quickly(jax.vmap(there_and_back))(jax.random.split(jax.random.key(0), 100))
+    assert np.abs(back - q).max() < 0.05
+    assert 1 < np.median(bend) and np.max(bend) < 20 * distortion  # px of the canvas: it does distort
 
 
 # --- truth ----------------------------------------------------------------------------------------
@@ -139,7 +146,7 @@ def test_matched_cells_show_the_same_skin_in_distorted_views(labels_between):
     view0, view1 = (random_view(jax.random.key(k), WIDE, jnp.float32(a), 0.08, 20.0) for k, a in ((1, 0.2), (2, -0.9)))
     labels = labels_between(view0, view1).ravel()
     middle = np.ravel([[(8 * r + 3) * 128 + 8 * c + 3 for c in range(SIDE)] for r in range(SIDE)])
-    take = jax.jit(lambda canvas, v: take_view(canvas, np.ones((32, 32), bool), v, WIDE)[0].ravel()[middle] * 255)
+    take = quickly(lambda canvas, v: take_view(canvas, np.ones((32, 32), bool), v, WIDE)[0].ravel()[middle] * 255)
     y, x = np.mgrid[:256, :256].astype(np.uint8)
     place0, place1 = (np.stack([take(x, v), take(y, v)], axis=1) for v in (view0, view1))
     matched = labels >= 0
@@ -173,15 +180,18 @@ def ridge_share(image, mask):
 
 def test_mistake_9_over_pressure_thickens_dark_ridges_and_dryness_thins_them(monkeypatch):
     y, x = np.mgrid[:64, :64]
-    ridges = (0.5 + 0.4 * np.cos(2 * np.pi * (x + 0.3 * y) / 8)).astype(np.float32)
+    ridges = (0.5 + 0.4 * np.cos(2 * np.pi * (x + 0.371 * y) / 8.3)).astype(np.float32)
     mask = np.hypot(y - 31.5, x - 31.5) < 28
     inner = np.hypot(y - 31.5, x - 31.5) < 20
-    share = {}
-    for name, thickness in (("dry", -1.0), ("plain", 0.0), ("pressed", 1.0)):
-        monkeypatch.setattr(augment, "_uniform", lambda key, lo, hi: jnp.float32(thickness))
-        share[name] = ridge_share(np.asarray(corrupt(jax.random.key(5), ridges, mask, NO_NOISE, 1.0)[0]), inner)
-    assert share["plain"] == pytest.approx(0.5, abs=0.04)  # a cosine is half ridge
-    assert share["dry"] < share["plain"] - 0.1 and share["pressed"] > share["plain"] + 0.1
+
+    @quickly
+    def corrupted(thickness):
+        monkeypatch.setattr(augment, "_uniform", lambda key, lo, hi: thickness)
+        return corrupt(jax.random.key(5), ridges, mask, NO_NOISE, 1.0)[0]
+
+    dry, plain, pressed = (ridge_share(np.asarray(corrupted(t)), inner) for t in (-1.0, 0.0, 1.0))
+    assert plain == pytest.approx(0.5, abs=0.04)  # a cosine is half ridge
+    assert dry < plain - 0.1 and pressed > plain + 0.1
 
 
 def test_the_filters_take_the_least_and_the_greatest_of_five_pixels():
@@ -206,7 +216,7 @@ def ridges_and_background():
 
 @pytest.fixture(scope="module")
 def make_pair(ridges_and_background):
-    run = jax.jit(lambda keys: dense_pair(keys, ridges_and_background, SMOKE, cell_mask))
+    run = quickly(lambda keys: dense_pair(keys, ridges_and_background, SMOKE, cell_mask))
     return lambda step: jax.tree.map(np.asarray, run(pair_keys(0, step, 2)))
 
 
@@ -228,7 +238,7 @@ def test_mistake_8_no_black_corners_where_the_view_leaves_the_canvas():
     config = SMOKE.replace(canvas_size=64, input_ppi=500.0)
     canvas = np.random.default_rng(7).integers(100, 160, (64, 64)).astype(np.uint8)
     canvas[0, 0] = 200
-    image, mask = take_view(canvas, np.ones((8, 8), bool), posed(45, config=config), config)
+    image, mask = quickly(lambda v: take_view(canvas, np.ones((8, 8), bool), v, config))(posed(45, config=config))
     corners = np.ix_([0, 1, -2, -1], [0, 1, -2, -1])
     np.testing.assert_allclose(image[corners], 200 / 255, atol=1e-5)  # the background, not 0
     assert not mask[corners].any() and mask[20:44, 20:44].all()
@@ -269,7 +279,7 @@ def test_keys_differ_between_pairs_steps_and_seeds():
 
 def test_module_2s_views_are_of_the_prints_in_their_order(ridges_and_background):
     """The second pair's prints differ; upright and uncorrupted views equal `take_view` of each."""
-    image0, mask0, image1, mask1 = jax.jit(lambda b: plain_views(b, SMOKE))(ridges_and_background)
+    image0, mask0, image1, mask1 = quickly(lambda b: plain_views(b, SMOKE))(ridges_and_background)
     np.testing.assert_array_equal(image0[0], image1[0])
     assert np.abs(image0[1] - image1[1]).mean() > 0.1
     expected = take_view(ridges_and_background["canvas1"][1], ridges_and_background["mask1"][1], plain_view(SMOKE), SMOKE)
