@@ -10,6 +10,7 @@ string keys, JSON `metadata`, and for a matcher `aligner` (Module 1's params and
 
 import datetime
 import hashlib
+import json
 import os
 import shutil
 import sys
@@ -57,14 +58,15 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
         "versions": {p: packages.version(p) for p in ("ifvit", "jax", "flax", "optax", "orbax-checkpoint")},
         "digests": {name: digest(leaf) for name, leaf in leaves(trees).items()},
     }
+    metadata["digest"] = _digest_of_metadata(metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     fresh = path.with_name(path.name + ".new")
     items = {k: ocp.args.StandardSave(v) for k, v in trees.items()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
         writer.save(fresh, ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **items), force=True)
     old = path.with_name(path.name + OLD)
-    shutil.rmtree(old, ignore_errors=True)
-    if path.exists():
+    if path.exists():  # else what `old` holds is the only whole one
+        shutil.rmtree(old, ignore_errors=True)
         os.rename(path, old)
     os.rename(fresh, path)
     shutil.rmtree(old, ignore_errors=True)
@@ -126,6 +128,8 @@ def read_metadata(folder: Path) -> dict:
             metadata = reader.restore(folder, ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
         if not (folder / "state").is_dir() or not {"module", "config", "digests"} <= set(metadata):
             raise KeyError("state, module, config or digests")
+        if metadata.get("digest", _digest_of_metadata(metadata)) != _digest_of_metadata(metadata):
+            raise ValueError("its metadata do not have their digest")
     except Exception as e:
         raise UserError(f"{folder} is not a whole checkpoint ({_first_line(e)}); it is half-written or something else: "
                         "use another one.") from e
@@ -152,6 +156,11 @@ def digest(leaf: np.ndarray) -> str:
     h = hashlib.sha256(f"{leaf.dtype.str}{leaf.shape}".encode())
     h.update(np.ascontiguousarray(leaf).data)
     return h.hexdigest()[:32]
+
+
+def _digest_of_metadata(metadata: dict) -> str:
+    rest = {k: v for k, v in metadata.items() if k != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def difference(a: dict, b: dict) -> dict[str, str]:
@@ -187,6 +196,7 @@ class Verify:
 
     def run(self) -> int:
         root = Path(resolve(self.path))
+        root = root if root.is_dir() else locate(self.path)
         is_tree = root.is_dir() and not (root / "_CHECKPOINT_METADATA").exists() and not (root / "state").is_dir()
         folders = sorted(p for p in root.iterdir() if p.is_dir() and (p / "state").is_dir()) if is_tree else [root]
         if not folders:

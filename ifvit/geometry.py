@@ -87,8 +87,8 @@ def robust_similarity(p: Float[Array, "B N 2"], q: Float[Array, "B N 2"], valid:
     for _ in range(3):
         refit = fit_similarity(p, q, inliers.astype(jnp.float32))
         again = consensus(refit)
-        better = again.sum() >= inliers.sum()
-        t, inliers = jnp.where(better, refit, t), jnp.where(better, again, inliers)
+        kept = again.sum() > 0.8 * inliers.sum()  # a two-point hypothesis may hold a few more by chance, and is off
+        t, inliers = jnp.where(kept, refit, t), jnp.where(kept, again, inliers)
     count = inliers.sum()
     return RobustFit(jnp.where(count >= 2, t, IDENTITY), inliers, count)
 

@@ -135,23 +135,26 @@ def prints(seed: int, fingers: int, impressions: int, cache_dir: str | Path, wor
     """
     folder = Path(cache_dir) / f"synthetic_v{VERSION}_{seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    job = functools.partial(_write_finger, folder, seed, impressions)
-    numbers = range(1, fingers + 1)
-    if workers == 1:
-        return sum(map(job, numbers), [])
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-        return sum(pool.map(job, numbers), [])
+    paths = {f: [folder / f"{f}_{i}.png" for i in range(1, impressions + 1)] for f in range(1, fingers + 1)}
+    job = functools.partial(_write_finger, seed)
+    missing = [(f, files) for f, files in paths.items() if not all(map(Path.exists, files))]
+    if workers == 1 or len(missing) < 2:
+        list(map(job, missing))
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+            list(pool.map(job, missing))
+    return sum(paths.values(), [])
 
 
-def _write_finger(folder: Path, seed: int, impressions: int, finger: int) -> list[Path]:
-    paths = [folder / f"{finger}_{i}.png" for i in range(1, impressions + 1)]
-    missing = [(i, path) for i, path in enumerate(paths, 1) if not path.exists()]
-    master = master_finger(seed, finger) if missing else None
-    for i, path in missing:
-        part = folder / f".{path.name}.{os.getpid()}.part"  # others see a whole file or none
-        Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
-        os.replace(part, path)
-    return paths
+def _write_finger(seed: int, finger_and_files: tuple[int, list[Path]]) -> None:
+    """Those of a finger's impressions that are not there yet."""
+    finger, files = finger_and_files
+    master = master_finger(seed, finger)
+    for i, path in enumerate(files, 1):
+        if not path.exists():
+            part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others see a whole file or none
+            Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
+            os.replace(part, path)
 
 
 def _orientation(rng, kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

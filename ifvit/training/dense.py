@@ -1,6 +1,7 @@
 """Module 1 as a task of the loop."""
 
 import jax
+import numpy as np
 
 from ifvit import loftr
 from ifvit.data.loader import PairSource, batches, fixed_batches
@@ -70,7 +71,8 @@ def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | 
         return {}
     mesh = make_mesh(config.batch_size)
     totals: dict[str, float] = {}
-    for i, (batch, _) in enumerate(fixed_batches(prints, wanted, config.batch_size)):
+    for i, (batch, real) in enumerate(fixed_batches(prints, wanted, config.batch_size)):
+        batch["counts"] = np.arange(config.batch_size) < real
         keys = jax.random.split(jax.random.fold_in(jax.random.key(VALIDATION_SEED), i), config.batch_size)
         for k, v in jax.device_get(evaluate(*state, put_batch(batch, mesh), keys)).items():
             totals[k] = totals.get(k, 0.0) + float(v)

@@ -61,14 +61,18 @@ def warp_accuracy(log_conf, labels):
 
 
 def dense_eval(net: Network, config, known_warp_only: bool):
-    """(params, batch_stats, batch, keys) -> correct and known cells, summed, and the confidence given to impostors."""
+    """(params, batch_stats, batch, keys) -> correct and known cells, summed, and the confidence given to impostors.
+
+    Only the pairs that `batch["counts"]` (B,) marks have a part in it: a last batch is filled up.
+    """
     def evaluate(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config, cell_mask, known_warp_only)
         log_conf, _ = net.apply(params, batch_stats, *pair[:4], train=False)
-        known = (pair.labels >= 0).sum()
+        labels = jnp.where(batch["counts"][:, None], pair.labels, IGNORE)
+        known = (labels >= 0).sum()
         top = jnp.exp(log_conf.max(axis=2)) * cell_mask(pair.mask0)
-        return {"correct": warp_accuracy(log_conf, pair.labels) * known, "known": known,
-                "impostor_confidence": (top.max(axis=1) * ~batch["genuine"]).sum()}
+        return {"correct": warp_accuracy(log_conf, labels) * known, "known": known,
+                "impostor_confidence": (top.max(axis=1) * (batch["counts"] & ~batch["genuine"])).sum()}
 
     return evaluate
 

@@ -1,0 +1,154 @@
+"""What the tests of commands share: one cache for the session, commands called in-process, and one smoke run of each."""
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+# Before JAX is imported: programs run for milliseconds here and take half a minute to optimise.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+
+import pytest  # noqa: E402
+
+SMOKE = ["--preset", "smoke"]
+
+
+class Said(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str  # stdout, the log included
+    err: str
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory):
+    """IFVIT_CACHE of this session, for processes that it starts too."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("IFVIT_CACHE", str(folder))
+        patch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def command():
+    """`python -m ifvit.NAME WORDS…` in this process: command(NAME, *WORDS, cwd=DIR) -> Said."""
+
+    def call(name: str, *words, cwd) -> Said:
+        from ifvit import cli
+
+        module = importlib.import_module(f"ifvit.{name}")
+        words = [str(w) for w in words]
+        out, err = io.StringIO(), io.StringIO()
+        log = logging.StreamHandler(out)  # pytest's own handler keeps the command from making one
+        logging.getLogger("ifvit").addHandler(log)
+        try:
+            with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                if hasattr(module, "Args"):
+                    code = cli.main(module.Args, f"ifvit.{name}", words)
+                else:
+                    with pytest.MonkeyPatch.context() as patch:
+                        patch.setattr(sys, "argv", [f"ifvit.{name}", *words])
+                        code = cli.main_with_commands(module.COMMANDS, f"ifvit.{name}")
+        except SystemExit as e:  # --help
+            code = e.code or 0
+        finally:
+            logging.getLogger("ifvit").removeHandler(log)
+        return Said(code, out.getvalue(), err.getvalue())
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def process():
+    """The same in a process of its own: process(*WORDS after `python`, cwd=DIR, **environment) -> Said."""
+
+    def call(*words, cwd, **environment) -> Said:
+        ended = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=os.environ | environment, text=True,
+                               capture_output=True, timeout=600)
+        return Said(ended.returncode, ended.stdout, ended.stderr)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def generated(cache):
+    """Files of generated prints: generated[finger, impression], fingers 1 to 6, impressions 1 to 3."""
+    from ifvit.data import synthetic
+
+    files = synthetic.prints(0, 6, 3, cache, workers=os.cpu_count() or 1)
+    return {(f, i): files[3 * (f - 1) + i - 1] for f in range(1, 7) for i in range(1, 4)}
+
+
+@pytest.fixture(scope="session")
+def prints(generated, tmp_path_factory):
+    """A root with two databases, DB1 and DB2, of 3 fingers with 3 impressions each, named as FVC does."""
+    root = tmp_path_factory.mktemp("prints")
+    for (finger, impression), file in generated.items():
+        database = root / ("DB1" if finger <= 3 else "DB2")
+        database.mkdir(exist_ok=True)
+        shutil.copy(file, database / f"{(finger - 1) % 3 + 1}_{impression}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def module1(command, prints, tmp_path_factory):
+    """The guide's first command, run in `cwd`: what it `said`, and its `folder` with the checkpoint `path`."""
+    cwd = tmp_path_factory.mktemp("guide")
+    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=cwd)
+    return _ran(cwd, said, "dense_reg")
+
+
+@pytest.fixture(scope="session")
+def module2(command, prints, module1):
+    """The guide's second command, run beside the first."""
+    said = command("train_match", "--dataset_root", prints,
+                   "--pretrained_ckpt", "./checkpoints/dense_reg/dense_reg_ckpt.pkl",
+                   "--checkpoint_dir", "./checkpoints/matcher", "--num_classes", 100, *SMOKE, cwd=module1.cwd)
+    return _ran(module1.cwd, said, "matcher")
+
+
+@pytest.fixture(scope="session")
+def pipeline(command, tmp_path_factory):
+    """The guide's `train_all`, on generated prints; classes as in `module2`, which spares a compilation."""
+    cwd = tmp_path_factory.mktemp("pipeline")
+    said = command("train_all", "--dense_checkpoint_dir", "./checkpoints/dense_reg",
+                   "--matcher_checkpoint_dir", "./checkpoints/matcher", "--num_classes", 100, *SMOKE, cwd=cwd)
+    assert said.code == 0, said
+    return SimpleNamespace(cwd=cwd, said=said, folder=cwd / "checkpoints",
+                           module1=cwd / "checkpoints/dense_reg/dense_reg_ckpt",
+                           module2=cwd / "checkpoints/matcher/matcher_ckpt")
+
+
+def _ran(cwd: Path, said: Said, name: str) -> SimpleNamespace:
+    assert said.code == 0, said
+    folder = cwd / "checkpoints" / name
+    return SimpleNamespace(cwd=cwd, said=said, folder=folder, path=folder / f"{name}_ckpt")
+
+
+@pytest.fixture
+def started(monkeypatch, command):
+    """A training command up to the state it would start from: started(NAME, *WORDS, cwd=DIR) -> (Said, task, state)."""
+
+    def call(name: str, *words, cwd):
+        made = {}
+
+        def train(task, resume):
+            made.update(task=task, state=task.create())
+            return Path("nowhere")
+
+        monkeypatch.setattr("ifvit.training.loop.train", train)
+        said = command(name, *words, cwd=cwd)
+        return said, made.get("task"), made.get("state")
+
+    return call
