@@ -154,7 +154,7 @@ def leaves(tree: dict) -> dict[str, np.ndarray]:
 def digest(leaf: np.ndarray) -> str:
     """SHA-256 of dtype, shape and content (C order)."""
     h = hashlib.sha256(f"{leaf.dtype.str}{leaf.shape}".encode())
-    h.update(np.ascontiguousarray(leaf).data)
+    h.update(np.ascontiguousarray(leaf).view(np.uint8).data)  # bfloat16 has no buffer of its own
     return h.hexdigest()[:32]
 
 

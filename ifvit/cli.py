@@ -6,6 +6,7 @@
 import contextlib
 import dataclasses
 import difflib
+import errno
 import io
 import itertools
 import logging
@@ -96,8 +97,14 @@ def _guard(call: Callable[[], int | None]) -> int:
         print(f"Error: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped; nothing was being trained.", file=sys.stderr)
+        print("Stopped without saving; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
+    except OSError as e:
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"Error: {e.strerror}: {e.filename or 'the disk'}; free or give another place (IFVIT_CACHE moves the "
+              "cache, --checkpoint_dir the checkpoints).", file=sys.stderr)
+        return 1
 
 
 def use_huge_pages() -> None:

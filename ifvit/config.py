@@ -55,6 +55,11 @@ class Config:
     # --- matching
     match_threshold: float = number(0.2, 0, 1)      # confidence above which a mutual match counts (paper)
     match_border: int = number(2, 0, 64)            # cells at the edge of the grid whose matches are dropped (LoFTR)
+    # --- registration: the robust fit of a similarity to the matches
+    alignment_matches: int = number(256, 4)         # best matches that the robust fit sees
+    alignment_samples: int = number(256, 1)         # two-match hypotheses it tries
+    inlier_radius: float = number(1.25, 0.1, 10)    # cells
+    min_matches: int = number(4, 2)                 # fewer inliers: not aligned
     # --- corruption of the inputs: strength 1 is the default of each, 0 none
     rotation: float = number(60.0, 0, 180)          # degrees, uniform within ± (paper)
     noise: float = number(1.0, 0, 5)                # sensor noise (Perlin, paper) and speckle
@@ -131,13 +136,8 @@ class MatchConfig(Config):
     partial: float = number(0.3, 0, 1)
     share_global_local: bool = True                 # one transformer in both branches, or seeded alike and then apart
     seed_resnet: bool = False                       # start both branches' ResNets from Module 1's too
-    # --- alignment
-    alignment_matches: int = number(256, 4)         # best matches that the robust fit sees
-    alignment_samples: int = number(256, 1)         # two-match hypotheses it tries
-    inlier_radius: float = number(1.25, 0.1, 10)    # cells
-    min_matches: int = number(4, 2)                 # fewer inliers: not aligned
+    # --- inputs of the branches
     enhance: bool = True                            # band-pass the aligned prints (paper: both enhanced)
-    # --- branches
     roi_size: int = number(90, 16, 1024)            # px at input_ppi, side of the local branch's window (paper)
     embedding_size: int = number(256, 2)            # of each branch (paper)
     embedding_grid: int = number(8, 1, 64)          # the head pools a branch's cells to this many a side
@@ -219,16 +219,17 @@ _SMALL_NET = dict(resnet_widths=(16, 32, 64), transformer_width=64, transformer_
 _SMOKE_NET = dict(resnet_widths=(8, 8, 16), transformer_width=16, transformer_heads=2, transformer_layers=1,
                   similarity="cosine", dense_loss="nll", input_ppi=200.0, image_size=64, batch_size=4,
                   match_border=0, match_threshold=0.1, canvas_size=256, synthetic_fingers=6, synthetic_impressions=2,
-                  held_out=0.34, pairs_per_epoch=8, num_epochs=2, val_pairs=8, save_every=1)
+                  held_out=0.34, pairs_per_epoch=8, num_epochs=2, val_pairs=8, save_every=1, alignment_samples=32,
+                  alignment_matches=32)
 
 PRESETS = {
     "paper": (dict(), dict()),
     "cpu": (
         dict(_SMALL_NET, learning_rate=2e-3, pairs_per_epoch=1600, num_epochs=12, val_pairs=128, save_every=2,
              synthetic_fingers=100, synthetic_share=0.25),
-        dict(_SMALL_NET, learning_rate=1e-3, pairs_per_epoch=1280, num_epochs=6, val_pairs=192, seed_resnet=True,
-             save_every=2, synthetic_fingers=100, synthetic_share=0.25, loss_embedding=1.0, loss_arcface=0.1, arcface_scale=30.0, roi_size=96,
-             embedding_channels=16, match_threshold=0.05, calibration_pairs=1000),
+        dict(_SMALL_NET, learning_rate=1e-3, pairs_per_epoch=1280, num_epochs=4, val_pairs=192, seed_resnet=True,
+             save_every=2, synthetic_fingers=100, synthetic_share=0.25, loss_embedding=1.0, loss_arcface=0.1,
+             arcface_scale=30.0, roi_size=96, embedding_channels=16, match_threshold=0.05, calibration_pairs=1000),
     ),
     "quick": (
         dict(_SMALL_NET, learning_rate=2e-3, image_size=160, pairs_per_epoch=800, num_epochs=5, val_pairs=64,
@@ -239,7 +240,7 @@ PRESETS = {
              calibration_pairs=300),
     ),
     "smoke": (_SMOKE_NET, dict(_SMOKE_NET, seed_resnet=True, roi_size=32, embedding_size=32, embedding_channels=8,
-                               alignment_samples=32, alignment_matches=32, calibration_pairs=8)),
+                               calibration_pairs=8)),
 }
 
 
@@ -272,6 +273,11 @@ def with_changes(config, changes: dict):
     """`config` with keys replaced; lists become tuples; unknown keys name the nearest known one."""
     clean = {known_key(type(config), k): tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return config.replace(**clean)
+
+
+def config_of(cls, raw: dict):
+    """A configuration from a checkpoint's metadata, where tuples have become lists."""
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 
 DENSE_CONFIG = DenseConfig()

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ifvit import checkpoint, plots
-from ifvit.config import MATCH_CONFIG, DenseConfig, MatchConfig
+from ifvit.config import DenseConfig, MatchConfig, config_of
 from ifvit.data.augment import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
@@ -18,15 +18,13 @@ from ifvit.errors import UserError
 from ifvit.evaluation import Fusion, dense_scores, match_scores, score_pairs
 from ifvit.training.step import dense_network, match_network, registration
 
-ALIGNMENT = ("alignment_matches", "alignment_samples", "inlier_radius", "min_matches")
-
 
 @dataclass(frozen=True)
 class Scorer:
     """Module 1 (scores by its registered matches) or Module 2 (scores by the fusion)."""
 
     module: str
-    config: Any                   # MatchConfig, or DenseConfig with the fields on alignment
+    config: Any                   # MatchConfig or DenseConfig
     params: dict
     batch_stats: dict
     aligner: tuple[dict, dict] | None  # Module 1's params and batch_stats
@@ -40,7 +38,7 @@ class Scorer:
         found = checkpoint.load(path)
         meta, state = found.metadata, found.state
         if found.module == "dense_reg":
-            config = dense_with_alignment(meta["config"])
+            config = config_of(DenseConfig, meta["config"])
             return cls("dense_reg", config, state["params"], state["batch_stats"], None, None, 0, None)
         config = config_of(MatchConfig, meta["config"])
         aligner = found.aligner and (found.aligner["params"], found.aligner["batch_stats"])
@@ -104,21 +102,3 @@ class Scorer:
         names = [Path(prints.prints[i].path).name for i in pair[:2]]
         plots.matches(path, image0, image1, found.points0[keep], found.points1[keep], found.matches.confidence[keep],
                       f"{names[0]} – {names[1]}: {int(found.count)} matches")
-
-
-def config_of(cls, raw: dict):
-    """A configuration from a checkpoint's metadata."""
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
-
-
-@dataclass(frozen=True)
-class _DenseWithAlignment(DenseConfig):
-    alignment_matches: int = MATCH_CONFIG.alignment_matches
-    alignment_samples: int = MATCH_CONFIG.alignment_samples
-    inlier_radius: float = MATCH_CONFIG.inlier_radius
-    min_matches: int = MATCH_CONFIG.min_matches
-
-
-def dense_with_alignment(raw: dict) -> _DenseWithAlignment:
-    """Module 1's configuration with Module 2's defaults for the robust fit, which Module 1 alone has no fields for."""
-    return config_of(_DenseWithAlignment, raw)

@@ -195,10 +195,11 @@ def find_resume(task: Task, folder: Path, resume: str) -> checkpoint.Checkpoint 
         resume = str(max(candidates, key=progress))
     found = checkpoint.load(resume, task.name)
     theirs, ours = found.metadata["config"], task.config.to_dict()
-    changed = [k for k in ours if k not in FREE and theirs.get(k) != ours[k]]
+    before = type(task.config)().to_dict()  # a key that is newer than the checkpoint had its default's effect
+    changed = [k for k in ours if k not in FREE and theirs.get(k, before[k]) != ours[k]]
     if changed:
         k = changed[0]
-        raise UserError(f"{found.path} was trained with {k} = {theirs.get(k)}, this run asks for {ours[k]}"
+        raise UserError(f"{found.path} was trained with {k} = {theirs.get(k, before[k])}, this run asks for {ours[k]}"
                         + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else "")
                         + ". Give the same value, or --resume never to train anew, or another checkpoint directory.")
     if found.metadata["data"] != task.data_digest:

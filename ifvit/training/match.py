@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from ifvit import checkpoint, rates
-from ifvit.config import DenseConfig
+from ifvit.config import DenseConfig, config_of
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
@@ -31,7 +31,7 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
         raise UserError(f"--num_classes is {num_classes}, and there are {len(classes)} fingers to train on; use "
                         f"--num_classes {len(classes)} or leave it out.")
     module1 = checkpoint_of_module1(config)
-    aligner = module1 and dense_network(dense_config(module1.metadata))
+    aligner = module1 and dense_network(config_of(DenseConfig, module1.metadata["config"]))
     aligner_tree = module1 and {k: module1.state[k] for k in ("params", "batch_stats")}
     aligner_state = (aligner_tree["params"], aligner_tree["batch_stats"]) if module1 else ({}, {})
 
@@ -106,12 +106,6 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
             raise UserError(f"Module 1 in {folder} was trained with {k} = {found.metadata['config'][k]}, Module 2 is "
                             f"configured with {ours[k]}; give both the same (--set {k}=…).")
     return found
-
-
-def dense_config(metadata: dict) -> DenseConfig:
-    """The configuration in a Module 1 checkpoint's metadata (or a matcher's `aligner_config`)."""
-    raw = metadata["config"]
-    return DenseConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
 
 
 def balanced_pairs(prints: PrintSet, count: int) -> list[Pair]:

@@ -1,0 +1,305 @@
+"""A checkpoint comes back to the bit, or is refused: never something in between."""
+
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from ifvit import checkpoint
+from ifvit.errors import UserError
+
+CONFIG = {"batch_size": 4, "dataset_root": ["a", "b"], "learning_rate": 1e-3, "ppi": 0.1 + 0.2}
+META = {"epoch": 3, "config": CONFIG, "step": 12, "best": None, "finished": False}
+
+
+def tiny(seed: int = 0) -> dict:
+    rng = np.random.default_rng(seed)
+    odd = np.array([np.nan, -np.nan, -0.0, np.inf, 1e-45, 0.1], np.float32)
+    return {
+        "params": {"loftr_transformer": {"layer_0": {"kernel": rng.random((3, 4), np.float32), "bias": odd}},
+                   "half": rng.random(5).astype(ml_dtypes.bfloat16), "byte": np.arange(256, dtype=np.uint8)},
+        "batch_stats": {"mean": rng.random((2, 1, 2)).astype(np.float64)},
+        "opt_state": {"0": {"count": np.int32(7)}, "1": {"mask": np.array([True, False])}},
+        "step": np.int32(12),
+    }
+
+
+def bits(tree: dict) -> dict:
+    return {name: (leaf.dtype.name, leaf.shape, leaf.tobytes()) for name, leaf in checkpoint.leaves(tree).items()}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "dense_reg_ckpt"
+    checkpoint.save(path, "dense_reg", tiny(), META, aligner={"params": {"w": np.float32([1, 2])}})
+    return path
+
+
+# ---- round trip
+
+
+def test_every_leaf_comes_back_to_the_bit(saved):
+    found = checkpoint.load(saved)
+    assert bits(found.state) == bits(tiny())
+    assert bits(found.aligner) == bits({"params": {"w": np.float32([1, 2])}})
+
+
+def test_metadata_come_back(saved):
+    found = checkpoint.load(saved, "dense_reg")
+    assert found.module == "dense_reg" and found.path == saved
+    assert {k: found.metadata[k] for k in META} == META
+
+
+def test_without_an_aligner_there_is_none(tmp_path):
+    checkpoint.save(tmp_path / "c", "dense_reg", tiny(), META)
+    assert checkpoint.load(tmp_path / "c").aligner is None
+
+
+def test_orbax_alone_reads_it(saved):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        state = reader.restore(saved / "state")
+    assert bits(state) == bits(tiny())
+
+
+def test_a_digest_tells_content_shape_and_type_apart():
+    zeros = [np.zeros(4, np.float32), np.zeros((2, 2), np.float32), np.zeros(4, np.int32), -np.zeros(4, np.float32)]
+    assert len({checkpoint.digest(z) for z in zeros}) == 4
+    order = np.arange(6.0).reshape(2, 3)
+    assert checkpoint.digest(order) == checkpoint.digest(np.asfortranarray(order))
+
+
+# ---- damage
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file() and p.stat().st_size)
+
+
+def test_a_flipped_bit_in_any_file_is_detected_or_harmless(saved):
+    whole = checkpoint.load(saved)
+    detected = set()
+    for file in files(saved):
+        data = file.read_bytes()
+        for at in sorted({0, len(data) // 3, len(data) // 2, len(data) - 1}):
+            file.write_bytes(data[:at] + bytes([data[at] ^ 2]) + data[at + 1 :])
+            try:
+                found = checkpoint.load(saved)
+            except UserError:
+                detected.add(file.parent.name + "/" + file.name)
+            else:
+                where = f"byte {at} of {file.relative_to(saved)}"
+                assert bits(found.state) == bits(whole.state), where
+                assert bits(found.aligner) == bits(whole.aligner), where
+                assert {k: found.metadata.get(k) for k in whole.metadata if k != "digest"} == {
+                    k: v for k, v in whole.metadata.items() if k != "digest"}, where
+        file.write_bytes(data)
+    assert bits(checkpoint.load(saved).state) == bits(whole.state)
+    assert "metadata/metadata" in detected and len(detected) >= 3  # and files with arrays
+
+
+def test_a_flipped_bit_in_any_byte_of_the_metadata_is_detected_or_harmless(saved):
+    file = saved / "metadata/metadata"
+    data = file.read_bytes()
+    whole = checkpoint.read_metadata(saved)
+    at = data.index(b'"epoch"')
+    for at in range(at, at + 40):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        try:
+            found = checkpoint.read_metadata(saved)
+        except UserError:
+            continue
+        assert found == whole, at
+
+
+def test_a_file_that_is_cut_or_gone_is_detected_or_harmless(saved):
+    for file in files(saved):
+        data = file.read_bytes()
+        for left in (data[: len(data) // 2], None):
+            file.unlink() if left is None else file.write_bytes(left)
+            try:
+                assert bits(checkpoint.load(saved).state) == bits(tiny()), file
+            except UserError:
+                pass
+            file.write_bytes(data)
+
+
+@pytest.mark.parametrize("missing", ["metadata", "state"])
+def test_a_half_written_checkpoint_is_refused(saved, missing):
+    shutil.rmtree(saved / missing)
+    with pytest.raises(UserError, match="half-written"):
+        checkpoint.load(saved)
+    assert not checkpoint.complete(saved)
+
+
+def test_any_other_folder_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        checkpoint.load(tmp_path)
+
+
+def test_a_leaf_that_its_digest_does_not_know_is_refused(saved, tmp_path):
+    checkpoint.save(tmp_path / "more", "dense_reg", tiny() | {"extra": np.zeros(2)}, META)
+    shutil.rmtree(saved / "state")
+    shutil.copytree(tmp_path / "more/state", saved / "state")
+    with pytest.raises(UserError, match="state/extra"):
+        checkpoint.load(saved)
+
+
+def test_a_checkpoint_of_the_other_module_is_refused(saved):
+    with pytest.raises(UserError, match=r"Module 1 \(dense registration\), not of Module 2"):
+        checkpoint.load(saved, "matcher")
+
+
+# ---- what a path means
+
+
+def test_a_pkl_path_means_the_directory_without_it(saved):
+    assert bits(checkpoint.load(f"{saved}.pkl").state) == bits(tiny())
+
+
+class Trap:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def test_an_existing_pkl_file_is_refused_and_never_unpickled(saved, monkeypatch, tmp_path):
+    monkeypatch.setenv("TRAP", str(tmp_path / "sprung"))
+    (tmp_path / "dense_reg_ckpt.pkl").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="legacy"):  # though the directory is beside it
+        checkpoint.load(f"{saved}.pkl")
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads((tmp_path / "dense_reg_ckpt.pkl").read_bytes())
+    assert (tmp_path / "sprung").exists()  # the trap works
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/dense_reg_ckpt", "gs://bucket/dense_reg_ckpt.pkl"])
+def test_urls_are_refused(url):
+    with pytest.raises(UserError, match=url):
+        checkpoint.load(url)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(UserError, match=f"Checkpoint not found: {tmp_path}/nowhere.pkl"):
+        checkpoint.load(tmp_path / "nowhere.pkl")
+
+
+# ---- replacing one
+
+
+def test_the_new_one_replaces_the_old_and_nothing_else_is_left(saved):
+    checkpoint.save(saved, "dense_reg", tiny(1), {**META, "epoch": 4})
+    found = checkpoint.load(saved)
+    assert bits(found.state) == bits(tiny(1)) and found.metadata["epoch"] == 4
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+def test_killed_while_writing_the_old_one_is_whole(saved, monkeypatch):
+    def die(*_, **__):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ocp.Checkpointer, "save", die)
+        with pytest.raises(Killed):
+            checkpoint.save(saved, "dense_reg", tiny(1), META)
+    assert bits(checkpoint.load(saved).state) == bits(tiny())
+
+
+@pytest.mark.parametrize("renames", [0, 1], ids=["before the first rename", "between the renames"])
+def test_killed_while_replacing_the_old_one_is_found(saved, monkeypatch, renames):
+    done = []
+
+    def rename(a, b, real=os.rename):
+        if not str(a).startswith(str(saved)) or "orbax" in str(a):
+            return real(a, b)
+        if len(done) == renames:
+            raise Killed
+        done.append(a)
+        return real(a, b)
+
+    for _ in range(2):  # and again, with what the first death left
+        done.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "rename", rename)
+            with pytest.raises(Killed):
+                checkpoint.save(saved, "dense_reg", tiny(1), META)
+        assert bits(checkpoint.load(saved).state) == bits(tiny())
+        assert bits(checkpoint.load(f"{saved}.pkl").state) == bits(tiny())
+        renames = 0  # the only whole one now has the other name: no first rename
+    checkpoint.save(saved, "dense_reg", tiny(2), META)
+    assert bits(checkpoint.load(saved).state) == bits(tiny(2))
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
+# ---- the commands
+
+
+def test_verify_says_good(command, saved, tmp_path):
+    said = command("checkpoint", "verify", saved, cwd=tmp_path)
+    assert said.code == 0 and said.out.startswith("good") and "BAD" not in said.out
+
+
+def test_verify_goes_through_the_checkpoints_of_a_run(command, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "dense_reg_epoch_5")
+    shutil.rmtree(tmp_path / "dense_reg_epoch_5/metadata")
+    said = command("checkpoint", "verify", tmp_path, cwd=tmp_path)
+    assert said.code == 1
+    good, bad = sorted(said.out.splitlines(), key=lambda line: line.startswith("BAD"))
+    assert good.startswith("good") and "dense_reg_ckpt" in good
+    assert bad.startswith("BAD") and "dense_reg_epoch_5" in bad
+
+
+def test_verify_of_nothing_is_a_mistake(command, tmp_path):
+    for path in (tmp_path / "nowhere", tmp_path):
+        said = command("checkpoint", "verify", path, cwd=tmp_path)
+        assert said.code == 2 and said.err.startswith("Error: ")
+
+
+def test_inspect_lists_leaves_and_metadata(command, saved, tmp_path):
+    said = command("checkpoint", "inspect", f"{saved}.pkl", cwd=tmp_path)
+    assert said.code == 0
+    lines = {line.split()[0]: line.split()[1:] for line in said.out.splitlines()}
+    assert lines["state/params/loftr_transformer/layer_0/kernel"] == ["float32", "[3,", "4]", str(3 * 4 * 4)]
+    assert lines["state/params/half"] == ["bfloat16", "[5]", "10"]
+    assert "aligner/params/w" in lines and lines["epoch:"] == ["3"]
+
+
+def test_diff_of_equals_exits_0(command, saved, tmp_path):
+    checkpoint.save(tmp_path / "other", "dense_reg", tiny(), {**META, "epoch": 9})
+    said = command("checkpoint", "diff", saved, tmp_path / "other", cwd=tmp_path)
+    assert (said.code, said.err) == (0, "") and "equal to the bit" in said.out
+
+
+def test_diff_lists_which_leaves_differ_and_by_how_much(command, saved, tmp_path):
+    state = tiny()
+    state["params"]["loftr_transformer"]["layer_0"]["kernel"][1, 2] += 0.5
+    state["params"]["loftr_transformer"]["layer_0"]["bias"][2] = 0.0  # it was -0.0
+    state["step"] = np.int32(13)
+    state["batch_stats"]["more"] = np.zeros(1)
+    state["opt_state"]["1"]["mask"] = np.array([True, False, True])
+    checkpoint.save(tmp_path / "other", "dense_reg", state, META)
+    said = command("checkpoint", "diff", saved, tmp_path / "other", cwd=tmp_path)
+    assert said.code == 1
+    lines = dict(line.split(": ", 1) for line in said.out.splitlines() if ": " in line)
+    assert set(lines) == {"params/loftr_transformer/layer_0/kernel", "params/loftr_transformer/layer_0/bias", "step",
+                          "batch_stats/more", "opt_state/1/mask"}
+    assert lines["params/loftr_transformer/layer_0/kernel"] == "1 of 12 elements, at most 0.5"
+    assert lines["batch_stats/more"] == "only in the second"
+    assert "5 leaves differ" in said.out
+
+
+def test_diff_with_nothing_exits_2(command, saved, tmp_path):
+    said = command("checkpoint", "diff", saved, tmp_path / "nowhere", cwd=tmp_path)
+    assert said.code == 2 and said.err.startswith("Error: Checkpoint not found")
+
+
+def test_an_unknown_command_names_the_nearest(command, tmp_path):
+    said = command("checkpoint", "verfy", tmp_path, cwd=tmp_path)
+    assert said.code == 2 and "'verify'" in said.err

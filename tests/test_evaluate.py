@@ -1,0 +1,191 @@
+"""`evaluate` writes rates, scores and plots of either module; `verify` compares two prints."""
+
+import csv
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+RATES = {"eer", "fmr100", "fmr1000", "auc"}
+
+
+@pytest.fixture(scope="module", params=["dense_reg", "matcher"])
+def evaluated(request, command, pipeline, prints, tmp_path_factory):
+    """A module's checkpoint on two databases of 3 fingers with 3 impressions: the files under `out`."""
+    cwd = tmp_path_factory.mktemp("evaluate")
+    checkpoint = {"dense_reg": pipeline.module1, "matcher": pipeline.module2}[request.param]
+    said = command("evaluate", "--checkpoint", checkpoint, "--dataset_root", prints, "--out", "OUT", cwd=cwd)
+    assert said.code == 0, said
+    with (cwd / "OUT/scores.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    return SimpleNamespace(module=request.param, said=said, out=cwd / "OUT", header=header,
+                           rows=[dict(zip(header, row)) for row in rows],
+                           metrics=json.loads((cwd / "OUT/metrics.json").read_text()))
+
+
+def split(rows: list[dict], database: str) -> tuple[list[float], list[float]]:
+    """Genuine and impostor scores."""
+    mine = [r for r in rows if r["database"] == database]
+    return tuple([float(r["score"]) for r in mine if r["genuine"] == kind] for kind in "10")
+
+
+def rates_at(threshold: float, genuine: list[float], impostor: list[float]) -> tuple[float, float]:
+    """(FMR, FNMR) where scores from `threshold` on are accepted."""
+    return sum(s >= threshold for s in impostor) / len(impostor), sum(s < threshold for s in genuine) / len(genuine)
+
+
+def eer(genuine: list[float], impostor: list[float]) -> float:
+    """As FVC2000's report defines it, section 4: the middle of the narrower of two intervals."""
+    thresholds = sorted({*genuine, *impostor}) + [float("inf")]
+    rates = [rates_at(t, genuine, impostor) for t in thresholds]
+    below = [(fmr, fnmr) for fmr, fnmr in rates if fnmr <= fmr][-1]
+    above = [(fmr, fnmr) for fmr, fnmr in rates if fnmr >= fmr][0]
+    return min(sum(below), sum(above)) / 2
+
+
+def test_the_metrics_have_these_keys(evaluated):
+    assert set(evaluated.metrics) == {"macro", "databases"}
+    assert set(evaluated.metrics["macro"]) == RATES
+    assert set(evaluated.metrics["databases"]) == {"DB1", "DB2"}
+    for row in evaluated.metrics["databases"].values():
+        assert set(row) == RATES | {"genuine", "impostor"}
+
+
+def test_rates_are_fractions_and_pairs_are_counted(evaluated):
+    for row in [*evaluated.metrics["databases"].values(), evaluated.metrics["macro"]]:
+        assert all(0 <= row[k] <= 1 for k in RATES)
+    for row in evaluated.metrics["databases"].values():
+        assert (row["genuine"], row["impostor"]) == (9, 3)  # 3 fingers × 3 pairs; 3 pairs of fingers
+
+
+def test_macro_is_the_mean_over_databases(evaluated):
+    for rate in RATES:
+        values = [row[rate] for row in evaluated.metrics["databases"].values()]
+        assert evaluated.metrics["macro"][rate] == pytest.approx(sum(values) / 2)
+
+
+def test_the_scores_have_these_columns(evaluated):
+    assert ",".join(evaluated.header) == "database,a,b,genuine,score,global,local,matches"
+    assert (evaluated.out / "scores.csv").read_text().splitlines()[0] == "database,a,b,genuine,score,global,local,matches"
+    assert len(evaluated.rows) == 2 * (9 + 3)
+
+
+def test_each_pair_of_the_protocol_is_scored_once(evaluated):
+    genuine = {(f"{f}_{i}.png", f"{f}_{j}.png") for f in "123" for i, j in itertools.combinations("123", 2)}
+    impostor = {(f"{f}_1.png", f"{g}_1.png") for f, g in itertools.combinations("123", 2)}
+    for database in ("DB1", "DB2"):
+        scored = {(r["a"], r["b"]): r["genuine"] for r in evaluated.rows if r["database"] == database}
+        assert scored == dict.fromkeys(genuine, "1") | dict.fromkeys(impostor, "0")
+
+
+def test_the_eer_follows_from_the_scores(evaluated):
+    for database, row in evaluated.metrics["databases"].items():
+        assert row["eer"] == pytest.approx(eer(*split(evaluated.rows, database)))
+
+
+def test_fmr100_and_auc_follow_from_the_scores(evaluated):
+    for database, row in evaluated.metrics["databases"].items():
+        genuine, impostor = split(evaluated.rows, database)
+        # of 3 impostors at most 1 % is none: genuine scores not above the highest impostor's are refused
+        assert row["fmr100"] == row["fmr1000"] == pytest.approx(sum(s <= max(impostor) for s in genuine) / 9)
+        wins = sum((a > b) + (a == b) / 2 for a in genuine for b in impostor)
+        assert row["auc"] == pytest.approx(wins / 27)
+
+
+def test_module_1_scores_by_its_registered_matches_module_2_by_both_branches(evaluated):
+    for row in evaluated.rows:
+        assert int(row["matches"]) >= 0
+        if evaluated.module == "dense_reg":
+            assert float(row["score"]) == int(row["matches"]) and row["global"] == row["local"] == ""
+        else:
+            assert 0 <= float(row["score"]) <= 1
+            assert all(-1.001 <= float(row[k]) <= 1.001 for k in ("global", "local"))  # cosines
+    assert len({r["score"] for r in evaluated.rows}) > 1
+
+
+@pytest.mark.parametrize("name", ["det.png", "histogram.png", "matches.png"])
+def test_the_pictures_are_pngs(evaluated, name):
+    assert (evaluated.out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    with Image.open(evaluated.out / name) as image:
+        image.load()
+        assert min(image.size) >= 100
+
+
+def test_the_table_is_printed(evaluated):
+    table = evaluated.said.out.splitlines()
+    for name, row in [*evaluated.metrics["databases"].items(), ("macro", evaluated.metrics["macro"])]:
+        line = next(t for t in table if t.startswith(name))
+        assert f"{row['eer']:.2%}" in line
+
+
+def test_protocol_all_compares_every_pair(command, pipeline, prints, tmp_path):
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT",
+                   "--protocol", "all", cwd=tmp_path)
+    assert said.code == 0, said
+    found = json.loads((tmp_path / "OUT/metrics.json").read_text())["databases"]
+    assert {name: (row["genuine"], row["impostor"]) for name, row in found.items()} == {"DB1": (9, 27)}  # of 9 · 8 / 2
+
+
+def test_an_evaluation_is_repeatable(command, pipeline, prints, evaluated, tmp_path):
+    if evaluated.module == "matcher":
+        pytest.skip("one module is enough")
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints, "--out", "OUT", cwd=tmp_path)
+    assert said.code == 0, said
+    assert (tmp_path / "OUT/scores.csv").read_text() == (evaluated.out / "scores.csv").read_text()
+
+
+# ---- verify
+
+
+@pytest.fixture(scope="module")
+def compare(command, pipeline, generated, tmp_path_factory):
+    """compare(*WORDS): `verify` of two impressions of finger 1 by the pipeline's matcher."""
+    cwd = tmp_path_factory.mktemp("verify")
+
+    def call(*words):
+        return command("verify", generated[1, 1], generated[1, 2], "--checkpoint", pipeline.module2, *words, cwd=cwd)
+
+    return call
+
+
+def test_verify_prints_score_decision_and_matches_as_json(compare):
+    said = compare("--json")
+    assert said.code == 0, said
+    found = json.loads(said.out)
+    assert {"score", "decision", "matches"} <= set(found)
+    assert 0 <= found["score"] <= 1
+    assert found["decision"] in ("match", "no match")
+    assert isinstance(found["matches"], int) and found["matches"] >= 0
+
+
+def test_verify_prints_the_same_as_text(compare):
+    found, said = json.loads(compare("--json").out), compare()
+    assert said.code == 0, said
+    assert f"score {found['score']:.4f}, {found['decision']} " in said.out
+    assert f"{found['matches']} matches" in said.out
+
+
+def test_a_laxer_rate_never_turns_a_match_into_none(compare):
+    decisions = [json.loads(compare("--json", "--fmr", rate).out)["decision"] for rate in (0.999, 0.5, 0.001)]
+    assert decisions == sorted(decisions)  # "match" first, then "no match"
+
+
+def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_path):
+    if evaluated.module == "dense_reg":
+        pytest.skip("verify asks for the matcher")
+    said = command("verify", prints / "DB1/1_1.png", prints / "DB1/1_2.png", "--checkpoint", pipeline.module2, "--json",
+                   cwd=tmp_path)
+    row = next(r for r in evaluated.rows if (r["database"], r["a"], r["b"]) == ("DB1", "1_1.png", "1_2.png"))
+    found = json.loads(said.out)
+    assert found["score"] == pytest.approx(float(row["score"]), abs=1e-3)
+    assert found["matches"] == int(row["matches"])
+
+
+def test_verify_draws_the_pair(compare, tmp_path):
+    picture = tmp_path / "out.png"
+    assert compare("--picture", picture).code == 0
+    with Image.open(picture) as image:
+        image.load()
+        assert image.format == "PNG" and image.width > image.height  # side by side
