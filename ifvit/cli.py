@@ -47,8 +47,9 @@ def parse(cls, name: str, argv: list[str]):
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        box = [line.strip("│ ") for line in said.getvalue().splitlines() if line.startswith("│")]
-        what = " ".join(itertools.takewhile(lambda line: line and not line.startswith("─"), box))
+        rule = lambda line: not line.strip("─-")  # or a blank line
+        box = itertools.dropwhile(rule, [line.strip("│ ") for line in said.getvalue().splitlines()[1:]])  # title off
+        what = " ".join(itertools.takewhile(lambda line: not rule(line), box))
         raise UserError(f"{what.rstrip('.')}; python -m {name} --help tells what each flag takes.") from None
     if unknown:
         flag = unknown[0].split("=")[0]
@@ -85,6 +86,9 @@ def _guard(call: Callable[[], int | None]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("ifvit").setLevel(logging.INFO)
     logging.getLogger("absl").setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
     try:
         return call() or 0
     except UserError as e:

@@ -176,8 +176,8 @@ def test_mistake_9_over_pressure_thickens_dark_ridges_and_dryness_thins_them():
     y, x = np.mgrid[:64, :64]
     ridges = (0.5 + 0.4 * np.cos(2 * np.pi * (x + 0.371 * y) / 16)).astype(np.float32)
     config, mask, inner = SMOKE.replace(noise=0.0, partial=0.0), np.ones((64, 64), bool), np.s_[:, 12:52, 12:52]
-    prints = quickly(jax.vmap(lambda key: corrupt(key, ridges, mask, config, 1.0)[0]))(jax.random.split(jax.random.key(5), 60))
-    prints = np.asarray(prints)[inner].reshape(60, -1)
+    run = quickly(jax.vmap(lambda key: corrupt(key, ridges, mask, config, 1.0)[0]))
+    prints = np.asarray(run(jax.random.split(jax.random.key(5), 60)))[inner].reshape(60, -1)
     low, high = np.percentile(prints, [5, 95], axis=1, keepdims=True)
     share, darkness = (prints < (low + high) / 2).mean(1), -prints.mean(1)
     plain = np.abs(darkness).argmin()
@@ -274,7 +274,8 @@ def test_module_2s_views_are_of_the_prints_in_their_order(ridges_and_background)
     image0, mask0, image1, mask1 = quickly(lambda b: plain_views(b, SMOKE))(ridges_and_background)
     np.testing.assert_array_equal(image0[0], image1[0])
     assert np.abs(image0[1] - image1[1]).mean() > 0.1
-    expected = take_view(ridges_and_background["canvas1"][1], ridges_and_background["mask1"][1], plain_view(SMOKE), SMOKE)
+    canvas, mask = ridges_and_background["canvas1"][1], ridges_and_background["mask1"][1]
+    expected = take_view(canvas, mask, plain_view(SMOKE), SMOKE)
     np.testing.assert_allclose(image1[1], expected[0], atol=1e-5)
     np.testing.assert_array_equal(mask1[1], expected[1])
     shapes = jax.eval_shape(lambda b: match_views(pair_keys(0, 0, 2), b, SMOKE), ridges_and_background)

@@ -103,7 +103,7 @@ def twelve(generated, tmp_path):
 def test_a_broken_image_among_good_ones_is_skipped_counted_and_named(started, twelve, content, tmp_path):
     bad = twelve / "3_2.png"
     bad.write_bytes(bad.read_bytes()[:2000] if content == "cut" else content)
-    said, task, _ = started("train_dense", "--dataset_root", twelve, *SMOKE, cwd=tmp_path)
+    said, _, _ = started("train_dense", "--dataset_root", twelve, *SMOKE, cwd=tmp_path, create=False)
     assert said.code == 0, said
     assert "1 of 12 images cannot be read" in said.out and "3_2.png" in said.out
     held_out, trained = (int(re.search(p, said.out)[1]) for p in (r"(\d+) prints of \d+ fingers held", r"(\d+) prints of \d+ fingers to"))
@@ -120,7 +120,7 @@ def test_ten_per_cent_are_not_past_it(started, twelve, tmp_path):
     for name in ("1_1.png", "1_2.png"):
         (twelve / name).unlink()
     (twelve / "3_2.png").write_bytes(b"")
-    said, _, _ = started("train_dense", "--dataset_root", twelve, *SMOKE, cwd=tmp_path)
+    said, _, _ = started("train_dense", "--dataset_root", twelve, *SMOKE, cwd=tmp_path, create=False)
     assert said.code == 0 and "1 of 10 images" in said.out, said
 
 
@@ -332,3 +332,8 @@ def test_help_names_the_flags(command, name, flags, tmp_path):
     said = command(name, "--help", cwd=tmp_path)
     assert said.code == 0 and said.err == ""
     assert [f for f in flags + common if not re.search(rf"{f}\b", said.out)] == []
+
+
+def test_a_terminal_that_has_no_such_sign_gets_another(process, tmp_path):
+    said = process("-m", "ifvit.load_module1_weights", "--module1_ckpt", "nowhere", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert said.code == 2 and "? Module 1 checkpoint not found: nowhere" in said.out and "Traceback" not in said.err

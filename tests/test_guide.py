@@ -129,7 +129,7 @@ def test_the_last_periodic_checkpoint_is_the_final_one(module1):
 
 
 def test_the_guides_sizes_reach_the_configuration(started, prints, tmp_path):
-    said, task, _ = started(*words(TRAIN_DENSE, data=prints), "--set", "pairs_per_epoch=128", cwd=tmp_path)
+    said, task, _ = started(*words(TRAIN_DENSE, data=prints), "--set", "pairs_per_epoch=128", cwd=tmp_path, create=False)
     assert said.code == 0, said
     assert (task.config.batch_size, task.config.num_epochs, task.steps_per_epoch) == (128, 100, 1)
 
@@ -348,6 +348,6 @@ def test_the_guides_kaggle_commands(on_kaggle, command, started, tmp_path):
 
 def test_on_kaggle_the_defaults_lie_under_the_working_directory(on_kaggle, started, tmp_path):
     said, task, _ = started("train_dense", "--dataset_root", on_kaggle["input"] / "fvc2002", "--preset", "smoke",
-                            cwd=tmp_path)
+                            cwd=tmp_path, create=False)
     assert said.code == 0, said
     assert task.config.checkpoint_dir == f"{on_kaggle['working']}/IFViT/checkpoints/dense_reg"

@@ -71,7 +71,8 @@ def brute_force(conf, threshold, border, grid):
     return sorted(found, key=lambda m: -m[2])
 
 
-@pytest.mark.parametrize("threshold, border, count", [(0.0, 0, 20), (0.3, 0, 20), (0.1, 1, 20), (0.0, 0, 3), (0.0, 0, 99)])
+@pytest.mark.parametrize("threshold, border, count", [
+    (0.0, 0, 20), (0.3, 0, 20), (0.1, 1, 20), (0.0, 0, 3), (0.0, 0, 99)])
 def test_mistake_4_matches_are_mutual_above_the_threshold_and_inside_the_border(confidences, threshold, border, count):
     log_conf = confidences[0]
     found = jax.tree.map(np.asarray, mutual_matches(log_conf, count, threshold, border, (4, 5)))

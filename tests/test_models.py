@@ -75,7 +75,7 @@ def shapes(make) -> dict[str, tuple]:
 
 
 def filled(make, seed=0):
-    """The module with drawn parameters: norms are away from scale 1 and bias 0, so that one in the wrong place shows."""
+    """The module with drawn parameters: norms are away from scale 1 and bias 0, so one in the wrong place shows."""
     rng = np.random.default_rng(seed)
     graph, params, rest = nnx.split(nnx.eval_shape(make), nnx.Param, ...)
     params = jax.tree.map(lambda p: rng.normal(0.1, 0.4, p.shape).astype(np.float32), params)
@@ -131,13 +131,13 @@ def test_with_every_key_masked_the_message_is_zero_and_finite(attention):
 
 
 @pytest.mark.parametrize("kind, attention", [("loftr", attention_by_definition), ("siamese", softmax_by_definition)])
-def test_the_encoder_layer_is_loftrs_layer(two_prints, kind, attention):
+def test_mistake_1_the_encoder_layer_is_loftrs_layer(two_prints, kind, attention):
     layer = filled(lambda: EncoderLayer(8, 2, kind, rngs=nnx.Rngs(0)))
     expected = loftr_layer(arrays(layer), 2, *two_prints, attention)
     np.testing.assert_allclose(forward(layer, *two_prints), expected, atol=2e-4)
 
 
-def test_self_and_cross_alternate_and_image_1_attends_to_the_updated_image_0(two_prints):
+def test_mistake_1_self_and_cross_alternate_and_image_1_attends_to_the_updated_image_0(two_prints):
     f0, f1, m0, m1 = two_prints
     model = filled(lambda: Transformer(8, 2, 2, "loftr", rngs=nnx.Rngs(0)))
     p = arrays(model)
@@ -154,7 +154,7 @@ def test_self_and_cross_alternate_and_image_1_attends_to_the_updated_image_0(two
     np.testing.assert_allclose(out1, x1, atol=1e-3)
 
 
-def test_four_layers_are_eight_encoder_layers_of_loftrs_80_arrays_and_5251072_parameters():
+def test_mistake_2_four_layers_are_eight_encoder_layers_of_loftrs_80_arrays_and_5251072_parameters():
     tree = shapes(lambda: Transformer(256, 8, 4, "loftr", rngs=nnx.Rngs(0)))
     ours = {
         "q_proj/kernel": (256, 256), "k_proj/kernel": (256, 256), "v_proj/kernel": (256, 256),

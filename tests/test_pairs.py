@@ -105,7 +105,8 @@ def test_generated_fingers_are_drawn_in_their_share_and_never_against_real_ones(
 
 
 def test_mistake_10_ten_fingers_of_a_person_are_ten_classes_and_impostors_to_each_other():
-    names = [f"1_{hand}_{finger}" for hand in ("left", "right") for finger in ("thumb", "index", "middle", "ring", "little")]
+    names = [f"1_{hand}_{finger}" for hand in ("left", "right")
+             for finger in ("thumb", "index", "middle", "ring", "little")]
     prints = tuple(p for name in names for p in impressions("SOCOFing", name, 2))
     labels = class_labels(prints)
     assert sorted(labels.values()) == list(range(10))

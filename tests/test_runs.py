@@ -143,7 +143,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(command, module1, prints,
 def test_a_half_written_checkpoint_is_not_gone_on_from(started, module1, prints, tmp_path):
     from ifvit.training import loop
 
-    _, task, _ = started("train_dense", "--dataset_root", prints, *SMOKE, cwd=tmp_path)
+    _, task, _ = started("train_dense", "--dataset_root", prints, *SMOKE, cwd=tmp_path, create=False)
     shutil.copytree(module1.folder, tmp_path / "run")
     shutil.rmtree(tmp_path / "run/dense_reg_ckpt/metadata")
     (tmp_path / "run/dense_reg_epoch_2").rename(tmp_path / "run/dense_reg_epoch_2.new")
@@ -196,14 +196,6 @@ def test_nan_stops_the_run_and_names_the_step(command, prints, tmp_path, monkeyp
     said = command("train_dense", "--dataset_root", prints, *SMOKE, "--set", "pairs_per_epoch=16", cwd=tmp_path)
     assert said.code == 1, said
     assert "Error: loss is nan at step 3;" in said.err and "Traceback" not in said.err
-    assert not list(tmp_path.rglob("dense_reg_*"))
-
-
-def test_a_learning_rate_that_is_far_too_high_stops_the_run(command, prints, tmp_path):
-    said = command("train_dense", "--dataset_root", prints, *SMOKE, "--set", "pairs_per_epoch=80", "--set",
-                   "learning_rate=10", "--set", "grad_clip=1e30", "--set", "warmup=0", cwd=tmp_path)
-    assert said.code == 1, said
-    assert re.search(r"Error: \w+ is (nan|inf) at step \d+; .*learning_rate", said.err)
     assert not list(tmp_path.rglob("dense_reg_*"))
 
 
