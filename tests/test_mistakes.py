@@ -260,7 +260,8 @@ STEPS = 2  # of an epoch of the small task
 
 def small_task(folder, validated):
     """Three epochs of a line that follows its batches; `validated` notes the epochs of validation."""
-    config = DENSE.replace(checkpoint_dir=str(folder), num_epochs=3, save_every=1, seed=7)
+    pairs = 2 * jax.device_count()
+    config = DENSE.replace(checkpoint_dir=str(folder), num_epochs=3, save_every=1, seed=7, batch_size=pairs)
     tx, schedule = optimizer(config, 3 * STEPS)
 
     def create():
@@ -274,7 +275,7 @@ def small_task(folder, validated):
         return gradient_step(state, loss, tx, schedule)
 
     def read(first, last):
-        return ({"x": np.full(2, s, np.float32)} for s in range(first, last))
+        return ({"x": np.full(pairs, s, np.float32)} for s in range(first, last))
 
     def validate(state, epoch):
         validated.append((epoch, int(state.step)))
@@ -314,7 +315,7 @@ def test_mistake_6_a_checkpoint_holds_all_that_a_resume_reads_and_the_resumed_ru
 
 
 def test_validation_counts_a_pair_once_where_the_last_batch_is_filled_up(tmp_path):
-    """7 pairs in batches of 4; every impostor gets confidence 1, half of every genuine pair's 10 cells is right."""
+    """One pair less than two batches; impostors get confidence 1, of a genuine pair's 10 cells half are right."""
     np.save(tmp_path / "c.npy", np.zeros((4, 8, 8), np.uint8))
     np.save(tmp_path / "m.npy", np.ones((4, 1, 1), bool))
     prints = PrintSet(tuple(Print("", "A", str(i), "1", 500) for i in range(4)), (0, 1, 2, 3),
@@ -326,9 +327,10 @@ def test_validation_counts_a_pair_once_where_the_last_batch_is_filled_up(tmp_pat
         impostor, genuine = batch["counts"] & ~batch["genuine"], batch["counts"] & batch["genuine"]
         return {"correct": 5 * genuine.sum(), "known": 10 * genuine.sum(), "impostor_confidence": impostor.sum()}
 
-    config = DENSE.replace(batch_size=4, val_pairs=7, impostor_share=0.9)
+    size = 4 * jax.device_count()
+    config = DENSE.replace(batch_size=size, val_pairs=2 * size - 1, impostor_share=0.9)
     assert warp_metrics(evaluate, (), prints, config) == {"accuracy": 0.5, "impostor_confidence": 1.0}
-    assert seen == [4, 3]
+    assert seen == [size, size - 1]
 
 
 def test_a_pair_that_fills_a_batch_up_has_no_part_in_the_metrics(batch):
