@@ -28,9 +28,7 @@ class Registration(NamedTuple):
 
 
 def register(log_conf: Float[Array, "B L L"], image_size: int, config) -> Registration:
-    """Mutual matches of Module 1's confidences and the similarity that most of them agree on.
-
-    """
+    """Mutual matches of Module 1's confidences and the similarity that most of them agree on."""
     side = image_size // STRIDE
     matches = mutual_matches(log_conf, config.alignment_matches, config.match_threshold, config.match_border,
                              (side, side))
