@@ -216,6 +216,8 @@ def parse_value(cls, key: str, text: str):
 _SMALL_NET = dict(resnet_widths=(16, 32, 64), transformer_width=64, transformer_heads=4, transformer_layers=2,
                   similarity="cosine", dense_loss="nll", input_ppi=350.0, image_size=224, batch_size=16,
                   match_border=0, match_threshold=0.1)
+# quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
+_QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
 _SMOKE_NET = dict(resnet_widths=(8, 8, 16), transformer_width=16, transformer_heads=2, transformer_layers=1,
                   similarity="cosine", dense_loss="nll", input_ppi=200.0, image_size=64, batch_size=4,
                   match_border=0, match_threshold=0.1, canvas_size=256, synthetic_fingers=6, synthetic_impressions=2,
@@ -232,12 +234,10 @@ PRESETS = {
              arcface_scale=30.0, roi_size=96, embedding_channels=16, match_threshold=0.05, calibration_pairs=1000),
     ),
     "quick": (
-        dict(_SMALL_NET, learning_rate=2e-3, image_size=160, pairs_per_epoch=800, num_epochs=5, val_pairs=64,
-             synthetic_fingers=60, synthetic_impressions=6),
-        dict(_SMALL_NET, learning_rate=1e-3, image_size=160, pairs_per_epoch=480, num_epochs=4, val_pairs=96,
-             seed_resnet=True, synthetic_fingers=60, synthetic_impressions=6, loss_embedding=1.0, loss_arcface=0.1,
-             arcface_scale=30.0, roi_size=64, embedding_channels=16, match_threshold=0.05,
-             calibration_pairs=300),
+        dict(_SMALL_NET, **_QUICK, learning_rate=3e-3, pairs_per_epoch=960, num_epochs=5, val_pairs=64, rotation=35.0),
+        dict(_SMALL_NET, **_QUICK, learning_rate=1e-3, pairs_per_epoch=480, num_epochs=4, val_pairs=96, rotation=8.0,
+             seed_resnet=True, loss_embedding=1.0, loss_arcface=0.1, arcface_scale=30.0, roi_size=64,
+             embedding_channels=16, match_threshold=0.05, calibration_pairs=300),
     ),
     "smoke": (_SMOKE_NET, dict(_SMOKE_NET, seed_resnet=True, roi_size=32, embedding_size=32, embedding_channels=8,
                                calibration_pairs=8)),
