@@ -5,6 +5,7 @@
 
 import csv
 import json
+import logging
 import os
 import sys
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve, resolve_data
 
+log = logging.getLogger("ifvit")
 RATES = ("eer", "fmr100", "fmr1000", "auc")
 
 
@@ -58,20 +60,28 @@ class Args:
 
 
 def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:
-    """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds."""
+    """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
+
+    Databases without genuine or without impostor pairs are left out, and named in the log; UserError
+    when none is left.
+    """
     from ifvit import plots, rates
     from ifvit.data.pairs import Pair
 
     wanted = {"fvc": rates.pairs_fvc, "all": rates.pairs_all}[protocol](prints.prints)
     pairs = [Pair(i, j, bool(g)) for i, j, g in wanted]
-    databases = sorted({p.database for p in prints.prints})
-    database = np.array([prints.prints[p.print0].database for p in pairs])
-    genuine = np.array([p.genuine for p in pairs], bool)
-    for name in databases:
-        mine = genuine[database == name] if pairs else genuine
-        if not mine.any() or mine.all():
-            raise UserError(f"Database {name} has {mine.sum()} genuine and {(~mine).sum()} impostor pairs, and both are "
-                            "needed; give two fingers or more, with two impressions or more.")
+    database = [prints.prints[p.print0].database for p in pairs]
+    kinds = {name: {p.genuine for p, d in zip(pairs, database) if d == name} for name in set(database)}
+    databases = sorted(name for name, kind in kinds.items() if len(kind) == 2)
+    left_out = sorted({p.database for p in prints.prints} - set(databases))
+    if not databases:
+        raise UserError(f"No database has both genuine and impostor pairs ({', '.join(left_out)}); give two fingers or "
+                        "more of one, with two impressions or more.")
+    if left_out:
+        log.warning("Not evaluated, without genuine or without impostor pairs: %s", ", ".join(left_out))
+    pairs = [p for p, d in zip(pairs, database) if d in databases]
+    database = np.array([d for d in database if d in databases])
+    genuine = np.array([p.genuine for p in pairs])
     scores = scorer.score(prints, pairs, batch_size)
     rows = {name: rates.summary(scores["score"][(database == name) & genuine],
                                 scores["score"][(database == name) & ~genuine]) for name in databases}

@@ -64,7 +64,10 @@ class Args(TrainArgs):
         for name, ckpt, folder in (("Module 1, registered matches", module1, out / "dense_reg"),
                                    ("Module 2, fused score", module2, out / "matcher")):
             print(f"\n{name}")
-            print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, folder))
+            try:
+                print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, folder))
+            except UserError as e:  # the training is done and good; single impressions, say, have no genuine pair
+                print(f"not evaluated: {e}")
         print()
         for what, path in (("Module 1 checkpoint", module1), ("Module 2 checkpoint", module2),
                            ("curves, Module 1", module1.parent / "curves.png"),

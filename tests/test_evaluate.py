@@ -4,12 +4,14 @@ import csv
 import functools
 import itertools
 import json
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+SMOKE = ("--preset", "smoke")
 RATES = {"eer", "fmr100", "fmr1000", "auc"}
 
 
@@ -187,3 +189,25 @@ def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_p
     found = json.loads(said.out)
     assert found["score"] == pytest.approx(float(row["score"]), abs=1e-3)
     assert found["matches"] == int(row["matches"])
+
+
+def test_fingers_with_one_impression_train_and_are_not_evaluated(command, generated, tmp_path):
+    for finger in range(1, 7):
+        shutil.copy(generated[finger, 1], tmp_path / f"{finger}_1.png")
+    said = command("train_all", "--dataset_root", tmp_path, "--num_classes", 100, *SMOKE, cwd=tmp_path)
+    assert said.code == 0, said
+    assert "the score is not calibrated" in said.out
+    assert said.out.count("not evaluated: No database has both genuine and impostor pairs") == 2
+    assert (tmp_path / "checkpoints/matcher/matcher_ckpt").is_dir()
+    assert not (tmp_path / "checkpoints/matcher/evaluation").exists()
+
+
+def test_a_database_without_genuine_pairs_is_left_out_and_named(command, pipeline, prints, generated, tmp_path):
+    shutil.copytree(prints / "DB1", tmp_path / "data/DB1")
+    (tmp_path / "data/DB9").mkdir()
+    for finger in (4, 5):
+        shutil.copy(generated[finger, 1], tmp_path / "data/DB9" / f"{finger}_1.png")
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", tmp_path / "data", "--out", "out", cwd=tmp_path)
+    assert said.code == 0, said
+    assert "Not evaluated, without genuine or without impostor pairs: DB9" in said.out
+    assert list(json.loads((tmp_path / "out/metrics.json").read_text())["databases"]) == ["DB1"]

@@ -1,5 +1,6 @@
 """Module 2 as a task of the loop: seeded from Module 1, which aligns its pairs."""
 
+import logging
 from dataclasses import asdict
 
 import jax
@@ -17,6 +18,8 @@ from ifvit.training.dense import VALIDATION_SEED, steps_per_epoch
 from ifvit.training.loop import Task
 from ifvit.training.state import create_state, optimizer
 from ifvit.training.step import dense_network, match_network, match_step
+
+log = logging.getLogger("ifvit")
 
 # what both modules' windows and networks must have in common
 COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
@@ -66,7 +69,7 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
 
     def validate(state, epoch):
         chosen = balanced_pairs(held_out, config.val_pairs)
-        genuine = np.array([p.genuine for p in chosen])
+        genuine = np.array([p.genuine for p in chosen], bool)
         if not 0 < genuine.sum() < len(chosen):
             return {}
         s = scores_of(state, chosen)
@@ -78,7 +81,11 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
 
     def finish(state):
         chosen = balanced_pairs(held_out, config.calibration_pairs)
-        genuine = np.array([p.genuine for p in chosen])
+        genuine = np.array([p.genuine for p in chosen], bool)
+        if genuine.all() or not genuine.any():
+            log.warning("The held-out fingers have no %s pairs: the score is not calibrated.",
+                        "genuine" if not genuine.any() else "impostor")
+            return {}
         return {"fusion": asdict(fit_fusion(scores_of(state, chosen), genuine))}
 
     tied = config.share_global_local

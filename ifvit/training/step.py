@@ -32,7 +32,7 @@ def gradient_step(state: TrainState, loss: Callable, tx: optax.GradientTransform
     (value, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    metrics = dict(metrics, loss=value, grad_norm=optax.global_norm(grads), learning_rate=schedule(state.step))
+    metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
     return TrainState(params, stats, opt_state, state.step + 1), metrics
 
 

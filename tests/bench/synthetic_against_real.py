@@ -20,6 +20,7 @@ from ifvit.data.sources import read_roots
 from ifvit.paths import cache_dir
 from ifvit.train_dense import run
 from ifvit.training.dense import warp_metrics
+from ifvit.training.sharding import use_cpu_cores
 from ifvit.training.step import dense_eval, dense_network
 
 
@@ -34,6 +35,7 @@ class Args:
 
 
 def main(args: Args) -> None:
+    use_cpu_cores()
     cli.use_compilation_cache(cache_dir() / "compiled")
     base = preset(args.preset, DenseConfig).replace(seed=args.seed)
     test = prepare(read_roots(args.test), base.canvas_size, base.max_broken, cache_dir())
@@ -51,4 +53,5 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    cli.use_huge_pages()
     main(tyro.cli(Args, use_underscores=True))
