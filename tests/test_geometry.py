@@ -1,7 +1,6 @@
 """Similarities, robust fits, sampling and blurring against hand calculation and plain numpy."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
