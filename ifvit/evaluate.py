@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -71,14 +72,17 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     wanted = {"fvc": rates.pairs_fvc, "all": rates.pairs_all}[protocol](prints.prints)
     pairs = [Pair(i, j, bool(g)) for i, j, g in wanted]
     database = [prints.prints[p.print0].database for p in pairs]
-    kinds = {name: {p.genuine for p, d in zip(pairs, database) if d == name} for name in set(database)}
-    databases = sorted(name for name, kind in kinds.items() if len(kind) == 2)
-    left_out = sorted({p.database for p in prints.prints} - set(databases))
+    counts = {p.database: Counter() for p in prints.prints}  # of genuine (True) and impostor (False) pairs
+    for pair, name in zip(pairs, database):
+        counts[name][pair.genuine] += 1
+    databases = sorted(name for name, count in counts.items() if count[True] and count[False])
+    left_out = ", ".join(f"{name} ({count[True]} genuine, {count[False]} impostor)"
+                         for name, count in sorted(counts.items()) if name not in databases)
     if not databases:
-        raise UserError(f"No database has both genuine and impostor pairs ({', '.join(left_out)}); give two fingers or "
-                        "more of one, with two impressions or more.")
+        raise UserError(f"No database has both genuine and impostor pairs: {left_out}; give two fingers or more of one, "
+                        "with two impressions or more.")
     if left_out:
-        log.warning("Not evaluated, without genuine or without impostor pairs: %s", ", ".join(left_out))
+        log.warning("Not evaluated, without genuine or without impostor pairs: %s", left_out)
     pairs = [p for p, d in zip(pairs, database) if d in databases]
     database = np.array([d for d in database if d in databases])
     genuine = np.array([p.genuine for p in pairs])

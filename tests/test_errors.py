@@ -300,7 +300,7 @@ def test_evaluating_prints_without_a_second_impression(fails, module1, generated
     root.mkdir()
     for finger in (1, 2, 3):
         shutil.copy(generated[finger, 1], root)
-    fails(["0 genuine"], "evaluate", "--checkpoint", module1.path, "--dataset_root", root)
+    fails(["genuine", "two impressions"], "evaluate", "--checkpoint", module1.path, "--dataset_root", root)
     assert not (tmp_path / "cwd/evaluation/metrics.json").exists()
 
 

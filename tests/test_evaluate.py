@@ -124,18 +124,34 @@ def test_the_table_is_printed(evaluated):
         assert f"{row['eer']:.2%}" in line
 
 
-def test_protocol_all_compares_every_pair(command, pipeline, prints, tmp_path, monkeypatch):
+@pytest.fixture
+def unscored(monkeypatch):
+    """Scores and pictures that cost nothing: pair number n has the score n."""
     def score(self, prints, pairs, batch_size):
         assert len(set(pairs)) == len(pairs)
         return {"score": np.arange(len(pairs), dtype=float), "matches": np.zeros(len(pairs), int)}
 
     monkeypatch.setattr("ifvit.scorer.Scorer.score", score)
     monkeypatch.setattr("ifvit.scorer.Scorer.picture", lambda *_: None)
+
+
+def test_protocol_all_compares_every_pair(unscored, command, pipeline, prints, tmp_path):
     said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT",
                    "--protocol", "all", cwd=tmp_path)
     assert said.code == 0, said
     found = json.loads((tmp_path / "OUT/metrics.json").read_text())["databases"]
     assert {name: (row["genuine"], row["impostor"]) for name, row in found.items()} == {"DB1": (9, 27)}  # of 9 · 8 / 2
+
+
+def test_a_database_without_genuine_pairs_is_left_out_and_named(unscored, command, pipeline, prints, tmp_path):
+    shutil.copytree(prints / "DB1", tmp_path / "root/good")
+    (tmp_path / "root/singles").mkdir()
+    for finger in "123":
+        shutil.copy(prints / f"DB2/{finger}_1.png", tmp_path / "root/singles")
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", "root", "--out", "OUT", cwd=tmp_path)
+    assert said.code == 0, said
+    assert set(json.loads((tmp_path / "OUT/metrics.json").read_text())["databases"]) == {"good"}
+    assert "singles" in said.out
 
 
 # ---- verify
