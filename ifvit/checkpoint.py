@@ -2,39 +2,48 @@
 
 A checkpoint holds `state` (params, batch_stats, opt_state, step), all nested dictionaries with
 string keys, JSON `metadata`, and for a matcher `aligner` (Module 1's params and batch_stats).
+Orbax writes them, every process its own shards, while training goes on; TensorStore reads them, every
+process what its devices need, on any mesh. Nothing is handed on before its digests have been compared.
 
-    python -m ifvit.checkpoint verify DIR     every leaf against its digest
-    python -m ifvit.checkpoint inspect DIR    tree, shapes, metadata
-    python -m ifvit.checkpoint diff A B       exit 0 where every leaf of `state` is equal to the bit
+    python -m ifvit.checkpoint verify DIR           every leaf against its digest; DIR may be a whole run
+    python -m ifvit.checkpoint inspect DIR          tree, shapes, types, shardings, sizes, metadata, history
+    python -m ifvit.checkpoint diff A B             exit 0 where every leaf of `state` is equal to the bit
+    python -m ifvit.checkpoint import FILE.pkl DIR  the legacy format, read without running anything in it
+    python -m ifvit.checkpoint export DIR FILE.pkl
 """
 
 import datetime
+import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
-from typing import Annotated
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-import tyro
+import tensorstore as ts
+from etils import epath
+from jax.experimental import multihost_utils
 
-from ifvit import cli
+from ifvit import cli, digest, legacy
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 
 OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
+NETWORK = ("state/params", "state/batch_stats", "aligner")  # what it takes to run a trained network
+UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that is being written
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    path: Path
-    state: dict     # nested dictionaries of numpy arrays
+    path: epath.Path
+    state: dict     # nested dictionaries of arrays: numpy's, or JAX's on the devices asked for
     metadata: dict
     aligner: dict | None
 
@@ -44,99 +53,307 @@ class Checkpoint:
         return self.metadata["module"]
 
 
-def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
-    """Writes a checkpoint; one of the same name is replaced only when the new one is whole.
+# ---- writing
 
-    `metadata` has `epoch` and `config`; time, versions and digests are added.
+
+class Writer:
+    """Writes checkpoints while the caller goes on: one at a time, whole or not at all.
+
+    Every process calls the same methods in the same order; each writes its own shards.
     """
-    path = Path(os.path.abspath(path))
-    trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
-    trees = jax.tree.map(np.asarray, trees)
-    metadata = {
-        "module": module, **metadata,
-        "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "versions": {p: packages.version(p) for p in ("ifvit", "jax", "flax", "optax", "orbax-checkpoint")},
-        "digests": {name: digest(leaf) for name, leaf in leaves(trees).items()},
-    }
-    metadata["digest"] = _digest_of_metadata(metadata)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = path.with_name(path.name + ".new")
-    items = {k: ocp.args.StandardSave(v) for k, v in trees.items()}
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as writer:
-        writer.save(fresh, ocp.args.Composite(metadata=ocp.args.JsonSave(metadata), **items), force=True)
-    old = path.with_name(path.name + OLD)
-    if path.exists():  # else what `old` holds is the only whole one
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(path, old)
-    os.rename(fresh, path)
-    shutil.rmtree(old, ignore_errors=True)
+
+    def __init__(self):
+        options = ocp.options.AsyncOptions(timeout_secs=600)
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(state=_array_handler(), aligner=_array_handler(), metadata=MetadataHandler()),
+            async_options=options)
+        self._path: epath.Path | None = None
+
+    def start(self, path: str | Path, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
+        """Copies `state` and begins to write it; returns when the caller may change or donate it.
+
+        `metadata` has `epoch` and `config`; time, versions, shardings and digests are added.
+        """
+        self._path = path = as_path(path)
+        trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
+        trees = {name: _snapshot(tree) for name, tree in trees.items()}
+        flat = leaves(trees)
+        metadata = {
+            "module": module, **metadata,
+            "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            "versions": versions(), "shardings": {n: str(x.sharding.spec) for n, x in flat.items() if _is_sharded(x)},
+        }
+        if jax.process_index() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists() and is_local(path):  # else what `old` holds is the only whole one
+                _old(path).rmtree(missing_ok=True)
+                path.rename(_old(path))
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
+        self._orbax.save(path, ocp.args.Composite(metadata=MetadataSave(metadata, flat), **items), force=True)
+
+    def wait(self) -> None:
+        """Returns when what was started is whole on disk.
+
+        Raises whatever kept it from being written; then a checkpoint of the same name from before is
+        in its place again, and nothing of the new one is left.
+        """
+        if self._path is None:
+            return
+        path, self._path = self._path, None
+        try:
+            self._orbax.wait_until_finished()
+        except BaseException:
+            discard_unfinished(path.parent, path.name)
+            if jax.process_index() == 0 and not path.exists() and _old(path).exists():
+                _old(path).rename(path)
+            raise
+        if jax.process_index() == 0:
+            _old(path).rmtree(missing_ok=True)
+
+    def close(self) -> None:
+        self._orbax.close()
 
 
-def load(path: str | Path, module: str | None = None) -> Checkpoint:
-    """The checkpoint, every leaf checked against its digest.
+def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
+    """Writes a checkpoint and returns when it is whole; one of the same name is replaced only then."""
+    writer = Writer()
+    try:
+        writer.start(path, module, state, metadata, aligner)
+        writer.wait()
+    finally:
+        writer.close()
 
-    UserError when it is missing, half-written, damaged, of another module than `module`, or not a
+
+def replace(path: epath.Path, fresh: epath.Path) -> None:
+    """Gives a whole checkpoint its name; one that has it already is there under `OLD` in between, then gone."""
+    if path.exists():
+        _old(path).rmtree(missing_ok=True)
+        path.rename(_old(path))
+    fresh.rename(path)
+    _old(path).rmtree(missing_ok=True)
+
+
+def discard_unfinished(folder: epath.Path, name: str = "") -> None:
+    """Removes what a dead or failed write has left of `name`, or of every checkpoint in `folder`."""
+    if jax.process_index() == 0 and folder.is_dir():
+        for left in folder.glob(f"{name}*{UNFINISHED}*"):
+            left.rmtree(missing_ok=True)
+
+
+def _array_handler() -> ocp.PyTreeCheckpointHandler:
+    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
+
+
+def _snapshot(tree: dict) -> dict:
+    """A copy on the devices: the training step may donate the original while the copy is written."""
+    flat, structure = jax.tree.flatten(tree)
+    on_device = [i for i, x in enumerate(flat) if isinstance(x, jax.Array)]
+    copies = jax.jit(lambda xs: [jnp.copy(x) for x in xs], out_shardings=[flat[i].sharding for i in on_device])(
+        [flat[i] for i in on_device])
+    flat = [np.asarray(x) for x in flat] if not on_device else [
+        x if isinstance(x, jax.Array) else np.asarray(x) for x in flat]
+    for i, copy in zip(on_device, copies):
+        flat[i] = copy
+    return jax.tree.unflatten(structure, flat)
+
+
+@dataclass
+class MetadataSave(ocp.args.CheckpointArgs):
+    metadata: dict
+    flat: dict  # leaf's name -> array
+
+
+class MetadataHandler(ocp.AsyncCheckpointHandler):
+    """The JSON item: every process adds up its own shards' digests, the first one puts them together.
+
+    `finalize` runs on the first process when all have written, and before the checkpoint gets its name.
+    """
+
+    async def async_save(self, directory: epath.Path, args: MetadataSave):
+        self._metadata = args.metadata
+        self._leaves = {n: (x.dtype, x.shape) for n, x in args.flat.items()}
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write_part(directory, args.flat))]
+
+    async def _write_part(self, directory: epath.Path, flat: dict) -> None:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            sums = dict(zip(flat, pool.map(_own_sums, flat.values())))
+        (directory / f"part{jax.process_index()}").write_text(json.dumps(sums))
+
+    def finalize(self, directory: epath.Path) -> None:
+        parts = list(directory.glob("part*"))
+        if len(parts) != jax.process_count():
+            raise OSError(f"{len(parts)} of {jax.process_count()} processes have written to {directory}")
+        sums = [json.loads(p.read_text()) for p in parts]
+        digests = {n: digest.text(dtype, shape, digest.add(*(part[n] for part in sums)))
+                   for n, (dtype, shape) in self._leaves.items()}
+        metadata = self._metadata | {"digests": digests}
+        metadata["digest"] = _digest_of_metadata(metadata)
+        (directory / "metadata").write_text(json.dumps(metadata))
+        for part in parts:
+            part.unlink()
+
+    def save(self, directory, *args, **kwargs):
+        raise NotImplementedError("written by Writer alone")
+
+    def restore(self, directory, *args, **kwargs):
+        raise NotImplementedError("read by read_metadata")
+
+
+ocp.args.register_with_handler(MetadataHandler, for_save=True, for_restore=True)(MetadataSave)
+
+
+def _own_sums(x) -> digest.Sums:
+    """Sums over the shards that this process writes: of what is replicated, one."""
+    if not isinstance(x, jax.Array):
+        return digest.partial(x, (0,) * x.ndim) if jax.process_index() == 0 else (0, 0)
+    return digest.add((0, 0), *(digest.partial(np.asarray(s.data), tuple(i.start or 0 for i in s.index))
+                                for s in x.addressable_shards if s.replica_id == 0))
+
+
+# ---- reading
+
+
+def load(path: str | Path, module: str | None = None, parts: tuple[str, ...] = ("",)) -> Checkpoint:
+    """The checkpoint as numpy arrays on this host, every leaf checked; an existing `.pkl` file too.
+
+    `parts` are the beginnings of the names of the leaves to read, e.g. NETWORK; of the others not a
+    byte is read. UserError when it is missing, half-written, damaged, of another module than `module`, or not a
     checkpoint of IFViT.
     """
     folder = locate(path)
-    metadata = read_metadata(folder)
-    if module and metadata["module"] != module:
-        kinds = {"dense_reg": "Module 1 (dense registration)", "matcher": "Module 2 (matcher)"}
-        raise UserError(f"{folder} is a checkpoint of {kinds.get(metadata['module'], metadata['module'])}, not of "
-                        f"{kinds[module]}; give the path of one of those.")
-    names = [n for n in ("state", "aligner") if (folder / n).is_dir()]
-    try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            restored = reader.restore(folder, ocp.args.Composite(**{n: _as_numpy(folder / n) for n in names}))
-        trees = {n: restored[n] for n in names}
-    except Exception as e:  # whatever Orbax and TensorStore say of a damaged file
-        raise UserError(f"Checkpoint {folder} cannot be read ({_first_line(e)}); it is damaged: use another one.") from e
-    found = leaves(trees)
-    wrong = sorted(set(metadata["digests"]) ^ set(found)) + [
-        n for n, leaf in found.items() if metadata["digests"].get(n, digest(leaf)) != digest(leaf)]
-    if wrong:
-        raise UserError(f"Checkpoint {folder} is damaged: {len(wrong)} of {len(metadata['digests'])} leaves do not "
-                        f"have their digest, e.g. {wrong[0]}; use another one.")
-    return Checkpoint(folder, trees["state"], metadata, trees.get("aligner"))
-
-
-def locate(path: str | Path) -> Path:
-    """The directory a checkpoint path means: Kaggle's base, `.pkl` dropped, an interrupted replacement undone.
-
-    UserError for an existing `.pkl` file, for URLs, and when nothing is there.
-    """
-    text = resolve(str(path))
-    if "://" in text:
-        raise UserError(f"{text} is not a local path, and only those can be read; copy the checkpoint here first.")
-    folder = Path(os.path.abspath(text))
-    if folder.suffix == ".pkl":
-        if folder.is_file():
-            raise UserError(f"{path} is a pickle of the legacy format, which is not read; train Module 1 anew, or give "
-                            "an Orbax checkpoint directory.")
-        folder = folder.with_suffix("")
-    if not folder.exists() and folder.with_name(folder.name + OLD).is_dir():
-        return folder.with_name(folder.name + OLD)
     if not folder.is_dir():
-        raise UserError(f"Checkpoint not found: {path}; give the path of a checkpoint directory.")
-    return folder
+        state, metadata = legacy.as_checkpoint(folder)
+        check_module(folder, metadata, module)
+        return Checkpoint(folder, state, metadata, None)
+    metadata = read_metadata(folder)
+    check_module(folder, metadata, module)
+    return _as_checkpoint(folder, metadata, read_leaves(
+        folder, metadata, {n: None for n in metadata["digests"] if n.startswith(parts)}))
 
 
-def read_metadata(folder: Path) -> dict:
+def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:
+    """The checkpoint as JAX arrays; `state`'s leaves where `shardings` (a tree like it) puts them, `aligner` on the host.
+
+    Every process calls it, and reads no more than its devices need. UserError as `load`, and the same
+    one on every process.
+    """
+    wanted = {n: None for n in metadata["digests"]} | leaves({"state": shardings})
+    return _as_checkpoint(folder, metadata, read_leaves(folder, metadata, wanted))
+
+
+def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
+    """Leaves by their names (`state/params/…`), checked against their digests.
+
+    `wanted`: name -> None for a numpy array, a Sharding for a JAX array. UserError lists what is damaged.
+    """
+    reader = _Reader(folder)
+    wrong: dict[str, str] = {}
+    out, sums = {}, {}
+
+    def read(name):
+        try:
+            out[name], sums[name] = reader.read(name, wanted[name])
+        except Exception as e:  # whatever TensorStore says of a damaged file
+            wrong[name] = _first_line(e)
+
+    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+        list(pool.map(read, wanted))
+    names = list(wanted)
+    if any(s is not None for s in wanted.values()):
+        sums, failed = _over_processes([sums.get(n, (0, 0)) for n in names], [n in wrong for n in names])
+        sums = dict(zip(names, sums))
+        wrong |= {n: "unreadable on another host" for n, bad in zip(names, failed) if bad and n not in wrong}
+    for name in names:
+        if name not in wrong and digest.text(out[name].dtype, out[name].shape, sums[name]) != metadata["digests"].get(name):
+            if metadata["digests"].get(name, "") is not None:
+                wrong[name] = "does not have its digest"
+    if wrong:
+        name = min(wrong)
+        raise Damaged(f"Checkpoint {folder} is damaged: {len(wrong)} of {len(names)} leaves, e.g. {name} "
+                      f"({wrong[name]}); use another one.")
+    return out
+
+
+def shapes(folder: epath.Path, names: list[str]) -> dict[str, tuple[int, ...]]:
+    """The leaves' shapes as they are stored; no array is read. Damaged where one is missing."""
+    reader = _Reader(folder)
+    try:
+        return {n: tuple(reader.open(n).shape) for n in names}
+    except Exception as e:
+        raise Damaged(f"Checkpoint {folder} is damaged ({_first_line(e)}); use another one.") from e
+
+
+class Damaged(UserError):
+    """A checkpoint's content is not what was written."""
+
+
+class _Reader:
+    """Reads leaves of Orbax checkpoints (OCDBT or one directory a leaf, zarr 2 or 3) through TensorStore."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})  # OCDBT's index, read once
+        self._ocdbt = {}
+
+    def open(self, name: str) -> ts.TensorStore:
+        item, _, key = name.partition("/")
+        base = self._folder / item
+        if item not in self._ocdbt:
+            self._ocdbt[item] = (base / "manifest.ocdbt").exists()
+        key = key.replace("/", ".") + "/"
+        kvstore = {"driver": "ocdbt", "base": kvstore_of(base), "path": key} if self._ocdbt[item] else kvstore_of(base, key)
+        return ts.open({"driver": "auto", "kvstore": kvstore}, context=self._context, open=True, read=True).result()
+
+    def read(self, name: str, sharding) -> tuple[np.ndarray | jax.Array, digest.Sums]:
+        """The leaf, and the sums of the part of it that this process answers for."""
+        store = self.open(name)
+        if sharding is None:
+            whole = np.asarray(store.read(order="C").result())
+            return whole, digest.partial(whole, (0,) * whole.ndim)
+        owner: dict[tuple, jax.Device] = {}  # of each part, the device that answers for it
+        for device, index in sharding.devices_indices_map(store.shape).items():
+            box = _box(index, store.shape)
+            owner[box] = min(owner.get(box, device), device, key=lambda d: d.id)
+        mine = {d: _box(i, store.shape) for d, i in sharding.addressable_devices_indices_map(store.shape).items()}
+        pending = {box: store[tuple(slice(a, b) for a, b in box)].read(order="C") for box in set(mine.values())}
+        parts = {box: np.asarray(future.result()) for box, future in pending.items()}
+        sums = digest.add((0, 0), *(digest.partial(part, tuple(a for a, _ in box)) for box, part in parts.items()
+                                    if owner[box].process_index == jax.process_index()))
+        on_devices = [jax.device_put(parts[box], device) for device, box in mine.items()]
+        return jax.make_array_from_single_device_arrays(store.shape, sharding, on_devices), sums
+
+
+def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(i.indices(n)[:2] for i, n in zip(index, shape))
+
+
+def _over_processes(sums: list, failed: list[bool]) -> tuple[list, list[bool]]:
+    """Sums added and failures joined over all processes; every process gets the same."""
+    if jax.process_count() == 1:
+        return sums, failed
+    words = np.array(sums, np.uint64).view(np.uint32)  # JAX has no 64-bit integers by default
+    every = multihost_utils.process_allgather((words, np.array(failed)))
+    added = np.asarray(every[0]).view(np.uint64).sum(axis=0, dtype=np.uint64)
+    return [tuple(map(int, pair)) for pair in added], list(np.asarray(every[1]).any(axis=0))
+
+
+def read_metadata(folder: epath.Path) -> dict:
     """The JSON metadata; UserError where there is none, as in a half-written checkpoint."""
     try:
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
-            metadata = reader.restore(folder, ocp.args.Composite(metadata=ocp.args.JsonRestore()))["metadata"]
-        if not (folder / "state").is_dir() or not {"module", "config", "digests"} <= set(metadata):
-            raise KeyError("state, module, config or digests")
-        if metadata.get("digest", _digest_of_metadata(metadata)) != _digest_of_metadata(metadata):
+        metadata = json.loads((folder / "metadata" / "metadata").read_text())
+        if not (folder / "state").is_dir() or not {"config"} <= set(metadata):
+            raise KeyError("state or config")
+        if "digest" not in metadata and "digests" not in metadata:
+            metadata = _of_other_software(folder, metadata)
+        elif metadata["digest"] != _digest_of_metadata(metadata):
             raise ValueError("its metadata do not have their digest")
     except Exception as e:
-        raise UserError(f"{folder} is not a whole checkpoint ({_first_line(e)}); it is half-written or something else: "
-                        "use another one.") from e
+        raise Damaged(f"{folder} is not a whole checkpoint ({_first_line(e)}); it is half-written or something else: "
+                      "use another one.") from e
     return metadata
 
 
-def complete(folder: Path) -> bool:
+def complete(folder: epath.Path) -> bool:
     """Whether a directory bears a whole checkpoint, as far as its metadata tells."""
     try:
         read_metadata(folder)
@@ -145,17 +362,112 @@ def complete(folder: Path) -> bool:
     return True
 
 
-def leaves(tree: dict) -> dict[str, np.ndarray]:
-    """Flat view of nested dictionaries: `params/resnet/stem/conv/kernel` -> array."""
+def locate(path: str | Path) -> epath.Path:
+    """What a checkpoint path means: Kaggle's base, `.pkl` dropped, an interrupted replacement undone.
+
+    A path to an existing `.pkl` file is returned as it is. UserError when nothing is there, and for
+    URLs of other stores than `gs://`.
+    """
+    folder = as_path(path)
+    if folder.suffix == ".pkl":
+        if folder.exists() and not folder.is_dir():
+            return folder
+        folder = folder.with_suffix("")
+    if not folder.exists() and _old(folder).is_dir():
+        return _old(folder)
+    if not folder.is_dir():
+        raise UserError(f"Checkpoint not found: {path}; give the path of a checkpoint directory.")
+    return folder
+
+
+def as_path(path: str | Path) -> epath.Path:
+    """A local path, absolute and after Kaggle's resolution, or a `gs://` URL; UserError for other URLs."""
+    text = resolve(os.fspath(path))
+    scheme, sep, _ = text.partition("://")
+    if not sep:
+        return epath.Path(os.path.abspath(text))
+    if scheme != "gs":
+        raise UserError(f"{text}: {scheme}:// is not supported; checkpoints are local directories or gs:// URLs.")
+    try:
+        found = epath.Path(text)
+        found.exists()
+    except ImportError:
+        raise UserError(f"{text}: gs:// needs another package; pip install 'ifvit[gcs]'.") from None
+    except Exception as e:  # whatever the network and its permissions say
+        raise UserError(f"{text} cannot be reached ({_first_line(e)}); check the URL and the credentials.") from None
+    return found
+
+
+def is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def kvstore_of(folder: epath.Path, key: str = "") -> dict:
+    """TensorStore's key-value store at a local directory or a gs:// URL."""
+    text = os.fspath(folder)
+    if is_local(folder):
+        return {"driver": "file", "path": f"{text}/{key}"}
+    bucket, _, path = text.removeprefix("gs://").partition("/")
+    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/{key}"}
+
+
+def _old(path: epath.Path) -> epath.Path:
+    return path.with_name(path.name + OLD)
+
+
+def check_module(folder, metadata: dict, module: str | None) -> None:
+    if module and metadata["module"] != module:
+        kinds = {"dense_reg": "Module 1 (dense registration)", "matcher": "Module 2 (matcher)"}
+        raise UserError(f"{folder} is a checkpoint of {kinds.get(metadata['module'], metadata['module'])}, not of "
+                        f"{kinds[module]}; give the path of one of those.")
+
+
+def _as_checkpoint(folder: epath.Path, metadata: dict, flat: dict) -> Checkpoint:
+    trees = nested(flat)
+    state = {"params": {}, "batch_stats": {}, "opt_state": {}} | trees.get("state", {})
+    return Checkpoint(folder, state, metadata, trees.get("aligner"))
+
+
+def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
+    """Orbax's own writers leave no digests: the names of the leaves come from Orbax, and nothing can be checked."""
+    with ocp.PyTreeCheckpointHandler() as handler:
+        tree = handler.metadata(folder / "state").tree
+    names = list(leaves({"state": tree}))
+    module = "matcher" if any("_transformer_global/" in n for n in names) else "dense_reg"
+    print(f"⚠ {folder} has no digests (other software wrote it): its content cannot be checked.", flush=True)
+    return {"module": module, "epoch": 0, "step": 0, "finished": False, "best": None, "history": []} | metadata | {
+        "digests": dict.fromkeys(names)}
+
+
+def leaves(tree: dict) -> dict:
+    """Flat view of nested dictionaries: `params/resnet/stem/conv/kernel` -> leaf."""
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {"/".join(str(k.key) for k in path): np.asarray(leaf) for path, leaf in flat}
+    return {"/".join(str(k.key) for k in path): leaf for path, leaf in flat}
 
 
-def digest(leaf: np.ndarray) -> str:
-    """SHA-256 of dtype, shape and content (C order)."""
-    h = hashlib.sha256(f"{leaf.dtype.str}{leaf.shape}".encode())
-    h.update(np.ascontiguousarray(leaf).view(np.uint8).data)  # bfloat16 has no buffer of its own
-    return h.hexdigest()[:32]
+def nested(flat: dict) -> dict:
+    """The inverse of `leaves`."""
+    tree: dict = {}
+    for name, leaf in flat.items():
+        *parents, last = name.split("/")
+        node = tree
+        for p in parents:
+            node = node.setdefault(p, {})
+        node[last] = leaf
+    return tree
+
+
+def versions() -> dict[str, str]:
+    return {p: packages.version(p) for p in ("ifvit", "jax", "flax", "optax", "orbax-checkpoint")}
+
+
+def kind(dtype, shape: tuple[int, ...]) -> str:
+    """Type and shape as a digest begins with them: `float32[3,4]`."""
+    return digest.text(dtype, shape, (0, 0)).split(":")[0]
+
+
+def _is_sharded(x) -> bool:
+    return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated
 
 
 def _digest_of_metadata(metadata: dict) -> str:
@@ -163,24 +475,13 @@ def _digest_of_metadata(metadata: dict) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def difference(a: dict, b: dict) -> dict[str, str]:
-    """Leaves that are not equal to the bit -> how they differ."""
-    a, b = leaves(a), leaves(b)
-    out = {n: "only in the first" for n in a.keys() - b.keys()} | {n: "only in the second" for n in b.keys() - a.keys()}
-    for n in a.keys() & b.keys():
-        if a[n].shape != b[n].shape or a[n].dtype != b[n].dtype:
-            out[n] = f"{a[n].dtype}{list(a[n].shape)} against {b[n].dtype}{list(b[n].shape)}"
-        elif digest(a[n]) != digest(b[n]):
-            gap = np.abs(a[n].astype(np.float64) - b[n].astype(np.float64))
-            out[n] = f"{(gap > 0).sum()} of {gap.size} elements, at most {gap.max():.3g}"
-    return dict(sorted(out.items()))
-
-
-def _as_numpy(folder: Path):
-    """Restore arguments for whatever tree lies there, as numpy arrays, on any number of devices."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        tree = reader.metadata(folder).item_metadata.tree
-    return ocp.args.PyTreeRestore(restore_args=jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree))
+def reason(e: BaseException) -> str:
+    """Why a write failed, in a few words."""
+    text = f"{e} {e.__cause__ or ''}"
+    for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO):
+        if os.strerror(number) in text or getattr(e, "errno", None) == number:
+            return os.strerror(number)
+    return _first_line(e)
 
 
 def _first_line(e: Exception) -> str:
@@ -188,67 +489,20 @@ def _first_line(e: Exception) -> str:
     return (text[0] if text else type(e).__name__)[:160]
 
 
-@dataclass(frozen=True)
-class Verify:
-    """Checks every leaf of a checkpoint, or of all checkpoints in a folder, against its digest."""
+def difference(a: dict, b: dict) -> dict[str, str]:
+    """Leaves that are not equal to the bit -> how they differ."""
+    a, b = ({n: np.asarray(x) for n, x in leaves(tree).items()} for tree in (a, b))
+    out = {n: "only in the first" for n in a.keys() - b.keys()} | {n: "only in the second" for n in b.keys() - a.keys()}
+    for n in a.keys() & b.keys():
+        if a[n].shape != b[n].shape or a[n].dtype != b[n].dtype:
+            out[n] = f"{a[n].dtype}{list(a[n].shape)} against {b[n].dtype}{list(b[n].shape)}"
+        elif a[n].tobytes() != b[n].tobytes():
+            gap = np.abs(a[n].astype(np.float64) - b[n].astype(np.float64))
+            out[n] = f"{(gap > 0).sum()} of {gap.size} elements, at most {gap.max():.3g}"
+    return dict(sorted(out.items()))
 
-    path: Annotated[str, tyro.conf.Positional]
-
-    def run(self) -> int:
-        root = Path(resolve(self.path))
-        root = root if root.is_dir() else locate(self.path)
-        is_tree = root.is_dir() and not (root / "_CHECKPOINT_METADATA").exists() and not (root / "state").is_dir()
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and (p / "state").is_dir()) if is_tree else [root]
-        if not folders:
-            raise UserError(f"{root} holds no checkpoint; give a checkpoint or the folder of a run.")
-        bad = 0
-        for folder in folders:
-            try:
-                found = load(folder)
-                print(f"good  {folder}  {found.module}, epoch {found.metadata['epoch']}, "
-                      f"{len(found.metadata['digests'])} leaves")
-            except UserError as e:
-                bad += 1
-                print(f"BAD   {folder}  {e}")
-        return 1 if bad else 0
-
-
-@dataclass(frozen=True)
-class Inspect:
-    """Prints a checkpoint's leaves (name, type, shape, bytes) and its metadata."""
-
-    path: Annotated[str, tyro.conf.Positional]
-
-    def run(self) -> int:
-        found = load(self.path)
-        trees = {"state": found.state} | ({"aligner": found.aligner} if found.aligner else {})
-        total = 0
-        for name, leaf in leaves(trees).items():
-            total += leaf.nbytes
-            print(f"{name:90s} {leaf.dtype!s:8s} {list(leaf.shape)!s:18s} {leaf.nbytes:>10d}")
-        for key, value in found.metadata.items():
-            if key != "digests":
-                print(f"{key}: {value}")
-        print(f"{len(found.metadata['digests'])} leaves, {total / 1e6:.1f} MB")
-        return 0
-
-
-@dataclass(frozen=True)
-class Diff:
-    """Compares `state` of two checkpoints to the bit: exit 0 equal, 1 not."""
-
-    a: Annotated[str, tyro.conf.Positional]
-    b: Annotated[str, tyro.conf.Positional]
-
-    def run(self) -> int:
-        wrong = difference(load(self.a).state, load(self.b).state)
-        for name, how in wrong.items():
-            print(f"{name}: {how}")
-        print(f"{len(wrong)} leaves differ" if wrong else "equal to the bit")
-        return 1 if wrong else 0
-
-
-COMMANDS = {"verify": Verify, "inspect": Inspect, "diff": Diff}
 
 if __name__ == "__main__":
+    from ifvit.checkpoint_commands import COMMANDS
+
     sys.exit(cli.main_with_commands(COMMANDS, "ifvit.checkpoint"))

@@ -85,7 +85,7 @@ def main_with_commands(commands: dict[str, type], name: str) -> int:
 def _guard(call: Callable[[], int | None]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("ifvit").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of writes that fail
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
@@ -103,6 +103,9 @@ def _guard(call: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("Stopped without saving; the same command goes on from the last checkpoint.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `… | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise

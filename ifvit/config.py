@@ -77,7 +77,14 @@ class Config:
     weight_decay: float = number(2e-4, 0, 10)       # (paper)
     grad_clip: float = number(1.0, TINY)            # global norm
     val_pairs: int = number(512, 0)                 # validation pairs an epoch
-    save_every: int = number(5, 1)                  # epochs between periodic checkpoints
+    patience: int = number(0, 0)                    # epochs without a better validation that end a run; 0: none do
+    # --- checkpoints: one is written after every epoch; what is kept for good
+    save_every: int = number(5, 1)                  # epochs between periodic checkpoints, which are all kept
+    save_steps: int = number(0, 0)                  # steps between checkpoints within an epoch; 0: none
+    keep_last: int = number(2, 1)                   # newest ones kept, whatever they are
+    keep_best: int = number(1, 1)                   # best epochs kept, by validation; 1: `…_best` alone, a copy
+    # --- devices
+    model_parallel: int = number(1, 1)              # devices that share one copy of parameters and moments (FSDP)
     seed: int = number(0, 0, 2**31 - 1)
 
     def __post_init__(self):

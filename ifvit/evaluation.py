@@ -12,7 +12,7 @@ from ifvit.data.augment import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
-from ifvit.training.sharding import make_mesh, put_batch
+from ifvit.training.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.training.state import Network
 from ifvit.training.step import aligned_pair, registration
 
@@ -42,12 +42,13 @@ def match_scores(net: Network, aligner: Network | None, config) -> Callable:
     return score
 
 
-def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: list[Pair], batch_size: int) -> dict[str, np.ndarray]:
+def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: list[Pair], batch_size: int,
+                model_parallel: int = 1) -> dict[str, np.ndarray]:
     """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order."""
-    mesh = make_mesh(batch_size)
+    mesh = make_mesh(batch_size, model_parallel)
     parts = []
     for batch, count in fixed_batches(prints, pairs, batch_size):
-        out = jax.device_get(score(*state, put_batch(batch, mesh)))
+        out = fetch(score(*state, put_whole_batch(batch, mesh)))
         parts.append({k: v[:count] for k, v in out.items()})
     return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
 

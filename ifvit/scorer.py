@@ -35,7 +35,7 @@ class Scorer:
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "Scorer":
         """UserError where the checkpoint is missing, half-written or damaged."""
-        found = checkpoint.load(path)
+        found = checkpoint.load(path, parts=checkpoint.NETWORK)
         meta, state = found.metadata, found.state
         if found.module == "dense_reg":
             config = config_of(DenseConfig, meta["config"])

@@ -47,7 +47,7 @@ def command():
     def call(name: str, *words, cwd) -> Said:
         from ifvit import cli
 
-        module = importlib.import_module(f"ifvit.{name}")
+        module = importlib.import_module(f"ifvit.{'checkpoint_commands' if name == 'checkpoint' else name}")
         words = [str(w) for w in words]
         out, err = io.StringIO(), io.StringIO()
         log = logging.StreamHandler(out)  # pytest's own handler keeps the command from making one
@@ -143,11 +143,18 @@ def started(monkeypatch, command):
     With create=False up to the task, which takes a second instead of five.
     """
 
+    import jax
+
+    from ifvit.training import loop, sharding
+
     def call(name: str, *words, cwd, create=True):
         made = {}
 
         def train(task, resume):
-            made.update(task=task, state=task.create() if create else None)
+            made.update(task=task)
+            if create:
+                mesh = sharding.make_mesh(task.config.batch_size)
+                made.update(state=loop.begin(task, sharding.shardings(jax.eval_shape(task.init), mesh)))
             return Path("nowhere")
 
         monkeypatch.setattr("ifvit.training.loop.train", train)

@@ -140,14 +140,18 @@ def test_a_run_goes_on_from_a_checkpoint_that_is_named(command, module1, prints,
     assert same(command, tmp_path / "checkpoints/dense_reg/dense_reg_ckpt", module1.path)
 
 
-def test_a_half_written_checkpoint_is_not_gone_on_from(started, module1, prints, tmp_path):
-    from ifvit.training import loop
-
-    _, task, _ = started("train_dense", "--dataset_root", prints, *SMOKE, cwd=tmp_path, create=False)
-    shutil.copytree(module1.folder, tmp_path / "run")
-    shutil.rmtree(tmp_path / "run/dense_reg_ckpt/metadata")
-    (tmp_path / "run/dense_reg_epoch_2").rename(tmp_path / "run/dense_reg_epoch_2.new")
-    assert loop.find_resume(task, tmp_path / "run", "auto").path == tmp_path / "run/dense_reg_epoch_1"
+def test_a_half_written_checkpoint_is_set_aside_and_not_gone_on_from(command, module1, prints, tmp_path):
+    folder = tmp_path / "checkpoints/dense_reg"
+    shutil.copytree(module1.folder, folder)
+    shutil.rmtree(folder / "dense_reg_ckpt/metadata")
+    (folder / "dense_reg_epoch_2").rename(folder / "dense_reg_epoch_2.orbax-checkpoint-tmp")
+    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE,
+                   cwd=tmp_path)
+    assert said.code == 0, said
+    assert f"Going on from {folder / 'dense_reg_epoch_1'}, step 2 of 4" in said.out
+    assert "dense_reg_ckpt.damaged" in said.out and (folder / "dense_reg_ckpt.damaged/state").is_dir()
+    assert not list(folder.glob("*orbax-checkpoint-tmp*"))
+    assert same(command, folder / "dense_reg_ckpt", module1.path)
 
 
 def test_a_finished_run_says_so_and_is_left_alone(command, module1, prints):

@@ -10,8 +10,8 @@ from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 from ifvit.training.loop import Task
-from ifvit.training.sharding import make_mesh, put_batch
-from ifvit.training.state import create_state, optimizer
+from ifvit.training.sharding import fetch, make_mesh, put_whole_batch
+from ifvit.training.state import init_state, optimizer
 from ifvit.training.step import dense_eval, dense_network, dense_step
 
 VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
@@ -24,9 +24,6 @@ def dense_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     tx, schedule = optimizer(config, steps * config.num_epochs)
     pairs = DensePairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
 
-    def create():
-        return create_state(net, tx, config.seed, lambda params, stats: (with_loftr(params, config), stats))
-
     def host_batches(first, last):
         source = PairSource(train, pairs, {}, config.batch_size, first, last, jax.process_index(), jax.process_count())
         return batches(source, config.input_workers)
@@ -36,8 +33,9 @@ def dense_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     def validate(state, epoch):
         return warp_metrics(evaluate, (state.params, state.batch_stats), held_out, config)
 
-    return Task("dense_reg", config, steps, train.digest(), create, dense_step(net, config, tx, schedule), (),
-                host_batches, validate, "accuracy", True, {})
+    return Task("dense_reg", config, steps, train.digest(), lambda: init_state(net, tx, config.seed), dense_step(net, config, tx, schedule), (),
+                host_batches, validate, "accuracy", True, {},
+                seed_from=lambda params, stats: (with_loftr(params, config), stats))
 
 
 def steps_per_epoch(config, prints: int) -> int:
@@ -69,12 +67,12 @@ def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | 
     wanted = [pairs[n] for n in range(config.val_pairs if count is None else count)]
     if not wanted:
         return {}
-    mesh = make_mesh(config.batch_size)
+    mesh = make_mesh(config.batch_size, config.model_parallel)
     totals: dict[str, float] = {}
     for i, (batch, real) in enumerate(fixed_batches(prints, wanted, config.batch_size)):
         batch["counts"] = np.arange(config.batch_size) < real
         keys = jax.random.split(jax.random.fold_in(jax.random.key(VALIDATION_SEED), i), config.batch_size)
-        for k, v in jax.device_get(evaluate(*state, put_batch(batch, mesh), keys)).items():
+        for k, v in fetch(evaluate(*state, put_whole_batch(batch, mesh), keys)).items():
             totals[k] = totals.get(k, 0.0) + float(v)
     impostors = max(1, sum(not p.genuine for p in wanted))
     return {"accuracy": totals["correct"] / max(totals["known"], 1),

@@ -1,9 +1,11 @@
 """The training loop of both modules."""
 
+import datetime
 import json
+import logging
 import math
-import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,17 +14,22 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from flax import serialization
 
 from ifvit import checkpoint, plots
 from ifvit.cli import Failure, Interrupted
 from ifvit.errors import UserError
+from ifvit.training import saving
 from ifvit.training.metrics import Metrics, read_rows
-from ifvit.training.sharding import make_mesh, over_data, put_batch, replicated
+from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
 from ifvit.training.state import TrainState
 
+log = logging.getLogger("ifvit")
+
 # what a run may change and still be the same run
-FREE = {"checkpoint_dir", "dataset_root", "input_workers", "save_every", "max_broken", "dense_reg_ckpt", "loftr_ckpt"}
+FREE = {"checkpoint_dir", "dataset_root", "input_workers", "max_broken", "dense_reg_ckpt", "loftr_ckpt",
+        "save_every", "save_steps", "keep_last", "keep_best", "model_parallel"}
 
 
 @dataclass
@@ -33,7 +40,7 @@ class Task:
     config: Any
     steps_per_epoch: int
     data_digest: str
-    create: Callable[[], TrainState]
+    init: Callable[[], TrainState]                             # pure: also evaluated for its shapes alone
     step: Callable                                             # (state, batch, *constants) -> (state, metrics)
     constants: tuple                                           # e.g. Module 1's frozen parameters
     batches: Callable[[int, int], Iterator[dict]]              # (first step, last step) -> host batches
@@ -45,56 +52,66 @@ class Task:
     from_saved: Callable[[dict], dict] = lambda tree: tree
     aligner: dict | None = None
     finish: Callable[[TrainState], dict] = lambda state: {}    # metadata of the final checkpoint only
+    seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in
 
 
 def train(task: Task, resume: str) -> Path:
-    """Trains to the end, from the start or from the newest checkpoint; returns the final checkpoint's path.
+    """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
-    Ctrl-C and SIGTERM save `{name}_step_{S}` and raise Interrupted; NaN or Inf raises Failure.
+    Ctrl-C and SIGTERM save `{name}_step_{S}` and raise Interrupted; NaN or Inf raises Failure, and so
+    does a final checkpoint that cannot be written.
     """
     config = task.config
-    folder = Path(os.path.abspath(config.checkpoint_dir))
+    folder = checkpoint.as_path(config.checkpoint_dir)
     total = config.num_epochs * task.steps_per_epoch
-    mesh = make_mesh(config.batch_size)
+    mesh = make_mesh(config.batch_size, config.model_parallel)
+    abstract = jax.eval_shape(task.init)
+    placement = shardings(abstract, mesh)
 
-    # The order of a resume: 1. find the checkpoint and compare configs, before anything is made;
-    # 2. create the state, which gives the tree; 3. put the saved leaves into it; 4. drop the metric
-    # rows that came after it; 5. read batches from its step on. Nothing else has state.
-    found = find_resume(task, folder, resume)
+    # The order of a resume: 1. find the furthest checkpoint and compare configs; 2. read it, every process
+    # what its devices need, every leaf against its digest; one that is damaged is set aside, and 1. begins
+    # again; 3. drop the metric rows that came after it; 4. read batches from its step on. Its metadata tell
+    # of the best epoch so far and of the run's history. Nothing else has state.
+    found, history = find_resume(task, folder, resume, abstract, placement)
     if found and found.metadata["finished"]:
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
               "--resume never trains anew.", flush=True)
         return found.path
-    _check_writable(folder)
-    state = task.create()
-    best = None
+    if why := saving.writable(folder):
+        raise UserError(f"Cannot write checkpoints to {folder} ({why}); give another directory.")
     if found:
-        state = restore_state(state, found.state, task)
-        best = found.metadata["best"]
+        state, best = restored_state(abstract, found.state, task), found.metadata["best"]
         print(f"Going on from {found.path}, step {int(state.step)} of {total}", flush=True)
-    state = jax.device_put(state, replicated(mesh))
+    else:
+        if resume == "never":
+            saving.move_away(folder, task.name)
+        state, best = begin(task, placement), None
     constants = jax.device_put(task.constants, replicated(mesh))
-    step = jax.jit(task.step, donate_argnums=0, in_shardings=(replicated(mesh), over_data(mesh)) + (replicated(mesh),) * len(constants),
-                   out_shardings=replicated(mesh))
+    step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
     first = int(state.step)
-    (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    history = history + [{"time": now(), "from_step": first, "processes": jax.process_count(),
+                          "mesh": dict(mesh.shape), "devices": jax.devices()[0].device_kind,
+                          **{f"{p} version": v for p, v in checkpoint.versions().items() if p in ("ifvit", "jax")}}]
+    with saving.tolerated("config.json"):
+        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
     metrics = Metrics(folder, first, total, task.name)
+    saver = saving.Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better)
 
-    def save(name: str, at: int, finished: bool = False) -> Path:
-        tree = saved_state(state, task)
-        checkpoint.save(folder / name, task.name, tree, {
-            "epoch": at // task.steps_per_epoch, "config": config.to_dict(), "data": task.data_digest, "best": best,
-            "step": at, "finished": finished, "steps_per_epoch": task.steps_per_epoch, **task.metadata,
+    def save(what: str, at: int, value: float | None = None, finished: bool = False) -> str:
+        epoch, within = divmod(at, task.steps_per_epoch)
+        saver.start(saving.Saved(f"{task.name}_{what}", at, None if within else epoch, value), saved_tree(state, task), {
+            "epoch": epoch, "step": at, "steps_per_epoch": task.steps_per_epoch, "finished": finished, "best": best,
+            "value": value, "config": config.to_dict(), "data": task.data_digest, "history": history, **task.metadata,
             **(task.finish(state) if finished else {}),
         }, task.aligner)
-        return folder / name
+        return str(folder / f"{task.name}_{what}")
 
     stop = StopSignals()
     waiting: tuple[int, dict] | None = None  # metrics of the step before, fetched while this one runs
     sums: dict[str, list[float]] = {}
-    clock, done = time.perf_counter(), first
+    clock, done, ended, value = time.perf_counter(), first, first, None
     try:
-        with stop:
+        with stop, jax.set_mesh(mesh):
             for at, batch in zip(range(first, total), task.batches(first, total)):
                 state, out = step(state, put_batch(batch, mesh), *constants)
                 if waiting:
@@ -102,16 +119,19 @@ def train(task: Task, resume: str) -> Path:
                 waiting = (at + 1, out)
                 ended = at + 1
                 end_of_epoch = ended % task.steps_per_epoch == 0
-                if ended - done >= 10 or end_of_epoch or stop.received:
+                within = not end_of_epoch and config.save_steps and ended % config.save_steps == 0
+                if ended - done >= 10 or end_of_epoch or within or stop.received:
                     _collect(*waiting, sums)
                     waiting = None
                     seconds = time.perf_counter() - clock
                     rate = (ended - done) * config.batch_size / seconds
                     means = {k: float(np.mean(v)) for k, v in sums.items()}
-                    metrics.write(ended, at // task.steps_per_epoch + 1, "train",
-                                  means | {"seconds": seconds, "pairs_per_second": rate})
+                    metrics.write(ended, at // task.steps_per_epoch + 1, "train", means | {
+                        "seconds": seconds, "pairs_per_second": rate, "checkpoint_seconds": saver.blocked})
                     metrics.progress(ended - done, means["loss"], rate)
-                    sums, clock, done = {}, time.perf_counter(), ended
+                    sums, clock, done, saver.blocked = {}, time.perf_counter(), ended, 0.0
+                if within:
+                    save(f"step_{ended}", ended)
                 if end_of_epoch:
                     epoch = ended // task.steps_per_epoch
                     values = task.validate(state, epoch)
@@ -120,21 +140,42 @@ def train(task: Task, resume: str) -> Path:
                     if value is not None and (best is None or (value > best["value"]) == task.higher_is_better
                                               and value != best["value"]):
                         best = {"value": value, "epoch": epoch, "metric": task.metric}
-                        save(f"{task.name}_best", ended)
-                    if epoch % config.save_every == 0 and ended < total:
-                        save(f"{task.name}_epoch_{epoch}", ended)
+                    if config.patience and best and epoch - best["epoch"] >= config.patience:
+                        print(f"{task.metric} has not been better for {config.patience} epochs; the run ends after epoch "
+                              f"{epoch}.", flush=True)
+                        break
+                    if ended < total:
+                        save(f"epoch_{epoch}", ended, value)
                     clock = time.perf_counter()
                 if stop.received and ended < total:
-                    path = save(f"{task.name}_step_{ended}", ended)
-                    raise Interrupted(f"Stopped at step {ended} of {total}; saved {path}. The same command goes on "
-                                      "from there.", 130 if stop.received == signal.SIGINT else 75)
-        if config.num_epochs % config.save_every == 0:
-            save(f"{task.name}_epoch_{config.num_epochs}", total)
-        final = save(f"{task.name}_ckpt", total, finished=True)
+                    path = save(f"step_{ended}", ended)
+                    whole = saver.settle()
+                    raise Interrupted(f"Stopped at step {ended} of {total}; " + (f"saved {path}." if whole else (
+                        f"that could not be saved, the newest checkpoint is {saver.last or 'none'}."))
+                        + " The same command goes on from there.", 130 if stop.received == signal.SIGINT else 75)
+        epoch = ended // task.steps_per_epoch
+        if epoch % config.save_every == 0:
+            save(f"epoch_{epoch}", ended, value)
+        final = save("ckpt", ended, value, finished=True)
+        if not saver.settle():
+            save("ckpt", ended, value, finished=True)  # once more: what the run trained for hangs on it
+            if not saver.settle():
+                raise Failure(f"The training is done, and its final checkpoint {final} could not be written. Make room, "
+                              "then run the same command: it goes on from the newest checkpoint.")
     finally:
+        saver.close()
         metrics.close()
-    plots.curves(folder / "curves.png", read_rows(metrics.path))
-    return final
+    with saving.tolerated("curves.png"):
+        plots.curves(folder / "curves.png", read_rows(metrics.path))
+    return Path(final)
+
+
+def begin(task: Task, placement: TrainState) -> TrainState:
+    """A fresh state, made where it lives, with the weights that the task starts from."""
+    state = jax.jit(task.init, out_shardings=placement)()
+    params, stats = jax.device_put(task.seed_from(state.params, state.batch_stats),
+                                   (placement.params, placement.batch_stats))
+    return state._replace(params=params, batch_stats=stats)
 
 
 def _collect(step: int, out: dict, sums: dict[str, list[float]]) -> None:
@@ -147,27 +188,17 @@ def _collect(step: int, out: dict, sums: dict[str, list[float]]) -> None:
         sums.setdefault(k, []).append(v)
 
 
-def saved_state(state: TrainState, task: Task) -> dict:
-    """The state as a checkpoint holds it: nested dictionaries of numpy arrays."""
-    host = jax.device_get(state)
-    return {"params": task.to_saved(host.params), "batch_stats": host.batch_stats,
-            "opt_state": _without_empty(serialization.to_state_dict(host.opt_state)), "step": host.step}
+def saved_tree(state: TrainState, task: Task) -> dict:
+    """The state as a checkpoint holds it, nested dictionaries; of arrays, or of whatever stands for them."""
+    return {"params": task.to_saved(state.params), "batch_stats": state.batch_stats,
+            "opt_state": _without_empty(serialization.to_state_dict(state.opt_state)), "step": state.step}
 
 
-def restore_state(state: TrainState, saved: dict, task: Task) -> TrainState:
-    """The saved leaves in the tree of `state`; UserError names leaves that do not fit."""
-    target = {"params": state.params, "batch_stats": state.batch_stats,
-              "opt_state": _without_empty(serialization.to_state_dict(state.opt_state)), "step": state.step}
-    source = {**saved, "params": task.from_saved(saved["params"])}
-    want, have = checkpoint.leaves(target), checkpoint.leaves(source)
-    wrong = [n for n in sorted(want.keys() | have.keys())
-             if n not in want or n not in have or want[n].shape != have[n].shape]
-    if wrong:
-        raise UserError(f"The checkpoint's state does not fit this configuration: {len(wrong)} leaves differ, e.g. "
-                        f"{wrong[0]}. Use the configuration it was trained with, or --resume never.")
-    opt_state = serialization.from_state_dict(state.opt_state, _with_empty(
-        source["opt_state"], serialization.to_state_dict(state.opt_state)))
-    return TrainState(source["params"], source["batch_stats"], opt_state, source["step"])
+def restored_state(abstract: TrainState, saved: dict, task: Task) -> TrainState:
+    """The inverse of `saved_tree`."""
+    opt_state = serialization.from_state_dict(abstract.opt_state, _with_empty(
+        saved["opt_state"], serialization.to_state_dict(abstract.opt_state)))
+    return TrainState(task.from_saved(saved["params"]), saved["batch_stats"], opt_state, saved["step"])
 
 
 def _without_empty(tree: dict) -> dict:
@@ -180,42 +211,61 @@ def _with_empty(saved: dict, target: dict) -> dict:
     return {k: _with_empty(saved.get(k, {}), v) if isinstance(v, dict) else saved[k] for k, v in target.items()}
 
 
-def find_resume(task: Task, folder: Path, resume: str) -> checkpoint.Checkpoint | None:
-    """The checkpoint to go on from: `auto` the furthest whole one in `folder`, `never` none, else the path given."""
+def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainState, placement: TrainState
+                ) -> tuple[checkpoint.Checkpoint | None, list[dict]]:
+    """The checkpoint to go on from, read onto the devices, and the run's history until there.
+
+    `auto`: the furthest good one in `folder`; damaged ones are set aside on the way, and it is said.
+    `never`: none. Else the path given, which must be good.
+    """
     if resume == "never":
-        return None
-    if resume == "auto":
-        candidates = [p for p in folder.glob(f"{task.name}_*") if p.is_dir() and "orbax-checkpoint-tmp" not in p.name
-                      and not p.name.endswith((".new", "_best")) and checkpoint.complete(p)]
-        if not candidates:
-            return None
-        def progress(p):
-            meta = checkpoint.read_metadata(p)
-            return meta["finished"], meta["step"], p.name
-        resume = str(max(candidates, key=progress))
-    found = checkpoint.load(resume, task.name)
-    theirs, ours = found.metadata["config"], task.config.to_dict()
+        return None, []
+    paths = [checkpoint.locate(resume)] if resume != "auto" else saving.candidates(folder, task.name, task.steps_per_epoch)
+    aside = []
+    for path in paths:
+        try:
+            metadata = checkpoint.read_metadata(path)
+            _check_same_run(task, path, metadata, abstract)
+            found = checkpoint.restore(path, metadata, saved_tree(placement, task))
+        except checkpoint.Damaged as e:
+            if resume != "auto":
+                raise
+            aside.append(str(saving.set_aside(path)))
+            log.warning("⚠ %s It is set aside as %s.", e, aside[-1])
+            continue
+        history = metadata["history"] + [{"time": now(), "set_aside": name} for name in aside]
+        return found, history
+    if aside:
+        log.warning("⚠ No good checkpoint is left in %s; the training begins anew.", folder)
+    return None, [{"time": now(), "set_aside": name} for name in aside]
+
+
+def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: TrainState) -> None:
+    """UserError unless a checkpoint is of this module, configuration and data, and has this state's leaves."""
+    checkpoint.check_module(path, metadata, task.name)
+    theirs, ours = metadata["config"], task.config.to_dict()
     before = type(task.config)().to_dict()  # a key that is newer than the checkpoint had its default's effect
     changed = [k for k in ours if k not in FREE and theirs.get(k, before[k]) != ours[k]]
     if changed:
         k = changed[0]
-        raise UserError(f"{found.path} was trained with {k} = {theirs.get(k, before[k])}, this run asks for {ours[k]}"
+        raise UserError(f"{path} was trained with {k} = {theirs.get(k, before[k])}, this run asks for {ours[k]}"
                         + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else "")
                         + ". Give the same value, or --resume never to train anew, or another checkpoint directory.")
-    if found.metadata["data"] != task.data_digest:
-        raise UserError(f"{found.path} was trained on other prints than this run has; give the same --dataset_root, or "
+    if metadata["data"] != task.data_digest:
+        raise UserError(f"{path} was trained on other prints than this run has; give the same --dataset_root, or "
                         "--resume never, or another checkpoint directory.")
-    return found
+    want = {n: checkpoint.kind(x.dtype, x.shape) for n, x in checkpoint.leaves({"state": saved_tree(abstract, task)}).items()}
+    have = {n: d.split(":")[0] for n, d in metadata["digests"].items() if n.startswith("state/")}
+    wrong = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
+    if wrong:
+        n = wrong[0]
+        raise UserError(f"{path} does not fit this configuration: {len(wrong)} leaves differ, e.g. {n} is "
+                        f"{have.get(n, 'missing')} there and {want.get(n, 'missing')} here. Use the configuration it was "
+                        "trained with, or --resume never.")
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe{os.getpid()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"Cannot write checkpoints to {folder} ({e.strerror}); give another directory.") from None
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
 
 
 class StopSignals:
@@ -225,7 +275,8 @@ class StopSignals:
         self.received: int | None = None
 
     def __enter__(self):
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM) if main}
         return self
 
     def _note(self, number, frame):

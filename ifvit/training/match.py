@@ -16,7 +16,7 @@ from ifvit.evaluation import fit_fusion, match_scores, score_pairs
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights
 from ifvit.training.dense import VALIDATION_SEED, steps_per_epoch
 from ifvit.training.loop import Task
-from ifvit.training.state import create_state, optimizer
+from ifvit.training.state import init_state, optimizer
 from ifvit.training.step import dense_network, match_network, match_step
 
 log = logging.getLogger("ifvit")
@@ -43,9 +43,6 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     tx, schedule = optimizer(config, steps * config.num_epochs)
     pairs = MatchPairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
 
-    def create():
-        return create_state(net, tx, config.seed, seed_from_module1)
-
     def seed_from_module1(params, stats):
         if module1 is None:
             print("⚠ Warning: No Module 1 checkpoint provided!", flush=True)
@@ -65,7 +62,8 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     score = jax.jit(match_scores(net, aligner, config))
 
     def scores_of(state, chosen):
-        return score_pairs(score, (state.params, state.batch_stats, aligner_state), held_out, chosen, config.batch_size)
+        return score_pairs(score, (state.params, state.batch_stats, aligner_state), held_out, chosen, config.batch_size,
+                           config.model_parallel)
 
     def validate(state, epoch):
         chosen = balanced_pairs(held_out, config.val_pairs)
@@ -89,10 +87,12 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
         return {"fusion": asdict(fit_fusion(scores_of(state, chosen), genuine))}
 
     tied = config.share_global_local
-    return Task("matcher", config, steps, train.digest(), create, match_step(net, aligner, config, tx, schedule),
+    return Task("matcher", config, steps, train.digest(), lambda: init_state(net, tx, config.seed),
+                match_step(net, aligner, config, tx, schedule),
                 (aligner_state,), host_batches, validate, "eer", False,
                 {"num_classes": num_classes, "aligner_config": module1 and module1.metadata["config"]},
-                with_both if tied else lambda p: p, with_one if tied else lambda p: p, aligner_tree, finish)
+                with_both if tied else lambda p: p, with_one if tied else lambda p: p, aligner_tree, finish,
+                seed_from_module1)
 
 
 def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
@@ -106,7 +106,7 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
             raise
         raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
                         "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
-    found = checkpoint.load(folder, "dense_reg")
+    found = checkpoint.load(folder, "dense_reg", checkpoint.NETWORK)
     ours = config.to_dict()
     for k in COMMON:
         if found.metadata["config"][k] != ours[k]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import tensorboardX
 from tqdm import tqdm
 
-TIMES = ("seconds", "pairs_per_second", "wait_seconds")  # what differs between two equal runs
+TIMES = ("seconds", "pairs_per_second", "checkpoint_seconds")  # what differs between two equal runs
 
 
 def read_rows(path: Path) -> list[dict]:

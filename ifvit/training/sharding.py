@@ -1,10 +1,14 @@
-"""One mesh with the axes `data` and `model`; a batch is split over `data`."""
+"""One mesh with the axes `data` and `model`: a batch is split over both, parameters over `model` by one rule table."""
 
+import math
 import os
+import re
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from ifvit.errors import UserError
 
@@ -24,31 +28,79 @@ def use_cpu_cores() -> None:
         jax.config.update("jax_num_cpu_devices", cores)
 
 
-def make_mesh(batch_size: int) -> Mesh:
-    """All devices on `data`; of CPU cores that nobody asked for, as many as divide the batch.
+def make_mesh(batch_size: int, model_parallel: int = 1) -> Mesh:
+    """All devices, `model_parallel` neighbours on `model` and the rest on `data`; of CPU cores that
+    nobody asked for, as many as divide the batch.
 
     UserError when the devices do not divide it.
     """
     devices = jax.devices()
     if devices[0].platform == "cpu" and jax.process_count() == 1 and FORCED not in os.environ.get("XLA_FLAGS", ""):
-        fitting = [n for n in range(1, len(devices) + 1) if batch_size % n == 0 and batch_size // n >= MIN_PAIRS]
-        devices = devices[: max(fitting, default=1)]
+        fitting = [n for n in range(1, len(devices) + 1)
+                   if batch_size % n == 0 and batch_size // n >= MIN_PAIRS and n % model_parallel == 0]
+        devices = devices[: max(fitting, default=model_parallel)]
+    if len(devices) % model_parallel:
+        raise UserError(f"model_parallel is {model_parallel}, and {len(devices)} devices do not divide by it; use "
+                        f"--set model_parallel={math.gcd(len(devices), model_parallel)}.")
     if batch_size % len(devices):
         raise UserError(f"A batch of {batch_size} does not divide among {len(devices)} devices; "
                         f"use --batch_size {max(1, batch_size // len(devices)) * len(devices)}.")
-    return Mesh(np.asarray(devices).reshape(-1, 1), ("data", "model"))
+    return Mesh(np.asarray(devices).reshape(-1, model_parallel), ("data", "model"))
+
+
+# Where parameters are split (FSDP): the first pattern that is found in a leaf's path decides. The
+# optimiser's moments have the paths of their parameters in them, and so their shardings.
+RULES = (
+    (r"(q_proj|k_proj|v_proj|mlp_0)/kernel$", P(None, "model")),
+    (r"(merge|mlp_2|reduce|embed)/kernel$", P("model", None)),
+    (r"resnet\w*/.*kernel$", P(None, None, None, "model")),  # HWIO: the output channels
+    (r"arcface_\w+$", P("model", None)),                      # the embedding's axis: any number of classes
+    (r"", P()),                                               # norms, biases, scalars: replicated
+)
+
+
+def shardings(tree, mesh: Mesh):
+    """The sharding of every leaf of a state (arrays or shapes) by RULES; replicated where it does not divide."""
+    def of(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
+        fits = len(spec) <= leaf.ndim and all(
+            axis is None or leaf.shape[i] % mesh.shape[axis] == 0 for i, axis in enumerate(spec))
+        return NamedSharding(mesh, spec if fits and mesh.shape["model"] > 1 else P())
+
+    return jax.tree_util.tree_map_with_path(of, tree)
+
+
+def gathered(tree):
+    """Parameters whole on every device for the time they are computed with (FSDP), under a mesh."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return tree
+    return jax.lax.with_sharding_constraint(tree, P())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec())
+    return NamedSharding(mesh, P())
 
 
-def over_data(mesh: Mesh) -> NamedSharding:
-    """The first axis split over the devices."""
-    return NamedSharding(mesh, PartitionSpec("data"))
+def over_devices(mesh: Mesh) -> NamedSharding:
+    """The first axis split over all devices: FSDP splits the batch over `model` too."""
+    return NamedSharding(mesh, P(("data", "model")))
 
 
 def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """This process's part of the global batch -> global arrays split over `data`."""
-    sharding = over_data(mesh)
+    """This process's part of the global batch -> global arrays split over the devices."""
+    sharding = over_devices(mesh)
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+
+
+def put_whole_batch(batch: dict, mesh: Mesh) -> dict:
+    """A batch that every process has the whole of -> global arrays split over the devices."""
+    sharding = over_devices(mesh)
+    return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
+
+
+def fetch(tree):
+    """Device arrays -> numpy on every process, whole."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)

@@ -57,8 +57,7 @@ def optimizer(config, total_steps: int) -> tuple[optax.GradientTransformation, o
     return tx, schedule
 
 
-def create_state(net: Network, tx: optax.GradientTransformation, seed: int, edit=lambda params, stats: (params, stats)
-                 ) -> TrainState:
-    """A fresh state; `edit` may put loaded weights into it."""
-    params, stats = edit(*jax.jit(net.init)(jax.random.key(seed)))
+def init_state(net: Network, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """A fresh state: a pure function, to be evaluated for its shapes, then run under jit where it shall live."""
+    params, stats = net.init(jax.random.key(seed))
     return TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))

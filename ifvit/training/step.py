@@ -11,6 +11,7 @@ from ifvit.data.augment import dense_pair, match_views, normalise
 from ifvit.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss
 from ifvit.models.dense_reg import DenseRegistration, cell_mask
 from ifvit.models.matcher import Matcher
+from ifvit.training.sharding import gathered
 from ifvit.training.state import Network, TrainState, network
 
 
@@ -29,7 +30,7 @@ def pair_keys(seed: int, step, count: int):
 
 def gradient_step(state: TrainState, loss: Callable, tx: optax.GradientTransformation, schedule):
     """One optimiser step on `loss(params) -> (value, (batch_stats, metrics))`."""
-    (value, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(state.params)
+    (value, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(gathered(state.params))
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))

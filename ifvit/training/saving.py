@@ -1,0 +1,233 @@
+"""The checkpoints of a run: written while it trains, kept by policy, found again when it resumes."""
+
+import contextlib
+import logging
+import math
+import os
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from ifvit import checkpoint
+
+log = logging.getLogger("ifvit")
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint of the run, as far as the policy is concerned."""
+
+    name: str
+    step: int
+    epoch: int | None     # None: within an epoch
+    value: float | None   # of the validation metric
+
+
+class Saver:
+    """Writes a run's checkpoints in the background and keeps those that `config` asks for.
+
+    A write that fails is said in one line and costs nothing else: what was there stays, the run goes
+    on, the next save tries again. Every process calls the same methods in the same order.
+    """
+
+    def __init__(self, folder: epath.Path, module: str, config, steps_per_epoch: int, higher_is_better: bool):
+        self.folder, self.module, self.config = folder, module, config
+        self.higher_is_better = higher_is_better
+        self.blocked = 0.0  # seconds that training stood still for saving, until somebody sets it to 0
+        self.last: str | None = None  # name of the newest checkpoint that is whole
+        self._writer = checkpoint.Writer()
+        self._thread = ThreadPoolExecutor(1)
+        self._pending: tuple[str, Future] | None = None
+        self._saved = list(_already_there(folder, module, steps_per_epoch))
+        checkpoint.discard_unfinished(folder, module)
+
+    def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
+        """Begins to write a checkpoint; waits first for the one before, if that is not done yet."""
+        clock = time.perf_counter()
+        self.settle()
+        try:
+            self._writer.start(self.folder / saved.name, self.module, state, metadata, aligner)
+        except Exception as e:  # a disk has many ways to fail, and none of them is a reason to stop training
+            self._say_failed(saved.name, e)
+            self._pending = None
+            self._abandon()
+        else:
+            self._pending = saved.name, self._thread.submit(self._finish, saved)
+        self.blocked += time.perf_counter() - clock
+
+    def settle(self) -> bool:
+        """Waits until nothing is being written; False when the last write failed (and has been reported)."""
+        if self._pending is None:
+            return False
+        (name, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as e:
+            self._say_failed(name, e)
+            return False
+        self.last = name
+        return True
+
+    def close(self) -> None:
+        self.settle()
+        self._thread.shutdown()
+
+    def _abandon(self) -> None:
+        try:
+            self._writer.wait()
+        except Exception:
+            pass  # it failed already, and that has been said
+
+    def _finish(self, saved: Saved) -> None:
+        self._writer.wait()
+        self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
+        if jax.process_index() == 0:
+            self._copy_best()
+            for name in doomed(self._saved, self.module, self.config, self.higher_is_better):
+                self._remove(name)
+
+    def _copy_best(self) -> None:
+        """`NAME_best` becomes a copy of the best epoch's checkpoint, with files of its own: damage to one is not the other's."""
+        best = ranked(self._saved, self.higher_is_better)[:1]
+        there = self.folder / f"{self.module}_best"
+        before = _value_of(there)
+        if not best or before is not None and ranked([Saved("", -1, 0, before), *best], self.higher_is_better)[0].step < 0:
+            return
+        fresh = self.folder / f"{there.name}{checkpoint.UNFINISHED}-copy"
+        fresh.rmtree(missing_ok=True)
+        copy_tree(self.folder / best[0].name, fresh)
+        checkpoint.replace(there, fresh)
+
+    def _remove(self, name: str) -> None:
+        """Takes the name away first: a half-deleted checkpoint does not look like one."""
+        self._saved = [s for s in self._saved if s.name != name]
+        here, gone = self.folder / name, self.folder / f"{name}{checkpoint.UNFINISHED}-deleted"
+        if here.exists():
+            if checkpoint.is_local(here):
+                here = here.rename(gone)
+            here.rmtree()
+
+    def _say_failed(self, name: str, e: Exception) -> None:
+        log.warning("⚠ Checkpoint %s could not be written (%s); training goes on, and the next save tries again.",
+                    self.folder / name, checkpoint.reason(e))
+
+
+def ranked(saved: list[Saved], higher_is_better: bool) -> list[Saved]:
+    """Epochs with a validation value, best first, of equals the earlier one."""
+    valued = [s for s in saved if s.value is not None]
+    return sorted(valued, key=lambda s: (-s.value if higher_is_better else s.value, s.step))
+
+
+def doomed(saved: list[Saved], module: str, config, higher_is_better: bool) -> list[str]:
+    """Names that no rule keeps: the final one; every `save_every` epochs; the newest `keep_last`; the best `keep_best`."""
+    final = f"{module}_ckpt"
+    kept = {s.name for s in saved if s.name == final or (s.epoch and s.epoch % config.save_every == 0)}
+    if config.keep_best > 1:  # of the best alone `NAME_best` is a copy
+        kept |= {s.name for s in ranked(saved, higher_is_better)[: config.keep_best]}
+    if final not in kept:  # a finished run needs no others to go on from
+        kept |= {s.name for s in sorted(saved, key=lambda s: s.step)[-config.keep_last :]}
+    return [s.name for s in saved if s.name not in kept]
+
+
+def candidates(folder: epath.Path, module: str, steps_per_epoch: int) -> list[epath.Path]:
+    """The run's checkpoints to go on from, the furthest first; one that was being replaced counts by its name."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        step = step_of_name(path.name.removesuffix(checkpoint.OLD), module, steps_per_epoch)
+        if step is not None and path.is_dir():
+            found.append((step, not path.name.endswith(checkpoint.OLD), path))
+    return [path for *_, path in sorted(found, key=lambda f: f[:2], reverse=True)]
+
+
+def step_of_name(name: str, module: str, steps_per_epoch: int) -> float | None:
+    """How far a checkpoint of this name is: the final one furthest; None where the name is not one to go on from."""
+    match = re.fullmatch(rf"{module}_(?:ckpt|epoch_(\d+)|step_(\d+))", name)
+    if not match:
+        return None
+    epoch, step = match.groups()
+    return int(epoch) * steps_per_epoch if epoch else int(step) if step else math.inf
+
+
+def set_aside(path: epath.Path) -> epath.Path:
+    """Renames a bad checkpoint to `NAME.damaged`, or `.damaged.2` and so on: it is never deleted."""
+    name = path.name.removesuffix(checkpoint.OLD) + ".damaged"
+    n = 1
+    while (aside := path.with_name(name if n == 1 else f"{name}.{n}")).exists():
+        n += 1
+    if jax.process_index() == 0:
+        path.rename(aside)
+    return aside
+
+
+def copy_tree(source: epath.Path, target: epath.Path) -> None:
+    """A copy of a folder, every file on disk before this returns."""
+    target.mkdir(parents=True)
+    for child in source.iterdir():
+        if child.is_dir():
+            copy_tree(child, target / child.name)
+        else:
+            child.copy(target / child.name)
+            _sync(target / child.name)
+
+
+def _sync(file: epath.Path) -> None:
+    if checkpoint.is_local(file):
+        handle = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _already_there(folder: epath.Path, module: str, steps_per_epoch: int) -> Iterator[Saved]:
+    for path in candidates(folder, module, steps_per_epoch):
+        if not path.name.endswith(checkpoint.OLD) and checkpoint.complete(path):
+            metadata = checkpoint.read_metadata(path)
+            whole = metadata["step"] % steps_per_epoch == 0
+            yield Saved(path.name, metadata["step"], metadata["epoch"] if whole else None, metadata.get("value"))
+
+
+def _value_of(folder: epath.Path) -> float | None:
+    try:
+        return checkpoint.read_metadata(folder)["value"]
+    except checkpoint.UserError:
+        return None
+
+
+def move_away(folder: epath.Path, module: str) -> None:
+    """A run that begins anew leaves the checkpoints of the one before whole, under `before_N`."""
+    old = candidates(folder, module, 1) + [p for p in (folder / f"{module}_best",) if p.exists()]
+    n = 1
+    while (aside := folder / f"before_{n}").exists():
+        n += 1
+    if old and jax.process_index() == 0:
+        aside.mkdir()
+        for path in old:
+            path.rename(aside / path.name)
+
+
+@contextlib.contextmanager
+def tolerated(what: str):
+    """A file that cannot be written is said, and is no reason to stop."""
+    try:
+        yield
+    except OSError as e:
+        log.warning("⚠ %s could not be written (%s).", what, e.strerror)
+
+
+def writable(folder: Path) -> str | None:
+    """Why checkpoints cannot be written to a folder; None where they can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".probe{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        return e.strerror
+    return None
