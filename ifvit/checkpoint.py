@@ -56,72 +56,70 @@ class Checkpoint:
 # ---- writing
 
 
-class Writer:
-    """Writes checkpoints while the caller goes on: one at a time, whole or not at all.
-
-    Every process calls the same methods in the same order; each writes its own shards.
-    """
-
-    def __init__(self):
-        options = ocp.options.AsyncOptions(timeout_secs=600)
-        self._orbax = ocp.AsyncCheckpointer(
-            ocp.CompositeCheckpointHandler(state=_array_handler(), aligner=_array_handler(), metadata=MetadataHandler()),
-            async_options=options)
-        self._path: epath.Path | None = None
-
-    def start(self, path: str | Path, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
-        """Copies `state` and begins to write it; returns when the caller may change or donate it.
-
-        `metadata` has `epoch` and `config`; time, versions, shardings and digests are added.
-        """
-        self._path = path = as_path(path)
-        trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
-        trees = {name: _snapshot(tree) for name, tree in trees.items()}
-        flat = leaves(trees)
-        metadata = {
-            "module": module, **metadata,
-            "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-            "versions": versions(), "shardings": {n: str(x.sharding.spec) for n, x in flat.items() if _is_sharded(x)},
-        }
-        if jax.process_index() == 0:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and is_local(path):  # else what `old` holds is the only whole one
-                _old(path).rmtree(missing_ok=True)
-                path.rename(_old(path))
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-        self._orbax.save(path, ocp.args.Composite(metadata=MetadataSave(metadata, flat), **items), force=True)
-
-    def wait(self) -> None:
-        """Returns when what was started is whole on disk.
-
-        Raises whatever kept it from being written; then a checkpoint of the same name from before is
-        in its place again, and nothing of the new one is left.
-        """
-        if self._path is None:
-            return
-        path, self._path = self._path, None
-        try:
-            self._orbax.wait_until_finished()
-        except BaseException:
-            discard_unfinished(path.parent, path.name)
-            if jax.process_index() == 0 and not path.exists() and _old(path).exists():
-                _old(path).rename(path)
-            raise
-        if jax.process_index() == 0:
-            _old(path).rmtree(missing_ok=True)
-
-    def close(self) -> None:
-        self._orbax.close()
-
-
 def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
-    """Writes a checkpoint and returns when it is whole; one of the same name is replaced only then."""
-    writer = Writer()
+    """Writes a checkpoint; one of the same name is replaced only when the new one is whole.
+
+    Every process calls it, and writes its own shards; it may run in a thread beside the training, on
+    a `snapshot` of the state. `metadata` has `epoch` and `config`; time, versions, shardings and digests
+    are added. Raises whatever kept it from being written; then nothing of the new one is left, and the
+    one from before has its name again.
+    """
+    path = as_path(path)
+    trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
+    trees = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), trees)
+    flat = leaves(trees)
+    metadata = {
+        "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": versions(),
+        **metadata, "module": module,
+        "shardings": {n: str(x.sharding.spec) for n, x in flat.items() if _is_sharded(x)},
+    }
+    first = jax.process_index() == 0
+    if first:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and is_local(path):  # else what `old` holds is the only whole one
+            _old(path).rmtree(missing_ok=True)
+            path.rename(_old(path))
+    items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     try:
-        writer.start(path, module, state, metadata, aligner)
-        writer.wait()
-    finally:
-        writer.close()
+        with _orbax(sum(x.nbytes for x in flat.values())) as writer:
+            writer.save(path, ocp.args.Composite(metadata=MetadataSave(metadata, flat), **items), force=True)
+    except BaseException:
+        discard_unfinished(path.parent, path.name)
+        if first and not path.exists() and _old(path).exists():
+            _old(path).rename(path)
+        raise
+    if first:
+        to_disk(path.parent)  # the new name
+        _old(path).rmtree(missing_ok=True)
+
+
+@jax.jit
+def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(x) for x in arrays]
+
+
+def snapshot(state: dict) -> dict:
+    """A copy on the devices: the training step may donate the original while the copy is written.
+
+    Without it the step could not donate: Orbax reads CPU arrays where they lie.
+    """
+    flat, structure = jax.tree.flatten(state)
+    return jax.tree.unflatten(structure, _copies(flat))
+
+
+def _orbax(size: int) -> ocp.Checkpointer:
+    """Orbax's writer for `size` bytes of arrays.
+
+    Small leaves are packed into few files (OCDBT); from about 256 MB on a file a leaf is faster (1.5 to
+    2 times, measured at 1 GB). Weights do not compress. Barriers go through the coordination service, not the
+    devices, which train meanwhile.
+    """
+    arrays = dict(use_ocdbt=size < 2**28, use_zarr3=True, use_compression=False)
+    processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(
+        composite_options=ocp.CompositeOptions(multiprocessing_options=processes), metadata=MetadataHandler(),
+        **{name: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, **arrays) for name in ("state", "aligner")},
+    ), multiprocessing_options=processes)
 
 
 def replace(path: epath.Path, fresh: epath.Path) -> None:
@@ -130,7 +128,18 @@ def replace(path: epath.Path, fresh: epath.Path) -> None:
         _old(path).rmtree(missing_ok=True)
         path.rename(_old(path))
     fresh.rename(path)
+    to_disk(path.parent)
     _old(path).rmtree(missing_ok=True)
+
+
+def to_disk(path: epath.Path) -> None:
+    """Returns when a local file's content, or a folder's names, are on the disk itself (fsync)."""
+    if is_local(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def discard_unfinished(folder: epath.Path, name: str = "") -> None:
@@ -138,23 +147,6 @@ def discard_unfinished(folder: epath.Path, name: str = "") -> None:
     if jax.process_index() == 0 and folder.is_dir():
         for left in folder.glob(f"{name}*{UNFINISHED}*"):
             left.rmtree(missing_ok=True)
-
-
-def _array_handler() -> ocp.PyTreeCheckpointHandler:
-    return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False)
-
-
-def _snapshot(tree: dict) -> dict:
-    """A copy on the devices: the training step may donate the original while the copy is written."""
-    flat, structure = jax.tree.flatten(tree)
-    on_device = [i for i, x in enumerate(flat) if isinstance(x, jax.Array)]
-    copies = jax.jit(lambda xs: [jnp.copy(x) for x in xs], out_shardings=[flat[i].sharding for i in on_device])(
-        [flat[i] for i in on_device])
-    flat = [np.asarray(x) for x in flat] if not on_device else [
-        x if isinstance(x, jax.Array) else np.asarray(x) for x in flat]
-    for i, copy in zip(on_device, copies):
-        flat[i] = copy
-    return jax.tree.unflatten(structure, flat)
 
 
 @dataclass
@@ -189,11 +181,12 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
         metadata = self._metadata | {"digests": digests}
         metadata["digest"] = _digest_of_metadata(metadata)
         (directory / "metadata").write_text(json.dumps(metadata))
+        to_disk(directory / "metadata")  # TensorStore does so with its own files
         for part in parts:
             part.unlink()
 
-    def save(self, directory, *args, **kwargs):
-        raise NotImplementedError("written by Writer alone")
+    def save(self, directory: epath.Path, args: MetadataSave) -> None:
+        raise NotImplementedError("CompositeCheckpointHandler calls async_save")
 
     def restore(self, directory, *args, **kwargs):
         raise NotImplementedError("read by read_metadata")
@@ -222,9 +215,9 @@ def load(path: str | Path, module: str | None = None, parts: tuple[str, ...] = (
     """
     folder = locate(path)
     if not folder.is_dir():
-        state, metadata = legacy.as_checkpoint(folder)
-        check_module(folder, metadata, module)
-        return Checkpoint(folder, state, metadata, None)
+        found = from_legacy(folder)
+        check_module(folder, found.metadata, module)
+        return found
     metadata = read_metadata(folder)
     check_module(folder, metadata, module)
     return _as_checkpoint(folder, metadata, read_leaves(
@@ -437,6 +430,33 @@ def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
     print(f"⚠ {folder} has no digests (other software wrote it): its content cannot be checked.", flush=True)
     return {"module": module, "epoch": 0, "step": 0, "finished": False, "best": None, "history": []} | metadata | {
         "digests": dict.fromkeys(names)}
+
+
+def from_legacy(file: epath.Path) -> Checkpoint:
+    """A pickle of the legacy format as a checkpoint. UserError where anything in it is refused.
+
+    `foreign` in the metadata: it is not of this project's networks, and serves to seed Module 2 alone.
+    """
+    found = legacy.read(file)
+    state = {"params": {}, "batch_stats": {}, "opt_state": {}, "step": np.int32(0)} | found.state
+    aligner = state.pop("aligner", None)
+    params = state["params"]
+    names = {n for n in (*params, *(m for p in params.values() if isinstance(p, dict) for m in p))}
+    module = "matcher" if any(n.endswith("_transformer_global") for n in names) else "dense_reg"
+    config = found.metadata.get("config")
+    ours = isinstance(config, dict) and "resnet_widths" in config and "module" in found.metadata
+    metadata = {"module": module, "epoch": 0, "step": int(state["step"]), "finished": False, "best": None, "value": None,
+                "history": [], "config": {}, "data": ""} | found.metadata
+    if found.timestamp:
+        metadata["timestamp"] = found.timestamp
+    return Checkpoint(file, state, metadata if ours else metadata | {"foreign": True}, aligner)
+
+
+def check_ours(folder, metadata: dict) -> None:
+    """UserError for a checkpoint of other code, which can seed Module 2 and do nothing else here."""
+    if metadata.get("foreign"):
+        raise UserError(f"{folder} was made by other code: its transformer can seed Module 2 (--pretrained_ckpt), the rest "
+                        "is not of this project's networks. Give a checkpoint that was trained here.")
 
 
 def leaves(tree: dict) -> dict:

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from ifvit import checkpoint
+from ifvit import checkpoint, legacy, legacy_transformer
 from ifvit.errors import UserError
 
 
@@ -88,4 +88,51 @@ class Diff:
         return 1 if wrong else 0
 
 
-COMMANDS = {"verify": Verify, "inspect": Inspect, "diff": Diff}
+@dataclass(frozen=True)
+class Import:
+    """Makes a checkpoint of a pickle of the legacy format; nothing in the pickle is run."""
+
+    file: Annotated[str, tyro.conf.Positional]
+    to: Annotated[str, tyro.conf.Positional]
+
+    def run(self) -> int:
+        file, folder = checkpoint.locate(self.file), checkpoint.as_path(self.to)
+        if file.is_dir():
+            raise UserError(f"{self.file} is no file but a checkpoint already; use that.")
+        if folder.exists():
+            raise UserError(f"{folder} is there already; give a new name.")
+        found = checkpoint.from_legacy(file)
+        state, notes = found.state, []
+        if found.metadata.get("foreign") and found.module == "dense_reg":
+            name, tree, notes = legacy_transformer.transformer(state["params"])
+            notes += ["optimiser state left out: it belongs to the parameters' old names."] * bool(state["opt_state"])
+            state = state | {"params": {**state["params"], name: tree}, "opt_state": {}}
+        for note in notes:
+            print(f"⚠ {note}")
+        state = {name: part for name, part in state.items() if not (isinstance(part, dict) and not part)}
+        checkpoint.save(folder, found.module, state, found.metadata, found.aligner)
+        print(f"{folder}: {len(checkpoint.leaves(state))} leaves of {file}"
+              + (", made by other code: its transformer can seed Module 2" if found.metadata.get("foreign") else ""))
+        return 0
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes a checkpoint as a pickle of the legacy format, of plain containers and numpy arrays."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    file: Annotated[str, tyro.conf.Positional]
+
+    def run(self) -> int:
+        found = checkpoint.load(self.path)
+        file = checkpoint.as_path(self.file)
+        if file.is_dir():
+            raise UserError(f"{file} is a directory; give the name of a file.")
+        metadata = {k: v for k, v in found.metadata.items() if k not in ("digest", "digests", "shardings", "timestamp")}
+        state = found.state | ({"aligner": found.aligner} if found.aligner else {})
+        legacy.write(file, state, metadata, found.metadata.get("timestamp"))
+        print(f"{file}: {len(checkpoint.leaves(state))} leaves of {found.path}")
+        return 0
+
+
+COMMANDS = {"verify": Verify, "inspect": Inspect, "diff": Diff, "import": Import, "export": Export}

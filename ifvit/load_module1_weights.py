@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from ifvit import checkpoint, cli, legacy
+from ifvit import checkpoint, cli, legacy, legacy_transformer
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 
@@ -103,7 +103,10 @@ class _Module1:
 
     def _of_legacy(self) -> None:
         """A pickle is read whole, there is no other way; its transformer is mapped to the names used here."""
-        self.name, tree, self.notes = legacy.transformer(legacy.read(self.folder).state["params"])
+        try:
+            self.name, tree, self.notes = legacy_transformer.transformer(legacy.read(self.folder).state["params"])
+        except UserError as e:
+            raise UserError(str(e).replace("Module 1 checkpoint,", f"Module 1 checkpoint {self.folder},")) from None
         self.metadata, self.arrays, self.checked = None, checkpoint.leaves(tree), False
         self.shapes = {n: x.shape for n, x in self.arrays.items()}
 

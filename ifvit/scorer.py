@@ -37,6 +37,7 @@ class Scorer:
         """UserError where the checkpoint is missing, half-written or damaged."""
         found = checkpoint.load(path, parts=checkpoint.NETWORK)
         meta, state = found.metadata, found.state
+        checkpoint.check_ours(found.path, meta)
         if found.module == "dense_reg":
             config = config_of(DenseConfig, meta["config"])
             return cls("dense_reg", config, state["params"], state["batch_stats"], None, None, 0, None)

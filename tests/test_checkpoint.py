@@ -1,6 +1,5 @@
 """A checkpoint comes back to the bit, or is refused: never something in between."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -195,7 +194,7 @@ def test_killed_while_writing_the_old_one_is_found(saved, monkeypatch):
         raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(ocp.AsyncCheckpointer, "save", die)
+        patch.setattr(ocp.Checkpointer, "save", die)
         with pytest.raises(Killed):
             checkpoint.save(saved, "dense_reg", tiny(1), META)
     assert bits(checkpoint.load(saved).state) == bits(tiny())

@@ -63,6 +63,8 @@ def train(task: Task, resume: str) -> Path:
     """
     config = task.config
     folder = checkpoint.as_path(config.checkpoint_dir)
+    if not checkpoint.is_local(folder):
+        raise UserError(f"{folder}: a run's metrics and checkpoints go to a directory, local or shared; give one.")
     total = config.num_epochs * task.steps_per_epoch
     mesh = make_mesh(config.batch_size, config.model_parallel)
     abstract = jax.eval_shape(task.init)
@@ -76,7 +78,7 @@ def train(task: Task, resume: str) -> Path:
     if found and found.metadata["finished"]:
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
               "--resume never trains anew.", flush=True)
-        return found.path
+        return Path(found.path)
     if why := saving.writable(folder):
         raise UserError(f"Cannot write checkpoints to {folder} ({why}); give another directory.")
     if found:
@@ -167,7 +169,7 @@ def train(task: Task, resume: str) -> Path:
         metrics.close()
     with saving.tolerated("curves.png"):
         plots.curves(folder / "curves.png", read_rows(metrics.path))
-    return Path(final)
+    return Path(final)  # local: checked above
 
 
 def begin(task: Task, placement: TrainState) -> TrainState:
@@ -220,6 +222,8 @@ def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainStat
     """
     if resume == "never":
         return None, []
+    if resume != "auto" and not checkpoint.locate(resume).is_dir():
+        raise UserError(f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR.")
     paths = [checkpoint.locate(resume)] if resume != "auto" else saving.candidates(folder, task.name, task.steps_per_epoch)
     aside = []
     for path in paths:
@@ -243,6 +247,7 @@ def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainStat
 def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: TrainState) -> None:
     """UserError unless a checkpoint is of this module, configuration and data, and has this state's leaves."""
     checkpoint.check_module(path, metadata, task.name)
+    checkpoint.check_ours(path, metadata)
     theirs, ours = metadata["config"], task.config.to_dict()
     before = type(task.config)().to_dict()  # a key that is newer than the checkpoint had its default's effect
     changed = [k for k in ours if k not in FREE and theirs.get(k, before[k]) != ours[k]]

@@ -44,12 +44,12 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     pairs = MatchPairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
 
     def seed_from_module1(params, stats):
-        if module1 is None:
+        if not config.dense_reg_ckpt:
             print("⚠ Warning: No Module 1 checkpoint provided!", flush=True)
             return params, stats
         both = load_module1_transformer_weights(config.dense_reg_ckpt, with_both(params), config.share_global_local)
         params = with_one(both) if config.share_global_local else both
-        if config.seed_resnet:
+        if config.seed_resnet and module1:
             for branch in ("resnet_global", "resnet_local"):
                 params[branch], stats[branch] = module1.state["params"]["resnet"], module1.state["batch_stats"]["resnet"]
         return params, stats
@@ -96,7 +96,10 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
 
 
 def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
-    """Module 1's checkpoint by `dense_reg_ckpt`; None where that is empty; UserError where it does not serve."""
+    """Module 1's checkpoint by `dense_reg_ckpt`; UserError where it does not serve.
+
+    None where that is empty or of other code: then there is nothing to align pairs with.
+    """
     if not config.dense_reg_ckpt:
         return None
     try:
@@ -107,6 +110,9 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
         raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
                         "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
     found = checkpoint.load(folder, "dense_reg", checkpoint.NETWORK)
+    if found.metadata.get("foreign"):
+        print(f"⚠ {folder} was made by other code: its transformer seeds Module 2, and pairs are not aligned.", flush=True)
+        return None
     ours = config.to_dict()
     for k in COMMON:
         if found.metadata["config"][k] != ours[k]:

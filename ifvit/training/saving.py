@@ -41,24 +41,17 @@ class Saver:
         self.higher_is_better = higher_is_better
         self.blocked = 0.0  # seconds that training stood still for saving, until somebody sets it to 0
         self.last: str | None = None  # name of the newest checkpoint that is whole
-        self._writer = checkpoint.Writer()
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future] | None = None
         self._saved = list(_already_there(folder, module, steps_per_epoch))
         checkpoint.discard_unfinished(folder, module)
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
-        """Begins to write a checkpoint; waits first for the one before, if that is not done yet."""
+        """Copies `state` and begins to write it; waits first for the checkpoint before, if that is not done yet."""
         clock = time.perf_counter()
         self.settle()
-        try:
-            self._writer.start(self.folder / saved.name, self.module, state, metadata, aligner)
-        except Exception as e:  # a disk has many ways to fail, and none of them is a reason to stop training
-            self._say_failed(saved.name, e)
-            self._pending = None
-            self._abandon()
-        else:
-            self._pending = saved.name, self._thread.submit(self._finish, saved)
+        state = checkpoint.snapshot(state)
+        self._pending = saved.name, self._thread.submit(self._write, saved, state, metadata, aligner)
         self.blocked += time.perf_counter() - clock
 
     def settle(self) -> bool:
@@ -68,8 +61,9 @@ class Saver:
         (name, future), self._pending = self._pending, None
         try:
             future.result()
-        except Exception as e:
-            self._say_failed(name, e)
+        except Exception as e:  # a disk has many ways to fail, and none of them is a reason to stop training
+            log.warning("⚠ Checkpoint %s could not be written (%s); training goes on, and the next save tries again.",
+                        self.folder / name, checkpoint.reason(e))
             return False
         self.last = name
         return True
@@ -78,14 +72,8 @@ class Saver:
         self.settle()
         self._thread.shutdown()
 
-    def _abandon(self) -> None:
-        try:
-            self._writer.wait()
-        except Exception:
-            pass  # it failed already, and that has been said
-
-    def _finish(self, saved: Saved) -> None:
-        self._writer.wait()
+    def _write(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
+        checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
         if jax.process_index() == 0:
             self._copy_best()
@@ -112,10 +100,6 @@ class Saver:
             if checkpoint.is_local(here):
                 here = here.rename(gone)
             here.rmtree()
-
-    def _say_failed(self, name: str, e: Exception) -> None:
-        log.warning("⚠ Checkpoint %s could not be written (%s); training goes on, and the next save tries again.",
-                    self.folder / name, checkpoint.reason(e))
 
 
 def ranked(saved: list[Saved], higher_is_better: bool) -> list[Saved]:
@@ -173,16 +157,7 @@ def copy_tree(source: epath.Path, target: epath.Path) -> None:
             copy_tree(child, target / child.name)
         else:
             child.copy(target / child.name)
-            _sync(target / child.name)
-
-
-def _sync(file: epath.Path) -> None:
-    if checkpoint.is_local(file):
-        handle = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            checkpoint.to_disk(target / child.name)
 
 
 def _already_there(folder: epath.Path, module: str, steps_per_epoch: int) -> Iterator[Saved]:
