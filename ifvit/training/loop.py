@@ -142,7 +142,7 @@ def train(task: Task, resume: str) -> Path:
                     if value is not None and (best is None or (value > best["value"]) == task.higher_is_better
                                               and value != best["value"]):
                         best = {"value": value, "epoch": epoch, "metric": task.metric}
-                    if config.patience and best and epoch - best["epoch"] >= config.patience:
+                    if ended < total and config.patience and best and epoch - best["epoch"] >= config.patience:
                         print(f"{task.metric} has not been better for {config.patience} epochs; the run ends after epoch "
                               f"{epoch}.", flush=True)
                         break

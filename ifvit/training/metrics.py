@@ -1,13 +1,19 @@
 """Metrics of a run: `metrics.jsonl`, TensorBoard, a progress bar; the rows of a resumed run go on where it does."""
 
 import json
+import logging
 import math
 import os
 import sys
+import time
 from pathlib import Path
 
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
+
+log = logging.getLogger("ifvit")
 
 TIMES = ("seconds", "pairs_per_second", "checkpoint_seconds")  # what differs between two equal runs
 
@@ -25,17 +31,20 @@ def read_rows(path: Path) -> list[dict]:
 
 
 class Metrics:
-    """Writes a run's metrics under `folder`; rows after `step` of an earlier attempt are dropped."""
+    """Writes a run's metrics under `folder`; rows after `step` of an earlier attempt are dropped.
+
+    A full disk or a folder that is gone costs rows only until there is room again: `metrics.jsonl` is
+    then written anew, whole.
+    """
 
     def __init__(self, folder: Path, step: int, total: int, name: str):
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
         self.path = folder / "metrics.jsonl"
-        kept = [r for r in read_rows(self.path) if r["step"] <= step]
-        part = self.path.with_suffix(".part")
-        part.write_text("".join(json.dumps(r) + "\n" for r in kept))
-        os.replace(part, self.path)
-        self.file = self.path.open("a")
-        self.board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.lines = [json.dumps(r) + "\n" for r in read_rows(self.path) if r["step"] <= step]
+        self.step = step
+        self.behind = True  # the file does not hold the lines
+        self.board: EventsWriter | None = None
+        self._write_lines()
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", file=sys.stderr,
                         mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
 
@@ -47,13 +56,41 @@ class Metrics:
         """One row; a value that is not finite is written as null."""
         row = {"step": step, "epoch": epoch, "split": split}
         row |= {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-        for k, v in values.items():
-            self.board.add_scalar(f"{split}/{k}", v, step)
+        self.lines.append(json.dumps(row) + "\n")
+        self._write_lines()
+        self._write_board({f"{split}/{k}": float(v) for k, v in values.items()}, step)
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
-        self.board.close()
+        self._write_lines()
 
+    def _write_lines(self) -> None:
+        try:
+            if self.behind or not self.path.exists():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                part = self.path.with_suffix(".part")
+                part.write_text("".join(self.lines))
+                os.replace(part, self.path)
+            else:
+                with self.path.open("a") as file:
+                    file.write(self.lines[-1])
+            self.behind = False
+        except OSError as e:
+            if not self.behind:
+                log.warning("⚠ %s could not be written (%s); its rows are kept until it can.", self.path, e.strerror)
+            self.behind = True
+
+    def _write_board(self, values: dict[str, float], step: int) -> None:
+        """TensorBoard's event file, without tensorboardX's own thread: that blocks for good when a write fails."""
+        folder = self.folder / "tensorboard"
+        try:
+            if self.board is None or not folder.exists():
+                folder.mkdir(parents=True, exist_ok=True)
+                self.board = EventsWriter(str(folder / "events"))
+                self.board.write_event(Event(wall_time=time.time(), step=self.step + 1,
+                                             session_log=SessionLog(status=SessionLog.START)))  # drops what came after
+            for tag, value in values.items():
+                self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+            self.board.flush()
+        except OSError:
+            self.board = None  # a new file at the next row; these values stand in metrics.jsonl

@@ -76,9 +76,14 @@ class Saver:
         checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
         if jax.process_index() == 0:
-            self._copy_best()
-            for name in doomed(self._saved, self.module, self.config, self.higher_is_better):
-                self._remove(name)
+            try:
+                self._copy_best()
+                for name in doomed(self._saved, self.module, self.config, self.higher_is_better):
+                    self._remove(name)
+            except OSError as e:  # the checkpoint itself is whole
+                log.warning("⚠ The checkpoints in %s could not be put in order (%s); the next save tries again.",
+                            self.folder, e.strerror)
+                checkpoint.discard_unfinished(self.folder, f"{self.module}_best")
 
     def _copy_best(self) -> None:
         """`NAME_best` becomes a copy of the best epoch's checkpoint, with files of its own: damage to one is not the other's."""
