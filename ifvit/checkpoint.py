@@ -247,6 +247,7 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
         try:
             out[name], sums[name] = reader.read(name, wanted[name])
         except Exception as e:  # whatever TensorStore says of a damaged file
+            _check_permission(folder, e)
             wrong[name] = _first_line(e)
 
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
@@ -341,9 +342,16 @@ def read_metadata(folder: epath.Path) -> dict:
         elif metadata["digest"] != _digest_of_metadata(metadata):
             raise ValueError("its metadata do not have their digest")
     except Exception as e:
+        _check_permission(folder, e)
         raise Damaged(f"{folder} is not a whole checkpoint ({_first_line(e)}); it is half-written or something else: "
                       "use another one.") from e
     return metadata
+
+
+def _check_permission(folder: epath.Path, e: Exception) -> None:
+    """What may not be read is not damaged."""
+    if isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e):
+        raise UserError(f"Checkpoint {folder} may not be read ({_first_line(e)}); get the permission for it.") from None
 
 
 def complete(folder: epath.Path) -> bool:

@@ -218,7 +218,7 @@ def test_fingers_with_one_impression_train_and_are_not_evaluated(command, genera
     assert not (tmp_path / "checkpoints/matcher/evaluation").exists()
 
 
-def test_a_database_without_genuine_pairs_is_left_out_and_named(command, pipeline, prints, generated, tmp_path):
+def test_the_table_says_which_databases_are_left_out(command, pipeline, prints, generated, tmp_path):
     shutil.copytree(prints / "DB1", tmp_path / "data/DB1")
     (tmp_path / "data/DB9").mkdir()
     for finger in (4, 5):

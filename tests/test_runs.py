@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from ifvit import checkpoint
@@ -152,6 +153,44 @@ def test_a_half_written_checkpoint_is_set_aside_and_not_gone_on_from(command, mo
     assert "dense_reg_ckpt.damaged" in said.out and (folder / "dense_reg_ckpt.damaged/state").is_dir()
     assert not list(folder.glob("*orbax-checkpoint-tmp*"))
     assert same(command, folder / "dense_reg_ckpt", module1.path)
+
+
+def test_a_run_goes_on_sharded_to_the_same_parameters_but_for_rounding(process, module1, prints, tmp_path):
+    said = process("-m", "ifvit.train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg",
+                   "--resume", module1.folder / "dense_reg_epoch_1", *SMOKE, "--set", "model_parallel=2", cwd=tmp_path,
+                   XLA_FLAGS="--xla_force_host_platform_device_count=2")
+    assert said.code == 0, said
+    found = checkpoint.load(tmp_path / "checkpoints/dense_reg/dense_reg_ckpt")
+    sharded = found.metadata["shardings"]
+    assert "model" in sharded["state/params/loftr_transformer/layer_0/q_proj/kernel"]
+    assert "model" in sharded["state/opt_state/1/0/mu/loftr_transformer/layer_0/q_proj/kernel"]
+    assert [attempt["mesh"]["model"] for attempt in found.metadata["history"]] == [1, 2]
+    whole = checkpoint.leaves(checkpoint.load(module1.path).state)
+    for name, leaf in checkpoint.leaves(found.state).items():
+        assert np.abs(leaf - whole[name]).max() <= 1e-4 * max(1e-3, np.abs(whole[name]).max()), name
+
+
+def test_never_trains_anew_and_leaves_the_run_before_whole(command, module1, prints, tmp_path):
+    folder = tmp_path / "checkpoints/dense_reg"
+    shutil.copytree(module1.folder, folder)
+    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE,
+                   "--resume", "never", "--seed", 1, cwd=tmp_path)
+    assert said.code == 0, said
+    assert not same(command, folder / "dense_reg_ckpt", module1.path)
+    for name in ("dense_reg_ckpt", "dense_reg_best", "dense_reg_epoch_1"):
+        assert same(command, folder / "before_1" / name, module1.folder / name)
+
+
+def test_patience_ends_a_run_that_does_not_get_better(command, long, prints, tmp_path):
+    said = command("train_dense", "--dataset_root", prints, *LONG, "--set", "patience=1", cwd=tmp_path)
+    assert said.code == 0, said
+    validations = [r["accuracy"] for r in rows(long, "val")]
+    worse = next(i for i in range(1, 10) if validations[i] <= max(validations[:i]))
+    assert f"accuracy has not been better for 1 epochs; the run ends after epoch {worse + 1}" in said.out
+    final = checkpoint.load(tmp_path / "checkpoints/dense_reg/dense_reg_ckpt")
+    assert final.metadata["finished"] and final.metadata["epoch"] == worse + 1
+    said = command("train_dense", "--dataset_root", prints, *LONG, "--set", "patience=1", cwd=tmp_path)
+    assert f"is finished ({worse + 1} epochs)" in said.out
 
 
 def test_a_finished_run_says_so_and_is_left_alone(command, module1, prints):
