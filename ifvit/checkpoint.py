@@ -37,6 +37,7 @@ from ifvit.paths import resolve
 
 OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
 NETWORK = ("state/params", "state/batch_stats", "aligner")  # what it takes to run a trained network
+FORBIDDEN = "may not be read"
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that is being written
 
 
@@ -142,10 +143,10 @@ def to_disk(path: epath.Path) -> None:
             os.close(handle)
 
 
-def discard_unfinished(folder: epath.Path, name: str = "") -> None:
-    """Removes what a dead or failed write has left of `name`, or of every checkpoint in `folder`."""
+def discard_unfinished(folder: epath.Path, names: str) -> None:
+    """Removes what dead or failed writes have left of the checkpoints that `names` (a pattern) tells."""
     if jax.process_index() == 0 and folder.is_dir():
-        for left in folder.glob(f"{name}*{UNFINISHED}*"):
+        for left in folder.glob(f"{names}{UNFINISHED}*"):
             left.rmtree(missing_ok=True)
 
 
@@ -247,23 +248,22 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
         try:
             out[name], sums[name] = reader.read(name, wanted[name])
         except Exception as e:  # whatever TensorStore says of a damaged file
-            _check_permission(folder, e)
-            wrong[name] = _first_line(e)
+            wrong[name] = FORBIDDEN if _is_forbidden(e) else _first_line(e)
 
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         list(pool.map(read, wanted))
-    names = list(wanted)
-    if any(s is not None for s in wanted.values()):
-        sums, failed = _over_processes([sums.get(n, (0, 0)) for n in names], [n in wrong for n in names])
-        sums = dict(zip(names, sums))
-        wrong |= {n: "unreadable on another host" for n, bad in zip(names, failed) if bad and n not in wrong}
-    for name in names:
-        if name not in wrong and digest.text(out[name].dtype, out[name].shape, sums[name]) != metadata["digests"].get(name):
-            if metadata["digests"].get(name, "") is not None:
-                wrong[name] = "does not have its digest"
+    spread = [n for n, sharding in wanted.items() if sharding is not None]
+    sums |= dict(zip(spread, _over_processes([sums.get(n, (0, 0)) for n in spread])))
+    for name in wanted.keys() - wrong.keys():
+        expected = metadata["digests"].get(name, "")
+        if expected is not None and digest.text(out[name].dtype, out[name].shape, sums[name]) != expected:
+            wrong[name] = "does not have its digest"
+    wrong = _joined(wrong, list(wanted)) if spread else wrong
+    if FORBIDDEN in wrong.values():
+        raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.")
     if wrong:
         name = min(wrong)
-        raise Damaged(f"Checkpoint {folder} is damaged: {len(wrong)} of {len(names)} leaves, e.g. {name} "
+        raise Damaged(f"Checkpoint {folder} is damaged: {len(wrong)} of {len(wanted)} leaves, e.g. {name} "
                       f"({wrong[name]}); use another one.")
     return out
 
@@ -321,14 +321,23 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, i
     return tuple(i.indices(n)[:2] for i, n in zip(index, shape))
 
 
-def _over_processes(sums: list, failed: list[bool]) -> tuple[list, list[bool]]:
-    """Sums added and failures joined over all processes; every process gets the same."""
-    if jax.process_count() == 1:
-        return sums, failed
+def _over_processes(sums: list[digest.Sums]) -> list[digest.Sums]:
+    """Sums added over all processes; every process gets the same."""
+    if jax.process_count() == 1 or not sums:
+        return sums
     words = np.array(sums, np.uint64).view(np.uint32)  # JAX has no 64-bit integers by default
-    every = multihost_utils.process_allgather((words, np.array(failed)))
-    added = np.asarray(every[0]).view(np.uint64).sum(axis=0, dtype=np.uint64)
-    return [tuple(map(int, pair)) for pair in added], list(np.asarray(every[1]).any(axis=0))
+    every = np.asarray(multihost_utils.process_allgather(words)).view(np.uint64)
+    return [tuple(map(int, pair)) for pair in every.sum(axis=0, dtype=np.uint64)]
+
+
+def _joined(wrong: dict[str, str], names: list[str]) -> dict[str, str]:
+    """What any process found wrong, on every process: they must agree on what to do."""
+    if jax.process_count() == 1:
+        return wrong
+    kinds = np.array([0 if n not in wrong else 2 if wrong[n] == FORBIDDEN else 1 for n in names], np.uint8)
+    worst = np.asarray(multihost_utils.process_allgather(kinds)).max(axis=0)
+    return {n: wrong.get(n, FORBIDDEN if kind == 2 else "unreadable on another host")
+            for n, kind in zip(names, worst) if kind}
 
 
 def read_metadata(folder: epath.Path) -> dict:
@@ -342,16 +351,16 @@ def read_metadata(folder: epath.Path) -> dict:
         elif metadata["digest"] != _digest_of_metadata(metadata):
             raise ValueError("its metadata do not have their digest")
     except Exception as e:
-        _check_permission(folder, e)
+        if _is_forbidden(e):
+            raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.") from None
         raise Damaged(f"{folder} is not a whole checkpoint ({_first_line(e)}); it is half-written or something else: "
                       "use another one.") from e
     return metadata
 
 
-def _check_permission(folder: epath.Path, e: Exception) -> None:
+def _is_forbidden(e: Exception) -> bool:
     """What may not be read is not damaged."""
-    if isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e):
-        raise UserError(f"Checkpoint {folder} may not be read ({_first_line(e)}); get the permission for it.") from None
+    return isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e)
 
 
 def complete(folder: epath.Path) -> bool:

@@ -94,8 +94,7 @@ def train(task: Task, resume: str) -> Path:
     history = history + [{"time": now(), "from_step": first, "processes": jax.process_count(),
                           "mesh": dict(mesh.shape), "devices": jax.devices()[0].device_kind,
                           **{f"{p} version": v for p, v in checkpoint.versions().items() if p in ("ifvit", "jax")}}]
-    with saving.tolerated("config.json"):
-        (folder / "config.json").write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+    saving.write_beside(folder / "config.json", lambda file: file.write_text(json.dumps(config.to_dict(), indent=1) + "\n"))
     metrics = Metrics(folder, first, total, task.name)
     saver = saving.Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better)
 
@@ -167,8 +166,7 @@ def train(task: Task, resume: str) -> Path:
     finally:
         saver.close()
         metrics.close()
-    with saving.tolerated("curves.png"):
-        plots.curves(folder / "curves.png", read_rows(metrics.path))
+    saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, read_rows(metrics.path)))
     return Path(final)  # local: checked above
 
 

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
@@ -33,7 +34,7 @@ def read_rows(path: Path) -> list[dict]:
 class Metrics:
     """Writes a run's metrics under `folder`; rows after `step` of an earlier attempt are dropped.
 
-    A full disk or a folder that is gone costs rows only until there is room again: `metrics.jsonl` is
+    Of several processes the first one writes. A full disk or a folder that is gone costs rows only until there is room again: `metrics.jsonl` is
     then written anew, whole.
     """
 
@@ -42,11 +43,12 @@ class Metrics:
         self.path = folder / "metrics.jsonl"
         self.lines = [json.dumps(r) + "\n" for r in read_rows(self.path) if r["step"] <= step]
         self.step = step
+        self.writes = jax.process_index() == 0
         self.behind = True  # the file does not hold the lines
         self.board: EventsWriter | None = None
         self._write_lines()
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", file=sys.stderr,
-                        mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True)
+                        mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True, disable=not self.writes)
 
     def progress(self, steps: int, loss: float, pairs_per_second: float) -> None:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {pairs_per_second:.1f} pairs/s", refresh=False)
@@ -58,13 +60,16 @@ class Metrics:
         row |= {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
         self.lines.append(json.dumps(row) + "\n")
         self._write_lines()
-        self._write_board({f"{split}/{k}": float(v) for k, v in values.items()}, step)
+        if self.writes:
+            self._write_board({f"{split}/{k}": float(v) for k, v in values.items()}, step)
 
     def close(self) -> None:
         self.bar.close()
         self._write_lines()
 
     def _write_lines(self) -> None:
+        if not self.writes:
+            return
         try:
             if self.behind or not self.path.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,11 @@
 """The checkpoints of a run: written while it trains, kept by policy, found again when it resumes."""
 
-import contextlib
 import logging
 import math
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +43,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future] | None = None
         self._saved = list(_already_there(folder, module, steps_per_epoch))
-        checkpoint.discard_unfinished(folder, module)
+        checkpoint.discard_unfinished(folder, f"{module}_*")
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
         """Copies `state` and begins to write it; waits first for the checkpoint before, if that is not done yet."""
@@ -192,13 +191,13 @@ def move_away(folder: epath.Path, module: str) -> None:
             path.rename(aside / path.name)
 
 
-@contextlib.contextmanager
-def tolerated(what: str):
-    """A file that cannot be written is said, and is no reason to stop."""
-    try:
-        yield
-    except OSError as e:
-        log.warning("⚠ %s could not be written (%s).", what, e.strerror)
+def write_beside(file: epath.Path, write: Callable[[epath.Path], None]) -> None:
+    """A file beside the checkpoints, by the first process; that it cannot be written is said, and no reason to stop."""
+    if jax.process_index() == 0:
+        try:
+            write(file)
+        except OSError as e:
+            log.warning("⚠ %s could not be written (%s).", file, e.strerror)
 
 
 def writable(folder: Path) -> str | None:
