@@ -181,16 +181,24 @@ def test_never_trains_anew_and_leaves_the_run_before_whole(command, module1, pri
         assert same(command, folder / "before_1" / name, module1.folder / name)
 
 
-def test_patience_ends_a_run_that_does_not_get_better(command, long, prints, tmp_path):
-    said = command("train_dense", "--dataset_root", prints, *LONG, "--set", "patience=1", cwd=tmp_path)
+def test_patience_ends_a_run_that_does_not_get_better_wherever_it_was_stopped(command, long, prints, tmp_path):
+    words = ("train_dense", "--dataset_root", prints, *LONG, "--set", "patience=1", "--set", "save_every=1")
+    said = command(*words, cwd=tmp_path)
     assert said.code == 0, said
     validations = [r["accuracy"] for r in rows(long, "val")]
     worse = next(i for i in range(1, 10) if validations[i] <= max(validations[:i]))
     assert f"accuracy has not been better for 1 epochs; the run ends after epoch {worse + 1}" in said.out
-    final = checkpoint.load(tmp_path / "checkpoints/dense_reg/dense_reg_ckpt")
+    folder = tmp_path / "checkpoints/dense_reg"
+    final = checkpoint.load(folder / "dense_reg_ckpt")
     assert final.metadata["finished"] and final.metadata["epoch"] == worse + 1
-    said = command("train_dense", "--dataset_root", prints, *LONG, "--set", "patience=1", cwd=tmp_path)
-    assert f"is finished ({worse + 1} epochs)" in said.out
+
+    for also_gone in ((), (f"dense_reg_epoch_{worse + 1}",)):  # stopped just before the final checkpoint, or an epoch before
+        (folder / "dense_reg_ckpt").rename(tmp_path / f"before{len(also_gone)}")
+        for name in also_gone:
+            shutil.rmtree(folder / name)
+        assert command(*words, cwd=tmp_path).code == 0
+        assert same(command, folder / "dense_reg_ckpt", tmp_path / "before0")
+    assert f"is finished ({worse + 1} epochs)" in command(*words, cwd=tmp_path).out
 
 
 def test_a_finished_run_says_so_and_is_left_alone(command, module1, prints):

@@ -110,10 +110,11 @@ def train(task: Task, resume: str) -> Path:
     stop = StopSignals()
     waiting: tuple[int, dict] | None = None  # metrics of the step before, fetched while this one runs
     sums: dict[str, list[float]] = {}
-    clock, done, ended, value = time.perf_counter(), first, first, None
+    clock, done, ended, value = time.perf_counter(), first, first, found and found.metadata["value"]
+    last = first if _out_of_patience(task, best, first) else total
     try:
         with stop, jax.set_mesh(mesh):
-            for at, batch in zip(range(first, total), task.batches(first, total)):
+            for at, batch in zip(range(first, last), task.batches(first, last)):
                 state, out = step(state, put_batch(batch, mesh), *constants)
                 if waiting:
                     _collect(*waiting, sums)
@@ -141,7 +142,7 @@ def train(task: Task, resume: str) -> Path:
                     if value is not None and (best is None or (value > best["value"]) == task.higher_is_better
                                               and value != best["value"]):
                         best = {"value": value, "epoch": epoch, "metric": task.metric}
-                    if ended < total and config.patience and best and epoch - best["epoch"] >= config.patience:
+                    if ended < total and _out_of_patience(task, best, ended):
                         print(f"{task.metric} has not been better for {config.patience} epochs; the run ends after epoch "
                               f"{epoch}.", flush=True)
                         break
@@ -155,7 +156,7 @@ def train(task: Task, resume: str) -> Path:
                         f"that could not be saved, the newest checkpoint is {saver.last or 'none'}."))
                         + " The same command goes on from there.", 130 if stop.received == signal.SIGINT else 75)
         epoch = ended // task.steps_per_epoch
-        if epoch % config.save_every == 0:
+        if epoch % config.save_every == 0 and ended > first:
             save(f"epoch_{epoch}", ended, value)
         final = save("ckpt", ended, value, finished=True)
         if not saver.settle():
@@ -168,6 +169,12 @@ def train(task: Task, resume: str) -> Path:
         metrics.close()
     saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, read_rows(metrics.path)))
     return Path(final)  # local: checked above
+
+
+def _out_of_patience(task: Task, best: dict | None, step: int) -> bool:
+    """Whether a step ends the last epoch that `patience` allows."""
+    epoch, within = divmod(step, task.steps_per_epoch)
+    return bool(task.config.patience and best and not within and epoch - best["epoch"] >= task.config.patience)
 
 
 def begin(task: Task, placement: TrainState) -> TrainState:
