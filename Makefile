@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: train test clean
+.PHONY: train test faults clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
 
 test: $(VENV)/ready
 	$(PY) -m pytest
+
+faults: $(VENV)/ready
+	$(PY) tests/faults/kill.py --count 50 --inside 10
+	$(PY) tests/faults/disk.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,8 @@
 A checkpoint holds `state` (params, batch_stats, opt_state, step), all nested dictionaries with
 string keys, JSON `metadata`, and for a matcher `aligner` (Module 1's params and batch_stats).
 Orbax writes them, every process its own shards, while training goes on; TensorStore reads them, every
-process what its devices need, on any mesh. Nothing is handed on before its digests have been compared.
+process what its devices need, on any mesh, from a directory or a gs:// URL. Nothing is handed on before
+its digests have been compared.
 
     python -m ifvit.checkpoint verify DIR           every leaf against its digest; DIR may be a whole run
     python -m ifvit.checkpoint inspect DIR          tree, shapes, types, shardings, sizes, metadata, history
@@ -12,6 +13,7 @@ process what its devices need, on any mesh. Nothing is handed on before its dige
     python -m ifvit.checkpoint export DIR FILE.pkl
 """
 
+import contextlib
 import datetime
 import errno
 import hashlib
@@ -31,7 +33,7 @@ import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ifvit import cli, digest, legacy
+from ifvit import cli, digest, gcs, legacy
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 
@@ -65,7 +67,7 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     are added. Raises whatever kept it from being written; then nothing of the new one is left, and the
     one from before has its name again.
     """
-    path = as_path(path)
+    path = as_local_path(path)
     trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
     trees = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), trees)
     flat = leaves(trees)
@@ -77,7 +79,7 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     first = jax.process_index() == 0
     if first:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and is_local(path):  # else what `old` holds is the only whole one
+        if path.exists():  # else what `old` holds is the only whole one
             _old(path).rmtree(missing_ok=True)
             path.rename(_old(path))
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
@@ -134,13 +136,12 @@ def replace(path: epath.Path, fresh: epath.Path) -> None:
 
 
 def to_disk(path: epath.Path) -> None:
-    """Returns when a local file's content, or a folder's names, are on the disk itself (fsync)."""
-    if is_local(path):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    """Returns when a file's content, or a folder's names, are on the disk itself (fsync)."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def discard_unfinished(folder: epath.Path, names: str) -> None:
@@ -242,6 +243,7 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
     """
     reader = _Reader(folder)
     wrong: dict[str, str] = {}
+    errors: list[Exception] = []
     out, sums = {}, {}
 
     def read(name):
@@ -249,6 +251,7 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
             out[name], sums[name] = reader.read(name, wanted[name])
         except Exception as e:  # whatever TensorStore says of a damaged file
             wrong[name] = FORBIDDEN if _is_forbidden(e) else _first_line(e)
+            errors.append(e)
 
     with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
         list(pool.map(read, wanted))
@@ -259,6 +262,8 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
         if expected is not None and digest.text(out[name].dtype, out[name].shape, sums[name]) != expected:
             wrong[name] = "does not have its digest"
     wrong = _joined(wrong, list(wanted)) if spread else wrong
+    for e in errors:
+        gcs.check_refusal(folder, e)
     if FORBIDDEN in wrong.values():
         raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.")
     if wrong:
@@ -274,6 +279,7 @@ def shapes(folder: epath.Path, names: list[str]) -> dict[str, tuple[int, ...]]:
     try:
         return {n: tuple(reader.open(n).shape) for n in names}
     except Exception as e:
+        _check_access(folder, e)
         raise Damaged(f"Checkpoint {folder} is damaged ({_first_line(e)}); use another one.") from e
 
 
@@ -286,7 +292,8 @@ class _Reader:
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        self._context = ts.Context({"cache_pool": {"total_bytes_limit": 100_000_000}})  # OCDBT's index, read once
+        keep_index = {"cache_pool": {"total_bytes_limit": 100_000_000}}  # OCDBT's, read once
+        self._context = ts.Context(keep_index | gcs.RETRIES)
         self._ocdbt = {}
 
     def open(self, name: str) -> ts.TensorStore:
@@ -351,16 +358,21 @@ def read_metadata(folder: epath.Path) -> dict:
         elif metadata["digest"] != _digest_of_metadata(metadata):
             raise ValueError("its metadata do not have their digest")
     except Exception as e:
-        if _is_forbidden(e):
-            raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.") from None
+        _check_access(folder, e)
         raise Damaged(f"{folder} is not a whole checkpoint ({_first_line(e)}); it is half-written or something else: "
                       "use another one.") from e
     return metadata
 
 
+def _check_access(folder: epath.Path, e: Exception) -> None:
+    """What may not be read, or not now, is not damaged."""
+    gcs.check_refusal(folder, e)
+    if _is_forbidden(e):
+        raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.") from None
+
+
 def _is_forbidden(e: Exception) -> bool:
-    """What may not be read is not damaged."""
-    return isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e)
+    return isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e) or gcs.is_refusal(e)
 
 
 def complete(folder: epath.Path) -> bool:
@@ -398,13 +410,14 @@ def as_path(path: str | Path) -> epath.Path:
         return epath.Path(os.path.abspath(text))
     if scheme != "gs":
         raise UserError(f"{text}: {scheme}:// is not supported; checkpoints are local directories or gs:// URLs.")
-    try:
-        found = epath.Path(text)
-        found.exists()
-    except ImportError:
-        raise UserError(f"{text}: gs:// needs another package; pip install 'ifvit[gcs]'.") from None
-    except Exception as e:  # whatever the network and its permissions say
-        raise UserError(f"{text} cannot be reached ({_first_line(e)}); check the URL and the credentials.") from None
+    return gcs.GcsPath(text)
+
+
+def as_local_path(path: str | Path) -> epath.Path:
+    """The same for what is to be written: UserError for a gs:// URL too."""
+    found = as_path(path)
+    if not is_local(found):
+        raise UserError(f"{found}: gs:// is only read; give a local path, and copy it from there (gcloud storage cp -r).")
     return found
 
 
@@ -414,11 +427,7 @@ def is_local(path: epath.Path) -> bool:
 
 def kvstore_of(folder: epath.Path, key: str = "") -> dict:
     """TensorStore's key-value store at a local directory or a gs:// URL."""
-    text = os.fspath(folder)
-    if is_local(folder):
-        return {"driver": "file", "path": f"{text}/{key}"}
-    bucket, _, path = text.removeprefix("gs://").partition("/")
-    return {"driver": "gcs", "bucket": bucket, "path": f"{path}/{key}"}
+    return {"driver": "file", "path": f"{os.fspath(folder)}/{key}"} if is_local(folder) else folder.kvstore(key)
 
 
 def _old(path: epath.Path) -> epath.Path:
@@ -440,7 +449,7 @@ def _as_checkpoint(folder: epath.Path, metadata: dict, flat: dict) -> Checkpoint
 
 def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
     """Orbax's own writers leave no digests: the names of the leaves come from Orbax, and nothing can be checked."""
-    with ocp.PyTreeCheckpointHandler() as handler:
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.metadata(folder / "state").tree
     names = list(leaves({"state": tree}))
     module = "matcher" if any("_transformer_global/" in n for n in names) else "dense_reg"

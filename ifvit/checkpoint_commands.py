@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 from etils import epath
 
-from ifvit import checkpoint, legacy, legacy_transformer
+from ifvit import checkpoint, gcs, legacy, legacy_transformer
 from ifvit.errors import UserError
 
 
@@ -32,6 +32,8 @@ class Verify:
                 digests = found.metadata["digests"]
                 checked = f"{len(digests)} leaves" if any(digests.values()) else "no digests: not checked"
                 print(f"good  {folder}  {found.module}, epoch {found.metadata['epoch']}, {checked}")
+            except gcs.Refused:
+                raise
             except UserError as e:
                 bad += 1
                 print(f"BAD   {folder}  {e}")
@@ -96,7 +98,7 @@ class Import:
     to: Annotated[str, tyro.conf.Positional]
 
     def run(self) -> int:
-        file, folder = checkpoint.locate(self.file), checkpoint.as_path(self.to)
+        file, folder = checkpoint.locate(self.file), checkpoint.as_local_path(self.to)
         if file.is_dir():
             raise UserError(f"{self.file} is no file but a checkpoint already; use that.")
         if folder.exists():
@@ -124,8 +126,8 @@ class Export:
     file: Annotated[str, tyro.conf.Positional]
 
     def run(self) -> int:
+        file = checkpoint.as_local_path(self.file)
         found = checkpoint.load(self.path)
-        file = checkpoint.as_path(self.file)
         if file.is_dir():
             raise UserError(f"{file} is a directory; give the name of a file.")
         metadata = {k: v for k, v in found.metadata.items() if k not in ("digest", "digests", "shardings", "timestamp")}

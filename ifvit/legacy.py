@@ -108,7 +108,7 @@ def read(path: str | Path) -> Legacy:
     Raises UserError: the file is missing, unreadable, truncated, corrupt, no such pickle, or needs
     something that is neither an array nor a plain container (named).
     """
-    path = Path(path)
+    path = Path(path) if isinstance(path, str) else path  # a gs:// path reads itself
     try:
         if path.exists() and not path.is_file():
             raise UserError("is not a file. Give the path of a .pkl file.")

@@ -78,7 +78,7 @@ def train(task: Task, resume: str) -> Path:
     if found and found.metadata["finished"]:
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
               "--resume never trains anew.", flush=True)
-        return Path(found.path)
+        return found.path
     if why := saving.writable(folder):
         raise UserError(f"Cannot write checkpoints to {folder} ({why}); give another directory.")
     if found:

@@ -101,9 +101,7 @@ class Saver:
         self._saved = [s for s in self._saved if s.name != name]
         here, gone = self.folder / name, self.folder / f"{name}{checkpoint.UNFINISHED}-deleted"
         if here.exists():
-            if checkpoint.is_local(here):
-                here = here.rename(gone)
-            here.rmtree()
+            here.rename(gone).rmtree()
 
 
 def ranked(saved: list[Saved], higher_is_better: bool) -> list[Saved]:
