@@ -58,8 +58,7 @@ class Metrics:
         """One row; a value that is not finite is written as null."""
         row = {"step": step, "epoch": epoch, "split": split}
         row |= {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
-        self.lines.append(json.dumps(row) + "\n")
-        self._write_lines()
+        self._write_lines(json.dumps(row) + "\n")
         if self.writes:
             self._write_board({f"{split}/{k}": float(v) for k, v in values.items()}, step)
 
@@ -67,7 +66,8 @@ class Metrics:
         self.bar.close()
         self._write_lines()
 
-    def _write_lines(self) -> None:
+    def _write_lines(self, more: str = "") -> None:
+        self.lines += [more] if more else []
         if not self.writes:
             return
         try:
@@ -78,7 +78,7 @@ class Metrics:
                 os.replace(part, self.path)
             else:
                 with self.path.open("a") as file:
-                    file.write(self.lines[-1])
+                    file.write(more)
             self.behind = False
         except OSError as e:
             if not self.behind:
