@@ -13,10 +13,12 @@ its digests have been compared.
     python -m ifvit.checkpoint export DIR FILE.pkl
 """
 
+import asyncio
 import contextlib
 import datetime
 import errno
 import hashlib
+import itertools
 import json
 import os
 import sys
@@ -71,29 +73,35 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
     trees = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), trees)
     flat = leaves(trees)
+    for x in flat.values():  # JAX makes the list of shards at the first call, and two threads may each add to it
+        if isinstance(x, jax.Array):
+            x.addressable_shards
     metadata = {
         "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": versions(),
         **metadata, "module": module,
         "shardings": {n: str(x.sharding.spec) for n, x in flat.items() if _is_sharded(x)},
     }
     first = jax.process_index() == 0
-    if first:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():  # else what `old` holds is the only whole one
-            _old(path).rmtree(missing_ok=True)
-            path.rename(_old(path))
+    number, failure = next(_saves), None
+    # a name of its own: what is left of a write that failed may still be written to
+    fresh = path.with_name(f"{path.name}{UNFINISHED}-{number}")
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-    try:
-        with _orbax(sum(x.nbytes for x in flat.values())) as writer:
-            writer.save(path, ocp.args.Composite(metadata=MetadataSave(metadata, flat), **items), force=True)
-    except BaseException:
-        discard_unfinished(path.parent, path.name)
-        if first and not path.exists() and _old(path).exists():
-            _old(path).rename(path)
-        raise
-    if first:
-        to_disk(path.parent)  # the new name
-        _old(path).rmtree(missing_ok=True)
+    with _orbax(sum(x.nbytes for x in flat.values()), number) as writer:
+        try:
+            if first:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            writer.save(fresh, _Parts(metadata=MetadataSave(metadata, flat), **items), force=True)
+            if first:
+                replace(path, fresh)
+        except Exception as e:
+            failure = e
+            writer.handler.release()
+        try:
+            _agree(f"save{number}/named", failure)
+        except Exception:
+            with contextlib.suppress(OSError):  # it may still be written to; the next run tries again
+                discard_unfinished(path.parent, path.name)
+            raise
 
 
 @jax.jit
@@ -110,7 +118,61 @@ def snapshot(state: dict) -> dict:
     return jax.tree.unflatten(structure, _copies(flat))
 
 
-def _orbax(size: int) -> ocp.Checkpointer:
+_saves = itertools.count()  # all processes save the same in the same order
+
+
+class _Together(ocp.CompositeCheckpointHandler):
+    """What fails on one process fails on all, at once: else they would wait for each other at Orbax's barriers."""
+
+    def __init__(self, number: int, processes: ocp.options.MultiprocessingOptions, **items):
+        super().__init__(composite_options=ocp.CompositeOptions(multiprocessing_options=processes), **items)
+        self._number, self._processes, self._finalizing = number, processes, False
+
+    def save(self, *args, **kwargs) -> None:
+        async def write():
+            failure = None
+            for written in await self.async_save(*args, **kwargs):
+                try:
+                    written.result()
+                except Exception as e:  # the rest is still being written
+                    failure = failure or e
+            return failure
+
+        try:
+            failure = asyncio.run(write())
+        except Exception as e:
+            failure = e
+        _agree(f"save{self._number}/written", failure)
+
+    def finalize(self, directory) -> None:
+        self._finalizing = True
+        super().finalize(directory)
+
+    def release(self) -> None:
+        """Lets the processes pass that wait for the first one to finalize."""
+        if self._finalizing:
+            ocp.multihost.sync_global_processes(f"{self._processes.barrier_sync_key_prefix}_Checkpointer:finalize",
+                                                processes=self._processes.active_processes)
+
+
+@ocp.args.register_with_handler(_Together, for_save=True, for_restore=True)
+class _Parts(ocp.args.Composite):
+    """Orbax's, for the handler above."""
+
+
+def _agree(what: str, failure: Exception | None) -> None:
+    """Every process says how it went: raises `failure`, or OSError where another process has failed."""
+    if jax.process_count() > 1:
+        client = ocp.multihost.get_jax_distributed_client()
+        client.key_value_set(f"ifvit/{what}/{jax.process_index()}", reason(failure) if failure else "")
+        said = [client.blocking_key_value_get(f"ifvit/{what}/{n}", 600_000) for n in range(jax.process_count())]
+        if any(said) and not failure:
+            raise OSError("; ".join(f"process {n}: {text}" for n, text in enumerate(said) if text))
+    if failure:
+        raise failure
+
+
+def _orbax(size: int, number: int) -> ocp.Checkpointer:
     """Orbax's writer for `size` bytes of arrays.
 
     Small leaves are packed into few files (OCDBT); from about 256 MB on a file a leaf is faster (1.5 to
@@ -118,9 +180,10 @@ def _orbax(size: int) -> ocp.Checkpointer:
     devices, which train meanwhile.
     """
     arrays = dict(use_ocdbt=size < 2**28, use_zarr3=True, use_compression=False)
-    processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
-    return ocp.Checkpointer(ocp.CompositeCheckpointHandler(
-        composite_options=ocp.CompositeOptions(multiprocessing_options=processes), metadata=MetadataHandler(),
+    processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())),
+                                                   barrier_sync_key_prefix=f"save{number}")
+    return ocp.Checkpointer(_Together(
+        number, processes, metadata=MetadataHandler(),
         **{name: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, **arrays) for name in ("state", "aligner")},
     ), multiprocessing_options=processes)
 
@@ -418,6 +481,8 @@ def as_local_path(path: str | Path) -> epath.Path:
     found = as_path(path)
     if not is_local(found):
         raise UserError(f"{found}: gs:// is only read; give a local path, and copy it from there (gcloud storage cp -r).")
+    if "[" in os.fspath(found):  # Orbax looks for its own files with glob
+        raise UserError(f"{found}: Orbax cannot write to a path with [ in it; give another directory.")
     return found
 
 
@@ -451,10 +516,13 @@ def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
     """Orbax's own writers leave no digests: the names of the leaves come from Orbax, and nothing can be checked."""
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.metadata(folder / "state").tree
-    names = list(leaves({"state": tree}))
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path({"state": tree})[0]]
+    names = ["/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path in paths]  # optax has tuples
+    config = metadata["config"]
+    foreign = {} if isinstance(config, dict) and "resnet_widths" in config else {"foreign": True}
     module = "matcher" if any("_transformer_global/" in n for n in names) else "dense_reg"
     print(f"⚠ {folder} has no digests (other software wrote it): its content cannot be checked.", flush=True)
-    return {"module": module, "epoch": 0, "step": 0, "finished": False, "best": None, "history": []} | metadata | {
+    return {"module": module, "epoch": 0, "step": 0, "finished": False, "best": None, "history": []} | metadata | foreign | {
         "digests": dict.fromkeys(names)}
 
 
@@ -543,7 +611,8 @@ def difference(a: dict, b: dict) -> dict[str, str]:
         if a[n].shape != b[n].shape or a[n].dtype != b[n].dtype:
             out[n] = f"{a[n].dtype}{list(a[n].shape)} against {b[n].dtype}{list(b[n].shape)}"
         elif a[n].tobytes() != b[n].tobytes():
-            gap = np.abs(a[n].astype(np.float64) - b[n].astype(np.float64))
+            with np.errstate(invalid="ignore"):
+                gap = np.abs(a[n].astype(np.float64) - b[n].astype(np.float64))
             out[n] = f"{(gap > 0).sum()} of {gap.size} elements, at most {gap.max():.3g}"
     return dict(sorted(out.items()))
 

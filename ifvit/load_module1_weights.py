@@ -45,9 +45,12 @@ def load_module1_transformer_weights(module1_ckpt_path: str, module2_params: dic
     if share_global_local:
         print("✓ Sharing transformer weights between global and local branches")
     for branch in BRANCHES:
-        if not (share_global_local and branch == BRANCHES[1]):
+        if branch == BRANCHES[0]:
             placement = {n: getattr(x, "sharding", None) for n, x in branches[branch].items()}
             transformer = module1.read(placement)
+        elif not share_global_local:  # a copy: what has been read is not read again
+            transformer = jax.tree.map(lambda x, like: jax.device_put(x.copy(), like.sharding) if isinstance(x, jax.Array)
+                                       else x, transformer, module2_params[branch])
         params[branch] = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), transformer)
         shared = share_global_local and branch == BRANCHES[1]
         print(f"  ✓ Copied to {branch}" + (" (shared weights)" if shared else ""))

@@ -115,7 +115,9 @@ def doomed(saved: list[Saved], module: str, config, higher_is_better: bool) -> l
     final = f"{module}_ckpt"
     kept = {s.name for s in saved if s.name == final or (s.epoch and s.epoch % config.save_every == 0)}
     if config.keep_best > 1:  # of the best alone `NAME_best` is a copy
-        kept |= {s.name for s in ranked(saved, higher_is_better)[: config.keep_best]}
+        best = ranked(saved, higher_is_better)
+        steps = list(dict.fromkeys(s.step for s in best))[: config.keep_best]  # the final one and its epoch's are one
+        kept |= {s.name for s in best if s.step in steps}
     if final not in kept:  # a finished run needs no others to go on from
         kept |= {s.name for s in sorted(saved, key=lambda s: s.step)[-config.keep_last :]}
     return [s.name for s in saved if s.name not in kept]
