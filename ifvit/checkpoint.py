@@ -99,8 +99,7 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
         try:
             _agree(f"save{number}/named", failure)
         except Exception:
-            with contextlib.suppress(OSError):  # it may still be written to; the next run tries again
-                discard_unfinished(path.parent, path.name)
+            discard_unfinished(path.parent, path.name)
             raise
 
 
@@ -211,7 +210,8 @@ def discard_unfinished(folder: epath.Path, names: str) -> None:
     """Removes what dead or failed writes have left of the checkpoints that `names` (a pattern) tells."""
     if jax.process_index() == 0 and folder.is_dir():
         for left in folder.glob(f"{names}{UNFINISHED}*"):
-            left.rmtree(missing_ok=True)
+            with contextlib.suppress(OSError):  # it may still be written to; the next save tries again
+                left.rmtree(missing_ok=True)
 
 
 @dataclass
@@ -422,7 +422,7 @@ def read_metadata(folder: epath.Path) -> dict:
             raise ValueError("its metadata do not have their digest")
     except Exception as e:
         _check_access(folder, e)
-        raise Damaged(f"{folder} is not a whole checkpoint ({_first_line(e)}); it is half-written or something else: "
+        raise Damaged(f"{folder} is not a whole checkpoint (metadata/metadata: {_first_line(e)}); it is half-written or something else: "
                       "use another one.") from e
     return metadata
 

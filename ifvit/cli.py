@@ -85,7 +85,9 @@ def main_with_commands(commands: dict[str, type], name: str) -> int:
 def _guard(call: Callable[[], int | None]) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("ifvit").setLevel(logging.INFO)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs tracebacks of writes that fail
+    for library in ("absl", "asyncio"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # tracebacks of Orbax's writes that fail
+    sys.excepthook = _excepthook
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
@@ -112,6 +114,12 @@ def _guard(call: Callable[[], int | None]) -> int:
         print(f"Error: {e.strerror}: {e.filename or 'the disk'}; free or give another place (IFVIT_CACHE moves the "
               "cache, --checkpoint_dir the checkpoints).", file=sys.stderr)
         return 1
+
+
+def _excepthook(kind, value, trace) -> None:
+    """Python's own, but for what TensorStore says when one of Orbax's writes has failed and the others report to it."""
+    if not (kind is RuntimeError and str(value) == "Event loop is closed"):
+        sys.__excepthook__(kind, value, trace)
 
 
 def use_huge_pages() -> None:

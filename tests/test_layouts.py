@@ -13,7 +13,7 @@ import pytest
 
 import layouts
 from ifvit import checkpoint
-from layouts import FAILURES, META, ONE, TWO
+from layouts import FAILURES, META, ONE, TWO, WHOLE
 
 WORKER = Path(layouts.__file__)
 Q = "params/loftr_transformer/layer_0/q_proj/kernel"
@@ -72,12 +72,15 @@ def test_digests_do_not_depend_on_the_layout(folder, one, tmp_path):
     checkpoint.save(tmp_path / "host", "dense_reg", layouts.saved_tree(layouts.STATE, layouts.TASK), META)  # numpy's arrays
     want = metadata(tmp_path / "host")["digests"]
     assert len(want) > 200
-    for layout in ONE:
+    for layout in WHOLE:
         assert metadata(folder / "of one" / layout)["digests"] == want, layout
+    for layout in ONE:
+        some = metadata(folder / "of one/some" / layout)["digests"]
+        assert len(some) == one["some"] and some.items() <= want.items(), layout
 
 
 def test_every_layout_restores_on_every_other_to_the_bit_where_it_was_asked_to(one):
-    """In pairs with a leaf of each kind (shape and sharding), in a ring with all that there are."""
+    """Every pair with a leaf of each kind (shape and sharding), and every layout once with all that there are."""
     assert one["some"] > 12
     assert len(one["pairs"]) == len(ONE) ** 2 and len(one["whole"]) == len(ONE)
     assert {pair: wrong for pair, wrong in (one["pairs"] | one["whole"]).items() if wrong} == {}
@@ -104,7 +107,7 @@ def test_metadata_tell_how_the_writer_had_split_them(folder, one):
 def test_a_step_on_any_layout_gives_the_same_state_but_for_rounding(alone, layout):
     moved, apart = alone[1]["moved"], alone[1]["apart"]
     assert min(v for n, v in moved.items() if n.startswith("state/params/")) > 1e-4  # there is something to compare
-    assert {n: v for n, v in apart[layout].items() if v > 1e-5} == {}
+    assert {n: v for n, v in apart[layout].items() if v > (1e-4 if "/mu/" in n else 1e-5)} == {}  # mu: gradients alone
     assert set(apart["1x1"].values()) == {0}
 
 

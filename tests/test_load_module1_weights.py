@@ -234,7 +234,8 @@ def test_a_checkpoint_that_goes_out_as_a_pickle_and_comes_back_is_equal(command,
 
 def test_a_matcher_takes_its_aligner_along(command, state, tmp_path):
     aligner = {k: state[k] for k in ("params", "batch_stats")}
-    checkpoint.save(tmp_path / "matcher", "matcher", {"params": {b: aligner["params"] for b in BRANCHES}, "step": np.int32(1)},
+    matcher = {"params": {b: aligner["params"] for b in BRANCHES}, "step": np.int32(1)}
+    checkpoint.save(tmp_path / "matcher", "matcher", matcher,
                     {"epoch": 1, "config": preset("smoke", MatchConfig).to_dict()}, aligner)
     for words in (["export", "matcher", "matcher.pkl"], ["import", "matcher.pkl", "back"], ["diff", "matcher", "back"]):
         said = command("checkpoint", *words, cwd=tmp_path)
@@ -246,10 +247,12 @@ def test_a_matcher_takes_its_aligner_along(command, state, tmp_path):
 def test_a_file_that_went_out_is_the_guides_for_anyone_who_unpickles_it(command, good, state, tmp_path):
     said = command("checkpoint", "export", good, "out.pkl", cwd=tmp_path)
     assert said.code == 0, said
-    ended = subprocess.run([sys.executable, "-c", "import pickle, sys, json; d = pickle.load(open('out.pkl', 'rb'));"
-                            "assert not any(m.startswith('ifvit') or m == 'jax' for m in sys.modules);"
-                            "print(json.dumps([sorted(d), sorted(d['state']), d['metadata'], d['timestamp'], int(d['state']['step'])]))"],
-                           cwd=tmp_path, text=True, capture_output=True, timeout=60)
+    anyone = """
+import json, pickle, sys
+d = pickle.load(open("out.pkl", "rb"))
+assert not {"ifvit", "jax"} & set(sys.modules)
+print(json.dumps([sorted(d), sorted(d["state"]), d["metadata"], d["timestamp"], int(d["state"]["step"])]))"""
+    ended = subprocess.run([sys.executable, "-c", anyone], cwd=tmp_path, text=True, capture_output=True, timeout=60)
     assert ended.returncode == 0, ended.stderr
     names, parts, metadata, timestamp, step = json.loads(ended.stdout)
     assert names == ["metadata", "state", "timestamp"] and {"params", "opt_state", "step"} <= set(parts)

@@ -83,7 +83,8 @@ def test_the_final_one_is_the_furthest(folder):
 
 def test_one_that_was_being_replaced_counts_after_the_one_with_its_name(folder):
     make(folder, "m_epoch_3", "m_epoch_3.replaced", "m_epoch_4.replaced", "m_epoch_2")
-    assert [p.name for p in candidates(folder, "m", STEPS)] == ["m_epoch_4.replaced", "m_epoch_3", "m_epoch_3.replaced", "m_epoch_2"]
+    assert [p.name for p in candidates(folder, "m", STEPS)] == [
+        "m_epoch_4.replaced", "m_epoch_3", "m_epoch_3.replaced", "m_epoch_2"]
 
 
 def test_nothing_there_is_nothing_to_go_on_from(folder):
@@ -172,7 +173,8 @@ def tiny(step: int) -> dict:
 
 
 def start(saver: Saver, saved: Saved) -> None:
-    saver.start(saved, tiny(saved.step), {"epoch": saved.step // STEPS, "step": saved.step, "value": saved.value, "config": {}}, None)
+    metadata = {"epoch": saved.step // STEPS, "step": saved.step, "value": saved.value, "config": {}}
+    saver.start(saved, tiny(saved.step), metadata, None)
 
 
 def save(saver: Saver, saved: Saved) -> bool:
@@ -365,8 +367,8 @@ def test_a_write_that_fails_is_said_in_a_line_and_the_next_one_works(saver, fold
     save(run, epoch(1, 0.5))
     mend = refuse(monkeypatch, checkpoint.MetadataHandler, "finalize")
     assert not save(run, epoch(2, 0.6))
-    assert warnings() == [f"⚠ Checkpoint {folder}/m_epoch_2 could not be written (No space left on device); training goes on, "
-                          "and the next save tries again."]
+    assert warnings() == [f"⚠ Checkpoint {folder}/m_epoch_2 could not be written (No space left on device); "
+                          "training goes on, and the next save tries again."]
     assert run.last == "m_epoch_1" and step_in(folder / "m_best") == 4
     assert whole(folder) == ["m_best", "m_epoch_1"]
     mend()
@@ -392,8 +394,8 @@ def test_what_is_half_deleted_does_not_look_like_a_checkpoint(saver, folder, mon
     assert [p.name for p in candidates(folder, "m", STEPS)] == ["m_epoch_2"]
     mend()
     run.close()
-    saver()
-    assert whole(folder) == ["m_best", "m_epoch_2"]
+    assert save(saver(), epoch(3, 0.3))
+    assert whole(folder) == ["m_best", "m_epoch_3"]
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -411,11 +413,11 @@ def test_what_is_half_copied_does_not_look_like_the_best(saver, folder, monkeypa
     assert step_in(folder / "m_best") == 8  # what was missed is made up for
 
 
-def test_a_killed_runs_leavings_are_gone_at_the_next_start_and_others_are_not(saver, folder):
-    make(folder, "m_epoch_1.orbax-checkpoint-tmp", "m_best.orbax-checkpoint-tmp-copy", "m_epoch_2.orbax-checkpoint-tmp-deleted",
-         "other_epoch_1.orbax-checkpoint-tmp", "m_epoch_3.damaged", "m_notes")
-    saver()
-    assert there(folder) == ["m_epoch_3.damaged", "m_notes", "other_epoch_1.orbax-checkpoint-tmp"]
+def test_a_killed_runs_leavings_are_gone_with_the_next_save_and_others_are_not(saver, folder):
+    make(folder, "m_epoch_1.orbax-checkpoint-tmp", "m_best.orbax-checkpoint-tmp-copy",
+         "m_epoch_2.orbax-checkpoint-tmp-deleted", "other_epoch_1.orbax-checkpoint-tmp", "m_epoch_3.damaged", "m_notes")
+    assert save(saver(), epoch(4))
+    assert there(folder) == ["m_epoch_3.damaged", "m_epoch_4", "m_notes", "other_epoch_1.orbax-checkpoint-tmp"]
 
 
 @pytest.mark.parametrize("when", ["before the new best has its name", "before the old best is gone"])
@@ -428,6 +430,19 @@ def test_killed_while_the_best_is_replaced_one_of_the_two_is_found(saver, folder
         refuse(monkeypatch, type(folder), "rmtree", lambda path, *_: path.name == "m_best.replaced" and path.exists())
     save(run, epoch(2, 0.9))
     assert step_in(checkpoint.locate(folder / "m_best")) in (4, 8)
+
+
+def test_a_damaged_best_is_set_aside_at_the_next_start_and_made_of_what_is_left(saver, folder, warnings):
+    run = saver(keep_last=2)
+    for n, value in enumerate((0.9, 0.8, 0.5), 1):
+        save(run, epoch(n, value))
+    run.close()
+    arrays = max((p for p in Path(folder / "m_best/state").rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    arrays.write_bytes(b"\0" * arrays.stat().st_size)
+    run = saver(keep_last=2)
+    assert len(warnings()) == 1 and f"It is set aside as {folder}/m_best.damaged" in warnings()[0]
+    save(run, epoch(4, 0.1))
+    assert step_in(folder / "m_best") == 2 * STEPS
 
 
 def test_a_damaged_best_is_made_anew(saver, folder):

@@ -76,6 +76,7 @@ def train(task: Task, resume: str) -> Path:
     # of the best epoch so far and of the run's history. Nothing else has state.
     found, history = find_resume(task, folder, resume, abstract, placement)
     if found and found.metadata["finished"]:
+        checkpoint.discard_unfinished(folder, f"{task.name}_*")
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
               "--resume never trains anew.", flush=True)
         return found.path
@@ -94,11 +95,18 @@ def train(task: Task, resume: str) -> Path:
     history = history + [{"time": now(), "from_step": first, "processes": jax.process_count(),
                           "mesh": dict(mesh.shape), "devices": jax.devices()[0].device_kind,
                           **{f"{p} version": v for p, v in checkpoint.versions().items() if p in ("ifvit", "jax")}}]
-    saving.write_beside(folder / "config.json", lambda file: file.write_text(json.dumps(config.to_dict(), indent=1) + "\n"))
     metrics = Metrics(folder, first, total, task.name)
     saver = saving.Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better)
 
+    def write_config(file: epath.Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+
+    saving.write_beside(folder / "config.json", write_config)
+
     def save(what: str, at: int, value: float | None = None, finished: bool = False) -> str:
+        if not (folder / "config.json").exists():  # somebody has removed the folder
+            saving.write_beside(folder / "config.json", write_config)
         epoch, within = divmod(at, task.steps_per_epoch)
         saver.start(saving.Saved(f"{task.name}_{what}", at, None if within else epoch, value), saved_tree(state, task), {
             "epoch": epoch, "step": at, "steps_per_epoch": task.steps_per_epoch, "finished": finished, "best": best,

@@ -43,7 +43,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future] | None = None
         self._saved = list(_already_there(folder, module, steps_per_epoch))
-        checkpoint.discard_unfinished(folder, f"{module}_*")
+        self._check_best()
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
         """Copies `state` and begins to write it; waits first for the checkpoint before, if that is not done yet."""
@@ -72,6 +72,7 @@ class Saver:
         self._thread.shutdown()
 
     def _write(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
+        checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # of a run that died, or a write that failed
         checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
         if jax.process_index() == 0:
@@ -83,6 +84,15 @@ class Saver:
                 log.warning("⚠ The checkpoints in %s could not be put in order (%s); the next save tries again.",
                             self.folder, e.strerror)
                 checkpoint.discard_unfinished(self.folder, f"{self.module}_best")
+
+    def _check_best(self) -> None:
+        """A damaged `NAME_best` would stay for good where no epoch is better: it is set aside at the start."""
+        there = self.folder / f"{self.module}_best"
+        if jax.process_index() == 0 and there.exists():
+            try:
+                checkpoint.load(there)
+            except checkpoint.Damaged as e:
+                log.warning("⚠ %s It is set aside as %s.", e, set_aside(there))
 
     def _copy_best(self) -> None:
         """`NAME_best` becomes a copy of the best epoch's checkpoint, with files of its own: damage to one is not the other's."""
