@@ -48,8 +48,7 @@ META = {"epoch": 1, "config": {}}
 TASK = SimpleNamespace(to_saved=lambda params: params)
 CONFIG = preset("smoke", DenseConfig)
 NET = dense_network(CONFIG)
-TX, SCHEDULE = optimizer(CONFIG, 10)
-ABSTRACT = jax.eval_shape(lambda: init_state(NET, TX, 0))
+ABSTRACT = jax.eval_shape(lambda: init_state(NET, optimizer(CONFIG, 10)[0], 0))
 BARRIER = 3  # seconds that a process waits for the other where a write fails; Orbax's own are 300
 
 
@@ -150,14 +149,15 @@ def steps(folder: Path) -> dict:
     mask = np.ones((4, CONFIG.canvas_size // 8, CONFIG.canvas_size // 8), bool)
     batch = {"canvas0": ridges, "canvas1": ridges[[0, 1, 2, 0]], "mask0": mask, "mask1": mask,
              "genuine": np.array([True, True, True, False])}
-    # without a first moment, that after the step is a tenth of the gradient
+    # The first moment begins at zero: after the step it is a tenth of the gradient. The rate makes parameters move.
     before = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if jax.tree_util.GetAttrKey("mu") in path else x, STATE)
+    tx, schedule = optimizer(CONFIG.replace(learning_rate=10.0), 10)
     after = {}
     for layout in STEPS:
         mesh = mesh_of(layout)
         where = shardings(ABSTRACT, mesh)
         with jax.set_mesh(mesh):
-            step = jax.jit(dense_step(NET, CONFIG, TX, SCHEDULE), out_shardings=(where, None),
+            step = jax.jit(dense_step(NET, CONFIG, tx, schedule), out_shardings=(where, None),
                            compiler_options={"xla_cpu_use_fusion_emitters": False})  # a third less to compile
             state, metrics = step(jax.tree.map(put, before, where), put_whole_batch(batch, mesh))
         assert jax.tree.map(lambda x: x.sharding, state) == where

@@ -43,6 +43,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future] | None = None
         self._saved = list(_already_there(folder, module, steps_per_epoch))
+        checkpoint.discard_unfinished(folder, f"{module}_*")  # of a run that died
         self._check_best()
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
@@ -72,7 +73,7 @@ class Saver:
         self._thread.shutdown()
 
     def _write(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
-        checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # of a run that died, or a write that failed
+        checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # of a write that failed
         checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
         if jax.process_index() == 0:
