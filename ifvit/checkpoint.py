@@ -292,8 +292,8 @@ def load(path: str | Path, module: str | None = None, parts: tuple[str, ...] = (
 def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:
     """The checkpoint as JAX arrays; `state`'s leaves where `shardings` (a tree like it) puts them, `aligner` on the host.
 
-    Every process calls it, and reads no more than its devices need. UserError as `load`, and the same
-    one on every process.
+    Every process calls it, and reads no more than its devices need. UserError as `load`, and of the same
+    class on every process.
     """
     wanted = {n: None for n in metadata["digests"]} | leaves({"state": shardings})
     return _as_checkpoint(folder, metadata, read_leaves(folder, metadata, wanted))

@@ -5,8 +5,9 @@ A shard contributes the sum over its own elements, at their places in the whole 
 the array is the sum of its shards'. So no host ever needs the whole.
 
 Why it finds damage: elements are taken as words of at most 32 bits and keys are odd, so a change of
-one element always changes both sums; changes of several cancel in both with probability about 2^-64
-or less. It is no protection against someone who wants to deceive.
+one element always changes both sums; unrelated changes of several cancel in both with probability of about
+2^-64 (a pattern such as the sign bits of a 2×2×2×2 block: 2^-41, sums of odd keys being even). It is no
+protection against someone who wants to deceive.
 """
 
 from functools import lru_cache, reduce

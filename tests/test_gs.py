@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
     checkpoint.save(root / "packed/dense_reg_ckpt", "dense_reg", state(), metadata)
     with pytest.MonkeyPatch.context() as patch:
         orbax = checkpoint._orbax
-        patch.setattr(checkpoint, "_orbax", lambda size: orbax(2**30))
+        patch.setattr(checkpoint, "_orbax", lambda size, number: orbax(2**30, number))
         checkpoint.save(root / "apart/dense_reg_ckpt", "dense_reg", state(), metadata)
     return root
 

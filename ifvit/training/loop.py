@@ -62,9 +62,7 @@ def train(task: Task, resume: str) -> Path:
     does a final checkpoint that cannot be written.
     """
     config = task.config
-    folder = checkpoint.as_path(config.checkpoint_dir)
-    if not checkpoint.is_local(folder):
-        raise UserError(f"{folder}: a run's metrics and checkpoints go to a directory, local or shared; give one.")
+    folder = checkpoint.as_local_path(config.checkpoint_dir)
     total = config.num_epochs * task.steps_per_epoch
     mesh = make_mesh(config.batch_size, config.model_parallel)
     abstract = jax.eval_shape(task.init)
