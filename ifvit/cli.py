@@ -87,7 +87,8 @@ def _guard(call: Callable[[], int | None]) -> int:
     logging.getLogger("ifvit").setLevel(logging.INFO)
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # tracebacks of Orbax's writes that fail
-    sys.excepthook = _excepthook
+    if not isinstance(sys.unraisablehook, _UnraisableHook):
+        sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
@@ -116,10 +117,15 @@ def _guard(call: Callable[[], int | None]) -> int:
         return 1
 
 
-def _excepthook(kind, value, trace) -> None:
-    """Python's own, but for what TensorStore says when one of Orbax's writes has failed and the others report to it."""
-    if not (kind is RuntimeError and str(value) == "Event loop is closed"):
-        sys.__excepthook__(kind, value, trace)
+@dataclasses.dataclass(frozen=True)
+class _UnraisableHook:
+    """The hook before it, but for what TensorStore says when one of Orbax's writes has failed and the others report to it."""
+
+    before: Callable
+
+    def __call__(self, told) -> None:
+        if not (told.exc_type is RuntimeError and str(told.exc_value) == "Event loop is closed"):
+            self.before(told)
 
 
 def use_huge_pages() -> None:
