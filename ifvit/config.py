@@ -76,6 +76,9 @@ class Config:
     final_lr: float = number(0.01, 0, 1)            # of the peak, at the end of the cosine
     weight_decay: float = number(2e-4, 0, 10)       # (paper)
     grad_clip: float = number(1.0, TINY)            # global norm
+    accumulate: int = number(1, 1)                  # micro-batches a step, gradients averaged; BatchNorm sees one whole
+    compute_dtype: str = choice("float32", "float32", "bfloat16")  # of the networks; parameters are float32
+    remat: bool = False                             # activations computed again in the backward pass: less memory
     val_pairs: int = number(512, 0)                 # validation pairs an epoch
     patience: int = number(0, 0)                    # epochs without a better validation that end a run; 0: none do
     # --- checkpoints: one is written after every epoch; what is kept for good
@@ -93,6 +96,9 @@ class Config:
         if self.image_size % 8:
             raise UserError(f"image_size is {self.image_size}, not a multiple of the stride 8; "
                             f"use {self.image_size // 8 * 8 + 8}.")
+        if self.batch_size % self.accumulate:
+            raise UserError(f"A batch of {self.batch_size} does not divide into {self.accumulate} micro-batches; use "
+                            f"--set accumulate={math.gcd(self.batch_size, self.accumulate)}.")
         if self.canvas_size % 8:
             raise UserError(f"canvas_size is {self.canvas_size}, not a multiple of 8; "
                             f"use {self.canvas_size // 8 * 8 + 8}.")
@@ -108,6 +114,11 @@ class Config:
 
     def __getitem__(self, key: str):
         return getattr(self, known_key(type(self), key))
+
+    @property
+    def micro_batch(self) -> int:
+        """Pairs that the network sees at once, over all devices."""
+        return self.batch_size // self.accumulate
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)

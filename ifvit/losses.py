@@ -3,11 +3,16 @@
 Labels of the dense loss, one a cell of image 0: the matching cell of image 1, NO_MATCH where the
 truth is that there is none, IGNORE where the truth is not known (background, or a cell whose
 nearest neighbour is not mutual).
+
+Under `training.step.train_step` each of these is one device's share of the loss of the global batch: the
+counts that divide it are the global batch's, and the shares add up to the loss.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from ifvit.batch_axes import over_batch
 
 NO_MATCH = -1
 IGNORE = -2
@@ -25,7 +30,7 @@ def focal_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: B
     negative = m0[:, :, None] & m1[:, None, :] & (labels != IGNORE)[:, :, None] & ~positive
     loss_pos = -alpha * (1 - p) ** gamma * jnp.log(p)
     loss_neg = -alpha * p**gamma * jnp.log(1 - p)
-    return _mean(loss_pos, positive) + _mean(loss_neg, negative)
+    return mean_where(loss_pos, positive) + mean_where(loss_neg, negative)
 
 
 def nll_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Bool[Array, "B L"],
@@ -38,7 +43,7 @@ def nll_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Boo
     picked = jnp.take_along_axis(log_conf, jnp.maximum(labels, 0)[:, :, None], axis=2)[..., 0]
     some = jnp.clip(jnp.exp(log_conf).sum(axis=2), 0, 1 - 1e-6)
     unmatched = (labels == NO_MATCH) & m0 & m1.any(axis=1)[:, None]
-    return _mean(-picked, labels >= 0) + _mean(-jnp.log1p(-some), unmatched)
+    return mean_where(-picked, labels >= 0) + mean_where(-jnp.log1p(-some), unmatched)
 
 
 DENSE_LOSSES = {"focal": focal_loss, "nll": nll_loss}
@@ -48,7 +53,7 @@ def cosine_embedding_loss(e0: Float[Array, "B D"], e1: Float[Array, "B D"], genu
                           margin: float) -> Float[Array, ""]:
     """L_E: 1 − cos for genuine pairs, max(0, cos − margin) for impostors; unit vectors in."""
     cos = (e0 * e1).sum(-1)
-    return jnp.where(genuine, 1 - cos, jnp.maximum(0.0, cos - margin)).mean()
+    return mean_where(jnp.where(genuine, 1 - cos, jnp.maximum(0.0, cos - margin)), jnp.ones_like(genuine))
 
 
 def arcface_loss(e: Float[Array, "B D"], weight: Float[Array, "D C"], labels: Int[Array, "B"],
@@ -66,9 +71,9 @@ def arcface_loss(e: Float[Array, "B D"], weight: Float[Array, "D C"], labels: In
     target = jnp.arange(weight.shape[1]) == labels[:, None]
     logits = scale * jnp.where(target, turned, cos)
     nll = jax.nn.logsumexp(logits, axis=1) - jnp.where(target, logits, 0).sum(axis=1)
-    return _mean(nll, labels >= 0)
+    return mean_where(nll, labels >= 0)
 
 
-def _mean(values, where):
-    """Mean over `where`; 0 if that is empty."""
-    return jnp.where(where, values, 0).sum() / jnp.maximum(where.sum(), 1)
+def mean_where(values, where):
+    """Mean over `where` in the global batch, or this device's share of it; 0 if that is empty."""
+    return jnp.where(where, values, 0).sum() / jnp.maximum(over_batch(where.sum()), 1)

@@ -153,7 +153,7 @@ def started(monkeypatch, command):
         def train(task, resume):
             made.update(task=task)
             if create:
-                mesh = sharding.make_mesh(task.config.batch_size)
+                mesh = sharding.make_mesh(task.config.micro_batch)
                 made.update(state=loop.begin(task, sharding.shardings(jax.eval_shape(task.init), mesh)))
             return Path("nowhere")
 

@@ -209,7 +209,7 @@ def ridges_and_background():
 @pytest.fixture(scope="module")
 def make_pair(ridges_and_background):
     run = quickly(lambda keys: dense_pair(keys, ridges_and_background, SMOKE, cell_mask))
-    return lambda step: jax.tree.map(np.asarray, run(pair_keys(0, step, 2)))
+    return lambda step: jax.tree.map(np.asarray, run(pair_keys(0, step, (2,))))
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def test_a_label_joins_foreground_cells_of_both_views(steps):
 
 
 def test_keys_differ_between_pairs_steps_and_seeds():
-    keys = [jax.random.key_data(pair_keys(seed, step, 8)) for seed in (0, 1) for step in (0, 1, 2)]
+    keys = [jax.random.key_data(pair_keys(seed, step, (8,))) for seed in (0, 1) for step in (0, 1, 2)]
     assert len({tuple(k) for k in np.concatenate(keys).tolist()}) == 2 * 3 * 8
 
 
@@ -278,5 +278,5 @@ def test_module_2s_views_are_of_the_prints_in_their_order(ridges_and_background)
     expected = take_view(canvas, mask, plain_view(SMOKE), SMOKE)
     np.testing.assert_allclose(image1[1], expected[0], atol=1e-5)
     np.testing.assert_array_equal(mask1[1], expected[1])
-    shapes = jax.eval_shape(lambda b: match_views(pair_keys(0, 0, 2), b, SMOKE), ridges_and_background)
+    shapes = jax.eval_shape(lambda b: match_views(pair_keys(0, 0, (2,)), b, SMOKE), ridges_and_background)
     assert [s.shape for s in shapes] == [(2, 64, 64)] * 4

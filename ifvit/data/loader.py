@@ -22,7 +22,8 @@ def example(prints: PrintSet, pair: Pair, classes: dict) -> dict[str, np.ndarray
 class PairSource:
     """Grain's random-access source: the pairs of this process, from step `start` on.
 
-    The global batch of step s holds the pairs s·B … s·B + B − 1; process p of P reads its P-th part.
+    The global batch of step s holds the pairs s·B … s·B + B − 1, in `accumulate` micro-batches; process p of P
+    reads its P-th part of each.
     """
 
     prints: PrintSet
@@ -33,14 +34,15 @@ class PairSource:
     stop: int
     process: int
     processes: int
+    accumulate: int = 1
 
     def __len__(self):
         return (self.stop - self.start) * self.batch_size // self.processes
 
     def __getitem__(self, i: int):
-        local = self.batch_size // self.processes
-        step, slot = divmod(int(i), local)
-        n = (self.start + step) * self.batch_size + self.process * local + slot
+        local = self.batch_size // self.accumulate // self.processes
+        micro, slot = divmod(int(i), local)
+        n = self.start * self.batch_size + (micro * self.processes + self.process) * local + slot
         return example(self.prints, self.pairs[n], self.classes)
 
 

@@ -25,18 +25,18 @@ class DenseRegistration(nnx.Module):
     def __init__(self, config, *, rngs: nnx.Rngs):
         self.temp_bug_fix = config.temp_bug_fix
         self.transformer_name = f"{config.transformer}_transformer"
-        self.resnet = ResNet18(config.resnet_widths, config.transformer_width, rngs=rngs)
+        how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)
+        self.resnet = ResNet18(config.resnet_widths, config.transformer_width, **how)
         setattr(self, self.transformer_name,
                 Transformer(config.transformer_width, config.transformer_heads, config.transformer_layers,
-                            config.transformer, rngs=rngs))
+                            config.transformer, **how))
         self.log_scale = nnx.Param(jnp.log(jnp.float32(20))) if config.similarity == "cosine" else None
 
     def __call__(self, image0: Float[Array, "B H W 1"], image1: Float[Array, "B H W 1"],
                  mask0: Bool[Array, "B H W"], mask1: Bool[Array, "B H W"], train: bool) -> Float[Array, "B L L"]:
         """Normalised prints and foreground masks -> log confidence, L = H/8 · W/8 cells, rows image 0.
 
-        Both prints pass the ResNet as one batch: BatchNorm sees the whole pair, under a sharded
-        jit the whole global batch.
+        Both prints pass the ResNet as one batch: BatchNorm sees the whole pair.
         """
         batch = image0.shape[0]
         # interleaved, not one after the other: a batch split over devices needs no exchange

@@ -63,13 +63,15 @@ class Matcher(nnx.Module):
     """
 
     def __init__(self, config, num_classes: int, *, rngs: nnx.Rngs):
+        how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)
+
         def transformer():
             return Transformer(config.transformer_width, config.transformer_heads, config.transformer_layers,
-                               config.transformer, rngs=rngs)
+                               config.transformer, **how)
 
         self.temp_bug_fix = config.temp_bug_fix
-        self.resnet_global = ResNet18(config.resnet_widths, config.transformer_width, rngs=rngs)
-        self.resnet_local = ResNet18(config.resnet_widths, config.transformer_width, rngs=rngs)
+        self.resnet_global = ResNet18(config.resnet_widths, config.transformer_width, **how)
+        self.resnet_local = ResNet18(config.resnet_widths, config.transformer_width, **how)
         self.loftr_transformer_global = transformer()
         self.loftr_transformer_local = self.loftr_transformer_global if config.share_global_local else transformer()
         self.head_global = EmbeddingHead(config, rngs=rngs)

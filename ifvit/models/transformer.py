@@ -43,9 +43,9 @@ ATTENTION = {"loftr": linear_attention, "siamese": softmax_attention}
 class EncoderLayer(nnx.Module):
     """One self- or cross-attention layer; `kind` is a key of `ATTENTION`."""
 
-    def __init__(self, width: int, heads: int, kind: str, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, kind: str, *, dtype=None, rngs: nnx.Rngs):
         def linear(cin, cout):
-            return nnx.Linear(cin, cout, use_bias=False, rngs=rngs,
+            return nnx.Linear(cin, cout, use_bias=False, dtype=dtype, rngs=rngs,
                               kernel_init=jax.nn.initializers.xavier_uniform())
 
         self.heads = heads
@@ -56,8 +56,8 @@ class EncoderLayer(nnx.Module):
         self.merge = linear(width, width)
         self.mlp_0 = linear(2 * width, 2 * width)
         self.mlp_2 = linear(2 * width, width)
-        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B L C"], source: Float[Array, "B S C"],
                  x_mask: Bool[Array, "B L"], source_mask: Bool[Array, "B S"]) -> Float[Array, "B L C"]:
@@ -74,23 +74,29 @@ class EncoderLayer(nnx.Module):
 class Transformer(nnx.Module):
     """`pairs` times one self and one cross layer: `layer_0` … `layer_{2·pairs − 1}`.
 
-    Four pairs at width 256 are LoFTR's 80 arrays (5,251,072 parameters).
+    Four pairs at width 256 are LoFTR's 80 arrays (5,251,072 parameters). Computes in `dtype`, float32 out; with
+    `remat` the backward pass computes each layer's activations again instead of keeping them.
     """
 
-    def __init__(self, width: int, heads: int, pairs: int, kind: str, *, rngs: nnx.Rngs):
+    def __init__(self, width: int, heads: int, pairs: int, kind: str, *, dtype=None, remat: bool = False,
+                 rngs: nnx.Rngs):
         self.pairs = pairs
+        self.dtype = dtype
+        self.remat = remat
         for i in range(2 * pairs):
-            setattr(self, f"layer_{i}", EncoderLayer(width, heads, kind, rngs=rngs))
+            setattr(self, f"layer_{i}", EncoderLayer(width, heads, kind, dtype=dtype, rngs=rngs))
 
     def __call__(self, f0: Float[Array, "B L C"], f1: Float[Array, "B S C"],
                  m0: Bool[Array, "B L"], m1: Bool[Array, "B S"]):
         """Features of both images, flattened, and their foreground masks -> updated features."""
+        call = nnx.remat(EncoderLayer.__call__) if self.remat else EncoderLayer.__call__
+        f0, f1 = f0.astype(self.dtype or f0.dtype), f1.astype(self.dtype or f1.dtype)
         for i in range(self.pairs):
             self_layer, cross_layer = getattr(self, f"layer_{2 * i}"), getattr(self, f"layer_{2 * i + 1}")
-            f0, f1 = self_layer(f0, f0, m0, m0), self_layer(f1, f1, m1, m1)
-            f0 = cross_layer(f0, f1, m0, m1)
-            f1 = cross_layer(f1, f0, m1, m0)
-        return f0, f1
+            f0, f1 = call(self_layer, f0, f0, m0, m0), call(self_layer, f1, f1, m1, m1)
+            f0 = call(cross_layer, f0, f1, m0, m1)
+            f1 = call(cross_layer, f1, f0, m1, m0)
+        return f0.astype(jnp.float32), f1.astype(jnp.float32)
 
 
 def position_encoding(height: int, width: int, channels: int, temp_bug_fix: bool = True) -> Float[Array, "H W C"]:

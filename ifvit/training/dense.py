@@ -25,7 +25,8 @@ def dense_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     pairs = DensePairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
 
     def host_batches(first, last):
-        source = PairSource(train, pairs, {}, config.batch_size, first, last, jax.process_index(), jax.process_count())
+        source = PairSource(train, pairs, {}, config.batch_size, first, last, jax.process_index(), jax.process_count(),
+                            config.accumulate)
         return batches(source, config.input_workers)
 
     evaluate = jax.jit(dense_eval(net, config, known_warp_only=False))
@@ -67,11 +68,11 @@ def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | 
     wanted = [pairs[n] for n in range(config.val_pairs if count is None else count)]
     if not wanted:
         return {}
-    mesh = make_mesh(config.batch_size, config.model_parallel)
+    mesh = make_mesh(config.micro_batch, config.model_parallel)
     totals: dict[str, float] = {}
-    for i, (batch, real) in enumerate(fixed_batches(prints, wanted, config.batch_size)):
-        batch["counts"] = np.arange(config.batch_size) < real
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(VALIDATION_SEED), i), config.batch_size)
+    for i, (batch, real) in enumerate(fixed_batches(prints, wanted, config.micro_batch)):
+        batch["counts"] = np.arange(config.micro_batch) < real
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(VALIDATION_SEED), i), config.micro_batch)
         for k, v in fetch(evaluate(*state, put_whole_batch(batch, mesh), keys)).items():
             totals[k] = totals.get(k, 0.0) + float(v)
     impostors = max(1, sum(not p.genuine for p in wanted))

@@ -29,7 +29,7 @@ log = logging.getLogger("ifvit")
 
 # what a run may change and still be the same run
 FREE = {"checkpoint_dir", "dataset_root", "input_workers", "max_broken", "dense_reg_ckpt", "loftr_ckpt",
-        "save_every", "save_steps", "keep_last", "keep_best", "model_parallel"}
+        "save_every", "save_steps", "keep_last", "keep_best", "model_parallel", "remat"}
 
 
 @dataclass
@@ -64,7 +64,7 @@ def train(task: Task, resume: str) -> Path:
     config = task.config
     folder = checkpoint.as_local_path(config.checkpoint_dir)
     total = config.num_epochs * task.steps_per_epoch
-    mesh = make_mesh(config.batch_size, config.model_parallel)
+    mesh = make_mesh(config.micro_batch, config.model_parallel)
     abstract = jax.eval_shape(task.init)
     placement = shardings(abstract, mesh)
 
@@ -121,7 +121,7 @@ def train(task: Task, resume: str) -> Path:
     try:
         with stop, jax.set_mesh(mesh):
             for at, batch in zip(range(first, last), task.batches(first, last)):
-                state, out = step(state, put_batch(batch, mesh), *constants)
+                state, out = step(state, put_batch(batch, mesh, config.accumulate), *constants)
                 if waiting:
                     _collect(*waiting, sums)
                 waiting = (at + 1, out)

@@ -56,13 +56,13 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
 
     def host_batches(first, last):
         source = PairSource(train, pairs, classes, config.batch_size, first, last, jax.process_index(),
-                            jax.process_count())
+                            jax.process_count(), config.accumulate)
         return batches(source, config.input_workers)
 
     score = jax.jit(match_scores(net, aligner, config))
 
     def scores_of(state, chosen):
-        return score_pairs(score, (state.params, state.batch_stats, aligner_state), held_out, chosen, config.batch_size,
+        return score_pairs(score, (state.params, state.batch_stats, aligner_state), held_out, chosen, config.micro_batch,
                            config.model_parallel)
 
     def validate(state, epoch):

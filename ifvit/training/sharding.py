@@ -28,23 +28,24 @@ def use_cpu_cores() -> None:
         jax.config.update("jax_num_cpu_devices", cores)
 
 
-def make_mesh(batch_size: int, model_parallel: int = 1) -> Mesh:
-    """All devices, `model_parallel` neighbours on `model` and the rest on `data`; of CPU cores that
-    nobody asked for, as many as divide the batch.
+def make_mesh(pairs: int, model_parallel: int = 1) -> Mesh:
+    """All devices: slices, then hosts, on the outer axis `data`, neighbours of one host on `model`.
 
-    UserError when the devices do not divide it.
+    `pairs` is a (micro-)batch that has to divide among them. Of CPU cores that nobody asked for, as many as
+    divide it. UserError when they do not fit.
     """
-    devices = jax.devices()
+    devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
     if devices[0].platform == "cpu" and jax.process_count() == 1 and FORCED not in os.environ.get("XLA_FLAGS", ""):
         fitting = [n for n in range(1, len(devices) + 1)
-                   if batch_size % n == 0 and batch_size // n >= MIN_PAIRS and n % model_parallel == 0]
+                   if pairs % n == 0 and pairs // n >= MIN_PAIRS and n % model_parallel == 0]
         devices = devices[: max(fitting, default=model_parallel)]
-    if len(devices) % model_parallel:
-        raise UserError(f"model_parallel is {model_parallel}, and {len(devices)} devices do not divide by it; use "
-                        f"--set model_parallel={math.gcd(len(devices), model_parallel)}.")
-    if batch_size % len(devices):
-        raise UserError(f"A batch of {batch_size} does not divide among {len(devices)} devices; "
-                        f"use --batch_size {max(1, batch_size // len(devices)) * len(devices)}.")
+    local = len(devices) // jax.process_count()
+    if len(devices) % model_parallel or (model_parallel % local and local % model_parallel):
+        raise UserError(f"model_parallel is {model_parallel}, and {local} devices a host ({len(devices)} in all) do not "
+                        f"divide by it; use --set model_parallel={math.gcd(local, model_parallel)}.")
+    if pairs % len(devices):
+        raise UserError(f"A batch of {pairs} does not divide among {len(devices)} devices; "
+                        f"use --batch_size {max(1, pairs // len(devices)) * len(devices)}.")
     return Mesh(np.asarray(devices).reshape(-1, model_parallel), ("data", "model"))
 
 
@@ -82,20 +83,26 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def over_devices(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices: FSDP splits the batch over `model` too."""
-    return NamedSharding(mesh, P(("data", "model")))
+def batch_spec(micro_batches: bool = False) -> P:
+    """The pairs of a batch split over all devices (FSDP splits the batch over `model` too); micro-batches, if any, come first."""
+    return P(None, ("data", "model")) if micro_batches else P(("data", "model"))
 
 
-def put_batch(batch: dict, mesh: Mesh) -> dict:
-    """This process's part of the global batch -> global arrays split over the devices."""
-    sharding = over_devices(mesh)
+def put_batch(batch: dict, mesh: Mesh, accumulate: int = 1) -> dict:
+    """This process's part of the global batch -> global arrays split over the devices.
+
+    With `accumulate` > 1 it comes as that many micro-batches (A, B/A, …), and the process's part holds its
+    pairs of each of them in turn, so that the same pairs make a micro-batch on any number of devices.
+    """
+    sharding = NamedSharding(mesh, batch_spec(accumulate > 1))
+    if accumulate > 1:
+        batch = {k: v.reshape(accumulate, -1, *v.shape[1:]) for k, v in batch.items()}
     return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
 
 
 def put_whole_batch(batch: dict, mesh: Mesh) -> dict:
     """A batch that every process has the whole of -> global arrays split over the devices."""
-    sharding = over_devices(mesh)
+    sharding = NamedSharding(mesh, batch_spec())
     return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
 
 

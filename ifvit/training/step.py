@@ -5,13 +5,16 @@ from typing import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec as P
 
 from ifvit.alignment import align, register
+from ifvit.batch_axes import batch_axes, over_batch
 from ifvit.data.augment import dense_pair, match_views, normalise
-from ifvit.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss
+from ifvit.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
 from ifvit.models.dense_reg import DenseRegistration, cell_mask
 from ifvit.models.matcher import Matcher
-from ifvit.training.sharding import gathered
+from ifvit.training.sharding import batch_spec, gathered
 from ifvit.training.state import Network, TrainState, network
 
 
@@ -23,33 +26,90 @@ def match_network(config, num_classes: int) -> Network:
     return network(lambda rngs: Matcher(config, num_classes, rngs=rngs))
 
 
-def pair_keys(seed: int, step, count: int):
+def pair_keys(seed: int, step, shape: tuple[int, ...]):
     """A random key for each pair of the global batch of a step, whatever the number of hosts."""
-    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), count)
+    return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), shape)
 
 
-def gradient_step(state: TrainState, loss: Callable, tx: optax.GradientTransformation, schedule):
-    """One optimiser step on `loss(params) -> (value, (batch_stats, metrics))`."""
-    (value, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(gathered(state.params))
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
-    return TrainState(params, stats, opt_state, state.step + 1), metrics
+def train_step(loss: Callable, config, tx: optax.GradientTransformation, schedule):
+    """(state, batch, *constants) -> (state, metrics): one optimiser step.
+
+    `loss(params, batch_stats, batch, keys, *constants)` -> (value, (batch_stats, metrics)) sees one device's
+    pairs and gives its share of the global batch's loss and metrics: shares are added up. With
+    `config.accumulate` the batch comes as so many micro-batches (A, B/A, …), whose gradients are averaged;
+    BatchNorm sees each micro-batch whole.
+    """
+    def step(state: TrainState, batch: dict, *constants):
+        keys = pair_keys(config.seed, state.step, batch["genuine"].shape)
+        grads, value, stats, metrics = over_devices(_gradient(loss, config.accumulate))(
+            gathered(state.params), state.batch_stats, batch, keys, constants)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
+        return TrainState(params, stats, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def over_devices(gradient: Callable) -> Callable:
+    """Maps over the devices of the mesh in use: batch and keys split, all else whole on each; nothing without one."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return gradient
+
+    def mapped(params, batch_stats, batch, keys, constants):
+        split = jax.tree.map(lambda key: batch_spec(key.ndim > 1), keys)
+        return jax.shard_map(gradient, in_specs=(P(), P(), split, split, P()), out_specs=P())(
+            params, batch_stats, batch, keys, constants)
+
+    return mapped
+
+
+def _gradient(loss: Callable, accumulate: int) -> Callable:
+    """(params, batch_stats, batch, keys, constants) -> (gradient, loss, batch_stats, metrics) of the global batch.
+
+    All that is added up over the devices travels in one buffer: a hundred small collectives cost more than
+    one, and on CPU XLA does not combine them.
+    """
+    def gradient(params, batch_stats, batch, keys, constants):
+        params = jax.tree.map(_own, params)  # else each leaf's gradient would be added up on its own
+
+        def of(stats, part):
+            (value, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, stats, *part, *constants)
+            return stats, (grads, value, metrics)
+
+        if accumulate == 1:
+            stats, sums = of(batch_stats, (batch, keys))
+        else:
+            def add(carry, part):
+                stats, sums = of(carry[0], part)
+                return (stats, jax.tree.map(jnp.add, carry[1], sums)), None
+
+            first = jax.tree.map(lambda x: x[0], (batch, keys))
+            nothing = jax.tree.map(lambda x: _own(jnp.zeros(x.shape, x.dtype)), jax.eval_shape(of, batch_stats, first)[1])
+            (stats, sums), _ = jax.lax.scan(add, (batch_stats, nothing), (batch, keys))
+            sums = jax.tree.map(lambda x: x / accumulate, sums)
+        flat, unravel = ravel_pytree(sums)
+        grads, value, metrics = unravel(over_batch(flat))
+        return grads, value, stats, metrics
+
+    return gradient
+
+
+def _own(x):
+    """A device's own copy of what all devices have alike."""
+    axes = batch_axes()
+    return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def dense_step(net: Network, config, tx, schedule):
     """Module 1: two views of a print with known truth, or two fingers; L_D alone."""
-    def step(state: TrainState, batch: dict):
-        pair = dense_pair(pair_keys(config.seed, state.step, batch["genuine"].shape[0]), batch, config, cell_mask)
+    def loss(params, batch_stats, batch, keys):
+        pair = dense_pair(keys, batch, config, cell_mask)
+        log_conf, stats = net.apply(params, batch_stats, *pair[:4], train=True)
+        value = DENSE_LOSSES[config.dense_loss](log_conf, pair.labels, cell_mask(pair.mask0), cell_mask(pair.mask1))
+        return value, (stats, {"accuracy": warp_accuracy(log_conf, pair.labels)})
 
-        def loss(params):
-            log_conf, stats = net.apply(params, state.batch_stats, *pair[:4], train=True)
-            value = DENSE_LOSSES[config.dense_loss](log_conf, pair.labels, cell_mask(pair.mask0), cell_mask(pair.mask1))
-            return value, (stats, {"accuracy": warp_accuracy(log_conf, pair.labels)})
-
-        return gradient_step(state, loss, tx, schedule)
-
-    return step
+    return train_step(loss, config, tx, schedule)
 
 
 def warp_accuracy(log_conf, labels):
@@ -57,8 +117,7 @@ def warp_accuracy(log_conf, labels):
     side = round(log_conf.shape[2] ** 0.5)
     found = log_conf.argmax(axis=2)
     near = (jnp.abs(found // side - labels // side) <= 1) & (jnp.abs(found % side - labels % side) <= 1)
-    known = labels >= 0
-    return (near & known).sum() / jnp.maximum(known.sum(), 1)
+    return mean_where(near.astype(jnp.float32), labels >= 0)
 
 
 def dense_eval(net: Network, config, known_warp_only: bool):
@@ -103,25 +162,20 @@ def aligned_pair(aligner, aligner_state, views, config):
 
 def match_step(net: Network, aligner: Network | None, config, tx, schedule):
     """Module 2: (state, batch, aligner_state) -> (state, metrics); 0.5 L_D + 0.1 L_E + 1.0 L_A by default."""
-    def step(state: TrainState, batch: dict, aligner_state):
-        keys = pair_keys(config.seed, state.step, batch["genuine"].shape[0])
+    def loss(params, batch_stats, batch, keys, aligner_state):
         genuine = batch["genuine"]
         pair, aligned, count = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
+        e, stats = net.apply(params, batch_stats, pair, train=True)
+        # in the common frame a genuine cell matches itself; a failed alignment teaches nothing
+        same = jnp.where(aligned[:, None], jnp.arange(e.cells.shape[1]), IGNORE)
+        labels = jnp.where(e.cells, jnp.where(genuine[:, None], same, NO_MATCH), IGNORE)
+        l_d = DENSE_LOSSES[config.dense_loss](e.log_conf, labels, e.cells, e.cells)
+        branches = ((e.global0, e.global1, params["arcface_global"]), (e.local0, e.local1, params["arcface_local"]))
+        l_e = sum(cosine_embedding_loss(a, b, genuine, config.embedding_margin) for a, b, _ in branches) / 2
+        l_a = sum(arcface_loss(x, w, label, config.arcface_margin, config.arcface_scale)
+                  for a, b, w in branches for x, label in ((a, batch["label0"]), (b, batch["label1"]))) / 4
+        value = config.loss_dense * l_d + config.loss_embedding * l_e + config.loss_arcface * l_a
+        return value, (stats, {"l_d": l_d, "l_e": l_e, "l_a": l_a,
+                               "aligned": mean_where(aligned.astype(jnp.float32), genuine)})
 
-        def loss(params):
-            e, stats = net.apply(params, state.batch_stats, pair, train=True)
-            # in the common frame a genuine cell matches itself; a failed alignment teaches nothing
-            same = jnp.where(aligned[:, None], jnp.arange(e.cells.shape[1]), IGNORE)
-            labels = jnp.where(e.cells, jnp.where(genuine[:, None], same, NO_MATCH), IGNORE)
-            l_d = DENSE_LOSSES[config.dense_loss](e.log_conf, labels, e.cells, e.cells)
-            branches = ((e.global0, e.global1, params["arcface_global"]), (e.local0, e.local1, params["arcface_local"]))
-            l_e = sum(cosine_embedding_loss(a, b, genuine, config.embedding_margin) for a, b, _ in branches) / 2
-            l_a = sum(arcface_loss(x, w, label, config.arcface_margin, config.arcface_scale)
-                      for a, b, w in branches for x, label in ((a, batch["label0"]), (b, batch["label1"]))) / 4
-            value = config.loss_dense * l_d + config.loss_embedding * l_e + config.loss_arcface * l_a
-            return value, (stats, {"l_d": l_d, "l_e": l_e, "l_a": l_a,
-                                   "aligned": (aligned & genuine).sum() / jnp.maximum(genuine.sum(), 1)})
-
-        return gradient_step(state, loss, tx, schedule)
-
-    return step
+    return train_step(loss, config, tx, schedule)
