@@ -38,10 +38,12 @@ from jax.experimental import multihost_utils
 from ifvit import cli, digest, gcs, legacy
 from ifvit.errors import UserError
 from ifvit.paths import resolve
+from ifvit.processes import exchange
 
 OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
 NETWORK = ("state/params", "state/batch_stats", "aligner")  # what it takes to run a trained network
 FORBIDDEN = "may not be read"
+BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that is being written
 
 
@@ -161,12 +163,9 @@ class _Parts(ocp.args.Composite):
 
 def _agree(what: str, failure: Exception | None) -> None:
     """Every process says how it went: raises `failure`, or OSError where another process has failed."""
-    if jax.process_count() > 1:
-        client = ocp.multihost.get_jax_distributed_client()
-        client.key_value_set(f"ifvit/{what}/{jax.process_index()}", reason(failure) if failure else "")
-        said = [client.blocking_key_value_get(f"ifvit/{what}/{n}", 600_000) for n in range(jax.process_count())]
-        if any(said) and not failure:
-            raise OSError("; ".join(f"process {n}: {text}" for n, text in enumerate(said) if text))
+    said = exchange(what, reason(failure) if failure else "", BARRIER_MS)
+    if any(said) and not failure:
+        raise OSError("; ".join(f"process {n}: {text}" for n, text in enumerate(said) if text))
     if failure:
         raise failure
 

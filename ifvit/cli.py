@@ -83,6 +83,15 @@ def main_with_commands(commands: dict[str, type], name: str) -> int:
 
 
 def _guard(call: Callable[[], int | None]) -> int:
+    prepare_output()
+    value: list[int | None] = []
+    code, message = outcome(lambda: value.append(call()))
+    tell(code, message)
+    return code or value[0] or 0
+
+
+def prepare_output() -> None:
+    """The log on stdout, without what libraries say of what we say ourselves."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("ifvit").setLevel(logging.INFO)
     for library in ("absl", "asyncio"):
@@ -92,29 +101,35 @@ def _guard(call: Callable[[], int | None]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
+
+
+def tell(code: int, message: str) -> None:
+    """Says on stderr how a command ended."""
+    if message:
+        print(message if code in (75, 130) else f"Error: {message}", file=sys.stderr, flush=True)
+
+
+def outcome(call: Callable[[], object]) -> tuple[int, str]:
+    """Calls it: exit code and message of the ends that have one. Anything else is raised: a defect, or a host that is gone."""
     try:
-        return call() or 0
+        call()
+        return 0, ""
     except UserError as e:
-        print(f"Error: {e}", file=sys.stderr)
-        return 2
+        return 2, str(e)
     except Interrupted as e:
-        print(e, file=sys.stderr)
-        return e.code
+        return e.code, str(e)
     except Failure as e:
-        print(f"Error: {e}", file=sys.stderr)
-        return 1
+        return 1, str(e)
     except KeyboardInterrupt:
-        print("Stopped without saving; the same command goes on from the last checkpoint.", file=sys.stderr)
-        return 130
+        return 130, "Stopped without saving; the same command goes on from the last checkpoint."
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        return 1, ""
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
-        print(f"Error: {e.strerror}: {e.filename or 'the disk'}; free or give another place (IFVIT_CACHE moves the "
-              "cache, --checkpoint_dir the checkpoints).", file=sys.stderr)
-        return 1
+        return 1, (f"{e.strerror}: {e.filename or 'the disk'}; free or give another place (IFVIT_CACHE moves the cache, "
+                   "--checkpoint_dir the checkpoints).")
 
 
 @dataclasses.dataclass(frozen=True)

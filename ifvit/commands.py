@@ -1,10 +1,17 @@
-"""What the training commands share: flags, and how preset, file and flags make a configuration."""
+"""What the training commands share: flags, how preset, file and flags make a configuration, and where it is run."""
 
-from dataclasses import dataclass
-from typing import Annotated, Literal
+import functools
+import importlib
+import logging
+import os
+import sys
+from dataclasses import asdict, dataclass
+from typing import Annotated, ClassVar, Literal
 
 import tyro
 
+from cluster.host import ClusterError, Host
+from cluster.launch import Job, Request, launch
 from ifvit import cli
 from ifvit.config import DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
 from ifvit.data.pairs import SYNTHETIC
@@ -32,6 +39,55 @@ class TrainArgs:
     ppi: float | None = None
     """resolution of the prints, where neither the file nor the set tells"""
 
+    runtime: Literal["auto", "local", "ray"] = "auto"
+    """`local`: this process with all its devices; `ray`: Ray Train; `auto`: `ray` where RAY_ADDRESS is set (in a Ray job it is), or with several workers"""
+    num_workers: str = ""
+    """of Ray, N or MIN:MAX (as many as there are hosts for) [one a host]"""
+    workers_per_host: int = 0
+    """of Ray [one, with all the host has; on a Ray of this machine alone, all]"""
+    wait_for_hosts: float = Request.wait_for_hosts
+    """seconds that a cluster gets to have the hosts that are asked for"""
+    max_failures: int = Request.max_failures
+    """failures in a row without a new checkpoint, before the run is given up"""
+    hang_timeout: float = Request.hang_timeout
+    """seconds without a step after which a process of several ends itself, to be started again; 0: never"""
+    coordinator_port: int = Request.coordinator_port
+    """of JAX's coordinator, on the first worker's host; 0: any free one"""
+
+    command: ClassVar[str]  # the module's name
+
+    def configs(self, preset: str | None) -> tuple:
+        """The configurations of the modules that are trained; `preset` where no flag names one."""
+        raise NotImplementedError
+
+    def train(self, configs: tuple, host: Host) -> None:
+        """Trains them in this process, which may be one of several."""
+        raise NotImplementedError
+
+    def run(self) -> int:
+        """Trains where the flags say; returns the exit code."""
+        request = Request(**{f: getattr(self, f) for f in Request.__dataclass_fields__})
+        try:
+            code, message = launch(self._job, request)
+        except ClusterError as e:
+            raise UserError(str(e)) from None
+        cli.tell(code, message)
+        return code
+
+    def _job(self, platform: str) -> Job:
+        """This command as a job for workers of that kind, its flags checked; for '' without a look at the devices."""
+        name = self.command.rpartition(".")[2]
+        if not platform:
+            return Job(functools.partial(run_here, self.command, asdict(self), None), name)
+        preset = self.preset or ("cpu" if platform == "CPU" else "paper")
+        configs = self.configs(preset)
+        for config in configs:
+            if "working_dir_files" in os.path.abspath(config.checkpoint_dir):
+                raise UserError(f"checkpoint_dir {config.checkpoint_dir} lies in the job's working directory, which Ray removes; "
+                                "give an absolute path that all hosts share.")
+        return Job(functools.partial(run_here, self.command, asdict(self), preset), name,
+                   tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"))
+
     def common(self) -> dict:
         """Flags that are configuration keys of both modules, those given."""
         flags = {"seed": self.seed, "ppi": self.ppi, "dataset_root": tuple(self.dataset_root) or (SYNTHETIC,)}
@@ -43,14 +99,30 @@ def given(**flags) -> dict:
     return {k: v for k, v in flags.items() if v is not None}
 
 
-def build_config(cls, args: TrainArgs, flags: dict, table: str = ""):
+def run_here(command: str, flags: dict, preset: str | None, host: Host) -> tuple[int, str]:
+    """A training command in this process: (exit code, message). Of several processes the first one prints."""
+    args = importlib.import_module(command).Args(**flags)
+
+    def call() -> None:
+        configs = args.configs(preset)
+        start(args, preset)
+        args.train(configs, host)
+
+    if getattr(host, "rank", 0):
+        sys.stdout = open(os.devnull, "w")
+        logging.getLogger("ifvit").setLevel(logging.ERROR)
+    cli.prepare_output()
+    return cli.outcome(call)
+
+
+def build_config(cls, args: TrainArgs, flags: dict, preset_name: str | None, table: str = ""):
     """Preset, then the TOML file, then `--set`, then flags; every key checked.
 
     `table` (`dense` or `match`, in train_all) picks the keys of `[table]` in the file and `table.key`
     of `--set`; without it both are plain keys.
     """
     use_cpu_cores()
-    config = preset(args.preset or default_preset(), cls)
+    config = preset(args.preset or preset_name or default_preset(), cls)
     if args.config:
         raw = read_toml(args.config)
         tables = {"dense": DenseConfig, "match": MatchConfig}
@@ -72,13 +144,13 @@ def build_config(cls, args: TrainArgs, flags: dict, table: str = ""):
     return config.replace(checkpoint_dir=resolve(config.checkpoint_dir))
 
 
-def start(args: TrainArgs, name: str) -> None:
+def start(args: TrainArgs, preset_name: str | None) -> None:
     """The first log line, and the compilation cache."""
     import jax
 
-
     roots = " ".join(args.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
     devices = jax.devices()
-    print(f"{name}: dataset_root {roots}; preset {args.preset or default_preset()}; {len(devices)} × "
-          f"{devices[0].device_kind}", flush=True)
+    processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    print(f"{args.command.rpartition('.')[2]}: dataset_root {roots}; preset {args.preset or preset_name or default_preset()}; "
+          f"{len(devices)} × {devices[0].device_kind}{processes}", flush=True)
     cli.use_compilation_cache(cache_dir() / "compiled")

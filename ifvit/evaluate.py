@@ -66,6 +66,8 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     Databases without genuine or without impostor pairs are left out, and named in the log; UserError
     when none is left.
     """
+    import jax
+
     from ifvit import plots, rates
     from ifvit.data.pairs import Pair
 
@@ -90,6 +92,8 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     rows = {name: rates.summary(scores["score"][(database == name) & genuine],
                                 scores["score"][(database == name) & ~genuine]) for name in databases}
     result = {"macro": {k: v for k, v in rates.macro(rows).items() if k in RATES}, "databases": rows}
+    if jax.process_index() > 0:  # all score, one writes
+        return result
 
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, database, scores))

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
@@ -43,7 +44,12 @@ def match_scores(net: Network, aligner: Network | None, config) -> Callable:
 
 def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: list[Pair], batch_size: int,
                 model_parallel: int = 1) -> dict[str, np.ndarray]:
-    """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order."""
+    """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order.
+
+    A batch that does not divide among accelerators or processes is made as much larger.
+    """
+    if jax.process_count() > 1 or jax.default_backend() != "cpu":
+        batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     mesh = make_mesh(batch_size, model_parallel)
     parts = []
     for batch, count in fixed_batches(prints, pairs, batch_size):

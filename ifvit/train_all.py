@@ -6,9 +6,10 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ifvit import cli
-from ifvit.commands import TrainArgs, build_config, given, start
+from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import DenseConfig, MatchConfig
 from ifvit.errors import UserError
 
@@ -28,34 +29,38 @@ class Args(TrainArgs):
     loftr_ckpt: str | None = None
     """LoFTR weights (.ckpt, .pt, .safetensors) that start Module 1's transformer [none]"""
 
-    def run(self) -> int:
-        from ifvit import train_dense, train_match
+    command: ClassVar[str] = "ifvit.train_all"
 
+    def configs(self, preset: str | None) -> tuple[DenseConfig, MatchConfig]:
         if self.resume not in ("auto", "never"):
             raise UserError(f"--resume {self.resume}: train_all has two modules and takes auto or never; give a path to "
                             "train_dense or train_match.")
         dense = build_config(DenseConfig, self, given(
-            checkpoint_dir=self.dense_checkpoint_dir, batch_size=self.batch_size, loftr_ckpt=self.loftr_ckpt), "dense")
+            checkpoint_dir=self.dense_checkpoint_dir, batch_size=self.batch_size, loftr_ckpt=self.loftr_ckpt), preset, "dense")
         match = build_config(MatchConfig, self, given(
             checkpoint_dir=self.matcher_checkpoint_dir, batch_size=self.batch_size, num_classes=self.num_classes),
-            "match")
-        start(self, "train_all")
+            preset, "match")
+        return dense, match
+
+    def train(self, configs, host) -> None:
+        from ifvit import train_dense, train_match
+
+        dense, match = configs
         print("Module 1: dense registration", flush=True)
-        module1 = train_dense.run(dense, self.resume)
+        module1 = train_dense.run(dense, self.resume, host)
         print("Module 2: matcher", flush=True)
         match = match.replace(dense_reg_ckpt=str(module1))
-        module2 = train_match.run(match, self.resume)
-        self.report(match, module1, module2)
-        return 0
+        module2 = train_match.run(match, self.resume, host)
+        self.report(match, module1, module2, host)
 
-    def report(self, match: MatchConfig, module1: Path, module2: Path) -> None:
+    def report(self, match: MatchConfig, module1: Path, module2: Path, host) -> None:
         """Evaluates both modules on the held-out fingers; prints the table and where everything lies."""
         from ifvit.data.gather import gather
         from ifvit.evaluate import evaluate, print_table
         from ifvit.scorer import Scorer
         from ifvit.training.metrics import read_rows
 
-        _, _, held_out = gather(match)
+        _, _, held_out = gather(match, host.first_here)
         out = module2.parent / "evaluation"
         rows = [r for r in read_rows(module1.parent / "metrics.jsonl") if r["split"] == "val" and "accuracy" in r]
         print(f"\nEvaluation on {len({p.identity for p in held_out.prints})} held-out fingers")
@@ -77,4 +82,4 @@ class Args(TrainArgs):
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(Args, "ifvit.train_all"))
+    sys.exit(cli.main(Args, Args.command))

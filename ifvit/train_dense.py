@@ -6,9 +6,10 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ifvit import cli
-from ifvit.commands import TrainArgs, build_config, given, start
+from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import DenseConfig
 
 
@@ -25,24 +26,29 @@ class Args(TrainArgs):
     loftr_ckpt: str | None = None
     """LoFTR weights (.ckpt, .pt, .safetensors) that start the transformer [none]"""
 
-    def run(self) -> int:
+    command: ClassVar[str] = "ifvit.train_dense"
+
+    def configs(self, preset: str | None) -> tuple[DenseConfig]:
         flags = given(checkpoint_dir=self.checkpoint_dir, batch_size=self.batch_size, num_epochs=self.num_epochs,
                       loftr_ckpt=self.loftr_ckpt)
-        config = build_config(DenseConfig, self, flags)
-        start(self, "train_dense")
-        print(f"Module 1 checkpoint: {run(config, self.resume)}")
-        return 0
+        return (build_config(DenseConfig, self, flags, preset),)
+
+    def train(self, configs, host) -> None:
+        print(f"Module 1 checkpoint: {run(*configs, self.resume, host)}")
 
 
-def run(config: DenseConfig, resume: str) -> Path:
+def run(config: DenseConfig, resume: str, host) -> Path:
     """Trains Module 1; returns the final checkpoint's path."""
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task
     from ifvit.training.loop import train
+    from ifvit.training.startup import check_hosts, check_prints
 
-    _, train_set, held_out = gather(config)
-    return train(dense_task(config, train_set, held_out), resume)
+    check_hosts(config, host)
+    everything, train_set, held_out = gather(config, host.first_here)
+    check_prints(everything, host)
+    return train(dense_task(config, train_set, held_out), resume, host)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(Args, "ifvit.train_dense"))
+    sys.exit(cli.main(Args, Args.command))

@@ -6,9 +6,10 @@
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ifvit import cli
-from ifvit.commands import TrainArgs, build_config, given, start
+from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import MatchConfig
 
 
@@ -27,25 +28,30 @@ class Args(TrainArgs):
     num_epochs: int | None = None
     """[the preset's]"""
 
-    def run(self) -> int:
+    command: ClassVar[str] = "ifvit.train_match"
+
+    def configs(self, preset: str | None) -> tuple[MatchConfig]:
         flags = given(dense_reg_ckpt=self.pretrained_ckpt, checkpoint_dir=self.checkpoint_dir,
                       num_classes=self.num_classes, batch_size=self.batch_size, num_epochs=self.num_epochs)
-        config = build_config(MatchConfig, self, flags)
-        start(self, "train_match")
-        print(f"Module 2 checkpoint: {run(config, self.resume)}")
-        return 0
+        return (build_config(MatchConfig, self, flags, preset),)
+
+    def train(self, configs, host) -> None:
+        print(f"Module 2 checkpoint: {run(*configs, self.resume, host)}")
 
 
-def run(config: MatchConfig, resume: str) -> Path:
+def run(config: MatchConfig, resume: str, host) -> Path:
     """Trains Module 2; returns the final checkpoint's path."""
     from ifvit.data.gather import gather
     from ifvit.training.loop import train
     from ifvit.training.match import checkpoint_of_module1, match_task
+    from ifvit.training.startup import check_hosts, check_prints
 
     checkpoint_of_module1(config)  # a wrong path shows before prints are read
-    _, train_set, held_out = gather(config)
-    return train(match_task(config, train_set, held_out), resume)
+    check_hosts(config, host)
+    everything, train_set, held_out = gather(config, host.first_here)
+    check_prints(everything, host)
+    return train(match_task(config, train_set, held_out), resume, host)
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(Args, "ifvit.train_match"))
+    sys.exit(cli.main(Args, Args.command))

@@ -150,7 +150,7 @@ def started(monkeypatch, command):
     def call(name: str, *words, cwd, create=True):
         made = {}
 
-        def train(task, resume):
+        def train(task, resume, host):
             made.update(task=task)
             if create:
                 mesh = sharding.make_mesh(task.config.micro_batch)

@@ -24,7 +24,9 @@ import optax
 import pytest
 from flax import nnx
 
+from cluster.host import Host
 from ifvit import checkpoint, train_dense, train_match
+from ifvit.batch_axes import over_batch
 from ifvit.config import (DENSE_CONFIG, MATCH_CONFIG, PRESETS, DenseConfig, MatchConfig, parse_value, preset,
                           with_changes)
 from ifvit.data.augment import plain_view, truth
@@ -36,7 +38,7 @@ from ifvit.models.resnet import ConvBN
 from ifvit.training.dense import steps_per_epoch, warp_metrics
 from ifvit.training.loop import Task, train
 from ifvit.training.state import Network, TrainState, optimizer
-from ifvit.training.step import dense_eval, dense_network, dense_step, gradient_step, match_network, match_step
+from ifvit.training.step import dense_eval, dense_network, dense_step, match_network, match_step, train_step
 
 TINY = dict(PRESETS["smoke"][0], image_size=32, resnet_widths=(2, 2, 2), transformer_width=8, input_ppi=400.0,
             canvas_size=64, batch_size=2, partial=0.0)
@@ -268,26 +270,25 @@ def small_task(folder, validated):
         params = {"w": jnp.arange(6.0).reshape(2, 3)}
         return TrainState(params, {"mean": jnp.zeros(())}, tx.init(params), jnp.int32(0))
 
-    def step(state, batch):
-        def loss(params):
-            mean = 0.9 * state.batch_stats["mean"] + 0.1 * batch["x"].mean()
-            return ((params["w"] - batch["x"].mean()) ** 2).mean(), ({"mean": mean}, {})
-        return gradient_step(state, loss, tx, schedule)
+    def loss(params, batch_stats, batch, keys):
+        mean = over_batch(batch["x"].sum()) / pairs
+        share = batch["x"].size / pairs  # this device's of the global batch
+        return share * ((params["w"] - mean) ** 2).mean(), ({"mean": 0.9 * batch_stats["mean"] + 0.1 * mean}, {})
 
     def read(first, last):
-        return ({"x": np.full(pairs, s, np.float32)} for s in range(first, last))
+        return ({"x": np.full(pairs, s, np.float32), "genuine": np.ones(pairs, bool)} for s in range(first, last))
 
     def validate(state, epoch):
         validated.append((epoch, int(state.step)))
         return {"eer": 1 / epoch}
 
-    return Task("dense_reg", config, STEPS, "digest", create, step, (), read, validate, "eer", False, {})
+    return Task("dense_reg", config, STEPS, "digest", create, train_step(loss, config, tx, schedule), (), read, validate, "eer", False, {})
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
     folder, validated = tmp_path_factory.mktemp("run"), []
-    final = train(small_task(folder, validated), "auto")
+    final = train(small_task(folder, validated), "auto", Host())
     return folder, final, validated
 
 
@@ -303,7 +304,7 @@ def test_mistake_6_validation_runs_after_every_epoch_and_chooses_the_best(small_
 def test_mistake_6_a_checkpoint_holds_all_that_a_resume_reads_and_the_resumed_run_ends_to_the_bit(small_run, tmp_path):
     folder, final, _ = small_run
     validated = []
-    resumed = train(small_task(tmp_path, validated), str(folder / "dense_reg_epoch_1"))
+    resumed = train(small_task(tmp_path, validated), str(folder / "dense_reg_epoch_1"), Host())
     assert validated == [(2, 4), (3, 6)]
     unbroken, again = (checkpoint.leaves(checkpoint.load(path).state) for path in (final, resumed))
     assert unbroken.keys() == again.keys()

@@ -7,7 +7,8 @@ everything down. Tests drive `Testbed` itself.
 
 A host is a network namespace with an address, cores, Ray processes and a folder of its own: the same port is free on
 each, a cable can be pulled, and all that lives on one can be killed. The cables end in one more namespace, a switch, so
-that nothing is said outside of the bed. Files, users and process ids are shared: /DIR is what a shared disk is elsewhere.
+that nothing is said outside of the bed. Files, users and process ids are shared: /DIR is what a shared disk is
+elsewhere.
 """
 
 import argparse
@@ -73,7 +74,7 @@ class Testbed:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_AUTH_MODE": "token",  # said here, else it hangs on ~/.ray/auth_token, which `ray.init()` writes
             "RAY_AUTH_TOKEN": self.token,
-            # A host that does not answer is dead after some 7 seconds, not after half a minute.
+            # A host counts as dead 5 seconds after it was killed and 10 after it was cut off, not 14 and 29.
             "RAY_health_check_initial_delay_ms": "1000",
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "1000",
@@ -87,17 +88,14 @@ class Testbed:
             return "network namespaces need Linux and root"
         if missing := [p for p in ("ip", "taskset") if not shutil.which(p)]:
             return f"no program {missing[0]}"
-        probe = f"bed{os.getpid()}x-probe"
+        bed = Testbed(hosts=1)
         try:
-            _ip("netns", "add", probe)
-            try:
-                _ip("-n", probe, "link", "add", "name", "bridge0", "type", "bridge")
-                _ip("-n", probe, "link", "add", "name", "end0", "type", "veth", "peer", "name", "end1")
-                _ip("netns", "exec", probe, "true")
-            finally:
-                _ip("netns", "del", probe)
-        except RuntimeError as e:
+            bed.lay_cables()
+            _ip("netns", "exec", bed.namespace(0), "true")
+        except (OSError, RuntimeError) as e:
             return f"no network namespaces: {e}"
+        finally:
+            bed.down()
         return None
 
     # ---- up and down
@@ -119,20 +117,25 @@ class Testbed:
 
     def down(self) -> None:
         """Leaves nothing but the logs in `folder`."""
-        for i in range(self.hosts if self.folder else 0):
-            for logs in sorted(self.temp.glob(f"{i}/session_2*/logs")):  # one, or one for each start of the head
-                shutil.copytree(logs, self.folder / f"host{i}", dirs_exist_ok=True)
-        _remove(self.name)
-        _up.discard(self.name)
+        for namespace in _namespaces(self.name):
+            _kill(namespace)
+        try:
+            for i in range(self.hosts if self.folder else 0):
+                for logs in sorted(self.temp.glob(f"{i}/session_2*/logs")):  # one for each time that the head started
+                    shutil.copytree(logs, self.folder / f"host{i}", dirs_exist_ok=True)
+        finally:
+            _remove(self.name)
+            _up.discard(self.name)
 
     def lay_cables(self) -> None:
-        switch = self._namespace(SWITCH)
+        """The hosts without Ray."""
+        switch = self.namespace(SWITCH)
         _ip("netns", "add", switch)
         _ip("-n", switch, "link", "add", "name", "bridge0", "type", "bridge")
         _ip("-n", switch, "link", "set", "bridge0", "up")
         self.temp.mkdir(mode=0o700)
         for i, address in enumerate(self.addresses):
-            host, port = self._namespace(i), f"host{i}"
+            host, port = self.namespace(i), f"host{i}"
             _ip("netns", "add", host)
             # The machine's name is what gloo connects to; on 127.0.0.1 it would find nobody but itself.
             (HOSTS_FILES / host).mkdir(parents=True)
@@ -153,8 +156,8 @@ class Testbed:
         """
         self.kill_host(i)
         self.mend(i)
-        # What it was told of a cluster before: a head does not start beside one of its own address, and looks for it
-        # among the processes of all hosts.
+        # The address that it had before: a head that finds it here and among the processes, which are those of all
+        # hosts, does not start beside itself.
         (self.temp / str(i) / "ray_current_cluster").unlink(missing_ok=True)
         head = f"{self.addresses[0]}:6379"
         role = ["--address", head] if i else ["--head", "--port", "6379", "--include-dashboard", "true",
@@ -172,27 +175,27 @@ class Testbed:
         _until(there, f"host {i} among the living")
 
     def kill_host(self, i: int) -> None:
-        """SIGKILL to all that runs on host i. Its kernel lives, and closes their connections: who has any knows at once.
+        """SIGKILL to all that runs on host i. Its kernel lives, and closes their connections.
 
-        A machine that loses its power says nothing any more: `cut` before, and let it be.
+        A machine that loses its power does not do that: `cut` it before.
         """
-        _kill(self._namespace(i))
+        _kill(self.namespace(i))
 
     def stop_host(self, i: int) -> None:
         """SIGTERM to all that runs on host i, as when it is shut down; SIGKILL to what is left after ten seconds."""
-        for pid in _pids(self._namespace(i)):
+        for pid in _pids(self.namespace(i)):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            _until(lambda: not _pids(self._namespace(i)), "", patience=10)
+            _until(lambda: not _pids(self.namespace(i)), "", patience=10)
         self.kill_host(i)
 
     def cut(self, i: int) -> None:
         """Pulls host i's cable out of the switch: it keeps its address, and what is sent to it or by it is lost."""
-        _ip("-n", self._namespace(SWITCH), "link", "set", f"host{i}", "down")
+        _ip("-n", self.namespace(SWITCH), "link", "set", f"host{i}", "down")
 
     def mend(self, i: int) -> None:
-        _ip("-n", self._namespace(SWITCH), "link", "set", f"host{i}", "up")
+        _ip("-n", self.namespace(SWITCH), "link", "set", f"host{i}", "up")
 
     def alive(self) -> list[str]:
         """Addresses of the nodes that the head thinks are alive; RuntimeError if it does not answer."""
@@ -205,7 +208,7 @@ class Testbed:
     def processes(self, i: int, pattern: str = "") -> list[int]:
         """Those on host i whose command line the pattern is found in; actors are named `ray::CLASS`."""
         found = []
-        for pid in _pids(self._namespace(i)):
+        for pid in _pids(self.namespace(i)):
             with contextlib.suppress(OSError):
                 line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
                 found += [pid] if re.search(pattern, line) else []
@@ -214,7 +217,7 @@ class Testbed:
     def command(self, i: int, words: list) -> list[str]:
         """The words that run `words` on host i, for who wants to start a process with `self.env` without waiting."""
         cores = ",".join(map(str, self._cores[i]))
-        return ["ip", "netns", "exec", self._namespace(i), "taskset", "--cpu-list", cores, *map(str, words)]
+        return ["ip", "netns", "exec", self.namespace(i), "taskset", "--cpu-list", cores, *map(str, words)]
 
     def run(self, i: int, words: list, timeout: float = PATIENCE, **env) -> subprocess.CompletedProcess:
         """Runs a command on host i, in its folder, where its temporary files go too. Ctrl-C does not reach it."""
@@ -228,7 +231,7 @@ class Testbed:
     def submit(self, words: list, env: dict[str, str] = {}, working_dir: Path | None = None, wait: bool = False) -> str:
         """`ray job submit`, said on host 0, where the driver runs too; the job's id, after its end with `wait`.
 
-        Without a working_dir, which is sent to all hosts, every process starts in its host's folder: paths are absolute.
+        Without a working_dir, which is sent to all hosts, a process starts in its host's folder: paths are absolute.
         """
         job = f"{self.name}-{next(self._jobs)}"
         where = ["--working-dir", working_dir] if working_dir else []
@@ -252,7 +255,7 @@ class Testbed:
     def logs(self, job: str) -> str:
         """What the job has said so far; from its file, which is there when the head is not."""
         files = self.temp.glob(f"0/session_2*/logs/job-driver-{job}.log")
-        return "".join(f.read_text(errors="replace") for f in files)
+        return "".join(f.read_bytes().decode(errors="replace") for f in files)
 
     def wait(self, job: str, timeout: float = 600) -> str:
         """Its status when it has ended."""
@@ -263,7 +266,7 @@ class Testbed:
         return self.status(job)
 
     def stop(self, job: str) -> None:
-        """Asks for SIGTERM to its driver; `wait` for the end."""
+        """Asks for SIGTERM to its driver, and SIGKILL after RAY_JOB_STOP_WAIT_TIME_S, 3 seconds; `wait` for the end."""
         self._ask("POST", f"/api/jobs/{job}/stop")
 
     def _ask(self, method: str, path: str):
@@ -274,7 +277,7 @@ class Testbed:
             raise RuntimeError(f"no answer to {method} {path}: {said.stderr.strip().splitlines()[-1]}")
         return json.loads(said.stdout)
 
-    def _namespace(self, which: int | str) -> str:
+    def namespace(self, which: int | str) -> str:
         return f"{self.name}-{which}"
 
 
@@ -287,6 +290,10 @@ def _ip(*words: str) -> str:
     if said.returncode:
         raise RuntimeError(f"ip {' '.join(words)}: {said.stderr.strip()}")
     return said.stdout
+
+
+def _namespaces(bed: str) -> list[str]:
+    return [n for n in _ip("netns", "list").split() if (found := NAME.fullmatch(n)) and found[1] == bed]
 
 
 def _pids(namespace: str) -> list[int]:
@@ -314,10 +321,9 @@ def _kill(namespace: str) -> None:
 
 def _remove(name: str) -> None:
     """All that bears the name of a bed."""
-    for namespace in _ip("netns", "list").split():
-        if (found := NAME.fullmatch(namespace)) and found[1] == name:
-            _kill(namespace)
-            _ip("netns", "del", namespace)
+    for namespace in _namespaces(name):
+        _kill(namespace)
+        _ip("netns", "del", namespace)
     for folder in HOSTS_FILES.glob(f"{name}-*"):
         shutil.rmtree(folder)
     with contextlib.suppress(OSError):  # not there, or somebody else's files are

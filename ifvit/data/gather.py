@@ -9,19 +9,17 @@ from ifvit.data.pairs import SYNTHETIC
 from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import Print, read_root, read_roots, require_fingers, split_by_finger
 from ifvit.paths import cache_dir, resolve_data
+from ifvit.processes import together
 
 log = logging.getLogger("ifvit")
 
 
-def gather(config) -> tuple[PrintSet, PrintSet, PrintSet]:
+def gather(config, first_here: bool = True) -> tuple[PrintSet, PrintSet, PrintSet]:
     """All prints of a configuration, those to train on, and those of the held-out fingers.
 
-    UserError when there are fewer than two fingers, or the split leaves a side with fewer.
+    Of several processes of a host the one that is `first_here` decodes, the others find it done. UserError when there are fewer than two fingers, or the split leaves a side with fewer.
     """
-    prints = read_prints(config)
-    require_fingers(prints)
-    everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())
-    require_fingers(everything.prints)
+    everything = together("prints", lambda: _prepared(config), first_here)
     train, held_out = split_by_finger(everything.prints, config.held_out, config.seed)
     real = [p for p in held_out if p.database != SYNTHETIC]
     held_out = real or held_out  # where there are real prints, generated ones choose nothing
@@ -31,6 +29,14 @@ def gather(config) -> tuple[PrintSet, PrintSet, PrintSet]:
     log.info("%d prints of %d fingers to train on, %d prints of %d fingers held out",
              len(train), count(train), len(held_out), count(held_out))
     return everything, everything.subset(train), everything.subset(held_out)
+
+
+def _prepared(config) -> PrintSet:
+    prints = read_prints(config)
+    require_fingers(prints)
+    everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())
+    require_fingers(everything.prints)
+    return everything
 
 
 def read_prints(config) -> list[Print]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -54,6 +55,12 @@ class PrintSet:
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
+    def listing(self) -> str:
+        """A hash of the prints' files too, by their sizes: what hosts that see the same data have in common."""
+        names = sorted((p.database, p.finger, p.impression, os.stat(p.path).st_size) for p in self.prints)
+        return f"{len(names)} prints, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
+
+
 def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path) -> PrintSet:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
@@ -93,7 +100,8 @@ def _decode_all(prints, canvas_size, folder, key):
             return str(e)
 
     broken, count = [], 0
-    parts = [folder / f"{key}.{kind}.npy.{os.getpid()}" for kind in ("canvas", "mask")]
+    mine = uuid.uuid4().hex  # another process, of another host that shares the cache, may be at it too
+    parts = [folder / f"{key}.{kind}.npy.{mine}" for kind in ("canvas", "mask")]
     try:
         canvases = np.lib.format.open_memmap(parts[0], "w+", np.uint8, (len(prints), canvas_size, canvas_size))
         masks = np.lib.format.open_memmap(parts[1], "w+", bool, (len(prints), canvas_size // 8, canvas_size // 8))
@@ -110,7 +118,7 @@ def _decode_all(prints, canvas_size, folder, key):
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
-    record = folder / f"{key}.json.{os.getpid()}"  # last: its presence says that the rest is whole
+    record = folder / f"{key}.json.{mine}"  # last: its presence says that the rest is whole
     record.write_text(json.dumps({"broken": broken}))
     os.replace(record, folder / f"{key}.json")
 

@@ -13,6 +13,7 @@ import functools
 import math
 import multiprocessing
 import os
+import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,7 @@ def _write_finger(seed: int, finger_and_files: tuple[int, list[Path]]) -> None:
     master = master_finger(seed, finger)
     for i, path in enumerate(files, 1):
         if not path.exists():
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")  # others see a whole file or none
+            part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # others see a whole file or none
             Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
             os.replace(part, path)
 

@@ -4,8 +4,6 @@ import datetime
 import json
 import logging
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,15 +15,18 @@ import numpy as np
 from etils import epath
 from flax import serialization
 
-from ifvit import checkpoint, plots
+from ifvit import checkpoint, plots, progress
 from ifvit.cli import Failure, Interrupted
 from ifvit.errors import UserError
 from ifvit.training import saving
-from ifvit.training.metrics import Metrics, read_rows
+from ifvit.training.hosts import Pace
+from ifvit.training.metrics import ATTEMPTS, Metrics, read_rows
 from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
 from ifvit.training.state import TrainState
 
 log = logging.getLogger("ifvit")
+
+SAVE_NOW = 1  # `host.asked()`: this host will go soon. Greater: save and end with that exit code
 
 # what a run may change and still be the same run
 FREE = {"checkpoint_dir", "dataset_root", "input_workers", "max_broken", "dense_reg_ckpt", "loftr_ckpt",
@@ -55,16 +56,18 @@ class Task:
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in
 
 
-def train(task: Task, resume: str) -> Path:
+def train(task: Task, resume: str, host) -> Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
-    Ctrl-C and SIGTERM save `{name}_step_{S}` and raise Interrupted; NaN or Inf raises Failure, and so
-    does a final checkpoint that cannot be written.
+    `host` (`cluster.host.Host`) is the process this is, which may be one of several. Ctrl-C and SIGTERM, on any of
+    them, save `{name}_step_{S}` and raise Interrupted; NaN or Inf raises Failure, and so does a final
+    checkpoint that cannot be written.
     """
     config = task.config
     folder = checkpoint.as_local_path(config.checkpoint_dir)
     total = config.num_epochs * task.steps_per_epoch
     mesh = make_mesh(config.micro_batch, config.model_parallel)
+    mine = config.batch_size // jax.process_count()
     abstract = jax.eval_shape(task.init)
     placement = shardings(abstract, mesh)
 
@@ -83,9 +86,11 @@ def train(task: Task, resume: str) -> Path:
     if found:
         state, best = restored_state(abstract, found.state, task), found.metadata["best"]
         print(f"Going on from {found.path}, step {int(state.step)} of {total}", flush=True)
+        print(lost(read_rows(folder / "metrics.jsonl"), int(state.step), found.metadata["timestamp"]), flush=True)
     else:
         if resume == "never":
             saving.move_away(folder, task.name)
+            saving.write_beside(folder / ATTEMPTS, lambda file: file.unlink(missing_ok=True))
         state, best = begin(task, placement), None
     constants = jax.device_put(task.constants, replicated(mesh))
     step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
@@ -94,7 +99,8 @@ def train(task: Task, resume: str) -> Path:
                           "mesh": dict(mesh.shape), "devices": jax.devices()[0].device_kind,
                           **{f"{p} version": v for p, v in checkpoint.versions().items() if p in ("ifvit", "jax")}}]
     metrics = Metrics(folder, first, total, task.name)
-    saver = saving.Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better)
+    metrics.attempt(first)
+    saver = saving.Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better, host.saved)
 
     def write_config(file: epath.Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -111,39 +117,56 @@ def train(task: Task, resume: str) -> Path:
             "value": value, "config": config.to_dict(), "data": task.data_digest, "history": history, **task.metadata,
             **(task.finish(state) if finished else {}),
         }, task.aligner)
+        if saver.taken_over:
+            raise Failure(f"Another run has begun to write to {folder}, so this one ends; what it saved before is whole.")
         return str(folder / f"{task.name}_{what}")
 
-    stop = StopSignals()
+    pace = Pace(host.name)
     waiting: tuple[int, dict] | None = None  # metrics of the step before, fetched while this one runs
     sums: dict[str, list[float]] = {}
+    waits = {"input_seconds": 0.0, "compile_seconds": 0.0}
+    asked, epoch_began, epoch_input = 0, time.perf_counter(), 0.0
     clock, done, ended, value = time.perf_counter(), first, first, found and found.metadata["value"]
     last = first if _out_of_patience(task, best, first) else total
+    batches = iter(task.batches(first, last))
     try:
-        with stop, jax.set_mesh(mesh):
-            for at, batch in zip(range(first, last), task.batches(first, last)):
+        with host.stoppable(), host.watched(progress.count), jax.set_mesh(mesh):
+            for at in range(first, last):
+                before = time.perf_counter()
+                batch = next(batches)
+                waits["input_seconds"] += time.perf_counter() - before
+                batch["asked"] = np.full(mine, host.asked(), np.int32)  # so that all learn of it in the same step
+                before = time.perf_counter()
                 state, out = step(state, put_batch(batch, mesh, config.accumulate), *constants)
+                if at == first:
+                    waits["compile_seconds"] = time.perf_counter() - before
                 if waiting:
-                    _collect(*waiting, sums)
+                    asked = max(asked, _collect(*waiting, sums))
                 waiting = (at + 1, out)
                 ended = at + 1
                 end_of_epoch = ended % task.steps_per_epoch == 0
                 within = not end_of_epoch and config.save_steps and ended % config.save_steps == 0
-                if ended - done >= 10 or end_of_epoch or within or stop.received:
-                    _collect(*waiting, sums)
+                if ended - done >= 10 or end_of_epoch or within or asked:
+                    asked = max(asked, _collect(*waiting, sums))
                     waiting = None
                     seconds = time.perf_counter() - clock
                     rate = (ended - done) * config.batch_size / seconds
                     means = {k: float(np.mean(v)) for k, v in sums.items()}
-                    metrics.write(ended, at // task.steps_per_epoch + 1, "train", means | {
-                        "seconds": seconds, "pairs_per_second": rate, "checkpoint_seconds": saver.blocked})
+                    metrics.write_steps(ended, at // task.steps_per_epoch + 1, means, {
+                        "seconds": seconds, "pairs_per_second": rate, "checkpoint_seconds": saver.blocked, **waits})
                     metrics.progress(ended - done, means["loss"], rate)
+                    epoch_input += waits["input_seconds"]
+                    waits = dict.fromkeys(waits, 0.0)
                     sums, clock, done, saver.blocked = {}, time.perf_counter(), ended, 0.0
                 if within:
                     save(f"step_{ended}", ended)
                 if end_of_epoch:
                     epoch = ended // task.steps_per_epoch
+                    if compared := pace.compare(epoch_input, time.perf_counter() - epoch_began):
+                        metrics.write(ended, epoch, "hosts", compared)
                     values = task.validate(state, epoch)
                     metrics.write(ended, epoch, "val", values)
+                    host.report({"step": ended, "epoch": epoch, **metrics.newest("train"), **values})
                     value = values.get(task.metric)
                     if value is not None and (best is None or (value > best["value"]) == task.higher_is_better
                                               and value != best["value"]):
@@ -154,13 +177,16 @@ def train(task: Task, resume: str) -> Path:
                         break
                     if ended < total:
                         save(f"epoch_{epoch}", ended, value)
-                    clock = time.perf_counter()
-                if stop.received and ended < total:
+                    clock, epoch_began, epoch_input = time.perf_counter(), time.perf_counter(), 0.0
+                if asked and ended < total:
                     path = save(f"step_{ended}", ended)
-                    whole = saver.settle()
-                    raise Interrupted(f"Stopped at step {ended} of {total}; " + (f"saved {path}." if whole else (
-                        f"that could not be saved, the newest checkpoint is {saver.last or 'none'}."))
-                        + " The same command goes on from there.", 130 if stop.received == signal.SIGINT else 75)
+                    if asked > SAVE_NOW:
+                        whole = saver.settle()
+                        raise Interrupted(f"Stopped at step {ended} of {total}; " + (f"saved {path}." if whole else (
+                            f"that could not be saved, the newest checkpoint is {saver.last or 'none'}."))
+                            + " The same command goes on from there.", asked)
+                    print(f"A host will go soon: saving {path} at step {ended}; the run goes on.", flush=True)
+                asked = 0
         epoch = ended // task.steps_per_epoch
         if epoch % config.save_every == 0 and ended > first:
             save(f"epoch_{epoch}", ended, value)
@@ -191,14 +217,26 @@ def begin(task: Task, placement: TrainState) -> TrainState:
     return state._replace(params=params, batch_stats=stats)
 
 
-def _collect(step: int, out: dict, sums: dict[str, list[float]]) -> None:
-    """Fetches a step's metrics; Failure when one of them is NaN or Inf."""
+def _collect(step: int, out: dict, sums: dict[str, list[float]]) -> int:
+    """Fetches a step's metrics, and what any process was asked; Failure when a metric is NaN or Inf."""
+    out = jax.device_get(out)
+    progress.made()
+    asked = int(out.pop("asked", 0))
     for k, v in out.items():
         v = float(v)
         if not math.isfinite(v):
             raise Failure(f"{k} is {v} at step {step}; nothing was saved after the last checkpoint. Lower the learning "
                           "rate (--set learning_rate=…), then run again.")
         sums.setdefault(k, []).append(v)
+    return asked
+
+
+def lost(rows: list[dict], step: int, saved: str) -> str:
+    """What an attempt that died had done after the checkpoint of `step`, as far as its metrics tell."""
+    gone = [r for r in rows if r["split"] == "train" and r["step"] > step]
+    since = (datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(saved)).total_seconds()
+    what = f"{gone[-1]['step'] - step} steps ({sum(r['seconds'] for r in gone):.0f} s of training)" if gone else "no step that was logged"
+    return f"Lost: {what}; the checkpoint was written {since:.0f} s ago"
 
 
 def saved_tree(state: TrainState, task: Task) -> dict:
@@ -282,24 +320,3 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-class StopSignals:
-    """SIGINT and SIGTERM are noted, and acted on between two steps; a second SIGINT stops at once."""
-
-    def __init__(self):
-        self.received: int | None = None
-
-    def __enter__(self):
-        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-        self.before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM) if main}
-        return self
-
-    def _note(self, number, frame):
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def __exit__(self, *_):
-        for s, handler in self.before.items():
-            signal.signal(s, handler)

@@ -16,7 +16,11 @@ from tqdm import tqdm
 
 log = logging.getLogger("ifvit")
 
-TIMES = ("seconds", "pairs_per_second", "checkpoint_seconds")  # what differs between two equal runs
+ATTEMPTS = "attempts.jsonl"
+
+# what differs between two equal runs
+TIMES = ("seconds", "pairs_per_second", "checkpoint_seconds", "input_seconds", "compile_seconds", "goodput", "host",
+         "probe_seconds")
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -31,11 +35,19 @@ def read_rows(path: Path) -> list[dict]:
     return rows
 
 
+def in_steps(row: dict) -> float:
+    """Seconds of a row of training that went into steps: not waiting for prints, checkpoints or the compiler."""
+    if row["split"] != "train":
+        return 0.0
+    return max(0.0, row["seconds"] - sum(row.get(f"{k}_seconds", 0.0) for k in ("input", "compile", "checkpoint")))
+
+
 class Metrics:
     """Writes a run's metrics under `folder`; rows after `step` of an earlier attempt are dropped.
 
-    Of several processes the first one writes. A full disk or a folder that is gone costs rows only until there is room again: `metrics.jsonl` is
-    then written anew, whole.
+    Of several processes the first one writes. A full disk or a folder that is gone costs rows only until there is
+    room again: `metrics.jsonl` is then written anew, whole. `attempts.jsonl` has a line for each time the run
+    was started, which nothing drops: from the first on goodput is counted.
     """
 
     def __init__(self, folder: Path, step: int, total: int, name: str):
@@ -50,6 +62,30 @@ class Metrics:
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", file=sys.stderr,
                         mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True, disable=not self.writes)
 
+    def attempt(self, first: int) -> None:
+        """Notes that the run has been started at a step."""
+        file = self.folder / ATTEMPTS
+        before = read_rows(file)
+        self._began = before[0]["time"] if before else time.time()
+        if self.writes:
+            try:
+                with file.open("a") as out:
+                    out.write(json.dumps({"time": time.time(), "from_step": first}) + "\n")
+            except OSError as e:
+                log.warning("⚠ %s could not be written (%s).", file, e.strerror)
+        self._kept = sum(map(in_steps, map(json.loads, self.lines)))
+
+    def write_steps(self, step: int, epoch: int, means: dict, times: dict) -> None:
+        """A row of training, with its share of the run's wall time so far that went into steps which were kept."""
+        self._kept += in_steps({"split": "train", **times})
+        goodput = self._kept / max(time.time() - self._began, 1e-9)
+        self.write(step, epoch, "train", means | times | {"goodput": goodput})
+
+    def newest(self, split: str) -> dict:
+        """Values of the newest row of a split."""
+        row = next((r for r in map(json.loads, reversed(self.lines)) if r["split"] == split), {})
+        return {k: v for k, v in row.items() if k not in ("split", "step", "epoch")}
+
     def progress(self, steps: int, loss: float, pairs_per_second: float) -> None:
         self.bar.set_postfix_str(f"loss {loss:.3f}, {pairs_per_second:.1f} pairs/s", refresh=False)
         self.bar.update(steps)
@@ -57,10 +93,12 @@ class Metrics:
     def write(self, step: int, epoch: int, split: str, values: dict) -> None:
         """One row; a value that is not finite is written as null."""
         row = {"step": step, "epoch": epoch, "split": split}
-        row |= {k: (float(v) if math.isfinite(v) else None) for k, v in values.items()}
+        row |= {k: v if isinstance(v, list) else float(v) if math.isfinite(v) else None for k, v in values.items()}
         self._write_lines(json.dumps(row) + "\n")
         if self.writes:
-            self._write_board({f"{split}/{k}": float(v) for k, v in values.items()}, step)
+            each = {(f"{k}/{n}" if isinstance(values[k], list) else k): x for k in values
+                    for n, x in enumerate(values[k] if isinstance(values[k], list) else [values[k]])}
+            self._write_board({f"{split}/{k}": float(v) for k, v in each.items() if not isinstance(v, str)}, step)
 
     def close(self) -> None:
         self.bar.close()

@@ -5,6 +5,7 @@ import math
 import os
 import re
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,8 +15,15 @@ import jax
 from etils import epath
 
 from ifvit import checkpoint
+from ifvit.processes import exchange
 
 log = logging.getLogger("ifvit")
+
+OWNER = "owner"  # in a run's folder: which attempt may write there, the one that was started last
+
+
+class TakenOver(Exception):
+    """Another run was started on this run's folder."""
 
 
 @dataclass(frozen=True)
@@ -35,16 +43,35 @@ class Saver:
     on, the next save tries again. Every process calls the same methods in the same order.
     """
 
-    def __init__(self, folder: epath.Path, module: str, config, steps_per_epoch: int, higher_is_better: bool):
+    def __init__(self, folder: epath.Path, module: str, config, steps_per_epoch: int, higher_is_better: bool,
+                 whole: Callable[[], None] = lambda: None):
+        self.whole = whole  # called when a checkpoint is
         self.folder, self.module, self.config = folder, module, config
         self.higher_is_better = higher_is_better
         self.blocked = 0.0  # seconds that training stood still for saving, until somebody sets it to 0
         self.last: str | None = None  # name of the newest checkpoint that is whole
+        self.taken_over = False  # another run writes to this folder now
+        self._owner = uuid.uuid4().hex
+        write_beside(folder / OWNER, self._own)
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future] | None = None
         self._saved = list(_already_there(folder, module, steps_per_epoch))
         checkpoint.discard_unfinished(folder, f"{module}_*")  # of a run that died
         self._check_best()
+
+    def _own(self, file: epath.Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self._owner)
+
+    def _still_ours(self) -> bool:
+        """Whether no run was started on this folder after this one; the first process looks, all hear the same."""
+        owner = self._owner
+        if jax.process_index() == 0:
+            try:
+                owner = (self.folder / OWNER).read_text()
+            except OSError:  # the folder is gone, or cannot be read: the write itself will tell
+                pass
+        return exchange("owner", "" if owner == self._owner else owner, checkpoint.BARRIER_MS)[0] == ""
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
         """Copies `state` and begins to write it; waits first for the checkpoint before, if that is not done yet."""
@@ -62,10 +89,12 @@ class Saver:
         try:
             future.result()
         except Exception as e:  # a disk has many ways to fail, and none of them is a reason to stop training
+            self.taken_over = isinstance(e, TakenOver)  # known here, not in the thread: at the same step on every process
             log.warning("⚠ Checkpoint %s could not be written (%s); training goes on, and the next save tries again.",
                         self.folder / name, checkpoint.reason(e))
             return False
         self.last = name
+        self.whole()
         return True
 
     def close(self) -> None:
@@ -73,6 +102,8 @@ class Saver:
         self._thread.shutdown()
 
     def _write(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
+        if not self._still_ours():
+            raise TakenOver("another run has begun to write here")
         checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # of a write that failed
         checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]

@@ -10,6 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from ifvit import progress
 from ifvit.errors import UserError
 
 
@@ -35,11 +36,13 @@ def make_mesh(pairs: int, model_parallel: int = 1) -> Mesh:
     divide it. UserError when they do not fit.
     """
     devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
-    if devices[0].platform == "cpu" and jax.process_count() == 1 and FORCED not in os.environ.get("XLA_FLAGS", ""):
-        fitting = [n for n in range(1, len(devices) + 1)
-                   if pairs % n == 0 and pairs // n >= MIN_PAIRS and n % model_parallel == 0]
-        devices = devices[: max(fitting, default=model_parallel)]
-    local = len(devices) // jax.process_count()
+    processes = jax.process_count()
+    if devices[0].platform == "cpu" and FORCED not in os.environ.get("XLA_FLAGS", ""):
+        cores = len(devices) // processes
+        fitting = [n for n in range(1, cores + 1) if pairs % (n * processes) == 0 and n % model_parallel == 0
+                   and (n == 1 or pairs // (n * processes) >= MIN_PAIRS)]
+        devices = [d for n, d in enumerate(devices) if n % cores < max(fitting, default=min(model_parallel, cores))]
+    local = len(devices) // processes
     if len(devices) % model_parallel or (model_parallel % local and local % model_parallel):
         raise UserError(f"model_parallel is {model_parallel}, and {local} devices a host ({len(devices)} in all) do not "
                         f"divide by it; use --set model_parallel={math.gcd(local, model_parallel)}.")
@@ -109,5 +112,8 @@ def put_whole_batch(batch: dict, mesh: Mesh) -> dict:
 def fetch(tree):
     """Device arrays -> numpy on every process, whole."""
     if jax.process_count() == 1:
-        return jax.device_get(tree)
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+        whole = jax.device_get(tree)
+    else:
+        whole = jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)
+    progress.made()
+    return whole

@@ -37,16 +37,19 @@ def train_step(loss: Callable, config, tx: optax.GradientTransformation, schedul
     `loss(params, batch_stats, batch, keys, *constants)` -> (value, (batch_stats, metrics)) sees one device's
     pairs and gives its share of the global batch's loss and metrics: shares are added up. With
     `config.accumulate` the batch comes as so many micro-batches (A, B/A, …), whose gradients are averaged;
-    BatchNorm sees each micro-batch whole.
+    BatchNorm sees each micro-batch whole. What a process is asked (`asked` in the batch, the same for each of its
+    pairs) comes back as the greatest of all, in the same step everywhere.
     """
     def step(state: TrainState, batch: dict, *constants):
+        batch = dict(batch)
+        asked = {"asked": batch.pop("asked").max()} if "asked" in batch else {}
         keys = pair_keys(config.seed, state.step, batch["genuine"].shape)
         grads, value, stats, metrics = over_devices(_gradient(loss, config.accumulate))(
             gathered(state.params), state.batch_stats, batch, keys, constants)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
-        return TrainState(params, stats, opt_state, state.step + 1), metrics
+        return TrainState(params, stats, opt_state, state.step + 1), metrics | asked
 
     return step
 

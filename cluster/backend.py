@@ -1,0 +1,125 @@
+"""JAX's processes in the workers of Ray Train: `jax.distributed` on every one, each with the devices that Ray gave it.
+
+Ray's own JaxConfig starts nothing on CPU, writes CUDA_VISIBLE_DEVICES anew in every worker, over Ray's
+assignment (two one-GPU workers of a host both take GPU 0), and leaves JAX's time-outs as they are.
+"""
+
+import os
+import socket
+import sys
+from dataclasses import dataclass
+from importlib import metadata
+
+import ray
+from ray.train.backend import Backend, BackendConfig
+from ray.util.tpu import get_tpu_coordinator_env_vars
+
+problem = ""  # in a worker: why its group cannot run; told by the training function, whose errors reach the user
+
+
+@dataclass
+class JaxBackendConfig(BackendConfig):
+    """Time-outs in seconds; `port` of the coordination service, 0 for any free one."""
+
+    platform: str = "CPU"               # GPU, TPU or CPU: what the workers have
+    packages: tuple[str, ...] = ("jax", "jaxlib")  # whose versions have to agree
+    port: int = 0
+    heartbeat_timeout: int = 60         # a process that is silent for so long is dead to the others
+    initialization_timeout: int = 120
+
+    @property
+    def backend_cls(self):
+        return JaxBackend
+
+
+class JaxBackend(Backend):
+    """Starts JAX's processes before the training function; they end with it (`on_ray._work`), or are killed."""
+
+    def on_start(self, worker_group, backend_config: JaxBackendConfig) -> None:
+        workers, count = worker_group.get_workers(), len(worker_group)
+        versions = worker_group.execute(_versions, backend_config.packages)
+        address, port, why = worker_group.execute_single(0, _coordinator, backend_config.port)
+        why = _difference([w.metadata.node_ip for w in workers], versions) or why
+        slices = worker_group.get_worker_group_context().num_slices if backend_config.platform == "TPU" else 1
+        starting = []
+        for rank, worker in enumerate(workers):
+            context = worker.distributed_context
+            env = {}
+            if slices > 1:  # Ray ranks the workers slice by slice
+                env = get_tpu_coordinator_env_vars(coordinator_address=address, num_slices=slices,
+                                                   slice_id=rank * slices // count)
+            starting.append(worker.execute_async(_start, why, f"{address}:{port}", count, rank, backend_config, env,
+                                                 (context.local_rank, context.local_world_size)))
+        ray.get(starting)
+
+    def on_shutdown(self, worker_group, backend_config: JaxBackendConfig) -> None:
+        """Nothing: a group that is shut down has ended by itself, or waits for somebody who is gone."""
+
+
+def _versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {"python": ".".join(map(str, sys.version_info[:2]))}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "none installed"  # e.g. run from its working directory
+    return found
+
+
+def _difference(hosts: list[str], versions: list[dict[str, str]]) -> str:
+    """A sentence where two hosts have different versions; '' where all agree."""
+    for host, theirs in zip(hosts, versions):
+        for package, version in theirs.items():
+            if version != versions[0][package]:
+                return (f"{package} is {version} on {host} and {versions[0][package]} on {hosts[0]}; install the same version "
+                        "on every host.")
+    return ""
+
+
+def _coordinator(port: int) -> tuple[str, int, str]:
+    """Address and port of the coordination service, on the first worker's host; and why it cannot be had there."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket() as s:
+        s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            s.bind(("", port))
+        except OSError as e:
+            return address, port, (f"Port {port} of {address} cannot be had for JAX's coordinator ({e.strerror}); give another "
+                                   "with --coordinator_port, or 0 for any free one.")
+        return address, s.getsockname()[1], ""
+
+
+def _start(why: str, coordinator: str, count: int, rank: int, config: JaxBackendConfig, env: dict,
+           place: tuple[int, int]) -> None:
+    """In the worker: its share of the host's cores, its platform, its place among JAX's processes."""
+    global problem
+    problem = why
+    os.environ.update(env)
+    local_rank, local_count = place
+    if config.platform == "CPU" and local_count > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        share = cores[local_rank * len(cores) // local_count : (local_rank + 1) * len(cores) // local_count]
+        os.sched_setaffinity(0, share or cores)  # the training thread inherits it from this one
+    if count > 1 and not why:
+        import jax
+
+        if config.platform == "CPU":
+            _cache_every_process()
+        jax.distributed.initialize(coordinator, count, rank, initialization_timeout=config.initialization_timeout,
+                                   heartbeat_timeout_seconds=config.heartbeat_timeout,
+                                   cluster_detection_method="deactivate")
+
+
+def _cache_every_process() -> None:
+    """Lets each process write what it compiles to the compilation cache, where its key is its own.
+
+    JAX lets the first process alone write: on GPU and TPU the key is the same for all. On CPU it is not, and the
+    others would compile for minutes at every start (jax 0.10: `compiler._cache_write`, `cache_key.get`).
+    """
+    from jax._src import compilation_cache, compiler, config
+
+    def write(key, seconds, name, client, executable, host_callbacks):
+        if not host_callbacks and seconds >= config.persistent_cache_min_compile_time_secs.value:
+            compilation_cache.put_executable_and_time(key, name, executable, client, int(seconds))
+
+    compiler._cache_write = write

@@ -1,0 +1,86 @@
+"""What a run sees of the process it is in: whether it is asked to stop, and somebody to report to."""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+# What a process may be asked, the strongest last: `SAVE` (its host will go soon), or to save and stop, with the
+# exit code that tells why.
+SAVE, PREEMPTED, INTERRUPTED = 1, 75, 130
+HUNG = 70  # exit code of a process that ended itself because nothing moved any more
+
+
+class ClusterError(Exception):
+    """What the user asked for cannot be had; one sentence and its remedy."""
+
+
+class Host:
+    """This process alone, whose signals are noted while `stoppable`. `on_ray.Worker` is one of several."""
+
+    name = ""            # of the host, where there are several
+    first_here = True    # of the processes of this host
+
+    def __init__(self):
+        self._asked = 0
+
+    @contextlib.contextmanager
+    def stoppable(self) -> Iterator[None]:
+        """SIGINT and SIGTERM are noted, not acted on; a second SIGINT stops at once."""
+        main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+        before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM) if main}
+        try:
+            yield
+        finally:
+            for s, handler in before.items():
+                signal.signal(s, handler)
+
+    def _note(self, number, frame):
+        if self._asked == INTERRUPTED and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._asked = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+
+    def asked(self) -> int:
+        """0, SAVE (told once a notice), PREEMPTED or INTERRUPTED."""
+        return self._asked
+
+    def watched(self, progress: Callable[[], int]) -> contextlib.AbstractContextManager:
+        """A block in which `progress()` has to grow; a process alone waits for nobody, and cannot hang in a collective."""
+        return contextlib.nullcontext()
+
+    def report(self, values: dict) -> None:
+        """Metrics of an epoch, to whoever looks after the run."""
+
+    def saved(self) -> None:
+        """A checkpoint is whole: what was done until it cannot be lost."""
+
+
+@contextlib.contextmanager
+def watchdog(progress: Callable[[], int], seconds: float, name: str) -> Iterator[None]:
+    """Ends the process, exit code HUNG, when `progress()` has not grown for `seconds`; 0: never.
+
+    It begins with the first growth: before that programs are compiled, which may take any time. A collective
+    that another process never joins cannot be given up from within: there is no other way out.
+    """
+    over = threading.Event()
+
+    def watch():
+        seen, since, begun = progress(), time.monotonic(), False
+        while not over.wait(min(1.0, seconds / 4)):
+            if (now := progress()) != seen:
+                seen, since, begun = now, time.monotonic(), True
+            elif begun and time.monotonic() - since > seconds:
+                print(f"⚠ {name or 'This process'} has not moved for {seconds:g} s (a collective that hangs?); it ends "
+                      "itself, and the run goes on from the newest checkpoint.", file=sys.stderr, flush=True)
+                os._exit(HUNG)
+
+    thread = threading.Thread(target=watch, daemon=True, name="watchdog")
+    if seconds:
+        thread.start()
+    try:
+        yield
+    finally:
+        over.set()

@@ -1,0 +1,63 @@
+#!/bin/bash
+# Both modules trained and evaluated on Slurm: one Ray node on each of two hosts of eight GPUs, `sbatch slurm.sh`.
+# Edit the resources in the next lines to whole hosts of yours, and the three paths below them, on storage that all
+# hosts share. Before the time is up, or the job is preempted, it is told (--signal), saves, and queues itself again;
+# `scancel` ends it for good. Preemption tells it only where slurm.conf has PreemptParameters=send_user_signal; else it
+# goes on from the save before. Needs Slurm 20.11 or newer.
+#SBATCH --job-name=ifvit
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=64
+#SBATCH --gpus-per-node=8
+#SBATCH --mem=0
+#SBATCH --exclusive
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=ifvit-%j.log
+set -u
+
+VENV=/YOUR-SHARED/venv          # python -m venv VENV; VENV/bin/pip install ".[cuda]"
+PRINTS=/YOUR-SHARED/prints
+RUN=/YOUR-SHARED/run1           # checkpoints; the same RUN goes on from the newest
+
+source "$VENV/bin/activate"
+export IFVIT_CACHE="${IFVIT_CACHE:-$RUN/cache}"
+
+# This script runs on the first host, which becomes Ray's head. Its address, not its name: that may mean 127.0.1.1 here.
+# Set HEAD_IP where the first address is not the network that the hosts share.
+address="${HEAD_IP:-$(hostname -I | cut -d' ' -f1)}:$((20000 + SLURM_JOB_ID % 10000))"
+
+# Whoever reaches Ray's ports and has no token is refused; srun hands the token to all hosts.
+RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$(ray get-auth-token --generate 2>/dev/null)}"
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600       # 30 s are few where Python starts from a network disk
+
+# Ray's own processes must outlive the notice, or nothing can be saved: it goes to the driver alone, by its number.
+here="$(mktemp -d)"
+told() {
+  if [ -s "$here/pid" ]; then kill -TERM "$(cat "$here/pid")"
+  else echo 75 > "$here/code"; kill -TERM "$step"; fi   # not begun yet: nothing to save
+}
+
+# Only the head runs what follows `--`. Its exit code goes through a file, since srun's is the highest of all hosts'.
+srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 --wait=0 \
+  ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
+    --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$SLURM_GPUS_ON_NODE" --disable-usage-stats -- \
+  bash -c '"$@" & echo $! > "$0/pid"; wait $!; code=$?; echo $code > "$0/code"; exit $code' "$here" \
+  env RAY_ADDRESS="$address" python -m ifvit.train_all --preset paper --runtime ray \
+    --num_workers "$SLURM_JOB_NUM_NODES" --dataset_root "$PRINTS" \
+    --dense_checkpoint_dir "$RUN/dense_reg" --matcher_checkpoint_dir "$RUN/matcher" &
+step=$!
+trap told TERM
+while wait "$step"; code=$?; kill -0 "$step" 2>/dev/null; do :; done    # a notice ends `wait` before its time
+trap '' TERM
+
+[ -s "$here/code" ] && code="$(cat "$here/code")"
+rm -rf "$here"
+# 75: saved, run me again. Not after scancel, which also lets the run save: then the job is no longer RUNNING.
+if [ "$code" = 75 ] && scontrol show job "$SLURM_JOB_ID" | grep -q JobState=RUNNING; then
+  scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,363 @@
+"""A job on Ray: where its workers go, how often it is tried again, and how it is stopped.
+
+Ray Train's controller keeps one group of actors going, by default one a host with all of that host's
+accelerators. Each calls the job's function in its own JAX process. When one dies the group is started
+again, and the job goes on from its own checkpoints: Ray is told metrics and nothing else.
+"""
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+import ray.train
+from ray.exceptions import RayTaskError
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+
+from cluster import backend
+from cluster.backend import JaxBackendConfig
+from cluster.host import INTERRUPTED, PREEMPTED, SAVE, ClusterError, Host, watchdog
+from cluster.launch import Job, Request
+
+LOOK = 2.0        # seconds between looks for a notice of preemption, or a request to stop
+RESIZE = 30.0     # seconds between looks for hosts that have come, where the number of workers is a range
+# what is set for the driver holds for its workers: their programs and caches are the same
+PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
+
+
+class Ended(Exception):
+    """The job's own end: another try would not change it."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+
+def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
+    """Runs a job on the cluster of RAY_ADDRESS, or on one of this machine alone; (exit code, message)."""
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    if request.hang_timeout:  # a worker that does not even answer
+        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
+    alone = not os.environ.get("RAY_ADDRESS")
+    try:
+        ray.init(include_dashboard=False if alone else None, log_to_driver=True, logging_level=logging.WARNING)
+    except (ConnectionError, ValueError) as e:
+        raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
+                           f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
+    try:
+        place = placement(request, alone)
+        job = job_for(place.platform)
+        return _run(job, request, place.fitting(job.batches), alone)
+    finally:
+        ray.shutdown()
+
+
+# ---- where workers go
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What each worker gets, and how many there are."""
+
+    platform: str                    # GPU, TPU or CPU
+    resources: dict[str, float]      # of a worker
+    workers: tuple[int, int]         # fewest, most
+    exactly: bool                    # asked for in this number
+    topology: str | None = None      # of a TPU slice, e.g. 4x4
+    accelerator: str | None = None   # e.g. TPU-V6E
+
+    def fits(self, workers: int, batches: tuple[int, ...]) -> bool:
+        """Whether a number of workers divides every batch; of CPU cores a worker uses as many as do."""
+        devices = 1 if self.platform == "CPU" else int(self.resources[self.platform])
+        return all(batch % (workers * devices) == 0 for batch in batches)
+
+    def fitting(self, batches: tuple[int, ...]) -> "Placement":
+        """The same with at most as many workers as divide the batches; ClusterError where none does, or another number was asked."""
+        low, high = self.workers
+        found = [n for n in range(low if self.exactly else 1, high + 1) if self.fits(n, batches)]
+        if not found:
+            devices = "" if self.platform == "CPU" else f" of {self.resources[self.platform]:g} {self.platform}s"
+            raise ClusterError(f"Batches of {' and '.join(map(str, batches))} pairs do not divide among {high} workers{devices}; "
+                               "use another --num_workers, or a --batch_size that is a multiple.")
+        if found[-1] < high:
+            print(f"{found[-1]} workers, not {high}: more do not divide the batch", flush=True)
+        return Placement(self.platform, self.resources, (min(low, found[0]) if low < high else found[-1], found[-1]),
+                         self.exactly, self.topology, self.accelerator)
+
+
+def placement(request: Request, alone: bool) -> Placement:
+    """One worker a host, with all that the host has, or `workers_per_host`; waits until there are hosts for them.
+
+    `alone`: Ray runs on this machine only, where all workers asked for share the host. ClusterError when the
+    cluster does not have in time what is asked.
+    """
+    asked = request.workers()
+    low, high = asked or (1, 0)
+    a_host = request.workers_per_host or (high if alone and asked else 1)
+    until = time.monotonic() + (0 if alone else request.wait_for_hosts)
+    while True:
+        nodes = [n for n in ray.nodes() if n["Alive"]]
+        platform = next((p for p in ("TPU", "GPU") if any(n["Resources"].get(p) for n in nodes)), "CPU")
+        hosts = [n for n in nodes if n["Resources"].get(platform, 0) >= a_host]
+        if len(hosts) * a_host >= low and (asked or hosts):
+            break
+        if time.monotonic() > until:
+            there = Counter(", ".join(f"{n['Resources'].get(p, 0):g} {p}" for p in ("CPU", "GPU", "TPU")
+                                      if p == "CPU" or n["Resources"].get(p)) for n in nodes)
+            raise ClusterError(
+                f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
+                f"{platform}, and there are {', '.join(f'{k} hosts with {v}' for v, k in there.items()) or 'no hosts'}; start more "
+                "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
+                "--wait_for_hosts.")
+        time.sleep(0.5)
+    each = min(int(n["Resources"][platform]) for n in hosts) // a_host
+    resources = {"CPU": float(each)} if platform == "CPU" else {"CPU": 1.0, platform: float(each)}
+    most = high if asked else len(hosts) * a_host
+    found = Placement(platform, resources, (low if asked else most, most), bool(asked))
+    if platform == "TPU" and most > 1:
+        labels = hosts[0]["Labels"]
+        pod = labels.get("ray.io/tpu-pod-type", "")  # v6e-16
+        found = Placement(platform, resources, found.workers, found.exactly, labels.get("ray.io/tpu-topology"),
+                          f"TPU-{pod.split('-')[0].upper()}" if pod else None)
+    return found
+
+
+# ---- the driver
+
+
+class Trainer(DataParallelTrainer):
+    """Ray's, with a job's own end told apart from failures, and worker counts that divide its batches."""
+
+    def __init__(self, place: Placement, batches: tuple[int, ...], desk, max_failures: int, alone: bool, **how):
+        super().__init__(_work, **how)
+        self._place, self._batches, self._desk, self._max_failures, self._alone = place, batches, desk, max_failures, alone
+
+    def _create_default_callbacks(self):
+        # one of them asks the dashboard, every second, whether the controller lives: a Ray of this machine alone has none
+        return [c for c in super()._create_default_callbacks()
+                if not (self._alone and isinstance(c, PlacementGroupCleanerCallback))]
+
+    def _initialize_and_run_controller(self, **how):
+        how["failure_policy"] = FailurePolicy(self.run_config.failure_config, self._desk, self._max_failures)
+        if self.scaling_config.elasticity_enabled:
+            how["scaling_policy"] = ScalingPolicy(self.scaling_config, self._place, self._batches)
+        return super()._initialize_and_run_controller(**how)
+
+
+class FailurePolicy(DefaultFailurePolicy):
+    """Tries again as long as the job gets on; gives up after `max_failures` in a row without a new checkpoint.
+
+    Ray's own counts all failures of a run: on preemptible hosts a long run meets any number. Preemptions with
+    a notice, and hosts that are still to come, are Ray's own affair and are not counted.
+    """
+
+    def __init__(self, failure_config: FailureConfig, desk, max_failures: int):
+        super().__init__(failure_config)
+        self._desk, self._limit = desk, max_failures
+        self._furthest, self._in_vain = -1, 0
+
+    def make_decision(self, training_failed_error) -> FailureDecision:
+        if _ended(training_failed_error):
+            return FailureDecision.RAISE
+        start_failed = (isinstance(training_failed_error, ControllerError)  # of JAX's processes
+                        and isinstance(training_failed_error.controller_failure, RayTaskError))
+        decision = FailureDecision.RETRY if start_failed else super().make_decision(training_failed_error)
+        if start_failed or isinstance(training_failed_error, WorkerGroupError):
+            furthest = ray.get(self._desk.furthest.remote())
+            self._in_vain = 1 if furthest > self._furthest else self._in_vain + 1
+            self._furthest = furthest
+            if self._in_vain > self._limit:
+                return FailureDecision.RAISE
+        return decision
+
+
+class ScalingPolicy(ElasticScalingPolicy):
+    """As many workers as there are hosts for, and as divide the batch."""
+
+    def __init__(self, scaling_config: ScalingConfig, place: Placement, batches: tuple[int, ...]):
+        super().__init__(scaling_config)
+        self._place, self._batches = place, batches
+
+    def _count_possible_workers(self, reserved_resources) -> int:
+        most = super()._count_possible_workers(reserved_resources)
+        return max((n for n in range(1, most + 1) if self._place.fits(n, self._batches)), default=0)
+
+
+def _ended(error: BaseException | None) -> Ended | None:
+    """A job's own end among the workers' errors: the others' are what it made of them."""
+    return next((e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, Ended)), None)
+
+
+def _run(job: Job, request: Request, place: Placement, alone: bool) -> tuple[int, str]:
+    low, high = place.workers
+    print(f"Ray: {low if low == high else f'{low} to {high}'} worker{'s' if high > 1 else ''}, each with "
+          + ", ".join(f"{v:g} {k}" for k, v in place.resources.items()), flush=True)
+    desk = ray.remote(num_cpus=0)(Desk).options(
+        label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}).remote()
+    env = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON) and (k != "JAX_PLATFORMS" or place.platform == "CPU")}
+    if place.platform == "CPU":
+        env["JAX_PLATFORMS"] = "cpu"
+    if sys.platform == "linux":
+        env |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # malloc's large blocks in huge pages
+    with tempfile.TemporaryDirectory() as scratch:  # Ray Train notes its own state there; nothing of the run
+        try:
+            trainer = Trainer(
+                place, job.batches, desk, request.max_failures, alone, train_loop_config={"job": job, "request": request, "desk": desk, "cwd": os.getcwd()},
+                backend_config=JaxBackendConfig(place.platform, job.packages, request.coordinator_port),
+                scaling_config=ScalingConfig(
+                    num_workers=high if low == high else (low, high), resources_per_worker=place.resources,
+                    use_gpu=place.platform == "GPU", use_tpu=place.platform == "TPU", topology=place.topology,
+                    accelerator_type=place.accelerator, elastic_resize_monitor_interval_s=RESIZE),
+                run_config=RunConfig(name=f"{job.name}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
+                                     failure_config=FailureConfig(max_failures=-1),
+                                     worker_runtime_env={"env_vars": env}))
+        except ValueError as e:  # a TPU slice that cannot be had in this number of workers
+            raise ClusterError(f"Ray refuses {high} workers on {place.platform}: {e}; ask for another --num_workers.") from None
+        return _wait(trainer, desk, request.max_failures)
+
+
+def _wait(trainer: Trainer, desk, max_failures: int) -> tuple[int, str]:
+    """Runs the trainer in a thread: this one takes the signals, and tells the workers of them."""
+    result: list[BaseException | None] = []
+
+    def fit():
+        try:
+            trainer.fit()
+            result.append(None)
+        except BaseException as e:
+            result.append(e)
+
+    thread = threading.Thread(target=fit, daemon=True)
+    told: list[int] = []
+    before = {}
+    for s, code in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, PREEMPTED)):
+        before[s] = signal.signal(s, lambda *_, code=code: told.append(code))
+    try:
+        thread.start()
+        said = 0
+        while thread.is_alive():
+            thread.join(0.2)
+            if len(told) > said:
+                said = len(told)
+                if told.count(INTERRUPTED) > 1:
+                    return INTERRUPTED, "Stopped without saving; the same command goes on from the last checkpoint."
+                print("Stopping: the workers save, then end.", flush=True)
+                desk.ask.remote(told[-1])
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+    error = result[0]
+    if error is None:
+        return 0, ""
+    if ended := _ended(error):
+        return ended.code, ended.message
+    if not isinstance(error, TrainingFailedError):
+        raise error
+    lines = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return 1, (f"The run has failed {max_failures + 1} times without getting on, last with: "
+               f"{lines[-1] if lines else type(error).__name__}. Its checkpoints are whole; the same command goes on from them.")
+
+
+class Desk:
+    """Where the driver leaves word for the workers, and they say how far they are."""
+
+    def __init__(self):
+        self._code = 0
+        self._furthest = 0
+
+    def got_on(self) -> None:
+        self._furthest += 1
+
+    def furthest(self) -> int:
+        return self._furthest
+
+    def ask(self, code: int) -> None:
+        self._code = code
+
+    def asked(self) -> int:
+        return self._code
+
+
+# ---- a worker
+
+
+class Worker(Host):
+    """One of the processes of a run on Ray."""
+
+    def __init__(self, request: Request, desk):
+        super().__init__()
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.first_here = context.get_local_rank() == 0
+        self.name = f"host {ray.util.get_node_ip_address()}, process {self.rank}"
+        self._hang_timeout = request.hang_timeout if self.world > 1 else 0
+        self._context = get_train_context()  # the public get_preemption_info is a barrier over all workers
+        self._notices, self._told = 0, 0
+        self._desk = desk
+        threading.Thread(target=self._look, args=(desk,), daemon=True, name="notices").start()
+
+    def _look(self, desk) -> None:
+        known = None
+        while True:
+            info = self._context.preemption_context.preemption_info
+            if info is not None and info != known:
+                known, self._notices = info, self._notices + 1
+            if self.rank == 0:  # one is enough: what one is asked, all do
+                with contextlib.suppress(Exception):  # its host is gone, and so is the driver
+                    self._asked = ray.get(desk.asked.remote(), timeout=60) or self._asked
+            time.sleep(LOOK)
+
+    def stoppable(self):
+        return contextlib.nullcontext()
+
+    def asked(self) -> int:
+        if self._told < self._notices:
+            self._told = self._notices
+            return max(SAVE, self._asked)
+        return self._asked
+
+    def watched(self, progress):
+        return watchdog(progress, self._hang_timeout, self.name)
+
+    def report(self, values: dict) -> None:
+        ray.train.report(values)
+
+    def saved(self) -> None:
+        if self.rank == 0:
+            self._desk.got_on.remote()
+
+
+def _work(config: dict) -> None:
+    """Ray Train's training function: the job's, on this worker. Raises Ended unless it ends well."""
+    if backend.problem:
+        raise Ended(2, backend.problem)
+    job: Job = config["job"]
+    with contextlib.suppress(OSError):  # relative paths mean what they mean where the job was started, if that is here
+        os.chdir(config["cwd"])
+    worker = Worker(config["request"], config["desk"])
+    code, message = job.call(worker)
+    if code:
+        raise Ended(code, f"{worker.name}: {message}" if worker.world > 1 and code == 2 else message)
+    if worker.world > 1:
+        import jax
+
+        jax.distributed.shutdown()

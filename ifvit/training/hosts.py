@@ -1,0 +1,72 @@
+"""How fast each process of a run is: in a run of many, one that is slow makes all of them wait, and looks like them.
+
+A step ends everywhere at the same time, so its duration says nothing of who was waited for. What a process alone
+is answerable for is measured: the time it waits for its own batches, and the time its first device needs
+for a piece of work that is the same on all.
+"""
+
+import json
+import logging
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ifvit.processes import exchange
+
+log = logging.getLogger("ifvit")
+
+SLOW = 1.5       # times the median of all processes
+NOTEWORTHY = 0.1  # share of an epoch's time that one may wait for input before it is named
+
+
+class Pace:
+    """What this process needed in an epoch, set against the others at its end."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.several = jax.process_count() > 1
+
+    def compare(self, input_seconds: float, seconds: float) -> dict | None:
+        """Per process `input_seconds` and `probe_seconds`, the slow ones named in the log; None for a process alone."""
+        if not self.several:
+            return None
+        said = [json.loads(s) for s in exchange("pace", json.dumps(
+            {"host": self.name, "input_seconds": round(input_seconds, 3), "probe_seconds": probe()}))]
+        if jax.process_index() == 0:
+            for line in slow(said, seconds):
+                log.warning("⚠ %s", line)
+        return {k: [s[k] for s in said] for k in said[0]}
+
+
+def slow(said: list[dict], seconds: float) -> list[str]:
+    """A sentence for each process that is slower than the median by more than SLOW, or starves."""
+    middle = statistics.median_low([s["probe_seconds"] for s in said])
+    lines = [f"{s['host']} is slow: its device takes {s['probe_seconds'] / middle:.1f} times as long as the others' for the "
+             "same work, and every step waits for it." for s in said if s["probe_seconds"] > SLOW * middle]
+    usual = statistics.median_low([s["input_seconds"] for s in said])
+    return lines + [f"{s['host']} waits for its prints: {s['input_seconds']:.1f} of the epoch's {seconds:.1f} s, the others "
+                    f"{usual:.1f} s." for s in said
+                    if s["input_seconds"] > max(SLOW * usual, NOTEWORTHY * seconds)]
+
+
+def probe() -> float:
+    """Seconds of a fixed piece of work on this process's first device, the median of five."""
+    size = 384 if jax.default_backend() == "cpu" else 4096
+    times = []
+    with jax.set_mesh(Mesh([jax.local_devices()[0]], ("alone",))):
+        x = jnp.asarray(np.full((size, size), 1 / size, np.float32))
+        jax.block_until_ready(_work(x))  # compiles
+        for _ in range(5):
+            clock = time.perf_counter()
+            jax.block_until_ready(_work(x))
+            times.append(time.perf_counter() - clock)
+    return statistics.median(times)
+
+
+@jax.jit
+def _work(x):
+    return jax.lax.fori_loop(0, 20, lambda _, y: jnp.tanh(y @ x), x)

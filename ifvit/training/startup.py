@@ -1,0 +1,51 @@
+"""What is checked before a run of several processes begins: a mistake shows in its first minute, not at its first save."""
+
+import time
+import uuid
+
+import jax
+
+from ifvit import checkpoint
+from ifvit.errors import UserError
+from ifvit.processes import exchange, require_same, together
+from ifvit.training import saving
+
+PATIENCE = 15.0  # seconds that a shared file system gets to show one host's file to another
+
+
+def check_hosts(config, host) -> None:
+    """UserError unless all processes have the same configuration and write to the same folder."""
+    if jax.process_count() == 1:
+        return
+    ours = {k: v for k, v in config.to_dict().items() if k != "checkpoint_dir"}
+    require_same("The configuration", repr(sorted(ours.items())), host.name, "start all of them with the same command.")
+    folder = checkpoint.as_local_path(config.checkpoint_dir)
+    mark = exchange("mark", uuid.uuid4().hex)[0]
+    seen = folder / f".seen-by-all-{mark}"
+
+    def write():
+        if why := saving.writable(folder):
+            raise UserError(f"{host.name} cannot write checkpoints to {folder} ({why}); give a directory that all hosts share "
+                            "and may write to.")
+        if jax.process_index() == 0:
+            seen.write_text("")
+
+    def look():
+        until = time.monotonic() + PATIENCE
+        while not seen.exists():
+            if time.monotonic() > until:
+                raise UserError(f"{host.name} does not see in {folder} what another host has written there; checkpoints need a "
+                                "directory that all hosts share.")
+            time.sleep(0.2)
+
+    try:
+        together("write", write)
+        together("look", look)
+    finally:
+        if jax.process_index() == 0:
+            seen.unlink(missing_ok=True)
+
+
+def check_prints(prints, host) -> None:
+    """UserError unless all processes have found the same prints: names, fingers and sizes of files."""
+    require_same("The list of prints", prints.listing(), host.name, "give a --dataset_root that is the same on every host.")
