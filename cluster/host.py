@@ -21,7 +21,8 @@ class ClusterError(Exception):
 class Host:
     """This process alone, whose signals are noted while `stoppable`. `on_ray.Worker` is one of several."""
 
-    name = ""            # of the host, where there are several
+    name = ""            # of host and process, where there are several
+    rank = 0
     first_here = True    # of the processes of this host
 
     def __init__(self):

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import ray
 import ray.train
 from ray.exceptions import RayTaskError
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
@@ -181,12 +181,15 @@ class FailurePolicy(DefaultFailurePolicy):
         start_failed = (isinstance(training_failed_error, ControllerError)  # of JAX's processes
                         and isinstance(training_failed_error.controller_failure, RayTaskError))
         decision = FailureDecision.RETRY if start_failed else super().make_decision(training_failed_error)
+        for rank, error in getattr(training_failed_error, "worker_failures", {}).items():
+            print(f"⚠ Process {rank} has failed: {_first_line(error)}", flush=True)
         if start_failed or isinstance(training_failed_error, WorkerGroupError):
             furthest = ray.get(self._desk.furthest.remote())
             self._in_vain = 1 if furthest > self._furthest else self._in_vain + 1
             self._furthest = furthest
             if self._in_vain > self._limit:
                 return FailureDecision.RAISE
+            print("The workers are started again; the run goes on from the newest checkpoint.", flush=True)
         return decision
 
 
@@ -205,6 +208,12 @@ class ScalingPolicy(ElasticScalingPolicy):
 def _ended(error: BaseException | None) -> Ended | None:
     """A job's own end among the workers' errors: the others' are what it made of them."""
     return next((e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, Ended)), None)
+
+
+def _first_line(error: BaseException) -> str:
+    """What an error says, without its traceback."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[0])[:300]
 
 
 def _run(job: Job, request: Request, place: Placement, alone: bool) -> tuple[int, str]:
@@ -229,6 +238,7 @@ def _run(job: Job, request: Request, place: Placement, alone: bool) -> tuple[int
                     accelerator_type=place.accelerator, elastic_resize_monitor_interval_s=RESIZE),
                 run_config=RunConfig(name=f"{job.name}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
                                      failure_config=FailureConfig(max_failures=-1),
+                                     logging_config=LoggingConfig(log_level="WARNING"),
                                      worker_runtime_env={"env_vars": env}))
         except ValueError as e:  # a TPU slice that cannot be had in this number of workers
             raise ClusterError(f"Ray refuses {high} workers on {place.platform}: {e}; ask for another --num_workers.") from None
@@ -272,9 +282,8 @@ def _wait(trainer: Trainer, desk, max_failures: int) -> tuple[int, str]:
         return ended.code, ended.message
     if not isinstance(error, TrainingFailedError):
         raise error
-    lines = [line for line in str(error).splitlines() if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return 1, (f"The run has failed {max_failures + 1} times without getting on, last with: "
-               f"{lines[-1] if lines else type(error).__name__}. Its checkpoints are whole; the same command goes on from them.")
+               f"{_first_line(error)}. Its checkpoints are whole; the same command goes on from them.")
 
 
 class Desk:
@@ -350,6 +359,7 @@ def _work(config: dict) -> None:
     """Ray Train's training function: the job's, on this worker. Raises Ended unless it ends well."""
     if backend.problem:
         raise Ended(2, backend.problem)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else it repeats what is reported to it, on every worker
     job: Job = config["job"]
     with contextlib.suppress(OSError):  # relative paths mean what they mean where the job was started, if that is here
         os.chdir(config["cwd"])

@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -108,9 +107,8 @@ def run_here(command: str, flags: dict, preset: str | None, host: Host) -> tuple
         start(args, preset)
         args.train(configs, host)
 
-    if getattr(host, "rank", 0):
+    if host.rank:
         sys.stdout = open(os.devnull, "w")
-        logging.getLogger("ifvit").setLevel(logging.ERROR)
     cli.prepare_output()
     return cli.outcome(call)
 

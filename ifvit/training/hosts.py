@@ -29,6 +29,7 @@ class Pace:
     def __init__(self, name: str):
         self.name = name
         self.several = jax.process_count() > 1
+        self._before: set[str] = set()  # who was slow in the epoch before
 
     def compare(self, input_seconds: float, seconds: float) -> dict | None:
         """Per process `input_seconds` and `probe_seconds`, the slow ones named in the log; None for a process alone."""
@@ -37,24 +38,29 @@ class Pace:
         said = [json.loads(s) for s in exchange("pace", json.dumps(
             {"host": self.name, "input_seconds": round(input_seconds, 3), "probe_seconds": probe()}))]
         if jax.process_index() == 0:
-            for line in slow(said, seconds):
-                log.warning("⚠ %s", line)
+            found = slow(said, seconds)
+            for host in self._before & found.keys():  # once may be anything
+                log.warning("⚠ %s", found[host])
+            self._before = found.keys() - self._before
         return {k: [s[k] for s in said] for k in said[0]}
 
 
-def slow(said: list[dict], seconds: float) -> list[str]:
-    """A sentence for each process that is slower than the median by more than SLOW, or starves."""
-    middle = statistics.median_low([s["probe_seconds"] for s in said])
-    lines = [f"{s['host']} is slow: its device takes {s['probe_seconds'] / middle:.1f} times as long as the others' for the "
-             "same work, and every step waits for it." for s in said if s["probe_seconds"] > SLOW * middle]
-    usual = statistics.median_low([s["input_seconds"] for s in said])
-    return lines + [f"{s['host']} waits for its prints: {s['input_seconds']:.1f} of the epoch's {seconds:.1f} s, the others "
-                    f"{usual:.1f} s." for s in said
-                    if s["input_seconds"] > max(SLOW * usual, NOTEWORTHY * seconds)]
+def slow(said: list[dict], seconds: float) -> dict[str, str]:
+    """The processes that are slower than the usual one by more than SLOW, or starve: name -> a sentence."""
+    usual = {k: statistics.median_low([s[k] for s in said]) for k in ("probe_seconds", "input_seconds")}
+    found = {}
+    for s in said:
+        if s["probe_seconds"] > SLOW * usual["probe_seconds"]:
+            found[s["host"]] = (f"{s['host']} is slow: its device takes {s['probe_seconds'] / usual['probe_seconds']:.1f} times as "
+                                "long as the others' for the same work, and every step waits for it.")
+        elif s["input_seconds"] > max(SLOW * usual["input_seconds"], NOTEWORTHY * seconds):
+            found[s["host"]] = (f"{s['host']} is slow: it waits for its prints for {s['input_seconds']:.1f} of the epoch's "
+                                f"{seconds:.1f} s, the others for {usual['input_seconds']:.1f} s.")
+    return found
 
 
 def probe() -> float:
-    """Seconds of a fixed piece of work on this process's first device, the median of five."""
+    """Seconds of a fixed piece of work on this process's first device, the best of five."""
     size = 384 if jax.default_backend() == "cpu" else 4096
     times = []
     with jax.set_mesh(Mesh([jax.local_devices()[0]], ("alone",))):
@@ -64,7 +70,7 @@ def probe() -> float:
             clock = time.perf_counter()
             jax.block_until_ready(_work(x))
             times.append(time.perf_counter() - clock)
-    return statistics.median(times)
+    return min(times)
 
 
 @jax.jit

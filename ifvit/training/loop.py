@@ -138,7 +138,8 @@ def train(task: Task, resume: str, host) -> Path:
                 batch["asked"] = np.full(mine, host.asked(), np.int32)  # so that all learn of it in the same step
                 before = time.perf_counter()
                 state, out = step(state, put_batch(batch, mesh, config.accumulate), *constants)
-                if at == first:
+                if at == first:  # compiled here, and on every other process: no time of steps
+                    jax.block_until_ready(out)
                     waits["compile_seconds"] = time.perf_counter() - before
                 if waiting:
                     asked = max(asked, _collect(*waiting, sums))

@@ -1,0 +1,352 @@
+"""How a job gets its processes: where they go, which devices they see, what is tried again, and what is said when it cannot be."""
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ray
+from ray.exceptions import RayTaskError
+from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from cluster import backend, launch, on_ray
+from cluster.host import HUNG, INTERRUPTED, PREEMPTED, SAVE, ClusterError, Host
+from cluster.launch import Job, Request
+from cluster.on_ray import Ended, Placement
+
+# ---- where a run goes
+
+
+@pytest.mark.parametrize("text, workers", [("", None), ("3", (3, 3)), ("1:4", (1, 4)), ("2:2", (2, 2))])
+def test_a_number_of_workers_or_a_range(text, workers):
+    assert Request(num_workers=text).workers() == workers
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "4:1", "two", "1:", "1:2:3", "1.5"])
+def test_what_is_no_number_of_workers_is_a_mistake(text):
+    with pytest.raises(ClusterError, match="neither a number from 1 on nor a range"):
+        Request(num_workers=text).workers()
+
+
+@pytest.mark.parametrize("runtime, workers, address, ray_runs_it", [
+    ("auto", "", None, False), ("auto", "1", None, False), ("auto", "2", None, True), ("auto", "1:2", None, True),
+    ("auto", "", "10.0.0.1:6379", True), ("ray", "", None, True), ("local", "", "10.0.0.1:6379", False)])
+def test_ray_runs_it_in_a_job_or_with_several_workers_or_if_asked(monkeypatch, runtime, workers, address, ray_runs_it):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    if address:
+        monkeypatch.setenv("RAY_ADDRESS", address)
+    assert Request(runtime=runtime, num_workers=workers).on_ray() == ray_runs_it
+
+
+def test_local_and_several_workers_exclude_each_other():
+    with pytest.raises(ClusterError, match="--runtime local is one process"):
+        Request(runtime="local", num_workers="2").on_ray()
+
+
+def test_without_ray_local_works_and_more_is_refused(monkeypatch):
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    job = Job(lambda host: (0, f"{type(host).__name__} {host.rank}"), "here")
+    assert launch.launch(lambda platform: job, Request()) == (0, "Host 0")
+    with pytest.raises(ClusterError, match="Ray is not installed, and this run needs it; pip install"):
+        launch.launch(lambda platform: job, Request(num_workers="2"))
+
+
+def test_a_local_run_imports_no_ray(process, tmp_path):
+    code = "import sys; import ifvit.train_all; from cluster.launch import *; launch(lambda p: Job(lambda h: (0, ''), 'x'), Request()); "
+    said = process("-c", code + "print([m for m in sys.modules if m.split('.')[0] == 'ray'])", cwd=tmp_path)
+    assert said.out.strip() == "[]", said
+
+
+# ---- where workers go
+
+
+def node(**resources):
+    labels = resources.pop("labels", {})
+    return {"Alive": True, "Resources": {"CPU": 8.0} | resources, "Labels": labels}
+
+
+@pytest.fixture
+def cluster_of(monkeypatch):
+    def set_nodes(*nodes):
+        monkeypatch.setattr(ray, "nodes", lambda: list(nodes))
+
+    return set_nodes
+
+
+def test_a_worker_a_host_with_all_its_accelerators(cluster_of):
+    cluster_of(node(), node(GPU=4.0), node(GPU=4.0))  # the first is the head
+    place = on_ray.placement(Request(), alone=False)
+    assert (place.platform, place.resources, place.workers) == ("GPU", {"CPU": 1.0, "GPU": 4.0}, (2, 2))
+
+
+def test_several_workers_a_host_share_its_accelerators(cluster_of):
+    cluster_of(node(GPU=8.0), node(GPU=8.0))
+    place = on_ray.placement(Request(num_workers="4", workers_per_host=2), alone=False)
+    assert (place.resources["GPU"], place.workers) == (4.0, (4, 4))
+
+
+def test_hosts_without_accelerators_give_all_their_cores(cluster_of):
+    cluster_of(node(CPU=0.0), node(CPU=2.0), node(CPU=4.0))
+    place = on_ray.placement(Request(), alone=False)
+    assert (place.platform, place.resources, place.workers) == ("CPU", {"CPU": 2.0}, (2, 2))
+
+
+def test_on_this_machine_alone_the_workers_share_it(cluster_of):
+    cluster_of(node(CPU=4.0))
+    assert on_ray.placement(Request(num_workers="2"), alone=True).resources == {"CPU": 2.0}
+
+
+def test_a_tpu_slice_is_known_by_its_labels(cluster_of):
+    labels = {"ray.io/tpu-topology": "4x4", "ray.io/tpu-pod-type": "v6e-16"}
+    cluster_of(node(), *[node(TPU=4.0, labels=labels)] * 4)
+    place = on_ray.placement(Request(), alone=False)
+    assert (place.platform, place.workers, place.topology, place.accelerator) == ("TPU", (4, 4), "4x4", "TPU-V6E")
+    ScalingConfig(num_workers=4, use_tpu=True, resources_per_worker=place.resources, topology=place.topology,
+                  accelerator_type=place.accelerator)  # Ray knows it by these
+
+
+def test_what_a_cluster_cannot_fit_is_said_with_what_is_asked_and_what_there_is(cluster_of):
+    cluster_of(node(GPU=4.0), node(GPU=4.0))
+    with pytest.raises(ClusterError) as e:
+        on_ray.placement(Request(num_workers="3", wait_for_hosts=0), alone=False)
+    assert "asks for 3 workers, 1 a host, each with at least one GPU, and there are 2 hosts with 8 CPU, 4 GPU" in str(e.value)
+
+
+def test_hosts_that_are_still_to_come_are_waited_for(monkeypatch):
+    seen = iter([[node()], [node(), node()], [node(), node(), node()]])
+    monkeypatch.setattr(ray, "nodes", lambda: next(seen))
+    assert on_ray.placement(Request(num_workers="3"), alone=False).workers == (3, 3)
+
+
+@pytest.mark.parametrize("gpus, workers, batches, fits", [(1, 4, (16,), True), (1, 3, (16,), False), (4, 4, (16,), True),
+                                                          (8, 4, (16,), False), (1, 4, (16, 6), False)])
+def test_workers_have_to_divide_every_batch(gpus, workers, batches, fits):
+    assert Placement("GPU", {"GPU": float(gpus)}, (1, 8), False).fits(workers, batches) == fits
+
+
+def test_as_many_workers_as_divide_the_batch_or_a_mistake_where_another_number_was_asked():
+    cores = Placement("CPU", {"CPU": 1.0}, (3, 3), False)
+    assert cores.fitting((16,)).workers == (2, 2)
+    with pytest.raises(ClusterError, match="Batches of 16 pairs do not divide among 3 workers"):
+        Placement("CPU", {"CPU": 1.0}, (3, 3), True).fitting((16,))
+    assert Placement("CPU", {"CPU": 1.0}, (1, 7), True).fitting((16,)).workers == (1, 4)
+
+
+def test_a_range_takes_the_most_that_divide_the_batch(monkeypatch):
+    policy = on_ray.ScalingPolicy(ScalingConfig(num_workers=(1, 8)), Placement("CPU", {"CPU": 1.0}, (1, 8), True), (16,))
+    there = lambda cpus: policy._count_possible_workers([{"CPU": 1.0}] * cpus)
+    monkeypatch.setattr(on_ray.ElasticScalingPolicy, "_count_possible_workers", lambda self, hosts: len(hosts))
+    assert [there(n) for n in range(9)] == [0, 1, 2, 2, 4, 4, 4, 4, 8]
+
+
+# ---- what is tried again
+
+
+@pytest.fixture
+def policy(monkeypatch):
+    desk = on_ray.Desk()
+    handle = SimpleNamespace(furthest=SimpleNamespace(remote=desk.furthest))
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    return on_ray.FailurePolicy(FailureConfig(max_failures=-1), handle, 2), desk
+
+
+def died(error=RuntimeError("gone")):
+    return WorkerGroupError("a worker has died", {0: error})
+
+
+def test_failures_are_tried_again_until_nothing_has_got_on(policy):
+    policy, desk = policy
+    decide = lambda: policy.make_decision(died())
+    assert [decide(), decide(), decide()] == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
+
+
+def test_failures_between_new_checkpoints_are_tried_again_for_ever(policy):
+    policy, desk = policy
+    for _ in range(20):
+        assert policy.make_decision(died()) == FailureDecision.RETRY
+        desk.got_on()
+
+
+def test_a_jobs_own_end_is_not_tried_again(policy):
+    assert policy[0].make_decision(died(Ended(2, "a mistake"))) == FailureDecision.RAISE
+
+
+def test_a_start_of_jaxs_processes_that_failed_is_tried_again(policy):
+    error = ControllerError(RayTaskError("_start", "timed out", TimeoutError()))
+    assert policy[0].make_decision(error) == FailureDecision.RETRY
+
+
+# ---- JAX's processes
+
+
+def test_a_difference_of_versions_names_hosts_and_package():
+    same = {"python": "3.11", "jax": "0.10.2"}
+    assert backend._difference(["a", "b"], [same, same]) == ""
+    said = backend._difference(["10.0.0.1", "10.0.0.2"], [same, same | {"jax": "0.9.0"}])
+    assert said == "jax is 0.9.0 on 10.0.0.2 and 0.10.2 on 10.0.0.1; install the same version on every host."
+
+
+def test_versions_are_those_installed():
+    import jax
+
+    assert backend._versions(("jax", "no-such-package"))["jax"] == jax.__version__
+    assert backend._versions(("no-such-package",))["no-such-package"] == "none installed"
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch):
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    with socket.socket() as s:
+        s.bind(("", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        assert f"Port {port} of 10.0.0.1 cannot be had for JAX's coordinator" in backend._coordinator(port)[2]
+    address, port, why = backend._coordinator(0)
+    assert address == "10.0.0.1" and port > 0 and why == ""
+
+
+def look(folder: Path, host) -> tuple[int, str]:
+    """A job that notes what its process sees."""
+    import jax
+
+    seen = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "processes": jax.process_count(), "process": jax.process_index(),
+            "devices": jax.device_count(), "cores": sorted(os.sched_getaffinity(0)), "first": host.first_here,
+            "name": host.name, "flag": os.environ.get("IFVIT_TEST")}
+    (folder / f"{host.rank}.json").write_text(json.dumps(seen))
+    return 0, ""
+
+
+def look_then_err(folder: Path, host) -> tuple[int, str]:
+    look(folder, host)
+    return (2, "a mistake, and its remedy.") if host.rank == 1 else (0, "")
+
+
+def with_gpus(monkeypatch, gpus):
+    """Ray believes what it is told of a machine's GPUs; tests' own modules are found by its workers."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", functools.partial(ray.init, num_gpus=gpus, num_cpus=2, object_store_memory=10**8))
+
+
+def test_two_one_gpu_workers_of_a_host_see_different_gpus(monkeypatch, tmp_path):
+    with_gpus(monkeypatch, 2)
+    monkeypatch.setenv("IFVIT_TEST", "passed on")
+    job = Job(functools.partial(look, tmp_path), "look", (4,))
+    assert launch.launch(lambda platform: job, Request(num_workers="2")) == (0, "")
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    assert sorted(s["gpus"] for s in seen) == ["0", "1"]
+    assert [(s["processes"], s["process"], s["devices"]) for s in seen] == [(2, 0, 2), (2, 1, 2)]
+    assert sorted(s["first"] for s in seen) == [False, True]
+    assert [s["flag"] for s in seen] == ["passed on"] * 2
+    assert all(f"process {rank}" in s["name"] for rank, s in enumerate(seen))
+
+
+def test_cpu_workers_of_a_host_share_its_cores_and_a_mistake_on_one_ends_all(monkeypatch, tmp_path):
+    with_gpus(monkeypatch, 0)
+    job = Job(functools.partial(look_then_err, tmp_path), "err", (4,))
+    code, message = launch.launch(lambda platform: job, Request(num_workers="2"))
+    assert code == 2 and message.endswith("process 1: a mistake, and its remedy."), message
+    seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
+    if len(os.sched_getaffinity(0)) > 1:
+        assert not set(seen[0]["cores"]) & set(seen[1]["cores"])
+    assert {s["gpus"] for s in seen} <= {None, ""}
+
+
+# ---- the process itself
+
+
+def test_signals_are_noted_while_it_can_be_stopped_and_no_longer(monkeypatch):
+    host, before = Host(), signal.getsignal(signal.SIGTERM)
+    with host.stoppable():
+        assert host.asked() == 0
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert host.asked() == PREEMPTED
+        os.kill(os.getpid(), signal.SIGINT)
+        assert host.asked() == INTERRUPTED
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_thread_that_may_set_no_handlers_can_still_be_asked():
+    host, asked = Host(), []
+
+    def run():
+        with host.stoppable():
+            asked.append(host.asked())
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert asked == [0]
+
+
+def watched(body: str) -> subprocess.CompletedProcess:
+    code = textwrap.dedent("""
+        import time
+        from cluster.host import watchdog
+        steps = 0
+        with watchdog(lambda: steps, 0.5, "host 7"):
+        """) + textwrap.indent(textwrap.dedent(body), "    ")
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+
+
+def test_a_process_that_does_not_move_any_more_ends_itself():
+    said = watched("steps += 1\ntime.sleep(30)")
+    assert said.returncode == HUNG and "⚠ host 7 has not moved for 0.5 s" in said.stderr
+
+
+def test_a_process_that_compiles_its_first_step_or_moves_on_is_left_alone():
+    assert watched("time.sleep(2)").returncode == 0
+    assert watched("for _ in range(8):\n    steps += 1\n    time.sleep(0.2)").returncode == 0
+
+
+@pytest.fixture
+def worker(monkeypatch):
+    """A worker of Ray, without Ray: its context, and what the driver's desk says."""
+    context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2, get_local_rank=lambda: 0)
+    inner = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=None))
+    desk = on_ray.Desk()
+    monkeypatch.setattr(ray.train, "get_context", lambda: context)
+    monkeypatch.setattr(on_ray, "get_train_context", lambda: inner)
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
+    monkeypatch.setattr(on_ray, "LOOK", 0.01)
+    handle = SimpleNamespace(asked=SimpleNamespace(remote=desk.asked), got_on=SimpleNamespace(remote=desk.got_on))
+    return on_ray.Worker(Request(), handle), inner, desk
+
+
+def until(holds) -> None:
+    for _ in range(1000):
+        if holds():
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("it never came")
+
+
+def test_a_notice_of_preemption_is_told_once(worker):
+    worker, inner, _ = worker
+    assert worker.asked() == 0
+    inner.preemption_context.preemption_info = "node 3 goes at noon"
+    until(lambda: worker._notices == 1)
+    assert [worker.asked(), worker.asked()] == [SAVE, 0]
+    inner.preemption_context.preemption_info = "node 4 goes too"
+    until(lambda: worker._notices == 2)
+    assert worker.asked() == SAVE
+
+
+def test_what_the_driver_is_told_reaches_the_workers(worker):
+    worker, _, desk = worker
+    desk.ask(PREEMPTED)
+    until(lambda: worker.asked() == PREEMPTED)

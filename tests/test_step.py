@@ -1,0 +1,156 @@
+"""A training step is the same on any devices, however it is cut up: micro-batches, recomputation, low precision."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from ifvit.batch_axes import batch_axes, over_batch
+from ifvit.config import DenseConfig, preset
+from ifvit.data.loader import PairSource
+from ifvit.errors import UserError
+from ifvit.training.sharding import make_mesh, put_batch
+
+WORKER = """
+import json, sys
+import jax, numpy as np
+from jax.sharding import Mesh
+from ifvit.config import DenseConfig, MatchConfig, preset
+from ifvit.training.sharding import put_batch, replicated, shardings
+from ifvit.training.state import init_state, optimizer
+from ifvit.training.step import dense_network, dense_step, match_network, match_step
+
+PAIRS = 8
+SMALL = dict(batch_size=PAIRS, warmup=0.0, image_size=32, roi_size=16, canvas_size=128, input_ppi=300.0)
+
+
+def prints(canvas):
+    y, x = np.mgrid[:canvas, :canvas]
+    images = np.stack([128 + 100 * np.sin(np.hypot(y + 30 * n, x - 20 * n) * 2 * np.pi / 9) for n in range(PAIRS)])
+    mask = np.ones((PAIRS, canvas // 8, canvas // 8), bool)
+    return {"canvas0": images.astype(np.uint8), "canvas1": np.roll(images, 1, 0).astype(np.uint8), "mask0": mask, "mask1": mask,
+            "genuine": np.arange(PAIRS) % 3 > 0, "label0": np.arange(PAIRS, dtype=np.int32) % 3 - 1,
+            "label1": np.arange(PAIRS, dtype=np.int32) % 2, "asked": np.arange(PAIRS, dtype=np.int32)}
+
+
+def run(module, layout, **changes):
+    cls = DenseConfig if module == "dense" else MatchConfig
+    small = {k: v for k, v in SMALL.items() if module == "match" or k != "roi_size"}
+    config = preset("smoke", cls).replace(**small, **changes)
+    tx, schedule = optimizer(config, 10)
+    if module == "dense":
+        net, constants = dense_network(config), ()
+        step = dense_step(net, config, tx, schedule)
+    else:
+        net, aligner = match_network(config, 4), dense_network(config)
+        constants = (aligner.init(jax.random.key(3)),)
+        step = match_step(net, aligner, config, tx, schedule)
+    init = lambda: init_state(net, tx, 0)
+    mesh = Mesh(np.array(jax.devices()[: layout[0] * layout[1]]).reshape(layout), ("data", "model"))
+    place = shardings(jax.eval_shape(init), mesh)
+    state = jax.jit(init, out_shardings=place)()
+    step = jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(mesh)))
+    constants = jax.device_put(constants, replicated(mesh))
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, put_batch(prints(config.canvas_size), mesh, config.accumulate), *constants)
+    return jax.device_get(state), {k: float(v) for k, v in metrics.items()}
+
+
+def apart(a, b):
+    return [float(max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(s), jax.tree.leaves(t))))
+            for s, t in ((a[0].params, b[0].params), (a[0].batch_stats, b[0].batch_stats))] + [abs(a[1]["loss"] - b[1]["loss"])]
+
+
+out = {}
+module = sys.argv[1]
+one = run(module, (1, 1))
+out["asked"] = one[1]["asked"]
+out["loss"] = one[1]["loss"]
+out["4x1"] = apart(one, run(module, (4, 1)))
+out["2x2"] = apart(one, run(module, (2, 2)))
+out["remat 2x1"] = apart(one, run(module, (2, 1), remat=True))
+out["bfloat16 2x1"] = apart(one, run(module, (2, 1), compute_dtype="bfloat16"))
+micro = run(module, (1, 1), accumulate=2)
+out["in two"] = apart(one, micro)
+out["in two, 4x1"] = apart(micro, run(module, (4, 1), accumulate=2))
+out["finite"] = all(np.isfinite(x).all() for x in jax.tree.leaves(micro[0]))
+print(json.dumps(out))
+"""
+
+
+@pytest.fixture(scope="module")
+def said():
+    """What a process with four devices finds, of each module; both at once."""
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": os.pathsep.join(sys.path)}
+    started = {m: subprocess.Popen([sys.executable, "-c", WORKER, m], stdout=subprocess.PIPE, text=True, env=env)
+               for m in ("dense", "match")}
+    return {m: json.loads(p.communicate(timeout=600)[0].splitlines()[-1]) for m, p in started.items()}
+
+
+@pytest.mark.parametrize("module", ["dense", "match"])
+@pytest.mark.parametrize("how", ["4x1", "2x2", "remat 2x1"])
+def test_a_step_is_the_same_on_any_devices_but_for_rounding(said, module, how):
+    params, stats, loss = said[module][how]
+    assert params < 2e-5 and stats < 1e-5 and loss < 1e-4 * said[module]["loss"], said[module]
+
+
+@pytest.mark.parametrize("module", ["dense", "match"])
+def test_micro_batches_hold_the_same_pairs_on_any_devices(said, module):
+    params, stats, loss = said[module]["in two, 4x1"]
+    assert params < 2e-5 and stats < 1e-5 and loss < 1e-4 * said[module]["loss"], said[module]
+    assert said[module]["in two"][2] > 0 and said[module]["finite"]  # it does cut the batch up
+
+
+@pytest.mark.parametrize("module", ["dense", "match"])
+def test_bfloat16_computes_nearly_the_same_and_not_the_same(said, module):
+    _, _, loss = said[module]["bfloat16 2x1"]
+    assert 0 < loss < 0.05 * said[module]["loss"]
+
+
+@pytest.mark.parametrize("module", ["dense", "match"])
+def test_what_one_process_is_asked_all_hear(said, module):
+    assert said[module]["asked"] == 7  # the greatest of the pairs' 0 … 7
+
+
+def test_sums_over_the_batch_are_sums_over_the_devices_the_code_is_mapped_over():
+    mesh = make_mesh(jax.device_count())
+    assert batch_axes() == () and over_batch(3) == 3
+    with jax.set_mesh(mesh):
+        mapped = jax.shard_map(lambda x: over_batch(x.sum()), in_specs=jax.P(("data", "model")), out_specs=jax.P())
+        assert jax.jit(mapped)(np.arange(4.0)) == 6
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_the_processes_parts_of_a_batch_make_the_same_micro_batches(processes):
+    """Micro-batch k of step s holds the pairs s·B + k·B/A … whoever reads them."""
+    class Numbers:
+        def __getitem__(self, n):
+            return n
+
+    seen = {}
+    for p in range(processes):
+        source = PairSource(None, Numbers(), {}, 16, 3, 5, p, processes, 2)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("ifvit.data.loader.example", lambda prints, n, classes: n)
+            mine = [source[i] for i in range(len(source))]
+        steps = np.array(mine).reshape(2, 2, -1)  # step, micro-batch, this process's pairs of it
+        for s in range(2):
+            for k in range(2):
+                seen.setdefault((s, k), []).extend(steps[s, k])
+    assert {key: sorted(v) for key, v in seen.items()} == {
+        (s, k): list(range((3 + s) * 16 + k * 8, (3 + s) * 16 + k * 8 + 8)) for s in range(2) for k in range(2)}
+
+
+def test_a_batch_comes_to_the_devices_in_micro_batches():
+    mesh = make_mesh(4)
+    batch = put_batch({"x": np.arange(8)}, mesh, 2)
+    np.testing.assert_array_equal(batch["x"], [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+def test_a_batch_that_does_not_divide_into_micro_batches_is_a_mistake():
+    with pytest.raises(UserError, match="does not divide into 3 micro-batches; use --set accumulate=1"):
+        preset("smoke", DenseConfig).replace(accumulate=3)
