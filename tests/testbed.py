@@ -199,8 +199,20 @@ class Testbed:
 
     def alive(self) -> list[str]:
         """Addresses of the nodes that the head thinks are alive; RuntimeError if it does not answer."""
+        return sorted(self._nodes())
+
+    def _nodes(self) -> dict[str, str]:
+        """The living nodes: address -> Ray's id."""
         nodes = self._ask("GET", "/api/v0/nodes")["data"]["result"]["result"]
-        return sorted(node["node_ip"] for node in nodes if node["state"] == "ALIVE")
+        return {node["node_ip"]: node["node_id"] for node in nodes if node["state"] == "ALIVE"}
+
+    def drain(self, i: int, seconds: float) -> None:
+        """Tells Ray that host i will be taken away in so many seconds, as clouds do; it is still there then."""
+        said = self.run(0, ["ray", "drain-node", "--address", f"{self.addresses[0]}:6379", "--node-id",
+                            self._nodes()[self.addresses[i]], "--reason", "DRAIN_NODE_REASON_PREEMPTION",
+                            "--reason-message", "the test bed takes it", "--deadline-remaining-seconds", str(int(seconds))])
+        if said.returncode:
+            raise RuntimeError(f"host {i} could not be drained\n{said.stdout}\n{said.stderr}")
 
     def hosts_alive(self) -> int:
         return len(self.alive())

@@ -1,9 +1,13 @@
 #!/bin/bash
-# Both modules trained and evaluated on Slurm: one Ray node on each of two hosts of eight GPUs, `sbatch slurm.sh`.
-# Edit the resources in the next lines to whole hosts of yours, and the three paths below them, on storage that all
-# hosts share. Before the time is up, or the job is preempted, it is told (--signal), saves, and queues itself again;
-# `scancel` ends it for good. Preemption tells it only where slurm.conf has PreemptParameters=send_user_signal; else it
-# goes on from the save before. Needs Slurm 20.11 or newer.
+# Both modules trained and evaluated on Slurm (20.11 or newer), one Ray node on each of two hosts of eight GPUs:
+#
+#   sbatch cluster/jobs/slurm.sh
+#
+# Edit the resources below to whole hosts of yours (no second Ray may run on a host), and the three paths after them, on
+# storage that all hosts share. Before its time is up, or when it is preempted, the job is told, saves, and queues
+# itself again; `scancel` ends it for good. Of a preemption it is told only where slurm.conf has a GraceTime, and
+# send_user_signal in PreemptParameters (older: preempt_send_user_signal in SlurmctldParameters); else it goes on from
+# the save before.
 #SBATCH --job-name=ifvit
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

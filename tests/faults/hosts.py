@@ -1,7 +1,7 @@
 """Hosts are taken from a run on a test bed of two, and what becomes of it is compared with a run that nothing disturbed.
 
     python tests/faults/hosts.py                    # all of them, then a table
-    python tests/faults/hosts.py worker frozen      # some
+    python tests/faults/hosts.py worker frozen      # some: worker stopped cut frozen driver noticed added lost
 
 As root, on Linux (`tests/testbed.py`). A run that was disturbed has to end with its final checkpoint, and, on
 the layout it began on, with the same bits.
@@ -71,6 +71,12 @@ class Run:
                 raise RuntimeError(f"the run has ended before {what}:\n{self.said[-3000:]}")
             time.sleep(0.2)
 
+    def first_steps(self) -> float:
+        """Seconds from the submission until the first row of training stands in the metrics, at most ten steps."""
+        rows = self.folder / "metrics.jsonl"
+        self.until(lambda: rows.exists() and '"train"' in rows.read_text(), "the first steps")
+        return time.monotonic() - self.began
+
     def epoch(self, n: int) -> None:
         """Waits for an epoch's checkpoint, then for the midst of the next one."""
         self.until(lambda: (self.folder / f"dense_reg_epoch_{n}").exists(), f"epoch {n}")
@@ -130,6 +136,17 @@ def driver(run: Run) -> None:
     run.submit()
 
 
+def noticed(run: Run) -> None:
+    """a host is given notice of 20 s (a drain, as on preemption), goes, and is back 20 s later"""
+    run.epoch(3)
+    run.bed.drain(1, BACK)
+    run.until(lambda: "A host will go soon: saving" in run.said, "a save on notice")
+    time.sleep(BACK)
+    run.bed.kill_host(1)
+    time.sleep(BACK)
+    run.bed.start_host(1)
+
+
 def added(run: Run) -> None:
     """one host, and a second one comes (--num_workers 1:2)"""
     run.epoch(1)
@@ -144,7 +161,7 @@ def lost(run: Run) -> None:
     run.bed.kill_host(1)
 
 
-SAME_LAYOUT = (worker, stopped, cut, frozen, driver)
+SAME_LAYOUT = (worker, stopped, cut, frozen, driver, noticed)
 ELASTIC = (added, lost)
 
 
@@ -183,7 +200,9 @@ def main() -> None:
     rows, wrong = [], []
     with Testbed(hosts=2, folder=args.out / "ray") as bed:
         Run(bed, Training(1, 8), args.out / "warm").end()  # fills the cache of compiled programs
-        plain = Run(bed, training, args.out / "plain").end()
+        run = Run(bed, training, args.out / "plain")
+        print(f"{run.first_steps():.0f} s from the job's submission to its first steps, compiled programs in the cache", flush=True)
+        plain = run.end()
         again = Run(bed, training, args.out / "again").end()
         undisturbed = state(args.out / "plain")
         if state(args.out / "again") != undisturbed:

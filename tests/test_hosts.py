@@ -1,0 +1,52 @@
+"""A job on two hosts of a test bed, and one fault; tests/faults/hosts.py has the others, at length."""
+
+import os
+
+import pytest
+
+from faults import checkpoint
+from faults.hosts import Run, Training, disturbed, state, worker
+from ifvit.training.metrics import read_rows
+from testbed import Testbed
+
+WHY_NOT = Testbed.available()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"no test bed: {WHY_NOT}")
+SHORT = Training(epochs=6, pairs=80)
+
+
+@pytest.fixture(scope="module")
+def bed(tmp_path_factory):
+    with Testbed(hosts=2, folder=tmp_path_factory.mktemp("ray"), env=dict(os.environ)) as bed:
+        yield bed
+
+
+@pytest.fixture(scope="module")
+def plain(bed, tmp_path_factory):
+    """A job that nothing disturbs."""
+    run = Run(bed, SHORT, tmp_path_factory.mktemp("plain") / "run")
+    run.end()
+    return run
+
+
+def test_a_submitted_job_trains_on_both_hosts_to_the_end(plain, bed):
+    assert "Ray: 2 workers, each with 1 CPU" in plain.said and "2 × cpu in 2 processes" in plain.said
+    hosts = next(r["host"] for r in read_rows(plain.folder / "metrics.jsonl") if r["split"] == "hosts")
+    assert sorted(h.split()[1].rstrip(",") for h in hosts) == sorted(bed.addresses)
+    found = checkpoint.load(plain.folder / "dense_reg_ckpt")
+    assert found.metadata["finished"] and found.metadata["history"][0]["processes"] == 2
+
+
+def test_after_kill_9_of_a_worker_the_run_ends_with_the_same_bits(plain, bed, tmp_path):
+    _, said = disturbed(bed, SHORT, worker, tmp_path / "run")
+    assert "step" in said  # what was lost stands in the log
+    assert len(read_rows(tmp_path / "run/attempts.jsonl")) == 2
+    assert state(tmp_path / "run") == state(plain.folder)
+
+
+def test_a_finished_run_says_so_and_a_mistake_in_a_job_is_a_sentence_and_exit_code_2(plain, bed):
+    again = bed.submit(SHORT.words(plain.folder, "2"), wait=True)
+    assert bed.exit_code(again) == 0 and "is finished (6 epochs); nothing to do" in bed.logs(again)
+    wrong = bed.submit([*SHORT.words(plain.folder, "2"), "--set", "learning_rat=1"], wait=True)
+    assert bed.exit_code(wrong) == 2
+    assert "Error: DenseConfig has no key 'learning_rat'; did you mean 'learning_rate'?" in bed.logs(wrong)
+    assert "Traceback" not in bed.logs(wrong)
