@@ -16,6 +16,7 @@ class Request:
     runtime: str = "auto"          # auto, local, ray
     num_workers: str = ""          # "", "N" or "MIN:MAX"
     wait_for_hosts: float = 50.0   # seconds that a cluster gets to have what is asked
+    devices: str = "auto"          # gpu, tpu or cpu, of Ray's workers; auto: what the cluster has
     workers_per_host: int = 0      # 0: one; on a Ray of this machine alone, all
     max_failures: int = 5          # in a row without a new checkpoint, before the run is given up
     hang_timeout: float = 600.0    # seconds without a step after which a process ends itself; 0: never

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 
 import ray
 import ray.train
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -114,12 +115,17 @@ def placement(request: Request, alone: bool) -> Placement:
     low, high = asked or (1, 0)
     a_host = request.workers_per_host or (high if alone and asked else 1)
     until = time.monotonic() + (0 if alone else request.wait_for_hosts)
+    called = False
     while True:
         nodes = [n for n in ray.nodes() if n["Alive"]]
-        platform = next((p for p in ("TPU", "GPU") if any(n["Resources"].get(p) for n in nodes)), "CPU")
+        platform = request.devices.upper() if request.devices != "auto" else next(
+            (p for p in ("TPU", "GPU") if any(n["Resources"].get(p) for n in nodes)), "CPU")
         hosts = [n for n in nodes if n["Resources"].get(platform, 0) >= a_host]
         if len(hosts) * a_host >= low and (asked or hosts):
             break
+        if not (alone or called):  # an autoscaler brings what somebody asks for
+            called = True
+            request_resources(bundles=[{platform: 1}] * low)
         if time.monotonic() > until:
             there = Counter(", ".join(f"{n['Resources'].get(p, 0):g} {p}" for p in ("CPU", "GPU", "TPU")
                                       if p == "CPU" or n["Resources"].get(p)) for n in nodes)
@@ -129,6 +135,8 @@ def placement(request: Request, alone: bool) -> Placement:
                 "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
                 "--wait_for_hosts.")
         time.sleep(0.5)
+    if called:
+        request_resources(bundles=[])  # from here on the workers' own claims count
     each = min(int(n["Resources"][platform]) for n in hosts) // a_host
     resources = {"CPU": float(each)} if platform == "CPU" else {"CPU": 1.0, platform: float(each)}
     most = high if asked else len(hosts) * a_host

@@ -42,6 +42,8 @@ class TrainArgs:
     """`local`: this process with all its devices; `ray`: Ray Train; `auto`: `ray` where RAY_ADDRESS is set (in a Ray job it is), or with several workers"""
     num_workers: str = ""
     """of Ray, N or MIN:MAX (as many as there are hosts for) [one a host]"""
+    devices: Literal["auto", "gpu", "tpu", "cpu"] = "auto"
+    """of Ray's workers; `auto`: what the cluster has now. Name them where an autoscaler still has to bring the hosts"""
     workers_per_host: int = 0
     """of Ray [one, with all the host has; on a Ray of this machine alone, all]"""
     wait_for_hosts: float = Request.wait_for_hosts
@@ -77,14 +79,14 @@ class TrainArgs:
         """This command as a job for workers of that kind, its flags checked; for '' without a look at the devices."""
         name = self.command.rpartition(".")[2]
         if not platform:
-            return Job(functools.partial(run_here, self.command, asdict(self), None), name)
+            return Job(functools.partial(run_here, self.command, asdict(self), None, None), name)
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
-        configs = self.configs(preset)
+        configs = tuple(c.replace(checkpoint_dir=os.path.abspath(c.checkpoint_dir)) for c in self.configs(preset))
         for config in configs:
-            if "working_dir_files" in os.path.abspath(config.checkpoint_dir):
+            if "working_dir_files" in config.checkpoint_dir:
                 raise UserError(f"checkpoint_dir {config.checkpoint_dir} lies in the job's working directory, which Ray removes; "
                                 "give an absolute path that all hosts share.")
-        return Job(functools.partial(run_here, self.command, asdict(self), preset), name,
+        return Job(functools.partial(run_here, self.command, asdict(self), preset, configs), name,
                    tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"))
 
     def common(self) -> dict:
@@ -98,14 +100,15 @@ def given(**flags) -> dict:
     return {k: v for k, v in flags.items() if v is not None}
 
 
-def run_here(command: str, flags: dict, preset: str | None, host: Host) -> tuple[int, str]:
+def run_here(command: str, flags: dict, preset: str | None, configs: tuple | None, host: Host) -> tuple[int, str]:
     """A training command in this process: (exit code, message). Of several processes the first one prints."""
     args = importlib.import_module(command).Args(**flags)
 
     def call() -> None:
-        configs = args.configs(preset)
+        use_cpu_cores()
+        ours = configs or args.configs(preset)
         start(args, preset)
-        args.train(configs, host)
+        args.train(ours, host)
 
     if host.rank:
         sys.stdout = open(os.devnull, "w")

@@ -78,6 +78,8 @@ def node(**resources):
 
 @pytest.fixture
 def cluster_of(monkeypatch):
+    monkeypatch.setattr(on_ray, "request_resources", lambda bundles: None)
+
     def set_nodes(*nodes):
         monkeypatch.setattr(ray, "nodes", lambda: list(nodes))
 
@@ -124,9 +126,18 @@ def test_what_a_cluster_cannot_fit_is_said_with_what_is_asked_and_what_there_is(
 
 
 def test_hosts_that_are_still_to_come_are_waited_for(monkeypatch):
-    seen = iter([[node()], [node(), node()], [node(), node(), node()]])
+    seen, called = iter([[node()], [node(), node(GPU=1.0)], [node(), node(GPU=1.0), node(GPU=1.0)]]), []
     monkeypatch.setattr(ray, "nodes", lambda: next(seen))
-    assert on_ray.placement(Request(num_workers="3"), alone=False).workers == (3, 3)
+    monkeypatch.setattr(on_ray, "request_resources", lambda bundles: called.append(bundles))
+    assert on_ray.placement(Request(num_workers="2", devices="gpu"), alone=False).workers == (2, 2)
+    assert called == [[{"GPU": 1}] * 2, []]  # an autoscaler was asked for them, and then no longer
+
+
+def test_devices_that_are_named_are_waited_for_where_the_cluster_has_others(cluster_of):
+    cluster_of(node(GPU=4.0), node(GPU=4.0))
+    assert on_ray.placement(Request(devices="cpu"), alone=False).resources == {"CPU": 8.0}
+    with pytest.raises(ClusterError, match="each with at least one TPU, and there are 2 hosts"):
+        on_ray.placement(Request(devices="tpu", wait_for_hosts=0), alone=False)
 
 
 @pytest.mark.parametrize("gpus, workers, batches, fits", [(1, 4, (16,), True), (1, 3, (16,), False), (4, 4, (16,), True),
@@ -213,6 +224,23 @@ def test_a_port_that_is_taken_is_said(monkeypatch):
         assert f"Port {port} of 10.0.0.1 cannot be had for JAX's coordinator" in backend._coordinator(port)[2]
     address, port, why = backend._coordinator(0)
     assert address == "10.0.0.1" and port > 0 and why == ""
+
+
+def test_workers_of_several_tpu_slices_are_told_their_slice(monkeypatch):
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    started = []
+    worker = lambda rank: SimpleNamespace(
+        metadata=SimpleNamespace(node_ip=f"10.0.0.{rank}"), distributed_context=SimpleNamespace(local_rank=0, local_world_size=1),
+        execute_async=lambda fn, *args: started.append(args))
+    group = type("Group", (), {
+        "get_workers": lambda self: [worker(rank) for rank in range(4)], "__len__": lambda self: 4,
+        "execute": lambda self, fn, *args: [{"jax": "1"}] * 4, "execute_single": lambda self, rank, fn, *args: ("10.0.0.0", 7, ""),
+        "get_worker_group_context": lambda self: SimpleNamespace(num_slices=2)})()
+    backend.JaxBackend().on_start(group, backend.JaxBackendConfig("TPU"))
+    environments = [args[5] for args in started]
+    assert [e["MEGASCALE_SLICE_ID"] for e in environments] == ["0", "0", "1", "1"]
+    assert {e["MEGASCALE_NUM_SLICES"] for e in environments} == {"2"}
+    assert [args[1:4] for args in started] == [("10.0.0.0:7", 4, rank) for rank in range(4)]
 
 
 def look(folder: Path, host) -> tuple[int, str]:

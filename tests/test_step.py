@@ -1,9 +1,11 @@
 """A training step is the same on any devices, however it is cut up: micro-batches, recomputation, low precision."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -13,7 +15,7 @@ from ifvit.batch_axes import batch_axes, over_batch
 from ifvit.config import DenseConfig, preset
 from ifvit.data.loader import PairSource
 from ifvit.errors import UserError
-from ifvit.training.sharding import make_mesh, put_batch
+from ifvit.training.sharding import arranged, make_mesh, put_batch
 
 WORKER = """
 import json, sys
@@ -149,6 +151,15 @@ def test_a_batch_comes_to_the_devices_in_micro_batches():
     mesh = make_mesh(4)
     batch = put_batch({"x": np.arange(8)}, mesh, 2)
     np.testing.assert_array_equal(batch["x"], [[0, 1, 2, 3], [4, 5, 6, 7]])
+
+
+def test_devices_of_a_host_are_neighbours_and_slices_lie_on_the_outer_axis():
+    """Two slices of two hosts with two chips, numbered in any order."""
+    chips = [SimpleNamespace(slice_index=s, process_index=2 * s + h, id=i)
+             for i, (h, s, _) in enumerate(itertools.product(range(2), range(2), range(2)))]
+    rows = np.array(arranged(chips[::-1])).reshape(-1, 2)  # data × model
+    assert all(a.process_index == b.process_index for a, b in rows)
+    assert [a.slice_index for a, _ in rows] == [0, 0, 1, 1]
 
 
 def test_a_batch_that_does_not_divide_into_micro_batches_is_a_mistake():

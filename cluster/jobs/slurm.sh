@@ -34,7 +34,7 @@ export IFVIT_CACHE="${IFVIT_CACHE:-$RUN/cache}"
 address="${HEAD_IP:-$(hostname -I | cut -d' ' -f1)}:$((20000 + SLURM_JOB_ID % 10000))"
 
 # Whoever reaches Ray's ports and has no token is refused; srun hands the token to all hosts.
-RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$(ray get-auth-token --generate 2>/dev/null)}"
+RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$(umask 077; ray get-auth-token --generate 2>/dev/null)}"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600       # 30 s are few where Python starts from a network disk
 

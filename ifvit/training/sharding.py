@@ -35,7 +35,7 @@ def make_mesh(pairs: int, model_parallel: int = 1) -> Mesh:
     `pairs` is a (micro-)batch that has to divide among them. Of CPU cores that nobody asked for, as many as
     divide it. UserError when they do not fit.
     """
-    devices = sorted(jax.devices(), key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
+    devices = arranged(jax.devices())
     processes = jax.process_count()
     if devices[0].platform == "cpu" and FORCED not in os.environ.get("XLA_FLAGS", ""):
         cores = len(devices) // processes
@@ -50,6 +50,11 @@ def make_mesh(pairs: int, model_parallel: int = 1) -> Mesh:
         raise UserError(f"A batch of {pairs} does not divide among {len(devices)} devices; "
                         f"use --batch_size {max(1, pairs // len(devices)) * len(devices)}.")
     return Mesh(np.asarray(devices).reshape(-1, model_parallel), ("data", "model"))
+
+
+def arranged(devices: list) -> list:
+    """By slice, then by host: neighbours are close, and what is far apart meets on the outer axis alone."""
+    return sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
 
 
 # Where parameters are split (FSDP): the first pattern that is found in a leaf's path decides. The
