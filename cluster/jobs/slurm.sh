@@ -50,7 +50,7 @@ srun --ntasks-per-node=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-ex
   ray symmetric-run --address "$address" --min-nodes "$SLURM_JOB_NUM_NODES" \
     --num-cpus="$SLURM_CPUS_PER_TASK" --num-gpus="$SLURM_GPUS_ON_NODE" --disable-usage-stats -- \
   bash -c '"$@" & echo $! > "$0/pid"; wait $!; code=$?; echo $code > "$0/code"; exit $code' "$here" \
-  env RAY_ADDRESS="$address" python -m ifvit.train_all --preset paper --runtime ray \
+  env RAY_ADDRESS="$address" python -m ifvit.train_all --preset paper --devices gpu --runtime ray \
     --num_workers "$SLURM_JOB_NUM_NODES" --dataset_root "$PRINTS" \
     --dense_checkpoint_dir "$RUN/dense_reg" --matcher_checkpoint_dir "$RUN/matcher" &
 step=$!
