@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -58,9 +59,12 @@ def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     if request.hang_timeout:  # a worker that does not even answer
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
-    alone = not os.environ.get("RAY_ADDRESS")
+    alone = os.environ.get("RAY_ADDRESS", "local") == "local"
+    if not alone:
+        _answers(os.environ["RAY_ADDRESS"])
+    where = {"address": "local", "include_dashboard": False} if alone else {}
     try:
-        ray.init(include_dashboard=False if alone else None, log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(**where, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, ValueError) as e:
         raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
                            f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
@@ -70,6 +74,21 @@ def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
         return _run(job, request, place.fitting(job.batches), alone)
     finally:
         ray.shutdown()
+
+
+def _answers(address: str, seconds: float = 15) -> None:
+    """ClusterError where nobody listens at HOST:PORT for so long; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    while port.isdigit() and "/" not in address:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as e:
+            if time.monotonic() > until:
+                raise ClusterError(f"Nobody answers at RAY_ADDRESS={address} ({e.strerror or e}); start Ray there (ray start "
+                                   "--head), or mend the address.") from None
+        time.sleep(1)
 
 
 # ---- where workers go
@@ -131,7 +150,7 @@ def placement(request: Request, alone: bool) -> Placement:
                                       if p == "CPU" or n["Resources"].get(p)) for n in nodes)
             raise ClusterError(
                 f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
-                f"{platform}, and there are {', '.join(f'{k} hosts with {v}' for v, k in there.items()) or 'no hosts'}; start more "
+                f"{platform}, and there are {', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; start more "
                 "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
                 "--wait_for_hosts.")
         time.sleep(0.5)

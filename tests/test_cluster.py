@@ -68,6 +68,17 @@ def test_a_local_run_imports_no_ray(process, tmp_path):
     assert said.out.strip() == "[]", said
 
 
+def test_an_address_where_nobody_answers_is_said():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # bound, and not listening
+        address = f"127.0.0.1:{s.getsockname()[1]}"
+        with pytest.raises(ClusterError, match=f"Nobody answers at RAY_ADDRESS={address}"):
+            on_ray._answers(address, seconds=0)
+        s.listen()
+        on_ray._answers(address, seconds=0)
+    on_ray._answers("auto")  # Ray looks for it
+
+
 # ---- where workers go
 
 
@@ -122,7 +133,7 @@ def test_what_a_cluster_cannot_fit_is_said_with_what_is_asked_and_what_there_is(
     cluster_of(node(GPU=4.0), node(GPU=4.0))
     with pytest.raises(ClusterError) as e:
         on_ray.placement(Request(num_workers="3", wait_for_hosts=0), alone=False)
-    assert "asks for 3 workers, 1 a host, each with at least one GPU, and there are 2 hosts with 8 CPU, 4 GPU" in str(e.value)
+    assert "asks for 3 workers, 1 a host, each with at least one GPU, and there are 2 × 8 CPU, 4 GPU" in str(e.value)
 
 
 def test_hosts_that_are_still_to_come_are_waited_for(monkeypatch):
@@ -136,7 +147,7 @@ def test_hosts_that_are_still_to_come_are_waited_for(monkeypatch):
 def test_devices_that_are_named_are_waited_for_where_the_cluster_has_others(cluster_of):
     cluster_of(node(GPU=4.0), node(GPU=4.0))
     assert on_ray.placement(Request(devices="cpu"), alone=False).resources == {"CPU": 8.0}
-    with pytest.raises(ClusterError, match="each with at least one TPU, and there are 2 hosts"):
+    with pytest.raises(ClusterError, match="each with at least one TPU, and there are 2 × 8 CPU"):
         on_ray.placement(Request(devices="tpu", wait_for_hosts=0), alone=False)
 
 

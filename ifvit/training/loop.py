@@ -18,6 +18,7 @@ from flax import serialization
 from ifvit import checkpoint, plots, progress
 from ifvit.cli import Failure, Interrupted
 from ifvit.errors import UserError
+from ifvit.processes import exchange
 from ifvit.training import saving
 from ifvit.training.hosts import Pace
 from ifvit.training.metrics import ATTEMPTS, Metrics, read_rows
@@ -274,11 +275,15 @@ def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainStat
         return None, []
     if resume != "auto" and not checkpoint.locate(resume).is_dir():
         raise UserError(f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR.")
-    paths = [checkpoint.locate(resume)] if resume != "auto" else saving.candidates(folder, task.name, task.steps_per_epoch)
+    if resume != "auto":
+        paths = [checkpoint.locate(resume)]
+    else:  # as the first process sees them: a shared folder may look older elsewhere
+        names = [p.name for p in saving.candidates(folder, task.name, task.steps_per_epoch)]
+        paths = [folder / name for name in json.loads(exchange("candidates", json.dumps(names))[0])]
     aside = []
     for path in paths:
         try:
-            metadata = checkpoint.read_metadata(path)
+            metadata = _read_metadata(path)
             _check_same_run(task, path, metadata, abstract)
             found = checkpoint.restore(path, metadata, saved_tree(placement, task))
         except checkpoint.Damaged as e:
@@ -292,6 +297,19 @@ def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainStat
     if aside:
         log.warning("⚠ No good checkpoint is left in %s; the training begins anew.", folder)
     return None, [{"time": now(), "set_aside": name} for name in aside]
+
+
+def _read_metadata(path: epath.Path) -> dict:
+    """A checkpoint's metadata; Damaged on all processes where it is on one."""
+    metadata, problem = {}, ""
+    try:
+        metadata = checkpoint.read_metadata(path)
+    except checkpoint.Damaged as e:
+        problem = str(e)
+    said = exchange("metadata", problem)
+    if any(said):
+        raise checkpoint.Damaged(problem or next(filter(None, said)))
+    return metadata
 
 
 def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: TrainState) -> None:
