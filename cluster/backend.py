@@ -33,7 +33,7 @@ class JaxBackendConfig(BackendConfig):
 
 
 class JaxBackend(Backend):
-    """Starts JAX's processes before the training function; they end with it (`on_ray._work`), or are killed."""
+    """Starts JAX's processes before the training function; they end with it (`worker.work`), or are killed."""
 
     def on_start(self, worker_group, backend_config: JaxBackendConfig) -> None:
         workers, count = worker_group.get_workers(), len(worker_group)

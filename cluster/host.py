@@ -19,7 +19,7 @@ class ClusterError(Exception):
 
 
 class Host:
-    """This process alone, whose signals are noted while `stoppable`. `on_ray.Worker` is one of several."""
+    """This process alone, whose signals are noted while `stoppable`. `worker.Worker` is one of several."""
 
     name = ""            # of host and process, where there are several
     rank = 0

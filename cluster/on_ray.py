@@ -5,7 +5,6 @@ accelerators. Each calls the job's function in its own JAX process. When one die
 again, and the job goes on from its own checkpoints: Ray is told metrics and nothing else.
 """
 
-import contextlib
 import logging
 import os
 import re
@@ -16,40 +15,28 @@ import tempfile
 import threading
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import ray
 import ray.train
-from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.context import get_train_context
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from cluster import backend
 from cluster.backend import JaxBackendConfig
-from cluster.host import INTERRUPTED, PREEMPTED, SAVE, ClusterError, Host, watchdog
+from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
 from cluster.launch import Job, Request
+from cluster.placement import Placement, placement
+from cluster.worker import Desk, Ended, work
 
-LOOK = 2.0        # seconds between looks for a notice of preemption, or a request to stop
 RESIZE = 30.0     # seconds between looks for hosts that have come, where the number of workers is a range
 # what is set for the driver holds for its workers: their programs and caches are the same
 PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
-
-
-class Ended(Exception):
-    """The job's own end: another try would not change it."""
-
-    def __init__(self, code: int, message: str):
-        super().__init__(code, message)
-        self.code, self.message = code, message
 
 
 def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
@@ -91,91 +78,11 @@ def _answers(address: str, seconds: float = 15) -> None:
         time.sleep(1)
 
 
-# ---- where workers go
-
-
-@dataclass(frozen=True)
-class Placement:
-    """What each worker gets, and how many there are."""
-
-    platform: str                    # GPU, TPU or CPU
-    resources: dict[str, float]      # of a worker
-    workers: tuple[int, int]         # fewest, most
-    exactly: bool                    # asked for in this number
-    topology: str | None = None      # of a TPU slice, e.g. 4x4
-    accelerator: str | None = None   # e.g. TPU-V6E
-
-    def fits(self, workers: int, batches: tuple[int, ...]) -> bool:
-        """Whether a number of workers divides every batch; of CPU cores a worker uses as many as do."""
-        devices = 1 if self.platform == "CPU" else int(self.resources[self.platform])
-        return all(batch % (workers * devices) == 0 for batch in batches)
-
-    def fitting(self, batches: tuple[int, ...]) -> "Placement":
-        """The same with at most as many workers as divide the batches; ClusterError where none does, or another number was asked."""
-        low, high = self.workers
-        found = [n for n in range(low if self.exactly else 1, high + 1) if self.fits(n, batches)]
-        if not found:
-            devices = "" if self.platform == "CPU" else f" of {self.resources[self.platform]:g} {self.platform}s"
-            raise ClusterError(f"Batches of {' and '.join(map(str, batches))} pairs do not divide among {high} workers{devices}; "
-                               "use another --num_workers, or a --batch_size that is a multiple.")
-        if found[-1] < high:
-            print(f"{found[-1]} workers, not {high}: more do not divide the batch", flush=True)
-        return Placement(self.platform, self.resources, (min(low, found[0]) if low < high else found[-1], found[-1]),
-                         self.exactly, self.topology, self.accelerator)
-
-
-def placement(request: Request, alone: bool) -> Placement:
-    """One worker a host, with all that the host has, or `workers_per_host`; waits until there are hosts for them.
-
-    `alone`: Ray runs on this machine only, where all workers asked for share the host. ClusterError when the
-    cluster does not have in time what is asked.
-    """
-    asked = request.workers()
-    low, high = asked or (1, 0)
-    a_host = request.workers_per_host or (high if alone and asked else 1)
-    until = time.monotonic() + (0 if alone else request.wait_for_hosts)
-    called = False
-    while True:
-        nodes = [n for n in ray.nodes() if n["Alive"]]
-        platform = request.devices.upper() if request.devices != "auto" else next(
-            (p for p in ("TPU", "GPU") if any(n["Resources"].get(p) for n in nodes)), "CPU")
-        hosts = [n for n in nodes if n["Resources"].get(platform, 0) >= a_host]
-        if len(hosts) * a_host >= low and (asked or hosts):
-            break
-        if not (alone or called):  # an autoscaler brings what somebody asks for
-            called = True
-            request_resources(bundles=[{platform: 1}] * low)
-        if time.monotonic() > until:
-            there = Counter(", ".join(f"{n['Resources'].get(p, 0):g} {p}" for p in ("CPU", "GPU", "TPU")
-                                      if p == "CPU" or n["Resources"].get(p)) for n in nodes)
-            raise ClusterError(
-                f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
-                f"{platform}, and there are {', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; start more "
-                "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
-                "--wait_for_hosts.")
-        time.sleep(0.5)
-    if called:
-        request_resources(bundles=[])  # from here on the workers' own claims count
-    each = min(int(n["Resources"][platform]) for n in hosts) // a_host
-    resources = {"CPU": float(each)} if platform == "CPU" else {"CPU": 1.0, platform: float(each)}
-    most = high if asked else len(hosts) * a_host
-    found = Placement(platform, resources, (low if asked else most, most), bool(asked))
-    if platform == "TPU" and most > 1:
-        labels = hosts[0]["Labels"]
-        pod = labels.get("ray.io/tpu-pod-type", "")  # v6e-16
-        found = Placement(platform, resources, found.workers, found.exactly, labels.get("ray.io/tpu-topology"),
-                          f"TPU-{pod.split('-')[0].upper()}" if pod else None)
-    return found
-
-
-# ---- the driver
-
-
 class Trainer(DataParallelTrainer):
     """Ray's, with a job's own end told apart from failures, and worker counts that divide its batches."""
 
     def __init__(self, place: Placement, batches: tuple[int, ...], desk, max_failures: int, alone: bool, **how):
-        super().__init__(_work, **how)
+        super().__init__(work, **how)
         self._place, self._batches, self._desk, self._max_failures, self._alone = place, batches, desk, max_failures, alone
 
     def _create_default_callbacks(self):
@@ -311,90 +218,3 @@ def _wait(trainer: Trainer, desk, max_failures: int) -> tuple[int, str]:
         raise error
     return 1, (f"The run has failed {max_failures + 1} times without getting on, last with: "
                f"{_first_line(error)}. Its checkpoints are whole; the same command goes on from them.")
-
-
-class Desk:
-    """Where the driver leaves word for the workers, and they say how far they are."""
-
-    def __init__(self):
-        self._code = 0
-        self._furthest = 0
-
-    def got_on(self) -> None:
-        self._furthest += 1
-
-    def furthest(self) -> int:
-        return self._furthest
-
-    def ask(self, code: int) -> None:
-        self._code = code
-
-    def asked(self) -> int:
-        return self._code
-
-
-# ---- a worker
-
-
-class Worker(Host):
-    """One of the processes of a run on Ray."""
-
-    def __init__(self, request: Request, desk):
-        super().__init__()
-        context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.first_here = context.get_local_rank() == 0
-        self.name = f"host {ray.util.get_node_ip_address()}, process {self.rank}"
-        self._hang_timeout = request.hang_timeout if self.world > 1 else 0
-        self._context = get_train_context()  # the public get_preemption_info is a barrier over all workers
-        self._notices, self._told = 0, 0
-        self._desk = desk
-        threading.Thread(target=self._look, args=(desk,), daemon=True, name="notices").start()
-
-    def _look(self, desk) -> None:
-        known = None
-        while True:
-            info = self._context.preemption_context.preemption_info
-            if info is not None and info != known:
-                known, self._notices = info, self._notices + 1
-            if self.rank == 0:  # one is enough: what one is asked, all do
-                with contextlib.suppress(Exception):  # its host is gone, and so is the driver
-                    self._asked = ray.get(desk.asked.remote(), timeout=60) or self._asked
-            time.sleep(LOOK)
-
-    def stoppable(self):
-        return contextlib.nullcontext()
-
-    def asked(self) -> int:
-        if self._told < self._notices:
-            self._told = self._notices
-            return max(SAVE, self._asked)
-        return self._asked
-
-    def watched(self, progress):
-        return watchdog(progress, self._hang_timeout, self.name)
-
-    def report(self, values: dict) -> None:
-        ray.train.report(values)
-
-    def saved(self) -> None:
-        if self.rank == 0:
-            self._desk.got_on.remote()
-
-
-def _work(config: dict) -> None:
-    """Ray Train's training function: the job's, on this worker. Raises Ended unless it ends well."""
-    if backend.problem:
-        raise Ended(2, backend.problem)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else it repeats what is reported to it, on every worker
-    job: Job = config["job"]
-    with contextlib.suppress(OSError):  # relative paths mean what they mean where the job was started, if that is here
-        os.chdir(config["cwd"])
-    worker = Worker(config["request"], config["desk"])
-    code, message = job.call(worker)
-    if code:
-        raise Ended(code, f"{worker.name}: {message}" if worker.world > 1 and code == 2 else message)
-    if worker.world > 1:
-        import jax
-
-        jax.distributed.shutdown()

@@ -19,10 +19,11 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from cluster import backend, launch, on_ray
+from cluster import backend, launch, on_ray, placement, worker
 from cluster.host import HUNG, INTERRUPTED, PREEMPTED, SAVE, ClusterError, Host
 from cluster.launch import Job, Request
-from cluster.on_ray import Ended, Placement
+from cluster.placement import Placement
+from cluster.worker import Desk, Ended, Worker
 
 # ---- where a run goes
 
@@ -89,7 +90,7 @@ def node(**resources):
 
 @pytest.fixture
 def cluster_of(monkeypatch):
-    monkeypatch.setattr(on_ray, "request_resources", lambda bundles: None)
+    monkeypatch.setattr(placement, "request_resources", lambda bundles: None)
 
     def set_nodes(*nodes):
         monkeypatch.setattr(ray, "nodes", lambda: list(nodes))
@@ -99,31 +100,31 @@ def cluster_of(monkeypatch):
 
 def test_a_worker_a_host_with_all_its_accelerators(cluster_of):
     cluster_of(node(), node(GPU=4.0), node(GPU=4.0))  # the first is the head
-    place = on_ray.placement(Request(), alone=False)
+    place = placement.placement(Request(), alone=False)
     assert (place.platform, place.resources, place.workers) == ("GPU", {"CPU": 1.0, "GPU": 4.0}, (2, 2))
 
 
 def test_several_workers_a_host_share_its_accelerators(cluster_of):
     cluster_of(node(GPU=8.0), node(GPU=8.0))
-    place = on_ray.placement(Request(num_workers="4", workers_per_host=2), alone=False)
+    place = placement.placement(Request(num_workers="4", workers_per_host=2), alone=False)
     assert (place.resources["GPU"], place.workers) == (4.0, (4, 4))
 
 
 def test_hosts_without_accelerators_give_all_their_cores(cluster_of):
     cluster_of(node(CPU=0.0), node(CPU=2.0), node(CPU=4.0))
-    place = on_ray.placement(Request(), alone=False)
+    place = placement.placement(Request(), alone=False)
     assert (place.platform, place.resources, place.workers) == ("CPU", {"CPU": 2.0}, (2, 2))
 
 
 def test_on_this_machine_alone_the_workers_share_it(cluster_of):
     cluster_of(node(CPU=4.0))
-    assert on_ray.placement(Request(num_workers="2"), alone=True).resources == {"CPU": 2.0}
+    assert placement.placement(Request(num_workers="2"), alone=True).resources == {"CPU": 2.0}
 
 
 def test_a_tpu_slice_is_known_by_its_labels(cluster_of):
     labels = {"ray.io/tpu-topology": "4x4", "ray.io/tpu-pod-type": "v6e-16"}
     cluster_of(node(), *[node(TPU=4.0, labels=labels)] * 4)
-    place = on_ray.placement(Request(), alone=False)
+    place = placement.placement(Request(), alone=False)
     assert (place.platform, place.workers, place.topology, place.accelerator) == ("TPU", (4, 4), "4x4", "TPU-V6E")
     ScalingConfig(num_workers=4, use_tpu=True, resources_per_worker=place.resources, topology=place.topology,
                   accelerator_type=place.accelerator)  # Ray knows it by these
@@ -132,23 +133,23 @@ def test_a_tpu_slice_is_known_by_its_labels(cluster_of):
 def test_what_a_cluster_cannot_fit_is_said_with_what_is_asked_and_what_there_is(cluster_of):
     cluster_of(node(GPU=4.0), node(GPU=4.0))
     with pytest.raises(ClusterError) as e:
-        on_ray.placement(Request(num_workers="3", wait_for_hosts=0), alone=False)
+        placement.placement(Request(num_workers="3", wait_for_hosts=0), alone=False)
     assert "asks for 3 workers, 1 a host, each with at least one GPU, and there are 2 × 8 CPU, 4 GPU" in str(e.value)
 
 
 def test_hosts_that_are_still_to_come_are_waited_for(monkeypatch):
     seen, called = iter([[node()], [node(), node(GPU=1.0)], [node(), node(GPU=1.0), node(GPU=1.0)]]), []
     monkeypatch.setattr(ray, "nodes", lambda: next(seen))
-    monkeypatch.setattr(on_ray, "request_resources", lambda bundles: called.append(bundles))
-    assert on_ray.placement(Request(num_workers="2", devices="gpu"), alone=False).workers == (2, 2)
+    monkeypatch.setattr(placement, "request_resources", lambda bundles: called.append(bundles))
+    assert placement.placement(Request(num_workers="2", devices="gpu"), alone=False).workers == (2, 2)
     assert called == [[{"GPU": 1}] * 2, []]  # an autoscaler was asked for them, and then no longer
 
 
 def test_devices_that_are_named_are_waited_for_where_the_cluster_has_others(cluster_of):
     cluster_of(node(GPU=4.0), node(GPU=4.0))
-    assert on_ray.placement(Request(devices="cpu"), alone=False).resources == {"CPU": 8.0}
+    assert placement.placement(Request(devices="cpu"), alone=False).resources == {"CPU": 8.0}
     with pytest.raises(ClusterError, match="each with at least one TPU, and there are 2 × 8 CPU"):
-        on_ray.placement(Request(devices="tpu", wait_for_hosts=0), alone=False)
+        placement.placement(Request(devices="tpu", wait_for_hosts=0), alone=False)
 
 
 @pytest.mark.parametrize("gpus, workers, batches, fits", [(1, 4, (16,), True), (1, 3, (16,), False), (4, 4, (16,), True),
@@ -177,7 +178,7 @@ def test_a_range_takes_the_most_that_divide_the_batch(monkeypatch):
 
 @pytest.fixture
 def policy(monkeypatch):
-    desk = on_ray.Desk()
+    desk = Desk()
     handle = SimpleNamespace(furthest=SimpleNamespace(remote=desk.furthest))
     monkeypatch.setattr(ray, "get", lambda value: value)
     return on_ray.FailurePolicy(FailureConfig(max_failures=-1), handle, 2), desk
@@ -240,11 +241,11 @@ def test_a_port_that_is_taken_is_said(monkeypatch):
 def test_workers_of_several_tpu_slices_are_told_their_slice(monkeypatch):
     monkeypatch.setattr(ray, "get", lambda value: value)
     started = []
-    worker = lambda rank: SimpleNamespace(
+    member = lambda rank: SimpleNamespace(
         metadata=SimpleNamespace(node_ip=f"10.0.0.{rank}"), distributed_context=SimpleNamespace(local_rank=0, local_world_size=1),
         execute_async=lambda fn, *args: started.append(args))
     group = type("Group", (), {
-        "get_workers": lambda self: [worker(rank) for rank in range(4)], "__len__": lambda self: 4,
+        "get_workers": lambda self: [member(rank) for rank in range(4)], "__len__": lambda self: 4,
         "execute": lambda self, fn, *args: [{"jax": "1"}] * 4, "execute_single": lambda self, rank, fn, *args: ("10.0.0.0", 7, ""),
         "get_worker_group_context": lambda self: SimpleNamespace(num_slices=2)})()
     backend.JaxBackend().on_start(group, backend.JaxBackendConfig("TPU"))
@@ -352,18 +353,18 @@ def test_a_process_that_compiles_its_first_step_or_moves_on_is_left_alone():
 
 
 @pytest.fixture
-def worker(monkeypatch):
+def one_worker(monkeypatch):
     """A worker of Ray, without Ray: its context, and what the driver's desk says."""
     context = SimpleNamespace(get_world_rank=lambda: 0, get_world_size=lambda: 2, get_local_rank=lambda: 0)
     inner = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=None))
-    desk = on_ray.Desk()
+    desk = Desk()
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(on_ray, "get_train_context", lambda: inner)
+    monkeypatch.setattr(worker, "get_train_context", lambda: inner)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
     monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
-    monkeypatch.setattr(on_ray, "LOOK", 0.01)
+    monkeypatch.setattr(worker, "LOOK", 0.01)
     handle = SimpleNamespace(asked=SimpleNamespace(remote=desk.asked), got_on=SimpleNamespace(remote=desk.got_on))
-    return on_ray.Worker(Request(), handle), inner, desk
+    return Worker(Request(), handle), inner, desk
 
 
 def until(holds) -> None:
@@ -374,8 +375,8 @@ def until(holds) -> None:
     raise AssertionError("it never came")
 
 
-def test_a_notice_of_preemption_is_told_once(worker):
-    worker, inner, _ = worker
+def test_a_notice_of_preemption_is_told_once(one_worker):
+    worker, inner, _ = one_worker
     assert worker.asked() == 0
     inner.preemption_context.preemption_info = "node 3 goes at noon"
     until(lambda: worker._notices == 1)
@@ -385,7 +386,7 @@ def test_a_notice_of_preemption_is_told_once(worker):
     assert worker.asked() == SAVE
 
 
-def test_what_the_driver_is_told_reaches_the_workers(worker):
-    worker, _, desk = worker
+def test_what_the_driver_is_told_reaches_the_workers(one_worker):
+    worker, _, desk = one_worker
     desk.ask(PREEMPTED)
     until(lambda: worker.asked() == PREEMPTED)

@@ -1,0 +1,109 @@
+"""What runs in an actor of Ray Train: one of the processes of a job, and the desk where driver and workers leave word."""
+
+import contextlib
+import logging
+import os
+import threading
+import time
+
+import ray
+import ray.train
+from ray.train.v2._internal.execution.context import get_train_context
+
+from cluster import backend
+from cluster.host import SAVE, Host, watchdog
+from cluster.launch import Job, Request
+
+LOOK = 2.0  # seconds between looks for a notice of preemption, or a request to stop
+
+
+class Ended(Exception):
+    """The job's own end: another try would not change it."""
+
+    def __init__(self, code: int, message: str):
+        super().__init__(code, message)
+        self.code, self.message = code, message
+
+
+class Desk:
+    """Where the driver leaves word for the workers, and they say how far they are."""
+
+    def __init__(self):
+        self._code = 0
+        self._furthest = 0
+
+    def got_on(self) -> None:
+        self._furthest += 1
+
+    def furthest(self) -> int:
+        return self._furthest
+
+    def ask(self, code: int) -> None:
+        self._code = code
+
+    def asked(self) -> int:
+        return self._code
+
+
+class Worker(Host):
+    """One of the processes of a run on Ray."""
+
+    def __init__(self, request: Request, desk):
+        super().__init__()
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.first_here = context.get_local_rank() == 0
+        self.name = f"host {ray.util.get_node_ip_address()}, process {self.rank}"
+        self._hang_timeout = request.hang_timeout if self.world > 1 else 0
+        self._context = get_train_context()  # the public get_preemption_info is a barrier over all workers
+        self._notices, self._told = 0, 0
+        self._desk = desk
+        threading.Thread(target=self._look, args=(desk,), daemon=True, name="notices").start()
+
+    def _look(self, desk) -> None:
+        known = None
+        while True:
+            info = self._context.preemption_context.preemption_info
+            if info is not None and info != known:
+                known, self._notices = info, self._notices + 1
+            if self.rank == 0:  # one is enough: what one is asked, all do
+                with contextlib.suppress(Exception):  # its host is gone, and so is the driver
+                    self._asked = ray.get(desk.asked.remote(), timeout=60) or self._asked
+            time.sleep(LOOK)
+
+    def stoppable(self):
+        return contextlib.nullcontext()
+
+    def asked(self) -> int:
+        if self._told < self._notices:
+            self._told = self._notices
+            return max(SAVE, self._asked)
+        return self._asked
+
+    def watched(self, progress):
+        return watchdog(progress, self._hang_timeout, self.name)
+
+    def report(self, values: dict) -> None:
+        ray.train.report(values)
+
+    def saved(self) -> None:
+        if self.rank == 0:
+            self._desk.got_on.remote()
+
+
+def work(config: dict) -> None:
+    """Ray Train's training function: the job's, on this worker. Raises Ended unless it ends well."""
+    if backend.problem:
+        raise Ended(2, backend.problem)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else it repeats what is reported to it, on every worker
+    job: Job = config["job"]
+    with contextlib.suppress(OSError):  # relative paths mean what they mean where the job was started, if that is here
+        os.chdir(config["cwd"])
+    worker = Worker(config["request"], config["desk"])
+    code, message = job.call(worker)
+    if code:
+        raise Ended(code, f"{worker.name}: {message}" if worker.world > 1 and code == 2 else message)
+    if worker.world > 1:
+        import jax
+
+        jax.distributed.shutdown()
