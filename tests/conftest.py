@@ -32,8 +32,10 @@ class Said(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory):
-    """IFVIT_CACHE of this session, for processes that it starts too."""
-    folder = tmp_path_factory.mktemp("cache")
+    """IFVIT_CACHE of this session, for processes that it starts too; pytest's own workers share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IFVIT_CACHE", str(folder))
         patch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
