@@ -102,7 +102,7 @@ def work(config: dict) -> None:
     worker = Worker(config["request"], config["desk"])
     code, message = job.call(worker)
     if code:
-        raise Ended(code, f"{worker.name}: {message}" if worker.world > 1 and code == 2 else message)
+        raise Ended(code, message)
     if worker.world > 1:
         import jax
 

@@ -36,16 +36,17 @@ def require_same(what: str, value: str, name: str, remedy: str) -> None:
         raise UserError(f"{what} differs between {names[0]} ({values[0]}) and {names[other]} ({values[other]}); {remedy}")
 
 
-def together(what: str, call: Callable, first: bool = True):
-    """`call()` on every process, on those that are `first` before the others; a UserError on one is one on all."""
+def together(what: str, call: Callable, host):
+    """`call()` on every process, on the first of each host before the others; a UserError on one is one on all, and
+    says where."""
     result, problem = None, ""
     for turn in (True, False):
-        if first == turn:
+        if host.first_here == turn:
             try:
                 result = call()
             except UserError as e:
-                problem = str(e)
+                problem = f"{host.name}: {e}" if host.name else str(e)
         said = exchange(what, problem)
         if any(said):
-            raise UserError(problem or next(filter(None, said)))
+            raise UserError(next(filter(None, said)))
     return result

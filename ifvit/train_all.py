@@ -60,7 +60,7 @@ class Args(TrainArgs):
         from ifvit.scorer import Scorer
         from ifvit.training.metrics import read_rows
 
-        _, _, held_out = gather(match, host.first_here)
+        _, _, held_out = gather(match, host)
         out = module2.parent / "evaluation"
         rows = [r for r in read_rows(module1.parent / "metrics.jsonl") if r["split"] == "val" and "accuracy" in r]
         print(f"\nEvaluation on {len({p.identity for p in held_out.prints})} held-out fingers")

@@ -45,7 +45,7 @@ def run(config: DenseConfig, resume: str, host) -> Path:
     from ifvit.training.startup import check_hosts, check_prints
 
     check_hosts(config, host)
-    everything, train_set, held_out = gather(config, host.first_here)
+    everything, train_set, held_out = gather(config, host)
     check_prints(everything, host)
     return train(dense_task(config, train_set, held_out), resume, host)
 

@@ -48,7 +48,7 @@ def run(config: MatchConfig, resume: str, host) -> Path:
 
     checkpoint_of_module1(config)  # a wrong path shows before prints are read
     check_hosts(config, host)
-    everything, train_set, held_out = gather(config, host.first_here)
+    everything, train_set, held_out = gather(config, host)
     check_prints(everything, host)
     return train(match_task(config, train_set, held_out), resume, host)
 

@@ -14,12 +14,12 @@ from ifvit.processes import together
 log = logging.getLogger("ifvit")
 
 
-def gather(config, first_here: bool = True) -> tuple[PrintSet, PrintSet, PrintSet]:
+def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     """All prints of a configuration, those to train on, and those of the held-out fingers.
 
-    Of several processes of a host the one that is `first_here` decodes, the others find it done. UserError when there are fewer than two fingers, or the split leaves a side with fewer.
+    Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two fingers, or the split leaves a side with fewer.
     """
-    everything = together("prints", lambda: _prepared(config), first_here)
+    everything = together("prints", lambda: _prepared(config), host)
     train, held_out = split_by_finger(everything.prints, config.held_out, config.seed)
     real = [p for p in held_out if p.database != SYNTHETIC]
     held_out = real or held_out  # where there are real prints, generated ones choose nothing

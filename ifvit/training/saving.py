@@ -2,7 +2,6 @@
 
 import logging
 import math
-import os
 import re
 import time
 import uuid
@@ -246,7 +245,7 @@ def writable(folder: Path) -> str | None:
     """Why checkpoints cannot be written to a folder; None where they can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe{os.getpid()}"
+        probe = folder / f".probe-{uuid.uuid4().hex}"
         probe.write_text("")
         probe.unlink()
     except OSError as e:

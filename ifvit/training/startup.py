@@ -14,19 +14,17 @@ PATIENCE = 15.0  # seconds that a shared file system gets to show one host's fil
 
 
 def check_hosts(config, host) -> None:
-    """UserError unless all processes have the same configuration and write to the same folder."""
+    """UserError unless all processes can write to the run's folder, and it is the same one."""
     if jax.process_count() == 1:
         return
-    ours = {k: v for k, v in config.to_dict().items() if k != "checkpoint_dir"}
-    require_same("The configuration", repr(sorted(ours.items())), host.name, "start all of them with the same command.")
     folder = checkpoint.as_local_path(config.checkpoint_dir)
     mark = exchange("mark", uuid.uuid4().hex)[0]
     seen = folder / f".seen-by-all-{mark}"
 
     def write():
         if why := saving.writable(folder):
-            raise UserError(f"{host.name} cannot write checkpoints to {folder} ({why}); give a directory that all hosts share "
-                            "and may write to.")
+            raise UserError(f"checkpoints cannot be written to {folder} ({why}); give a directory that all hosts share and may "
+                            "write to.")
         if jax.process_index() == 0:
             seen.write_text("")
 
@@ -34,13 +32,13 @@ def check_hosts(config, host) -> None:
         until = time.monotonic() + PATIENCE
         while not seen.exists():
             if time.monotonic() > until:
-                raise UserError(f"{host.name} does not see in {folder} what another host has written there; checkpoints need a "
-                                "directory that all hosts share.")
+                raise UserError(f"{folder} does not show what another host has written there; checkpoints need a directory that "
+                                "all hosts share.")
             time.sleep(0.2)
 
     try:
-        together("write", write)
-        together("look", look)
+        together("write", write, host)
+        together("look", look, host)
     finally:
         if jax.process_index() == 0:
             seen.unlink(missing_ok=True)
@@ -48,4 +46,6 @@ def check_hosts(config, host) -> None:
 
 def check_prints(prints, host) -> None:
     """UserError unless all processes have found the same prints: names, fingers and sizes of files."""
-    require_same("The list of prints", prints.listing(), host.name, "give a --dataset_root that is the same on every host.")
+    if jax.process_count() > 1:
+        require_same("The list of prints", prints.listing(), host.name,
+                     "give a --dataset_root that is the same on every host.")
