@@ -1,7 +1,5 @@
 """A job on two hosts of a test bed, and one fault; tests/faults/hosts.py has the others, at length."""
 
-import os
-
 import pytest
 
 from faults import checkpoint
@@ -16,7 +14,7 @@ SHORT = Training(epochs=6, pairs=80)
 
 @pytest.fixture(scope="module")
 def bed(tmp_path_factory):
-    with Testbed(hosts=2, folder=tmp_path_factory.mktemp("ray"), env=dict(os.environ)) as bed:
+    with Testbed(hosts=2, folder=tmp_path_factory.mktemp("ray")) as bed:
         yield bed
 
 

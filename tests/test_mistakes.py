@@ -99,7 +99,7 @@ def dense_steps(batch):
 class OneLayer(nnx.Module):
     """Stands for ResNet-18 where the step is what is tested: a convolution of stride 8 and BatchNorm."""
 
-    def __init__(self, widths, out_width, *, rngs):
+    def __init__(self, widths, out_width, *, rngs, **how):
         self.layer = ConvBN(1, out_width, 8, 8, rngs=rngs)
 
     def __call__(self, x, train):
@@ -363,7 +363,7 @@ def test_mistake_12_a_run_without_prints_is_an_error_and_saves_nothing(tmp_path,
     if cls is MatchConfig:
         config = config.replace(dense_reg_ckpt="")
     with pytest.raises(UserError, match=f"(?i){message}"):
-        run(config, "auto")
+        run(config, "auto", Host())
     assert not out.exists()
 
 

@@ -14,7 +14,7 @@ from etils import epath
 
 from ifvit import checkpoint
 from ifvit.errors import UserError
-from ifvit.training.saving import Saved, Saver, candidates, doomed, move_away, ranked, set_aside, step_of_name
+from ifvit.training.saving import OWNER, Saved, Saver, candidates, doomed, move_away, ranked, set_aside, step_of_name
 
 STEPS = 4  # an epoch
 
@@ -66,7 +66,7 @@ def make(folder: epath.Path, *names: str) -> None:
 
 
 def there(folder: epath.Path) -> list[str]:
-    return sorted(p.name for p in folder.iterdir())
+    return sorted(p.name for p in folder.iterdir() if p.name != OWNER)
 
 
 def test_a_run_goes_on_from_the_furthest(folder):
@@ -204,8 +204,8 @@ def step_in(path: epath.Path) -> int:
 
 def whole(folder: epath.Path) -> list[str]:
     """Names of what is there, every one of them a good checkpoint."""
-    for path in folder.iterdir():
-        step_in(path)
+    for name in there(folder):
+        step_in(folder / name)
     return there(folder)
 
 

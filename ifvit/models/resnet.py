@@ -10,17 +10,28 @@ from ifvit.batch_axes import batch_axes
 STRIDE = 8  # px of the input for one cell of the feature map; everything that counts cells reads it here
 
 
+class BatchNorm(nnx.BatchNorm):
+    """Over the global batch, on whatever devices it lies: flax's, which asks for the axes it is mapped over by name."""
+
+    @property
+    def axis_name(self):
+        return batch_axes() or None
+
+    @axis_name.setter
+    def axis_name(self, _):
+        """Set by flax's constructor; what counts is where the module is called."""
+
+
 class ConvBN(nnx.Module):
-    """Convolution without bias, then BatchNorm over height, width and the global batch, on whatever devices it lies."""
+    """Convolution without bias, then BatchNorm over batch, height and width."""
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, *, dtype=None, rngs: nnx.Rngs):
         init = jax.nn.initializers.he_normal()
         self.conv = nnx.Conv(cin, cout, (kernel, kernel), strides=stride, padding="SAME",
                              use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.bn = nnx.BatchNorm(cout, momentum=0.95, epsilon=1e-5, dtype=dtype, rngs=rngs)  # statistics: float32 always
+        self.bn = BatchNorm(cout, momentum=0.95, epsilon=1e-5, dtype=dtype, rngs=rngs)  # statistics: float32 always
 
     def __call__(self, x, train: bool):
-        self.bn.axis_name = batch_axes() or None
         return self.bn(self.conv(x), use_running_average=not train)
 
 

@@ -68,7 +68,7 @@ def train(task: Task, resume: str, host) -> Path:
     folder = checkpoint.as_local_path(config.checkpoint_dir)
     total = config.num_epochs * task.steps_per_epoch
     mesh = make_mesh(config.micro_batch, config.model_parallel)
-    mine = config.batch_size // jax.process_count()
+    several, mine = jax.process_count() > 1, config.batch_size // jax.process_count()
     abstract = jax.eval_shape(task.init)
     placement = shardings(abstract, mesh)
 
@@ -136,7 +136,8 @@ def train(task: Task, resume: str, host) -> Path:
                 before = time.perf_counter()
                 batch = next(batches)
                 waits["input_seconds"] += time.perf_counter() - before
-                batch["asked"] = np.full(mine, host.asked(), np.int32)  # so that all learn of it in the same step
+                if several:  # so that all learn in the same step what one is asked
+                    batch["asked"] = np.full(mine, host.asked(), np.int32)
                 before = time.perf_counter()
                 state, out = step(state, put_batch(batch, mesh, config.accumulate), *constants)
                 if at == first:  # compiled here, and on every other process: no time of steps
@@ -146,6 +147,8 @@ def train(task: Task, resume: str, host) -> Path:
                     asked = max(asked, _collect(*waiting, sums))
                 waiting = (at + 1, out)
                 ended = at + 1
+                if not several:
+                    asked = host.asked()
                 end_of_epoch = ended % task.steps_per_epoch == 0
                 within = not end_of_epoch and config.save_steps and ended % config.save_steps == 0
                 if ended - done >= 10 or end_of_epoch or within or asked:
