@@ -9,7 +9,7 @@ from testbed import Testbed
 
 WHY_NOT = Testbed.available()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"no test bed: {WHY_NOT}")
-SHORT = Training(epochs=6, pairs=80)
+SHORT = Training(epochs=5, pairs=40)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_after_kill_9_of_a_worker_the_run_ends_with_the_same_bits(plain, bed, tm
 
 def test_a_finished_run_says_so_and_a_mistake_in_a_job_is_a_sentence_and_exit_code_2(plain, bed):
     again = bed.submit(SHORT.words(plain.folder, "2"), wait=True)
-    assert bed.exit_code(again) == 0 and "is finished (6 epochs); nothing to do" in bed.logs(again)
+    assert bed.exit_code(again) == 0 and "is finished (5 epochs); nothing to do" in bed.logs(again)
     wrong = bed.submit([*SHORT.words(plain.folder, "2"), "--set", "learning_rat=1"], wait=True)
     assert bed.exit_code(wrong) == 2
     assert "Error: DenseConfig has no key 'learning_rat'; did you mean 'learning_rate'?" in bed.logs(wrong)
