@@ -22,6 +22,12 @@ class Request:
     hang_timeout: float = 600.0    # seconds without a step after which a process ends itself; 0: never
     coordinator_port: int = 0      # of JAX's coordination service, on the first worker's host; 0: any free one
 
+    def __post_init__(self):
+        for name in ("workers_per_host", "wait_for_hosts", "max_failures", "hang_timeout", "coordinator_port"):
+            value, most = getattr(self, name), 65535 if name == "coordinator_port" else float("inf")
+            if not 0 <= value <= most:  # NaN neither
+                raise ClusterError(f"--{name} is {value}; give a number from 0 on" + (f" to {most}." if most == 65535 else "."))
+
     def workers(self) -> tuple[int, int] | None:
         """(fewest, most) workers; None where it was left to us. ClusterError where it is no number or range."""
         if not self.num_workers:

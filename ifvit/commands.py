@@ -67,8 +67,8 @@ class TrainArgs:
 
     def run(self) -> int:
         """Trains where the flags say; returns the exit code."""
-        request = Request(**{f: getattr(self, f) for f in Request.__dataclass_fields__})
         try:
+            request = Request(**{f: getattr(self, f) for f in Request.__dataclass_fields__})
             code, message = launch(self._job, request)
         except ClusterError as e:
             raise UserError(str(e)) from None

@@ -39,6 +39,13 @@ def test_what_is_no_number_of_workers_is_a_mistake(text):
         Request(num_workers=text).workers()
 
 
+@pytest.mark.parametrize("flag, value", [("workers_per_host", -1), ("wait_for_hosts", float("nan")), ("max_failures", -1),
+                                         ("hang_timeout", -0.5), ("coordinator_port", 65536)])
+def test_what_is_out_of_range_is_a_mistake(flag, value):
+    with pytest.raises(ClusterError, match=f"--{flag} is {value}; give a number from 0 on"):
+        Request(**{flag: value})
+
+
 @pytest.mark.parametrize("runtime, workers, address, ray_runs_it", [
     ("auto", "", None, False), ("auto", "1", None, False), ("auto", "2", None, True), ("auto", "1:2", None, True),
     ("auto", "", "10.0.0.1:6379", True), ("ray", "", None, True), ("local", "", "10.0.0.1:6379", False)])
