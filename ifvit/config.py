@@ -13,16 +13,28 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from ifvit.errors import UserError
 
 
-def number(default, lo=-math.inf, hi=math.inf):
+# What a field is to the compiled programs: a part of them (PROGRAM), a number that they take as an argument
+# (SCALAR: runs that differ in such alone share one program), or nothing (HOST).
+PROGRAM, SCALAR, HOST = "program", "scalar", "host"
+
+
+def number(default, lo=-math.inf, hi=math.inf, use=PROGRAM):
     """A numeric field with its closed range."""
-    return field(default=default, metadata={"lo": lo, "hi": hi})
+    return field(default=default, metadata={"lo": lo, "hi": hi, "use": use})
 
 
 def choice(default, *choices):
     return field(default=default, metadata={"choices": choices})
+
+
+def host(default):
+    """A field of any kind that no compiled program depends on."""
+    return field(default=default, metadata={"use": HOST})
 
 
 TINY = 1e-12  # the lower bound of "positive"
@@ -33,14 +45,14 @@ class Config:
     """What both modules share. Reads by key too: `config["checkpoint_dir"]`."""
 
     # --- data
-    dataset_root: tuple[str, ...] = ("synthetic",)  # folders of prints; `synthetic` for generated ones
-    ppi: float = number(0.0, 0, 5000)               # overrides the prints' resolution; 0: the file's, or the set's
-    held_out: float = number(0.1, 0.0, 0.9)         # share of fingers kept for validation
-    synthetic_fingers: int = number(300, 2)         # how many generated fingers, where generated ones are used
-    synthetic_impressions: int = number(8, 1)       # and impressions of each
-    synthetic_share: float = number(0.0, 0, 1)      # share of pairs drawn from generated fingers beside real ones
-    input_workers: int = number(0, 0, 256)          # Grain worker processes a host; 0: threads of this process
-    max_broken: float = number(0.1, 0, 1)           # share of unreadable images above which a run refuses
+    dataset_root: tuple[str, ...] = host(("synthetic",))  # folders of prints; `synthetic` for generated ones
+    ppi: float = number(0.0, 0, 5000, use=HOST)     # overrides the prints' resolution; 0: the file's, or the set's
+    held_out: float = number(0.1, 0.0, 0.9, use=HOST)  # share of fingers kept for validation
+    synthetic_fingers: int = number(300, 2, use=HOST)  # how many generated fingers, where generated ones are used
+    synthetic_impressions: int = number(8, 1, use=HOST)  # and impressions of each
+    synthetic_share: float = number(0.0, 0, 1, use=HOST)  # share of pairs drawn from generated fingers beside real ones
+    input_workers: int = number(0, 0, 256, use=HOST)  # Grain worker processes a host; 0: threads of this process
+    max_broken: float = number(0.1, 0, 1, use=HOST)  # share of unreadable images above which a run refuses
     canvas_size: int = number(512, 64, 4096)        # px at 500 ppi, what the host hands to the device
     # --- network
     input_ppi: float = number(200.0, 50, 1000)      # resolution the network sees
@@ -53,42 +65,42 @@ class Config:
     temp_bug_fix: bool = True                       # False: position encoding of LoFTR's published outdoor_ds weights
     similarity: str = choice("scaled_dot", "scaled_dot", "cosine")  # cosine has a learned scale
     # --- matching
-    match_threshold: float = number(0.2, 0, 1)      # confidence above which a mutual match counts (paper)
+    match_threshold: float = number(0.2, 0, 1, use=SCALAR)  # confidence above which a mutual match counts (paper)
     match_border: int = number(2, 0, 64)            # cells at the edge of the grid whose matches are dropped (LoFTR)
     # --- registration: the robust fit of a similarity to the matches
     alignment_matches: int = number(256, 4)         # best matches that the robust fit sees
     alignment_samples: int = number(256, 1)         # two-match hypotheses it tries
-    inlier_radius: float = number(1.25, 0.1, 10)    # cells
-    min_matches: int = number(4, 2)                 # fewer inliers: not aligned
+    inlier_radius: float = number(1.25, 0.1, 10, use=SCALAR)  # cells
+    min_matches: int = number(4, 2, use=SCALAR)     # fewer inliers: not aligned
     # --- corruption of the inputs: strength 1 is the default of each, 0 none
-    rotation: float = number(60.0, 0, 180)          # degrees, uniform within ± (paper)
-    noise: float = number(1.0, 0, 5)                # sensor noise (Perlin, paper) and speckle
-    thickness: float = number(1.0, 0, 5)            # dryness and over-pressure
-    distortion: float = number(1.0, 0, 5)           # smooth skin distortion, 1: up to about 8 px at 500 ppi
-    partial: float = number(1.0, 0, 1)              # how often only a part of the finger touches
+    rotation: float = number(60.0, 0, 180, use=SCALAR)  # degrees, uniform within ± (paper)
+    noise: float = number(1.0, 0, 5, use=SCALAR)    # sensor noise (Perlin, paper) and speckle
+    thickness: float = number(1.0, 0, 5, use=SCALAR)  # dryness and over-pressure
+    distortion: float = number(1.0, 0, 5, use=SCALAR)  # smooth skin distortion, 1: up to about 8 px at 500 ppi
+    partial: float = number(1.0, 0, 1, use=SCALAR)  # how often only a part of the finger touches
     # --- training
     batch_size: int = number(128, 1)                # pairs a step, over all devices (paper)
-    num_epochs: int = number(100, 1)
-    pairs_per_epoch: int = number(0, 0)             # 0: four for each training print (paper: 100,360 of 25,090)
-    impostor_share: float = number(0.25, 0, 0.9)    # of the pairs (paper: 25,000 of 100,000)
-    learning_rate: float = number(1e-3, TINY, 10)   # peak (paper)
-    warmup: float = number(0.05, 0, 1)              # share of all steps
-    final_lr: float = number(0.01, 0, 1)            # of the peak, at the end of the cosine
-    weight_decay: float = number(2e-4, 0, 10)       # (paper)
-    grad_clip: float = number(1.0, TINY)            # global norm
+    num_epochs: int = number(100, 1, use=HOST)
+    pairs_per_epoch: int = number(0, 0, use=HOST)   # 0: four for each training print (paper: 100,360 of 25,090)
+    impostor_share: float = number(0.25, 0, 0.9, use=HOST)  # of the pairs (paper: 25,000 of 100,000)
+    learning_rate: float = number(1e-3, TINY, 10, use=HOST)  # peak (paper)
+    warmup: float = number(0.05, 0, 1, use=HOST)    # share of all steps
+    final_lr: float = number(0.01, 0, 1, use=HOST)  # of the peak, at the end of the cosine
+    weight_decay: float = number(2e-4, 0, 10, use=SCALAR)  # (paper)
+    grad_clip: float = number(1.0, TINY, use=SCALAR)  # global norm
     accumulate: int = number(1, 1)                  # micro-batches a step, gradients averaged; BatchNorm sees one whole
     compute_dtype: str = choice("float32", "float32", "bfloat16")  # of the networks; parameters are float32
     remat: bool = False                             # activations computed again in the backward pass: less memory
-    val_pairs: int = number(512, 0)                 # validation pairs an epoch
-    patience: int = number(0, 0)                    # epochs without a better validation that end a run; 0: none do
+    val_pairs: int = number(512, 0, use=HOST)       # validation pairs an epoch
+    patience: int = number(0, 0, use=HOST)          # epochs without a better validation that end a run; 0: none do
     # --- checkpoints: one is written after every epoch; what is kept for good
-    save_every: int = number(5, 1)                  # epochs between periodic checkpoints, which are all kept
-    save_steps: int = number(0, 0)                  # steps between checkpoints within an epoch; 0: none
-    keep_last: int = number(2, 1)                   # newest ones kept, whatever they are
-    keep_best: int = number(1, 1)                   # best epochs kept, by validation; 1: `…_best` alone, a copy
+    save_every: int = number(5, 1, use=HOST)        # epochs between periodic checkpoints, which are all kept
+    save_steps: int = number(0, 0, use=HOST)        # steps between checkpoints within an epoch; 0: none
+    keep_last: int = number(2, 1, use=HOST)         # newest ones kept, whatever they are
+    keep_best: int = number(1, 1, use=HOST)         # best epochs kept, by validation; 1: `…_best` alone, a copy
     # --- devices
-    model_parallel: int = number(1, 1)              # devices that share one copy of parameters and moments (FSDP)
-    seed: int = number(0, 0, 2**31 - 1)
+    model_parallel: int = number(1, 1, use=HOST)    # devices that share one copy of parameters and moments (FSDP)
+    seed: int = number(0, 0, 2**31 - 1, use=SCALAR)
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -120,6 +132,15 @@ class Config:
         """Pairs that the network sees at once, over all devices."""
         return self.batch_size // self.accumulate
 
+    def program(self):
+        """This configuration as far as compiled programs depend on it; all else has its default."""
+        return type(self)(**{f.name: getattr(self, f.name) for f in dataclasses.fields(self) if use_of(f) == PROGRAM})
+
+    def scalars(self) -> dict[str, np.ndarray]:
+        """The numbers that compiled programs take as arguments."""
+        kinds = {float: np.float32, int: np.int32}
+        return {f.name: np.asarray(getattr(self, f.name), kinds[f.type]) for f in dataclasses.fields(self) if use_of(f) == SCALAR}
+
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
 
@@ -135,47 +156,67 @@ class DenseConfig(Config):
     `python -m ifvit.train_dense --dataset_root DIR`; figures to expect stand in the README.
     """
 
-    checkpoint_dir: str = "./checkpoints/dense_reg"
+    checkpoint_dir: str = host("./checkpoints/dense_reg")
     dense_loss: str = choice("focal", "focal", "nll")  # LoFTR's focal loss, or the negative log-likelihood
-    loftr_ckpt: str = ""                            # LoFTR weights that start the transformer ('' for none)
+    loftr_ckpt: str = host("")                        # LoFTR weights that start the transformer ('' for none)
 
 
 @dataclass(frozen=True)
 class MatchConfig(Config):
     """Module 2, the matcher; its pairs are aligned by Module 1 (`dense_reg_ckpt`)."""
 
-    checkpoint_dir: str = "./checkpoints/matcher"
-    dense_reg_ckpt: str = "./checkpoints/dense_reg/dense_reg_ckpt.pkl"
-    num_classes: int = number(0, 0)                 # ArcFace classes; 0: the training identities, counted
-    num_epochs: int = number(70, 1)                 # (paper)
-    learning_rate: float = number(1e-4, TINY, 10)   # (paper, after its pre-training)
-    impostor_share: float = number(0.5, 0, 0.9)
-    rotation: float = number(20.0, 0, 180)          # degrees; of each print on its own, before alignment
-    partial: float = number(0.3, 0, 1)
+    checkpoint_dir: str = host("./checkpoints/matcher")
+    dense_reg_ckpt: str = host("./checkpoints/dense_reg/dense_reg_ckpt.pkl")
+    num_classes: int = number(0, 0, use=HOST)       # ArcFace classes; 0: the training identities, counted
+    num_epochs: int = number(70, 1, use=HOST)       # (paper)
+    learning_rate: float = number(1e-4, TINY, 10, use=HOST)  # (paper, after its pre-training)
+    impostor_share: float = number(0.5, 0, 0.9, use=HOST)
+    rotation: float = number(20.0, 0, 180, use=SCALAR)  # degrees; of each print on its own, before alignment
+    partial: float = number(0.3, 0, 1, use=SCALAR)
     share_global_local: bool = True                 # one transformer in both branches, or seeded alike and then apart
-    seed_resnet: bool = False                       # start both branches' ResNets from Module 1's too
+    seed_resnet: bool = host(False)                   # start both branches' ResNets from Module 1's too
     # --- inputs of the branches
     enhance: bool = True                            # band-pass the aligned prints (paper: both enhanced)
     roi_size: int = number(90, 16, 1024)            # px at input_ppi, side of the local branch's window (paper)
     embedding_size: int = number(256, 2)            # of each branch (paper)
     embedding_grid: int = number(8, 1, 64)          # the head pools a branch's cells to this many a side
     embedding_channels: int = number(32, 1)         # of this many channels before the last linear map
-    global_weight: float = number(0.6, 0, 1)        # of the fused cosine; the local branch has the rest (paper)
-    calibration_pairs: int = number(4000, 4)        # of held-out fingers, to fit the fused score and its thresholds
+    global_weight: float = number(0.6, 0, 1, use=HOST)  # of the fused cosine; the local branch has the rest (paper)
+    calibration_pairs: int = number(4000, 4, use=HOST)  # of held-out fingers, to fit the fused score and its thresholds
     # --- losses
-    loss_dense: float = number(0.5, 0)              # L_D (paper)
-    loss_embedding: float = number(0.1, 0)          # L_E (paper)
-    loss_arcface: float = number(1.0, 0)            # L_A (paper)
+    loss_dense: float = number(0.5, 0, use=SCALAR)  # L_D (paper)
+    loss_embedding: float = number(0.1, 0, use=SCALAR)  # L_E (paper)
+    loss_arcface: float = number(1.0, 0, use=SCALAR)  # L_A (paper)
     dense_loss: str = choice("focal", "focal", "nll")
-    embedding_margin: float = number(0.4, -1, 1)    # (paper)
-    arcface_margin: float = number(0.4, 0, math.pi / 2)  # (paper)
-    arcface_scale: float = number(64.0, TINY)       # (paper)
+    embedding_margin: float = number(0.4, -1, 1, use=SCALAR)  # (paper)
+    arcface_margin: float = number(0.4, 0, math.pi / 2, use=SCALAR)  # (paper)
+    arcface_scale: float = number(64.0, TINY, use=SCALAR)  # (paper)
 
 
     def __post_init__(self):
         super().__post_init__()
         if self.roi_size > self.image_size:
             raise UserError(f"roi_size is {self.roi_size}, more than image_size {self.image_size}; make it smaller.")
+
+
+class Traced:
+    """A configuration within a compiled program: `Config.program`, its scalars as arguments; the host's keys are not there."""
+
+    def __init__(self, config: Config, scalars: dict):
+        self._config, self._scalars = config, scalars
+        self._host = {f.name for f in dataclasses.fields(config) if use_of(f) == HOST}
+
+    def __getattr__(self, name: str):
+        if name in self._scalars:
+            return self._scalars[name]
+        if name in self._host:
+            raise AttributeError(f"{name} is the host's; a compiled program cannot depend on it")
+        return getattr(self._config, name)
+
+
+def use_of(f: dataclasses.Field) -> str:
+    """PROGRAM, SCALAR or HOST."""
+    return f.metadata.get("use", PROGRAM)
 
 
 def known_key(cls, key: str) -> str:

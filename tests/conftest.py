@@ -156,7 +156,7 @@ def started(monkeypatch, command):
             made.update(task=task)
             if create:
                 mesh = sharding.make_mesh(task.config.micro_batch)
-                made.update(state=loop.begin(task, sharding.shardings(jax.eval_shape(task.init), mesh)))
+                made.update(state=loop.begin(task, sharding.shardings(jax.eval_shape(task.init, 0), mesh)))
             return Path("nowhere")
 
         monkeypatch.setattr("ifvit.training.loop.train", train)

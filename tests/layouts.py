@@ -36,7 +36,7 @@ from ifvit.config import DenseConfig, preset  # noqa: E402
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
 from ifvit.training.loop import saved_tree  # noqa: E402
 from ifvit.training.sharding import put_whole_batch, shardings  # noqa: E402
-from ifvit.training.state import init_state, optimizer  # noqa: E402
+from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
 from ifvit.training.step import dense_network, dense_step  # noqa: E402
 
 ONE = ["1x1", "2x1", "1x2", "4x1", "2x2", "1x4", "8x1", "4x2", "2x4", "1x8"]  # data × model
@@ -48,7 +48,7 @@ META = {"epoch": 1, "config": {}}
 TASK = SimpleNamespace(to_saved=lambda params: params)
 CONFIG = preset("smoke", DenseConfig)
 NET = dense_network(CONFIG)
-ABSTRACT = jax.eval_shape(lambda: init_state(NET, optimizer(CONFIG, 10)[0], 0))
+ABSTRACT = jax.eval_shape(lambda: init_state(NET, optimizer(CONFIG, learning_rate(CONFIG, 10)), 0))
 BARRIER = 3  # seconds that a process waits for the other where a write fails; Orbax's own are 300
 
 
@@ -151,7 +151,8 @@ def steps(folder: Path) -> dict:
              "genuine": np.array([True, True, True, False])}
     # The first moment begins at zero: after the step it is a tenth of the gradient. The rate makes parameters move.
     before = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if jax.tree_util.GetAttrKey("mu") in path else x, STATE)
-    tx, schedule = optimizer(CONFIG.replace(learning_rate=10.0), 10)
+    schedule = learning_rate(CONFIG.replace(learning_rate=10.0), 10)
+    tx = optimizer(CONFIG.replace(learning_rate=10.0), schedule)
     after = {}
     for layout in STEPS:
         mesh = mesh_of(layout)

@@ -37,7 +37,7 @@ from ifvit.models import matcher
 from ifvit.models.resnet import ConvBN
 from ifvit.training.dense import steps_per_epoch, warp_metrics
 from ifvit.training.loop import Task, train
-from ifvit.training.state import Network, TrainState, optimizer
+from ifvit.training.state import Network, TrainState, learning_rate, learning_rates, optimizer
 from ifvit.training.step import dense_eval, dense_network, dense_step, match_network, match_step, train_step
 
 TINY = dict(PRESETS["smoke"][0], image_size=32, resnet_widths=(2, 2, 2), transformer_width=8, input_ppi=400.0,
@@ -87,7 +87,8 @@ def dense_steps(batch):
     def table(params, stats, image0, image1, mask0, mask1, train):
         return jnp.broadcast_to(jax.nn.log_sigmoid(params["table"]), (2, 16, 16)), {"passes": stats["passes"] + train}
 
-    tx, schedule = optimizer(DENSE.replace(warmup=0.0), 10)
+    schedule = learning_rate(DENSE.replace(warmup=0.0), 10)
+    tx = optimizer(DENSE.replace(warmup=0.0), schedule)
     params = {"table": np.random.default_rng(2).normal(-4, 0.5, (16, 16)).astype(np.float32)}
     start = TrainState(params, {"passes": np.zeros(1)}, tx.init(params), jnp.int32(0))
     step = quickly(dense_step(Network(None, table), DENSE, tx, schedule))
@@ -113,7 +114,8 @@ def match_steps(batch):
         assert not train
         return jnp.broadcast_to(jnp.where(jnp.eye(16, dtype=bool), -0.1, -9.0), (2, 16, 16)), stats
 
-    tx, schedule = optimizer(MATCH.replace(warmup=0.0), 10)
+    schedule = learning_rate(MATCH.replace(warmup=0.0), 10)
+    tx = optimizer(MATCH.replace(warmup=0.0), schedule)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matcher, "ResNet18", OneLayer)
         net = match_network(MATCH, CLASSES)
@@ -250,11 +252,12 @@ def test_mistake_6_an_epoch_has_the_steps_its_pairs_make():
 def test_mistake_6_the_schedule_ends_with_the_run():
     """Linear to the peak, then a cosine to a hundredth of it at the very last step."""
     config = DENSE_CONFIG.replace(learning_rate=2e-3, warmup=0.05, final_lr=0.01)
-    _, rate = optimizer(config, 1000)
+    rate = learning_rate(config, 1000)
     assert rate(0) == 0 and rate(25) == pytest.approx(1e-3) and rate(50) == pytest.approx(2e-3)
     middle = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * 475 / 950))
     assert rate(525) == pytest.approx(2e-3 * middle, rel=1e-4)
     assert rate(1000) == pytest.approx(2e-5, rel=1e-3)
+    np.testing.assert_allclose(learning_rates(config, 1000), [rate(s) for s in range(1000)], rtol=1e-4, atol=1e-9)
 
 
 STEPS = 2  # of an epoch of the small task
@@ -264,9 +267,10 @@ def small_task(folder, validated):
     """Three epochs of a line that follows its batches; `validated` notes the epochs of validation."""
     pairs = 2 * jax.device_count()
     config = DENSE.replace(checkpoint_dir=str(folder), num_epochs=3, save_every=1, seed=7, batch_size=pairs)
-    tx, schedule = optimizer(config, 3 * STEPS)
+    schedule = learning_rate(config, 3 * STEPS)
+    tx = optimizer(config, schedule)
 
-    def create():
+    def create(seed):
         params = {"w": jnp.arange(6.0).reshape(2, 3)}
         return TrainState(params, {"mean": jnp.zeros(())}, tx.init(params), jnp.int32(0))
 
@@ -282,7 +286,9 @@ def small_task(folder, validated):
         validated.append((epoch, int(state.step)))
         return {"eer": 1 / epoch}
 
-    return Task("dense_reg", config, STEPS, "digest", create, train_step(loss, config, tx, schedule), (), read, validate, "eer", False, {})
+    step = train_step(loss, config, tx, schedule)
+    return Task("dense_reg", config, STEPS, "digest", create, lambda state, batch, rate: step(state, batch),
+                learning_rates(config, 3 * STEPS), (), read, validate, "eer", False, {})
 
 
 @pytest.fixture(scope="module")

@@ -244,6 +244,7 @@ def test_nan_stops_the_run_and_names_the_step(command, prints, tmp_path, monkeyp
         return step
 
     monkeypatch.setattr(dense, "dense_step", dense_step)
+    monkeypatch.setattr(dense, "dense_program", dense.dense_program.__wrapped__)  # others' programs are kept there
     said = command("train_dense", "--dataset_root", prints, *SMOKE, "--set", "pairs_per_epoch=16", cwd=tmp_path)
     assert said.code == 1, said
     assert "Error: loss is nan at step 3;" in said.err and "Traceback" not in said.err

@@ -23,7 +23,7 @@ import jax, numpy as np
 from jax.sharding import Mesh
 from ifvit.config import DenseConfig, MatchConfig, preset
 from ifvit.training.sharding import put_batch, replicated, shardings
-from ifvit.training.state import init_state, optimizer
+from ifvit.training.state import init_state, learning_rate, optimizer
 from ifvit.training.step import dense_network, dense_step, match_network, match_step
 
 PAIRS = 8
@@ -43,7 +43,8 @@ def run(module, layout, **changes):
     cls = DenseConfig if module == "dense" else MatchConfig
     small = {k: v for k, v in SMALL.items() if module == "match" or k != "roi_size"}
     config = preset("smoke", cls).replace(**small, **changes)
-    tx, schedule = optimizer(config, 10)
+    schedule = learning_rate(config, 10)
+    tx = optimizer(config, schedule)
     if module == "dense":
         net, constants = dense_network(config), ()
         step = dense_step(net, config, tx, schedule)

@@ -158,7 +158,7 @@ def dense_pair(keys, batch: dict, config, cell_mask, known_warp_only: bool = Fal
     `genuine` (B,) bool; a genuine pair has the same print twice. With `known_warp_only` views are
     not corrupted: pose and distortion alone.
     """
-    rotation = math.radians(config.rotation)
+    rotation = jnp.radians(config.rotation)
     # of view 0 and view 1: the second is turned, scaled, moved and corrupted more
     scale, shift, strength = (jnp.array(v) for v in ((0.03, 0.08), (10.0, 45.0), (0.6, 1.0)))
 
@@ -188,7 +188,7 @@ def match_views(keys, batch: dict, config):
     """Module 2's prints before alignment, each turned, moved and corrupted on its own: images, masks (B S S)."""
     def view(key, canvas, mask):
         k_angle, k_view, k_corrupt = jax.random.split(key, 3)
-        angle = _uniform(k_angle, -1, 1) * math.radians(config.rotation)
+        angle = _uniform(k_angle, -1, 1) * jnp.radians(config.rotation)
         image, mask = take_view(canvas, mask, random_view(k_view, config, angle, 0.03, 20.0), config)
         return corrupt(k_corrupt, image, mask, config, 0.5)
 

@@ -1,9 +1,14 @@
 """Module 1 as a task of the loop."""
 
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import numpy as np
 
 from ifvit import loftr
+from ifvit.config import Traced
 from ifvit.data.loader import PairSource, batches, fixed_batches
 from ifvit.data.pairs import DensePairs
 from ifvit.data.prepare import PrintSet
@@ -11,31 +16,58 @@ from ifvit.errors import UserError
 from ifvit.paths import resolve
 from ifvit.training.loop import Task
 from ifvit.training.sharding import fetch, make_mesh, put_whole_batch
-from ifvit.training.state import init_state, optimizer
+from ifvit.training.state import Network, init_state, learning_rates, optimizer
 from ifvit.training.step import dense_eval, dense_network, dense_step
 
 VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
 
 
-def dense_task(config, train: PrintSet, held_out: PrintSet) -> Task:
-    """Trains on known warps of the prints in `train`, validates on those in `held_out`."""
+class Program(NamedTuple):
+    """What is compiled for a configuration: pure functions, the same objects for all that differ in scalars alone."""
+
+    net: Network
+    init: Callable      # (seed) -> state
+    step: Callable      # as `training.step.train_step` has it, with (learning rate, scalars) before the constants
+    evaluate: Callable  # jitted, its scalars after the state
+
+
+@functools.lru_cache(maxsize=8)
+def dense_program(config) -> Program:
+    """Of a `Config.program()`."""
     net = dense_network(config)
+
+    def step(state, batch, rate, scalars):
+        ours = Traced(config, scalars)
+        schedule = lambda _: rate
+        return dense_step(net, ours, optimizer(ours, schedule), schedule)(state, batch)
+
+    def evaluate(params, batch_stats, scalars, batch, keys):
+        return dense_eval(net, Traced(config, scalars), known_warp_only=False)(params, batch_stats, batch, keys)
+
+    return Program(net, lambda seed: init_state(net, optimizer(config, lambda _: 0.0), seed), step, jax.jit(evaluate))
+
+
+def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> Task:
+    """Trains on known warps of the prints in `train`, validates on those in `held_out`.
+
+    `validation`: a configuration whose corruption the validation views have [`config`]: where the corruption
+    itself is searched, trials are compared on the same views.
+    """
+    program = dense_program(config.program())
     steps = steps_per_epoch(config, len(train))
-    tx, schedule = optimizer(config, steps * config.num_epochs)
     pairs = DensePairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
+    seen = (validation or config).scalars()
 
     def host_batches(first, last):
         source = PairSource(train, pairs, {}, config.batch_size, first, last, jax.process_index(), jax.process_count(),
                             config.accumulate)
         return batches(source, config.input_workers)
 
-    evaluate = jax.jit(dense_eval(net, config, known_warp_only=False))
-
     def validate(state, epoch):
-        return warp_metrics(evaluate, (state.params, state.batch_stats), held_out, config)
+        return warp_metrics(program.evaluate, (state.params, state.batch_stats, seen), held_out, config)
 
-    return Task("dense_reg", config, steps, train.digest(), lambda: init_state(net, tx, config.seed), dense_step(net, config, tx, schedule), (),
-                host_batches, validate, "accuracy", True, {},
+    return Task("dense_reg", config, steps, train.digest(), program.init, program.step,
+                learning_rates(config, steps * config.num_epochs), (config.scalars(),), host_batches, validate, "accuracy", True, {},
                 seed_from=lambda params, stats: (with_loftr(params, config), stats))
 
 

@@ -42,9 +42,10 @@ class Task:
     config: Any
     steps_per_epoch: int
     data_digest: str
-    init: Callable[[], TrainState]                             # pure: also evaluated for its shapes alone
-    step: Callable                                             # (state, batch, *constants) -> (state, metrics)
-    constants: tuple                                           # e.g. Module 1's frozen parameters
+    init: Callable[[int], TrainState]                          # (seed); pure: also evaluated for its shapes alone
+    step: Callable                                             # (state, batch, rate, *constants) -> (state, metrics)
+    rates: np.ndarray                                          # (steps,) the learning rate of each step
+    constants: tuple                                           # the configuration's scalars, Module 1's frozen parameters
     batches: Callable[[int, int], Iterator[dict]]              # (first step, last step) -> host batches
     validate: Callable[[TrainState, int], dict[str, float]]    # (state, epoch) -> metrics
     metric: str                                                # of validation, chooses the best checkpoint
@@ -69,7 +70,7 @@ def train(task: Task, resume: str, host) -> Path:
     total = config.num_epochs * task.steps_per_epoch
     mesh = make_mesh(config.micro_batch, config.model_parallel)
     several, mine = jax.process_count() > 1, config.batch_size // jax.process_count()
-    abstract = jax.eval_shape(task.init)
+    abstract = jax.eval_shape(task.init, 0)
     placement = shardings(abstract, mesh)
 
     # The order of a resume: 1. find the furthest checkpoint and compare configs; 2. read it, every process
@@ -139,7 +140,7 @@ def train(task: Task, resume: str, host) -> Path:
                 if several:  # so that all learn in the same step what one is asked
                     batch["asked"] = np.full(mine, host.asked(), np.int32)
                 before = time.perf_counter()
-                state, out = step(state, put_batch(batch, mesh, config.accumulate), *constants)
+                state, out = step(state, put_batch(batch, mesh, config.accumulate), task.rates[at], *constants)
                 if at == first:  # compiled here, and on every other process: no time of steps
                     jax.block_until_ready(out)
                     waits["compile_seconds"] = time.perf_counter() - before
@@ -216,7 +217,7 @@ def _out_of_patience(task: Task, best: dict | None, step: int) -> bool:
 
 def begin(task: Task, placement: TrainState) -> TrainState:
     """A fresh state, made where it lives, with the weights that the task starts from."""
-    state = jax.jit(task.init, out_shardings=placement)()
+    state = jax.jit(task.init, out_shardings=placement)(np.int32(task.config.seed))
     params, stats = jax.device_put(task.seed_from(state.params, state.batch_stats),
                                    (placement.params, placement.batch_stats))
     return state._replace(params=params, batch_stats=stats)

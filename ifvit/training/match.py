@@ -1,5 +1,6 @@
 """Module 2 as a task of the loop: seeded from Module 1, which aligns its pairs."""
 
+import functools
 import logging
 from dataclasses import asdict
 
@@ -7,16 +8,16 @@ import jax
 import numpy as np
 
 from ifvit import checkpoint, rates
-from ifvit.config import DenseConfig, config_of
+from ifvit.config import DenseConfig, Traced, config_of
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.evaluation import fit_fusion, match_scores, score_pairs
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights
-from ifvit.training.dense import VALIDATION_SEED, steps_per_epoch
+from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch
 from ifvit.training.loop import Task
-from ifvit.training.state import init_state, optimizer
+from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_network, match_network, match_step
 
 log = logging.getLogger("ifvit")
@@ -24,6 +25,22 @@ log = logging.getLogger("ifvit")
 # what both modules' windows and networks must have in common
 COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
           "image_size", "similarity", "temp_bug_fix")
+
+
+@functools.lru_cache(maxsize=8)
+def match_program(config, aligner_config, num_classes: int) -> Program:
+    """Of a `Config.program()`, and that of the Module 1 which aligns its pairs (None without one)."""
+    net, aligner = match_network(config, num_classes), aligner_config and dense_network(aligner_config)
+
+    def step(state, batch, rate, scalars, aligner_state):
+        ours = Traced(config, scalars)
+        schedule = lambda _: rate
+        return match_step(net, aligner, ours, optimizer(ours, schedule), schedule)(state, batch, aligner_state)
+
+    def score(params, batch_stats, aligner_state, scalars, batch):
+        return match_scores(net, aligner, Traced(config, scalars))(params, batch_stats, aligner_state, batch)
+
+    return Program(net, lambda seed: init_state(net, optimizer(config, lambda _: 0.0), seed), step, jax.jit(score))
 
 
 def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
@@ -34,13 +51,12 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
         raise UserError(f"--num_classes is {num_classes}, and there are {len(classes)} fingers to train on; use "
                         f"--num_classes {len(classes)} or leave it out.")
     module1 = checkpoint_of_module1(config)
-    aligner = module1 and dense_network(config_of(DenseConfig, module1.metadata["config"]))
+    aligner_config = module1 and config_of(DenseConfig, module1.metadata["config"])
     aligner_tree = module1 and {k: module1.state[k] for k in ("params", "batch_stats")}
     aligner_state = (aligner_tree["params"], aligner_tree["batch_stats"]) if module1 else ({}, {})
 
-    net = match_network(config, num_classes)
+    program = match_program(config.program(), aligner_config and aligner_config.program(), num_classes)
     steps = steps_per_epoch(config, len(train))
-    tx, schedule = optimizer(config, steps * config.num_epochs)
     pairs = MatchPairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
 
     def seed_from_module1(params, stats):
@@ -59,11 +75,11 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
                             jax.process_count(), config.accumulate)
         return batches(source, config.input_workers)
 
-    score = jax.jit(match_scores(net, aligner, config))
+    scalars = config.scalars()
 
     def scores_of(state, chosen):
-        return score_pairs(score, (state.params, state.batch_stats, aligner_state), held_out, chosen, config.micro_batch,
-                           config.model_parallel)
+        return score_pairs(program.evaluate, (state.params, state.batch_stats, aligner_state, scalars), held_out, chosen,
+                           config.micro_batch, config.model_parallel)
 
     def validate(state, epoch):
         chosen = balanced_pairs(held_out, config.val_pairs)
@@ -87,9 +103,8 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
         return {"fusion": asdict(fit_fusion(scores_of(state, chosen), genuine))}
 
     tied = config.share_global_local
-    return Task("matcher", config, steps, train.digest(), lambda: init_state(net, tx, config.seed),
-                match_step(net, aligner, config, tx, schedule),
-                (aligner_state,), host_batches, validate, "eer", False,
+    return Task("matcher", config, steps, train.digest(), program.init, program.step,
+                learning_rates(config, steps * config.num_epochs), (scalars, aligner_state), host_batches, validate, "eer", False,
                 {"num_classes": num_classes, "aligner_config": module1 and module1.metadata["config"]},
                 with_both if tied else lambda p: p, with_one if tied else lambda p: p, aligner_tree, finish,
                 seed_from_module1)

@@ -4,8 +4,10 @@ from typing import Any, Callable, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import Float
 
 
 class TrainState(NamedTuple):
@@ -42,22 +44,27 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     return Network(init, apply)
 
 
-def optimizer(config, total_steps: int) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW with a clipped global norm; linear warm-up, then a cosine, over the run's true number of steps.
-
-    Vectors and scalars (norms, biases, the learned scale) are not decayed.
-    """
-    warmup = max(1, round(config.warmup * total_steps))
-    schedule = optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), config.final_lr * config.learning_rate)
+def optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW with a clipped global norm. Vectors and scalars (norms, biases, the learned scale) are not decayed."""
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     # b2 of 0.99: at a thousand steps 0.999 would still average over all of them
-    tx = optax.chain(optax.clip_by_global_norm(config.grad_clip),
-                     optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decays))
-    return tx, schedule
+    return optax.chain(optax.clip_by_global_norm(config.grad_clip),
+                       optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decays))
 
 
-def init_state(net: Network, tx: optax.GradientTransformation, seed: int) -> TrainState:
+def learning_rate(config, total_steps: int) -> optax.Schedule:
+    """Linear warm-up, then a cosine, over the run's true number of steps."""
+    warmup = max(1, round(config.warmup * total_steps))
+    return optax.warmup_cosine_decay_schedule(
+        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), config.final_lr * config.learning_rate)
+
+
+def learning_rates(config, total_steps: int) -> Float[np.ndarray, "steps"]:
+    """Each step's rate. The host keeps them: the compiled step takes its own, and need not know the schedule."""
+    return np.asarray(jax.vmap(learning_rate(config, total_steps))(jnp.arange(total_steps)), np.float32)
+
+
+def init_state(net: Network, tx: optax.GradientTransformation, seed) -> TrainState:
     """A fresh state: a pure function, to be evaluated for its shapes, then run under jit where it shall live."""
     params, stats = net.init(jax.random.key(seed))
     return TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))

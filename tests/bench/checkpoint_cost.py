@@ -89,18 +89,16 @@ def large_state(out: Path, gigabytes: float, rounds: int) -> None:
 def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
     """Trains on random pixels; every third step is followed by a save, as soon as the one before is done."""
     from ifvit.training import loop
+    from ifvit.training.dense import dense_program
     from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
-    from ifvit.training.state import init_state, optimizer
-    from ifvit.training.step import dense_network, dense_step
 
     config = preset(name, DenseConfig)
-    net = dense_network(config)
-    tx, schedule = optimizer(config, 1000)
+    program = dense_program(config.program())
     mesh = make_mesh(config.batch_size)
-    task = loop.Task("dense_reg", config, 100, "", lambda: init_state(net, tx, 0), dense_step(net, config, tx, schedule),
-                     (), None, None, "accuracy", True, {})
-    placement = shardings(jax.eval_shape(task.init), mesh)
-    step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
+    task = loop.Task("dense_reg", config, 100, "", program.init, program.step, None, (), None, None, "accuracy", True, {})
+    placement = shardings(jax.eval_shape(task.init, 0), mesh)
+    jitted = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
+    step = lambda state, batch: jitted(state, batch, np.float32(1e-3), config.scalars())
     rng = np.random.default_rng(0)
     canvas = lambda: rng.integers(0, 255, (config.batch_size, config.canvas_size, config.canvas_size), np.uint8)
     host = {"canvas0": canvas(), "canvas1": canvas(), "mask0": canvas() > 20, "mask1": canvas() > 20,

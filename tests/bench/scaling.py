@@ -32,29 +32,29 @@ def worker(pairs: int, rank: int, processes: int, port: int, name: str, sets: li
     from ifvit.config import DenseConfig, parse_value, preset
     from ifvit.training import loop
     from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
-    from ifvit.training.state import init_state, optimizer
-    from ifvit.training.step import dense_network, dense_step
+    from ifvit.training.dense import dense_program
 
     changes = {k: parse_value(DenseConfig, k, v) for k, v in (s.split("=") for s in sets)}
     config = preset(name, DenseConfig).replace(batch_size=pairs * processes, **changes)
-    net, (tx, schedule) = dense_network(config), optimizer(config, 1000)
+    program = dense_program(config.program())
     mesh = make_mesh(config.micro_batch)
-    task = loop.Task("dense_reg", config, 100, "", lambda: init_state(net, tx, 0), dense_step(net, config, tx, schedule),
-                     (), None, None, "accuracy", True, {})
-    placement = shardings(jax.eval_shape(task.init), mesh)
+    task = loop.Task("dense_reg", config, 100, "", program.init, program.step, None, (), None, None, "accuracy", True, {})
+    placement = shardings(jax.eval_shape(task.init, 0), mesh)
     rng = np.random.default_rng(rank)
     canvas = lambda: rng.integers(0, 255, (pairs, config.canvas_size, config.canvas_size), np.uint8)
     mask = np.ones((pairs, config.canvas_size // 8, config.canvas_size // 8), bool)
     host = {"canvas0": canvas(), "canvas1": canvas(), "mask0": mask, "mask1": mask, "genuine": np.ones(pairs, bool),
             "label0": np.zeros(pairs, np.int32), "label1": np.zeros(pairs, np.int32)}
     state = loop.begin(task, placement)
+    how = np.float32(1e-3), config.scalars()
     times = []
     with jax.set_mesh(mesh):
         batch = put_batch(host, mesh, config.accumulate)
-        step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh))).lower(state, batch).compile()
+        step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh))).lower(
+            state, batch, *how).compile()
         for _ in range(STEPS + 1):
             clock = time.perf_counter()
-            state, metrics = step(state, put_batch(host, mesh, config.accumulate))
+            state, metrics = step(state, put_batch(host, mesh, config.accumulate), *how)
             jax.block_until_ready((state, metrics))
             times.append(time.perf_counter() - clock)
     if rank == 0:
