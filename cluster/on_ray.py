@@ -5,11 +5,9 @@ accelerators. Each calls the job's function in its own JAX process. When one die
 again, and the job goes on from its own checkpoints: Ray is told metrics and nothing else.
 """
 
-import logging
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -32,11 +30,10 @@ from cluster.backend import JaxBackendConfig
 from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
 from cluster.launch import Job, Request
 from cluster.placement import Placement, placement
+from cluster.session import passed_on, session
 from cluster.worker import Desk, Ended, work
 
 RESIZE = 30.0     # seconds between looks for hosts that have come, where the number of workers is a range
-# what is set for the driver holds for its workers: their programs and caches are the same
-PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
 
 
 def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
@@ -46,36 +43,10 @@ def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     if request.hang_timeout:  # a worker that does not even answer
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
-    alone = os.environ.get("RAY_ADDRESS", "local") == "local"
-    if not alone:
-        _answers(os.environ["RAY_ADDRESS"])
-    where = {"address": "local", "include_dashboard": False} if alone else {}
-    try:
-        ray.init(**where, log_to_driver=True, logging_level=logging.WARNING)
-    except (ConnectionError, ValueError) as e:
-        raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
-                           f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
-    try:
+    with session() as alone:
         place = placement(request, alone)
         job = job_for(place.platform)
         return _run(job, request, place.fitting(job.batches), alone)
-    finally:
-        ray.shutdown()
-
-
-def _answers(address: str, seconds: float = 15) -> None:
-    """ClusterError where nobody listens at HOST:PORT for so long; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
-    until = time.monotonic() + seconds
-    while port.isdigit() and "/" not in address:
-        try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-            return
-        except OSError as e:
-            if time.monotonic() > until:
-                raise ClusterError(f"Nobody answers at RAY_ADDRESS={address} ({e.strerror or e}); start Ray there (ray start "
-                                   "--head), or mend the address.") from None
-        time.sleep(1)
 
 
 class Trainer(DataParallelTrainer):
@@ -156,7 +127,7 @@ def _run(job: Job, request: Request, place: Placement, alone: bool) -> tuple[int
           + ", ".join(f"{v:g} {k}" for k, v in place.resources.items()), flush=True)
     desk = ray.remote(num_cpus=0)(Desk).options(
         label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}).remote()
-    env = {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON) and (k != "JAX_PLATFORMS" or place.platform == "CPU")}
+    env = {k: v for k, v in passed_on().items() if k != "JAX_PLATFORMS" or place.platform == "CPU"}
     if place.platform == "CPU":
         env["JAX_PLATFORMS"] = "cpu"
     if sys.platform == "linux":

@@ -35,6 +35,8 @@ class Failure(Exception):
 def parse(cls, name: str, argv: list[str]):
     """`cls`, a dataclass of flags, from the command line; unknown flags name the nearest known one."""
     known = ["--" + f.name.rstrip("_") for f in dataclasses.fields(cls)]
+    argv = [word for at, word in enumerate(argv) for word in (  # `--resume` alone is its default
+        [word, "auto"] if word == "--resume" and (at + 1 == len(argv) or argv[at + 1].startswith("--")) else [word])]
     flags = ["--" + w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")]
     unknown = [flag for flag in flags if flag not in (*known, "--help")]
     said = io.StringIO()

@@ -20,8 +20,8 @@ from ifvit.training.sharding import use_cpu_cores
 
 
 @dataclass(frozen=True)
-class TrainArgs:
-    """Flags of every training command."""
+class ConfigArgs:
+    """Flags that make a configuration."""
 
     dataset_root: tuple[str, ...] = ()
     """folders of prints, one or several, or `synthetic`; left out, prints are generated"""
@@ -37,6 +37,18 @@ class TrainArgs:
     """of everything that is random; left out, the configuration's (0)"""
     ppi: float | None = None
     """resolution of the prints, where neither the file nor the set tells"""
+
+    command: ClassVar[str]  # the module's name
+
+    def common(self) -> dict:
+        """Flags that are configuration keys of both modules, those given."""
+        flags = {"seed": self.seed, "ppi": self.ppi, "dataset_root": tuple(self.dataset_root) or (SYNTHETIC,)}
+        return {k: v for k, v in flags.items() if v is not None}
+
+
+@dataclass(frozen=True)
+class TrainArgs(ConfigArgs):
+    """Flags of every training command."""
 
     runtime: Literal["auto", "local", "ray"] = "auto"
     """`local`: this process with all its devices; `ray`: Ray Train; `auto`: `ray` where RAY_ADDRESS is set (in a Ray job it is), or with several workers"""
@@ -54,8 +66,6 @@ class TrainArgs:
     """seconds without a step after which a process of several ends itself, to be started again; 0: never"""
     coordinator_port: int = Request.coordinator_port
     """of JAX's coordinator, on the first worker's host; 0: any free one"""
-
-    command: ClassVar[str]  # the module's name
 
     def configs(self, preset: str | None) -> tuple:
         """The configurations of the modules that are trained; `preset` where no flag names one."""
@@ -89,11 +99,6 @@ class TrainArgs:
         return Job(functools.partial(run_here, self.command, asdict(self), preset, configs), name,
                    tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"))
 
-    def common(self) -> dict:
-        """Flags that are configuration keys of both modules, those given."""
-        flags = {"seed": self.seed, "ppi": self.ppi, "dataset_root": tuple(self.dataset_root) or (SYNTHETIC,)}
-        return {k: v for k, v in flags.items() if v is not None}
-
 
 def given(**flags) -> dict:
     """The flags that were given."""
@@ -116,7 +121,7 @@ def run_here(command: str, flags: dict, preset: str | None, configs: tuple | Non
     return cli.outcome(call)
 
 
-def build_config(cls, args: TrainArgs, flags: dict, preset_name: str | None, table: str = ""):
+def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, table: str = ""):
     """Preset, then the TOML file, then `--set`, then flags; every key checked.
 
     `table` (`dense` or `match`, in train_all) picks the keys of `[table]` in the file and `table.key`
@@ -145,7 +150,7 @@ def build_config(cls, args: TrainArgs, flags: dict, preset_name: str | None, tab
     return config.replace(checkpoint_dir=resolve(config.checkpoint_dir))
 
 
-def start(args: TrainArgs, preset_name: str | None) -> None:
+def start(args: ConfigArgs, preset_name: str | None) -> None:
     """The first log line, and the compilation cache."""
     import jax
 

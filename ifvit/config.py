@@ -64,6 +64,8 @@ class Config:
     transformer_layers: int = number(4, 1, 64)      # pairs of a self and a cross layer (paper)
     temp_bug_fix: bool = True                       # False: position encoding of LoFTR's published outdoor_ds weights
     similarity: str = choice("scaled_dot", "scaled_dot", "cosine")  # cosine has a learned scale
+    temperature: float = number(0.1, 1e-4, 100)     # of the dual softmax over scaled_dot (paper)
+    cosine_scale: float = number(20.0, 0.01, 1e4, use=HOST)  # where cosine's learned scale starts
     # --- matching
     match_threshold: float = number(0.2, 0, 1, use=SCALAR)  # confidence above which a mutual match counts (paper)
     match_border: int = number(2, 0, 64)            # cells at the edge of the grid whose matches are dropped (LoFTR)

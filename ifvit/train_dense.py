@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -37,8 +38,8 @@ class Args(TrainArgs):
         print(f"Module 1 checkpoint: {run(*configs, self.resume, host)}")
 
 
-def run(config: DenseConfig, resume: str, host) -> Path:
-    """Trains Module 1; returns the final checkpoint's path."""
+def run(config: DenseConfig, resume: str, host, may_change: Set[str] = frozenset(), validation: DenseConfig | None = None) -> Path:
+    """Trains Module 1; returns the final checkpoint's path. `may_change` as `loop.train`, `validation` as `dense_task`."""
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task
     from ifvit.training.loop import train
@@ -47,7 +48,7 @@ def run(config: DenseConfig, resume: str, host) -> Path:
     check_hosts(config, host)
     everything, train_set, held_out = gather(config, host)
     check_prints(everything, host)
-    return train(dense_task(config, train_set, held_out), resume, host)
+    return train(dense_task(config, train_set, held_out, validation), resume, host, may_change)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -39,8 +40,8 @@ class Args(TrainArgs):
         print(f"Module 2 checkpoint: {run(*configs, self.resume, host)}")
 
 
-def run(config: MatchConfig, resume: str, host) -> Path:
-    """Trains Module 2; returns the final checkpoint's path."""
+def run(config: MatchConfig, resume: str, host, may_change: Set[str] = frozenset()) -> Path:
+    """Trains Module 2; returns the final checkpoint's path. `may_change` as `loop.train`."""
     from ifvit.data.gather import gather
     from ifvit.training.loop import train
     from ifvit.training.match import checkpoint_of_module1, match_task
@@ -50,7 +51,7 @@ def run(config: MatchConfig, resume: str, host) -> Path:
     check_hosts(config, host)
     everything, train_set, held_out = gather(config, host)
     check_prints(everything, host)
-    return train(match_task(config, train_set, held_out), resume, host)
+    return train(match_task(config, train_set, held_out), resume, host, may_change)
 
 
 if __name__ == "__main__":

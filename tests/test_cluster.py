@@ -81,10 +81,10 @@ def test_an_address_where_nobody_answers_is_said():
         s.bind(("127.0.0.1", 0))  # bound, and not listening
         address = f"127.0.0.1:{s.getsockname()[1]}"
         with pytest.raises(ClusterError, match=f"Nobody answers at RAY_ADDRESS={address}"):
-            on_ray._answers(address, seconds=0)
+            session._answers(address, seconds=0)
         s.listen()
-        on_ray._answers(address, seconds=0)
-    on_ray._answers("auto")  # Ray looks for it
+        session._answers(address, seconds=0)
+    session._answers("auto")  # Ray looks for it
 
 
 # ---- where workers go

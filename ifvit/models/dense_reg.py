@@ -23,7 +23,7 @@ class DenseRegistration(nnx.Module):
     """
 
     def __init__(self, config, *, rngs: nnx.Rngs):
-        self.temp_bug_fix = config.temp_bug_fix
+        self.temp_bug_fix, self.temperature = config.temp_bug_fix, config.temperature
         self.transformer_name = f"{config.transformer}_transformer"
         how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)
         self.resnet = ResNet18(config.resnet_widths, config.transformer_width, **how)
@@ -46,4 +46,4 @@ class DenseRegistration(nnx.Module):
         m0, m1 = cell_mask(mask0), cell_mask(mask1)
         f0, f1 = getattr(self, self.transformer_name)(x[:, 0], x[:, 1], m0, m1)
         scale = None if self.log_scale is None else self.log_scale[...]
-        return log_dual_softmax(similarity(f0, f1, scale), m0, m1)
+        return log_dual_softmax(similarity(f0, f1, scale, self.temperature), m0, m1)

@@ -69,7 +69,7 @@ class Matcher(nnx.Module):
             return Transformer(config.transformer_width, config.transformer_heads, config.transformer_layers,
                                config.transformer, **how)
 
-        self.temp_bug_fix = config.temp_bug_fix
+        self.temp_bug_fix, self.temperature = config.temp_bug_fix, config.temperature
         self.resnet_global = ResNet18(config.resnet_widths, config.transformer_width, **how)
         self.resnet_local = ResNet18(config.resnet_widths, config.transformer_width, **how)
         self.loftr_transformer_global = transformer()
@@ -85,7 +85,7 @@ class Matcher(nnx.Module):
         f0, f1, cells = self._features(self.resnet_global, self.loftr_transformer_global,
                                        pair.global0, pair.global1, pair.overlap, train)
         scale = None if self.log_scale is None else self.log_scale[...]
-        log_conf = log_dual_softmax(similarity(f0, f1, scale), cells, cells)
+        log_conf = log_dual_softmax(similarity(f0, f1, scale, self.temperature), cells, cells)
         l0, l1, roi = self._features(self.resnet_local, self.loftr_transformer_local,
                                      pair.local0, pair.local1, pair.roi, train)
         return Embeddings(self.head_global(f0, cells), self.head_global(f1, cells),

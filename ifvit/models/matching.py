@@ -7,14 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-TEMPERATURE = 0.1  # LoFTR's; `scaled_dot` only
-
-
-def similarity(f0: Float[Array, "B L C"], f1: Float[Array, "B S C"], log_scale=None) -> Float[Array, "B L S"]:
-    """LoFTR's scaled dot product over a temperature of 0.1; with `log_scale`, cosine × exp(log_scale)."""
+def similarity(f0: Float[Array, "B L C"], f1: Float[Array, "B S C"], log_scale=None, temperature: float = 0.1
+               ) -> Float[Array, "B L S"]:
+    """LoFTR's scaled dot product over a temperature, 0.1 there; with `log_scale`, cosine × exp(log_scale)."""
     if log_scale is None:
         root = math.sqrt(f0.shape[-1])
-        return jnp.einsum("blc,bsc->bls", f0 / root, f1 / root) / TEMPERATURE
+        return jnp.einsum("blc,bsc->bls", f0 / root, f1 / root) / temperature
     f0 = f0 / (jnp.linalg.norm(f0, axis=-1, keepdims=True) + 1e-6)
     f1 = f1 / (jnp.linalg.norm(f1, axis=-1, keepdims=True) + 1e-6)
     return jnp.einsum("blc,bsc->bls", f0, f1) * jnp.exp(log_scale)

@@ -68,7 +68,7 @@ def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> 
 
     return Task("dense_reg", config, steps, train.digest(), program.init, program.step,
                 learning_rates(config, steps * config.num_epochs), (config.scalars(),), host_batches, validate, "accuracy", True, {},
-                seed_from=lambda params, stats: (with_loftr(params, config), stats))
+                seed_from=lambda params, stats: (with_loftr(with_scale(params, config), config), stats))
 
 
 def steps_per_epoch(config, prints: int) -> int:
@@ -78,6 +78,11 @@ def steps_per_epoch(config, prints: int) -> int:
         raise UserError(f"An epoch has {wanted} pairs and a batch {config.batch_size}; use --batch_size {wanted} or "
                         f"--set pairs_per_epoch={config.batch_size}.")
     return wanted // config.batch_size
+
+
+def with_scale(params: dict, config) -> dict:
+    """Parameters with `cosine_scale` as the learned scale to start from, where there is one."""
+    return params | {"log_scale": np.log(np.float32(config.cosine_scale))} if "log_scale" in params else params
 
 
 def with_loftr(params: dict, config) -> dict:

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,9 +58,10 @@ class Task:
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in
 
 
-def train(task: Task, resume: str, host) -> Path:
+def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
+    `may_change`: configuration keys that the checkpoint may have been trained with otherwise, beside FREE.
     `host` (`cluster.host.Host`) is the process this is, which may be one of several. Ctrl-C and SIGTERM, on any of
     them, save `{name}_step_{S}` and raise Interrupted; NaN or Inf raises Failure, and so does a final
     checkpoint that cannot be written.
@@ -77,7 +78,7 @@ def train(task: Task, resume: str, host) -> Path:
     # what its devices need, every leaf against its digest; one that is damaged is set aside, and 1. begins
     # again; 3. drop the metric rows that came after it; 4. read batches from its step on. Its metadata tell
     # of the best epoch so far and of the run's history. Nothing else has state.
-    found, history = find_resume(task, folder, resume, abstract, placement)
+    found, history = find_resume(task, folder, resume, abstract, placement, FREE | may_change)
     if found and found.metadata["finished"]:
         checkpoint.discard_unfinished(folder, f"{task.name}_*")
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
@@ -172,7 +173,7 @@ def train(task: Task, resume: str, host) -> Path:
                         metrics.write(ended, epoch, "hosts", compared)
                     values = task.validate(state, epoch)
                     metrics.write(ended, epoch, "val", values)
-                    host.report({"step": ended, "epoch": epoch, **metrics.newest("train"), **values})
+                    told = {"step": ended, "epoch": epoch, **metrics.newest("train"), **values}
                     value = values.get(task.metric)
                     if value is not None and (best is None or (value > best["value"]) == task.higher_is_better
                                               and value != best["value"]):
@@ -183,6 +184,7 @@ def train(task: Task, resume: str, host) -> Path:
                         break
                     if ended < total:
                         save(f"epoch_{epoch}", ended, value)
+                        host.report(told)
                     clock, epoch_began, epoch_input = time.perf_counter(), time.perf_counter(), 0.0
                 if asked and ended < total:
                     path = save(f"step_{ended}", ended)
@@ -202,6 +204,8 @@ def train(task: Task, resume: str, host) -> Path:
             if not saver.settle():
                 raise Failure(f"The training is done, and its final checkpoint {final} could not be written. Make room, "
                               "then run the same command: it goes on from the newest checkpoint.")
+        if ended > first:
+            host.report(told)
     finally:
         saver.close()
         metrics.close()
@@ -268,7 +272,7 @@ def _with_empty(saved: dict, target: dict) -> dict:
     return {k: _with_empty(saved.get(k, {}), v) if isinstance(v, dict) else saved[k] for k, v in target.items()}
 
 
-def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainState, placement: TrainState
+def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainState, placement: TrainState, free: Set[str]
                 ) -> tuple[checkpoint.Checkpoint | None, list[dict]]:
     """The checkpoint to go on from, read onto the devices, and the run's history until there.
 
@@ -288,7 +292,7 @@ def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainStat
     for path in paths:
         try:
             metadata = _read_metadata(path)
-            _check_same_run(task, path, metadata, abstract)
+            _check_same_run(task, path, metadata, abstract, free)
             found = checkpoint.restore(path, metadata, saved_tree(placement, task))
         except checkpoint.Damaged as e:
             if resume != "auto":
@@ -316,13 +320,13 @@ def _read_metadata(path: epath.Path) -> dict:
     return metadata
 
 
-def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: TrainState) -> None:
+def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: TrainState, free: Set[str]) -> None:
     """UserError unless a checkpoint is of this module, configuration and data, and has this state's leaves."""
     checkpoint.check_module(path, metadata, task.name)
     checkpoint.check_ours(path, metadata)
     theirs, ours = metadata["config"], task.config.to_dict()
     before = type(task.config)().to_dict()  # a key that is newer than the checkpoint had its default's effect
-    changed = [k for k in ours if k not in FREE and theirs.get(k, before[k]) != ours[k]]
+    changed = [k for k in ours if k not in free and theirs.get(k, before[k]) != ours[k]]
     if changed:
         k = changed[0]
         raise UserError(f"{path} was trained with {k} = {theirs.get(k, before[k])}, this run asks for {ours[k]}"

@@ -15,7 +15,7 @@ from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.evaluation import fit_fusion, match_scores, score_pairs
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights
-from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch
+from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.loop import Task
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_network, match_network, match_step
@@ -60,6 +60,7 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     pairs = MatchPairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
 
     def seed_from_module1(params, stats):
+        params = with_scale(params, config)
         if not config.dense_reg_ckpt:
             print("⚠ Warning: No Module 1 checkpoint provided!", flush=True)
             return params, stats

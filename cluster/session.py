@@ -1,0 +1,53 @@
+"""A connection to Ray: to the cluster of RAY_ADDRESS, or to one of this machine alone."""
+
+import contextlib
+import logging
+import os
+import socket
+import time
+from collections.abc import Iterator
+
+import ray
+
+from cluster.host import ClusterError
+
+# what is set for the driver holds for its workers: their programs and caches are the same
+PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
+
+
+@contextlib.contextmanager
+def session(**how) -> Iterator[bool]:
+    """Connected while it lasts; whether Ray runs on this machine alone. `how`: of `ray.init`. ClusterError where nobody answers."""
+    alone = os.environ.get("RAY_ADDRESS", "local") == "local"
+    if not alone:
+        _answers(os.environ["RAY_ADDRESS"])
+    where = {"address": "local", "include_dashboard": False} if alone else {}
+    try:
+        ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
+    except (ConnectionError, ValueError) as e:
+        raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
+                           f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
+    try:
+        yield alone
+    finally:
+        ray.shutdown()
+
+
+def passed_on() -> dict[str, str]:
+    """The driver's environment as far as its workers need it."""
+    return {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+
+
+def _answers(address: str, seconds: float = 15) -> None:
+    """ClusterError where nobody listens at HOST:PORT for so long; Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    until = time.monotonic() + seconds
+    while port.isdigit() and "/" not in address:
+        try:
+            socket.create_connection((host, int(port)), timeout=5).close()
+            return
+        except OSError as e:
+            if time.monotonic() > until:
+                raise ClusterError(f"Nobody answers at RAY_ADDRESS={address} ({e.strerror or e}); start Ray there (ray start "
+                                   "--head), or mend the address.") from None
+        time.sleep(1)

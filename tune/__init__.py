@@ -1,0 +1,1 @@
+"""Sweeps: searches settings for both modules with Ray Tune. `python -m tune --help`."""

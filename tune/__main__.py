@@ -1,0 +1,241 @@
+"""Searches the settings of one module or of both.
+
+    python -m tune --module both --num_samples 24 --dataset_root DIR
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from cluster.host import ClusterError, Host
+from ifvit import cli
+from ifvit.commands import ConfigArgs, build_config, given
+from ifvit.config import Config, DenseConfig, MatchConfig, read_toml, with_changes
+from ifvit.errors import UserError
+from ifvit.paths import resolve
+
+# of each module's sweep: table in files, folder, metric by default, whether more of it is better
+DENSE = ("dense", DenseConfig, "accuracy", True)
+MATCH = ("match", MatchConfig, "eer", False)
+LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "fmr", "fnmr")
+
+
+@dataclass(frozen=True)
+class Args(ConfigArgs):
+    """Searches settings with Ray Tune; best.toml, which it leaves, is a --config of every training command."""
+
+    module: Literal["dense", "matcher", "both"] = "both"
+    """`both`: Module 1, then Module 2 on the best Module 1"""
+    num_samples: int = 24
+    """trials of each module; the first has the configuration as it is"""
+    space: str = ""
+    """TOML file that narrows the search space or adds to it, tables [dense] and [match]"""
+    search: tuple[str, ...] = ()
+    """these settings alone [all of the space]"""
+    metric: str = ""
+    """of validation, by which trials are judged [accuracy; eer]"""
+    searcher: Literal["random", "optuna"] = "random"
+    """`optuna` learns from the trials before (pip install 'ifvit[optuna]')"""
+    scheduler: Literal["asha", "pbt", "none"] = "asha"
+    """`asha` stops the weaker trials at epoch ends; `pbt` clones the better ones and changes their settings"""
+    trial_epochs: int | None = None
+    """of a trial at most; the best is then trained to the end [the configuration's num_epochs]"""
+    joint: bool = False
+    """with `both`: Module 2 is searched on every Module 1 that was trained to the end, not on the best alone"""
+    pretrained_ckpt: str | None = None
+    """Module 1 for `matcher` [./checkpoints/dense_reg/dense_reg_ckpt.pkl]"""
+    sweep_dir: str = "./checkpoints/sweep"
+    """where trials and results go"""
+    trial_cpus: int = 0
+    """cores of a trial [as many as keep all of them busy]"""
+    trial_accelerators: float = 0.0
+    """GPUs or TPU chips of a trial, 0.5 for two trials on one GPU [one, where there are any]"""
+    max_concurrent: int = 0
+    """trials at once [as many as there is room for]"""
+    wait_for_hosts: float = 50.0
+    """seconds that a cluster gets to have room for a trial"""
+
+    command: ClassVar[str] = "tune"
+
+    def run(self) -> int:
+        if self.num_samples < 1:
+            raise UserError(f"--num_samples is {self.num_samples}; give at least 1.")
+        if self.trial_epochs is not None and self.trial_epochs < 1:
+            raise UserError(f"--trial_epochs is {self.trial_epochs}; give at least 1.")
+        if self.resume not in ("auto", "never"):
+            raise UserError(f"--resume {self.resume}: a sweep takes auto or never.")
+        if self.joint and self.module != "both":
+            raise UserError("--joint searches both modules; give --module both with it.")
+        try:
+            from cluster.session import session
+        except ImportError:
+            raise UserError("Ray is not installed, and a sweep needs it; pip install 'ray[default,train,tune]'.") from None
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # here prints are read, no more: accelerators are the trials'
+        from tune import sweep
+
+        try:
+            with session(**sweep.session_options()) as alone:
+                self._sweeps(sweep.platform(), alone)
+        except ClusterError as e:
+            raise UserError(str(e)) from None
+        return 0
+
+    def _sweeps(self, platform: str, alone: bool) -> None:
+        from tune import space
+
+        out = Path(os.path.abspath(resolve(self.sweep_dir)))
+        if self.resume == "never":
+            _move_away(out)
+        preset = self.preset or ("cpu" if platform == "CPU" else "paper")
+        table = space.read_space(read_toml(self.space)) if self.space else {"dense": {}, "match": {}}
+        roots = " ".join(self.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
+        print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
+        best: dict[str, Config] = {}
+        if self.module != "matcher":
+            config = build_config(DenseConfig, self, {}, preset, "dense" if self.module == "both" else "")
+            best["dense"], finished = self._sweep(DENSE, config, table["dense"], out / "dense", {})
+        if self.module != "dense":
+            config = build_config(MatchConfig, self, given(dense_reg_ckpt=self.pretrained_ckpt), preset,
+                                  "match" if self.module == "both" else "")
+            more = {}
+            if self.module == "both":
+                config = config.replace(dense_reg_ckpt=finished[0])
+                more = {"dense_reg_ckpt": finished} if self.joint and len(finished) > 1 else {}
+            config = _like_module1(config)
+            best["match"], finished = self._sweep(MATCH, config, table["match"], out / "match", more)
+            if self.module == "both":
+                print(f"Module 2 checkpoint: {finished[0]}")
+        _write_best(out / "best.toml", best, preset)
+        command = {"dense": "train_dense", "matcher": "train_match", "both": "train_all"}[self.module]
+        print(f"best settings: {out / 'best.toml'} (python -m ifvit.{command} --config {out / 'best.toml'} …)")
+
+    def _sweep(self, module, config: Config, changes: dict, out: Path, more: dict) -> tuple[Config, list[str]]:
+        """One module's sweep: its best configuration, and the checkpoints of those that were trained to the end, best first."""
+        from ifvit.data.gather import gather
+        from ifvit.training.match import checkpoint_of_module1
+        from tune import record, results, sweep
+        from tune import space as spaces
+        from tune.trial import MODULES, Plan
+
+        name, cls, metric, higher = module
+        metric, higher = (self.metric, not self.metric.startswith(LESS_IS_BETTER)) if self.metric else (metric, higher)
+        full = with_changes(config, spaces.fixed(changes))
+        epochs = min(self.trial_epochs or full.num_epochs, full.num_epochs)
+        pbt = self.scheduler == "pbt"
+        base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)
+        space = spaces.space_for(name, base, changes | more, self.search)
+        if pbt:
+            space = spaces.changeable(space)
+        if not space:
+            raise UserError(f"Nothing is left to search of {name}; give --search or --space with at least one setting.")
+        gather(base, Host())  # prints are read and generated once, and what is wrong with them shows here
+        if name == "match":
+            checkpoint_of_module1(base)
+        plan = Plan(name, base, str(out), metric, higher, "", {}, frozenset(space) if pbt else frozenset(), os.getcwd())
+        _check_same_sweep(out, plan, space)
+        print(f"\n{name}: {self.num_samples} trials of at most {epochs} epochs, {len(space)} settings", flush=True)
+        for line in spaces.describe(space):
+            print(f"  {line}")
+        request = sweep.Request(self.num_samples, self.searcher, self.scheduler, concurrent=self.max_concurrent, seed=base.seed,
+                                wait_for_hosts=self.wait_for_hosts, cpus=self.trial_cpus, accelerators=self.trial_accelerators)
+        records = sweep.run(plan, space, request)
+
+        ranked = record.order(records, metric, higher)
+        best = ranked[0]
+        summary = _summary(records, best, metric, plan)
+        hint = results.what_next(best, space, base)
+        results.write_csv(out / "trials.csv", records, space, metric)
+        results.page(out / "index.html", f"Sweep of {name}", [*summary, hint], records, space, base, metric, higher)
+        print("\n" + "\n".join([*summary, hint, f"trials: {out / 'trials.csv'}; page: {out / 'index.html'}"]), flush=True)
+        _, run_name = MODULES[name]
+        if epochs < full.num_epochs:  # the best one to its end
+            last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(out / "best"))
+            sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))
+            finished = [str(record.folder_of(last.folder, 0) / f"{run_name}_ckpt")]
+        else:
+            finished = [str(record.folder_of(out, r.number) / f"{run_name}_ckpt") for r in ranked
+                        if (r.end or {}).get("how") == "finished"]
+        chosen = plan.config(best.values, best.number).replace(num_epochs=full.num_epochs)
+        return chosen, finished
+
+
+def _summary(records, best, metric: str, plan) -> list[str]:
+    ends = [r.end["how"] for r in records if r.end]
+    first = records[0].last(metric)
+    full = max((r.steps for r in records if (r.end or {}).get("how") == "finished"), default=0)
+    share = sum(r.steps / max(r.steps, _steps_in_full(r, plan)) for r in records) / len(records)
+    values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.values.items()) or "the configuration as it is"
+    lines = [f"{len(records)} trials: " + ", ".join(f"{ends.count(h)} {h}" for h in ("finished", "stopped", "failed")),
+             f"best: trial {best.number}, {metric} {best.last(metric):.4g} after {best.epochs} epochs: {values}"]
+    if best.number != 0 and first is not None:
+        lines.append(f"the configuration as it is: {metric} {first:.4g} after {records[0].epochs} epochs")
+    if full:
+        lines.append(f"{share:.0%} of the steps that all trials in full would take")
+    return lines
+
+
+def _steps_in_full(r, plan) -> int:
+    """Steps that a trial would have taken, had it not been stopped."""
+    return round(r.steps / r.epochs * plan.base.num_epochs) if r.epochs else 0
+
+
+def _like_module1(config: MatchConfig) -> MatchConfig:
+    """With what it has in common with its Module 1 taken from that one."""
+    from ifvit import checkpoint
+    from ifvit.training.match import COMMON
+
+    if not config.dense_reg_ckpt:
+        return config
+    found = checkpoint.locate(config.dense_reg_ckpt)
+    if not found.is_dir():
+        return config
+    theirs = checkpoint.read_metadata(found)["config"]
+    return with_changes(config, {k: theirs[k] for k in COMMON if k in theirs})
+
+
+def _check_same_sweep(out: Path, plan, space) -> None:
+    """Notes what the sweep is; UserError where the folder holds another one."""
+    from ifvit.training.loop import FREE
+
+    base = {k: v for k, v in plan.base.to_dict().items() if k not in FREE}
+    ours = json.loads(json.dumps({"metric": plan.metric, "configuration": base,
+                                  "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()}}))
+    file = out / "sweep.json"
+    if file.exists():
+        theirs = json.loads(file.read_text())
+        for part in ("configuration", "space"):
+            for key in ours[part].keys() | theirs[part].keys():
+                if ours[part].get(key) != theirs[part].get(key):
+                    raise UserError(f"{out} holds a sweep with another {part}: {key} was {theirs[part].get(key)}, and is "
+                                    f"{ours[part].get(key)}. Give the same, or --resume never, or another --sweep_dir.")
+        if ours["metric"] != theirs["metric"]:
+            raise UserError(f"{out} holds a sweep by the metric {theirs['metric']}; give the same, or another --sweep_dir.")
+        return
+    out.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(ours, indent=1) + "\n")
+
+
+def _write_best(file: Path, best: dict[str, Config], preset: str) -> None:
+    from tune import results
+    from tune.record import read_all
+
+    searched = {name: {k for r in read_all(file.parent / name) for k in r.values} for name in best}
+    part = file.with_name(file.name + ".part")
+    part.write_text(results.best_toml(best, searched, [f"The best of a sweep from preset {preset}; --config of every training command."]))
+    os.replace(part, file)
+
+
+def _move_away(out: Path) -> None:
+    if out.exists():
+        number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}_before_{n}").exists())
+        out.rename(out.with_name(f"{out.name}_before_{number}"))
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(Args, Args.command))

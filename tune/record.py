@@ -1,0 +1,74 @@
+"""What a sweep knows of its trials: their folders, and nothing else. Whatever dies, they tell what was done.
+
+    SWEEP/trials/007/values.jsonl   the values searched; a line more when population-based training changes them
+                     ended.json     how it ended; not there while it runs, or after it was interrupted
+                     …              a run's folder: checkpoints, metrics.jsonl, config.json; log.txt
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ifvit.training.metrics import read_rows
+
+
+@dataclass
+class Record:
+    number: int
+    values: dict
+    rows: list[dict] = field(default_factory=list)   # of validation, an epoch each
+    steps: int = 0                                   # optimiser steps done
+    step_seconds: float = 0.0                        # in them
+    end: dict | None = None                          # how: finished, stopped (by the scheduler) or failed; reason; seconds
+
+    @property
+    def epochs(self) -> int:
+        return self.rows[-1]["epoch"] if self.rows else 0
+
+    def last(self, metric: str) -> float | None:
+        return self.rows[-1].get(metric) if self.rows else None
+
+
+def folder_of(sweep: str | Path, number: int) -> Path:
+    return Path(sweep) / "trials" / f"{number:03d}"
+
+
+def note_values(sweep: str | Path, number: int, values: dict, epoch: int = 0, clone_of: str = "") -> None:
+    """The values a trial has from an epoch on."""
+    folder = folder_of(sweep, number)
+    folder.mkdir(parents=True, exist_ok=True)
+    line = {"from_epoch": epoch, "values": values} | ({"clone_of": clone_of} if clone_of else {})
+    with (folder / "values.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def note_end(sweep: str | Path, number: int, how: str, reason: str, seconds: float) -> None:
+    folder = folder_of(sweep, number)
+    part = folder / "ended.json.part"
+    part.write_text(json.dumps({"how": how, "reason": reason, "seconds": seconds, "time": time.time()}))
+    os.replace(part, folder / "ended.json")
+
+
+def read(sweep: str | Path, number: int) -> Record:
+    folder = folder_of(sweep, number)
+    lines = read_rows(folder / "values.jsonl")
+    rows = read_rows(folder / "metrics.jsonl")
+    steps = [r for r in rows if r["split"] == "train"]
+    end = folder / "ended.json"
+    return Record(number, lines[-1]["values"] if lines else {}, [r for r in rows if r["split"] == "val"],
+                  steps[-1]["step"] if steps else 0, sum(r["seconds"] for r in steps),
+                  json.loads(end.read_text()) if end.exists() else None)
+
+
+def read_all(sweep: str | Path) -> list[Record]:
+    """All trials that were begun, by their numbers."""
+    numbers = sorted(int(p.parent.name) for p in Path(sweep).glob("trials/*/values.jsonl"))
+    return [read(sweep, n) for n in numbers]
+
+
+def order(records: list[Record], metric: str, higher_is_better: bool) -> list[Record]:
+    """Those with a value and no failure, best first: who was trained further is better, then the last value decides."""
+    valued = [r for r in records if r.last(metric) is not None and (r.end or {}).get("how") != "failed"]
+    return sorted(valued, key=lambda r: (-r.epochs, -r.last(metric) if higher_is_better else r.last(metric), r.number))

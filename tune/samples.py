@@ -1,0 +1,112 @@
+"""Where trials get their values: a search algorithm for Ray Tune that remembers what was drawn."""
+
+import importlib.util
+import json
+
+from ray.tune.search import Searcher
+
+from ifvit.errors import UserError
+from tune import record
+from tune.space import Choice, Range, Space, as_field, draw
+
+
+class Samples(Searcher):
+    """Trials that were interrupted first, with the values they had; then new ones, until there are `count`.
+
+    `suggest` notes the values of each in its folder before anything else is done with them.
+    """
+
+    def __init__(self, source, sweep: str, metric: str, mode: str, begun: list[record.Record], count: int):
+        super().__init__(metric=metric, mode=mode)
+        self._source, self._sweep = source, sweep
+        self._open = [r for r in begun if r.end is None]
+        self._fresh = list(range(len(begun), count))
+        self._number: dict[str, int] = {}
+        for r in begun:
+            if r.end is not None:
+                source.learn(r.number, r.values, r.last(metric) if r.end["how"] != "failed" else None)
+
+    def suggest(self, trial_id: str) -> dict | str:
+        if self._open:
+            r = self._open.pop(0)
+            number, values = r.number, r.values
+        elif self._fresh:
+            number = self._fresh.pop(0)
+            values = self._source.draw(number)
+            record.note_values(self._sweep, number, values)
+        else:
+            return Searcher.FINISHED
+        self._number[trial_id] = number
+        return {"trial": number, **values}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        number = self._number[trial_id]
+        good = result and not error and "failed" not in result
+        self._source.learn(number, record.read(self._sweep, number).values, result[self.metric] if good else None)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the trials' folders have it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing, as `save`."""
+
+
+class Random:
+    """Sample n is a pure function of the seed and n."""
+
+    def __init__(self, space: Space, base, seed: int):
+        self._space, self._base, self._seed = space, base, seed
+
+    def draw(self, number: int) -> dict:
+        return draw(self._space, self._base, self._seed, number)
+
+    def learn(self, number: int, values: dict, value: float | None) -> None:
+        """Random search does not."""
+
+
+class Optuna:
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011); learns from every trial's last value."""
+
+    def __init__(self, space: Space, base, seed: int, mode: str):
+        if importlib.util.find_spec("optuna") is None:
+            raise UserError("Optuna is not installed; pip install 'ifvit[optuna]', or use --searcher random.")
+        import optuna
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        self._optuna, self._space, self._base = optuna, space, base
+        direction = "maximize" if mode == "max" else "minimize"
+        self._study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8))
+        self._asked: dict[int, object] = {}
+
+    def draw(self, number: int) -> dict:
+        if number == 0:  # the configuration as it is
+            return {}
+        trial = self._asked[number] = self._study.ask()
+        values: dict = {}
+        for key, p in sorted(self._space.items(), key=lambda item: item[1].when is not None):  # conditions before what they decide
+            if not p.when or values.get(p.when[0], self._base[p.when[0]]) == p.when[1]:
+                values[key] = self._suggest(trial, key, p)
+        return {k: values[k] for k in self._space if k in values}
+
+    def _suggest(self, trial, key: str, p: Range | Choice):
+        if isinstance(p, Choice):  # Optuna has no lists among its categories
+            texts = {json.dumps(v): v for v in p.values}
+            return texts[trial.suggest_categorical(key, list(texts))]
+        return as_field(self._base, key, trial.suggest_float(key, p.low, p.high, log=p.scale == "log"))
+
+    def learn(self, number: int, values: dict, value: float | None) -> None:
+        state = self._optuna.trial.TrialState
+        if number in self._asked:
+            told = (self._asked.pop(number), value) if value is not None else (self._asked.pop(number), None, state.FAIL)
+            self._study.tell(*told)
+        elif values and value is not None:  # of an earlier attempt at this sweep
+            kept = {k: v for k, v in values.items() if k in self._space}
+            self._study.add_trial(self._optuna.trial.create_trial(
+                params={k: json.dumps(v) if isinstance(self._space[k], Choice) else float(v) for k, v in kept.items()},
+                distributions={k: self._distribution(self._space[k]) for k in kept}, value=value))
+
+    def _distribution(self, p: Range | Choice):
+        d = self._optuna.distributions
+        if isinstance(p, Choice):
+            return d.CategoricalDistribution([json.dumps(v) for v in p.values])
+        return d.FloatDistribution(p.low, p.high, log=p.scale == "log")

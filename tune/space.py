@@ -1,0 +1,255 @@
+"""What is searched, as data: for each module the settings that matter, where, on which scale, and why.
+
+A user's TOML file adds to it or narrows it:
+
+    [dense.learning_rate]           # a range: what is not said stays as it is
+    low = 1e-4
+    high = 1e-2
+    scale = "log"
+
+    [dense]
+    transformer = ["loftr"]         # a list: these are tried
+    noise = 0.5                     # a value: fixed, not searched
+"""
+
+import difflib
+import math
+import zlib
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+
+from ifvit.config import PROGRAM, SCALAR, DenseConfig, MatchConfig, known_key, use_of
+from ifvit.data.pairs import SYNTHETIC
+from ifvit.errors import UserError
+
+CONFIGS = {"dense": DenseConfig, "match": MatchConfig}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`; drawn evenly on `scale`."""
+
+    low: float
+    high: float
+    scale: str = "linear"                    # or log
+    why: str = ""
+    times: bool = False                      # low and high are multiples of the configuration's own value
+    when: tuple[str, object] | None = None   # (key, value) without which this one is moot
+
+    def at(self, u: float) -> float:
+        """The value at a share `u`, 0 … 1, of the range."""
+        if self.scale == "log":
+            return math.exp(math.log(self.low) + u * (math.log(self.high) - math.log(self.low)))
+        return self.low + u * (self.high - self.low)
+
+    def share(self, value: float) -> float:
+        """The inverse of `at`."""
+        if self.high == self.low:
+            return 0.5
+        if self.scale == "log":
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
+        return (value - self.low) / (self.high - self.low)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of `values`, all equally likely."""
+
+    values: tuple
+    why: str = ""
+    times: bool = False
+    when: tuple[str, object] | None = None
+
+    def at(self, u: float):
+        return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
+
+
+Space = dict[str, Range | Choice]
+
+_TRAINING: Space = {
+    "learning_rate": Range(0.2, 5, "log", "decides more than anything else, and depends on all else", times=True),
+    "weight_decay": Range(0.1, 100, "log", "small sets of prints are learned by heart", times=True),
+    "warmup": Range(0.01, 0.2, why="attention from scratch diverges without one; steps in it are slow ones"),
+    "batch_size": Choice((0.5, 1, 2), "more steps an epoch, or better statistics in BatchNorm and more impostors", times=True),
+    "impostor_share": Range(0.05, 0.6, why="too few, and impostors are given matches; too many, and nothing is learned of ridges"),
+    "noise": Range(0.0, 1.5, why="as noisy as the worst sensor, or the network smooths ridges away"),
+    "thickness": Range(0.0, 1.5, why="dry and wet fingers"),
+    "distortion": Range(0.0, 1.5, why="how far skin gives way"),
+    "partial": Range(0.0, 1.0, why="small sensors see parts of a finger"),
+}
+
+SPACES: dict[str, Space] = {
+    "dense": _TRAINING | {
+        "resnet_widths": Choice((0.5, 1, 1.5), "the ResNet has most of the cost and of the parameters", times=True),
+        "transformer_width": Choice((0.5, 1, 2), "how much a cell's feature can tell", times=True),
+        "transformer_layers": Choice((0.5, 1, 2), "how far prints are compared before they are matched", times=True),
+        "transformer": Choice(("loftr", "siamese"), "linear attention, or softmax: better on small grids, dearer on large"),
+        "similarity": Choice(("scaled_dot", "cosine"), "a fixed temperature, or a learned scale"),
+        "temperature": Range(0.03, 0.3, "log", "sharper confidences, or gradients for more cells", when=("similarity", "scaled_dot")),
+        "cosine_scale": Range(5, 50, "log", "where the learned scale starts", when=("similarity", "cosine")),
+        "rotation": Range(15.0, 90.0, why="how far prints are turned against each other"),
+    },
+    "match": _TRAINING | {
+        "synthetic_share": Range(0.02, 0.6, why="many fingers that are made, or the sensor's own"),
+        "loss_dense": Range(0.05, 2, "log", "keeps what Module 1 knew of ridges"),
+        "loss_embedding": Range(0.05, 3, "log", "what verification asks, on pairs"),
+        "loss_arcface": Range(0.02, 2, "log", "tells all fingers apart at once; learned by heart where they are few"),
+        "embedding_margin": Range(0.0, 0.7, why="how far apart impostors have to be"),
+        "arcface_margin": Range(0.1, 0.7, why="how tight a finger's prints have to lie"),
+        "arcface_scale": Range(10, 64, "log", "sharpness of the classes; large with few fingers saturates"),
+        "roi_size": Choice((0.75, 1, 1.25), "detail of the middle, or the local branch sees what the global one does", times=True),
+        "enhance": Choice((True, False), "ridges alone, or pores and intensities too"),
+        "share_global_local": Choice((True, False), "one transformer for both branches, or two that part"),
+        "seed_resnet": Choice((True, False), "begins with Module 1's filters, or its own"),
+        "global_weight": Range(0.2, 0.9, why="the branches' part in the fused cosine"),
+        "rotation": Range(5.0, 45.0, why="how far prints are turned before alignment"),
+    },
+}
+
+
+def space_for(module: str, base, changes: dict | None = None, only: tuple[str, ...] = ()) -> Space:
+    """The space of a module around the configuration `base`, narrowed by a user's table; ranges in absolute numbers.
+
+    `only`: these keys, of those there are. UserError for unknown keys and for ranges upside down.
+    """
+    space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}  # no multiples of 0
+    if tuple(base.dataset_root) == (SYNTHETIC,):
+        space.pop("synthetic_share", None)  # all prints are
+    for key, value in (changes or {}).items():
+        known_key(type(base), key)
+        if isinstance(value, list):
+            space[key] = Choice(tuple(tuple(v) if isinstance(v, list) else v for v in value), "asked for")
+        elif isinstance(value, dict):
+            space[key] = _narrowed(key, space.get(key), value)
+        else:
+            space.pop(key, None)  # fixed
+    for key in only:
+        if key not in space:
+            near = difflib.get_close_matches(key, space, 1, cutoff=0.4)
+            raise UserError(f"{key} is not in the search space of {module}; "
+                            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(space)}."))
+    space = {k: p for k, p in space.items() if not only or k in only}
+    for key, p in space.items():
+        _check(key, p, base)
+    return space
+
+
+def fixed(changes: dict) -> dict:
+    """The values that a user's table fixes."""
+    return {k: v for k, v in changes.items() if not isinstance(v, (dict, list))}
+
+
+def complete(space: Space, base, values: dict) -> dict:
+    """A sample without what is moot in it."""
+    merged = {k: values.get(k, base[k]) for k in {p.when[0] for p in space.values() if p.when} | values.keys()}
+    return {k: v for k, v in values.items() if not space[k].when or merged[space[k].when[0]] == space[k].when[1]}
+
+
+GROUP = 4  # trials in a row that share their structure, and with it the compiled program
+
+
+def draw(space: Space, base, seed: int, number: int) -> dict:
+    """Sample `number` of a random search, a pure function of the seed. Number 0 is the configuration as it is.
+
+    Structure (what is a part of the compiled program) is drawn anew every GROUP trials, the first of them have the
+    configuration's: to compile takes longer than many a trial.
+    """
+    if number == 0:
+        return {}
+    values = {}
+    for key, p in space.items():
+        group = number // GROUP if _use(key) == PROGRAM else number + 10**6
+        # by its name: a setting more or less in the space does not change the others
+        u = np.random.default_rng([seed, group, zlib.crc32(key.encode())]).random()
+        if group:
+            values[key] = as_field(base, key, p.at(u))
+    return complete(space, base, values)
+
+
+def as_field(base, key: str, value):
+    """A value as the configuration's field has it."""
+    kind = type(base[key])
+    return kind(round(value)) if kind is int else kind(value) if kind is float else value
+
+
+def _absolute(key: str, p: Range | Choice, base) -> Range | Choice:
+    """Multiples of the configuration's value as numbers, whole ones where the field is."""
+    if not p.times:
+        return p
+    value = base[key]
+    if isinstance(p, Range):
+        return replace(p, low=p.low * value, high=p.high * value, times=False)
+    step = {"roi_size": 8, "transformer_width": 4 * base.transformer_heads, "resnet_widths": 4}.get(key, 1)
+    whole = lambda x: max(step, round(x / step) * step)
+    made = [tuple(whole(f * v) for v in value) if isinstance(value, tuple) else whole(f * value) for f in p.values]
+    if key == "roi_size":
+        made = [v for v in made if v <= base.image_size]
+    made = [value if f == 1 else v for f, v in zip(p.values, made)]
+    return replace(p, values=tuple(dict.fromkeys(made)), times=False)
+
+
+def _narrowed(key: str, before: Range | Choice | None, table: dict) -> Range | Choice:
+    known = ("low", "high", "scale")
+    for name in table:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+            raise UserError(f"{key}.{name} is not known of a range; " + (f"did you mean {near[0]}?" if near else f"give {', '.join(known)}."))
+    if not isinstance(before, Range):
+        if not {"low", "high"} <= table.keys():
+            raise UserError(f"{key} has no range yet; give low and high.")
+        before = Range(table["low"], table["high"], why="asked for")
+    return replace(before, **table)
+
+
+def _check(key: str, p: Range | Choice, base) -> None:
+    """UserError for a range upside down, or values that the field cannot have."""
+    if isinstance(p, Choice):
+        if not p.values:
+            raise UserError(f"{key} has nothing to choose from; give a list of values.")
+        values = p.values
+    else:
+        if p.scale not in ("linear", "log"):
+            raise UserError(f"{key} has the scale {p.scale!r}; give linear or log.")
+        if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in (p.low, p.high)):
+            raise UserError(f"{key} goes from {p.low!r} to {p.high!r}; give two numbers.")
+        if p.low > p.high:
+            raise UserError(f"{key} has its range upside down: low is {p.low:g}, high {p.high:g}; exchange them.")
+        if p.scale == "log" and p.low <= 0:
+            raise UserError(f"{key} goes from {p.low:g} on a log scale; give a low above 0, or scale = \"linear\".")
+        if not isinstance(base[key], (int, float)) or isinstance(base[key], bool):
+            raise UserError(f"{key} is no number; give a list of values to choose from.")
+        values = (as_field(base, key, p.low), as_field(base, key, p.high))
+    for v in values:
+        base.replace(**{key: v})  # a UserError of its own where it cannot be
+
+
+def describe(space: Space) -> list[str]:
+    """A line for each setting."""
+    out = []
+    for key, p in space.items():
+        span = f"{p.low:g} … {p.high:g} {p.scale}" if isinstance(p, Range) else " | ".join(map(str, p.values))
+        out.append(f"{key:20} {span:34} {p.why}" + (f" (with {p.when[0]} {p.when[1]})" if p.when else ""))
+    return out
+
+
+def read_space(table: dict) -> dict[str, dict]:
+    """The tables `dense` and `match` of a user's file; UserError for others."""
+    for name in table:
+        if name not in CONFIGS:
+            near = difflib.get_close_matches(name, CONFIGS, 1, cutoff=0.3)
+            raise UserError(f"A search space has the tables [dense] and [match], not {name!r}"
+                            + (f"; did you mean {near[0]}?" if near else "; put it into one of them."))
+        if not isinstance(table[name], dict):
+            raise UserError(f"{name} is no table in the search space; write [{name}] and its keys below.")
+    return {m: table.get(m, {}) for m in CONFIGS}
+
+
+def changeable(space: Space) -> Space:
+    """What may change while a trial runs: numbers that are no part of the compiled program, and not of its beginning."""
+    of_the_run = {"learning_rate", "impostor_share", "synthetic_share", "global_weight"}
+    return {k: p for k, p in space.items() if isinstance(p, Range) and (_use(k) == SCALAR or k in of_the_run)}
+
+
+def _use(key: str) -> str:
+    return next(use_of(f) for cls in CONFIGS.values() for f in fields(cls) if f.name == key)

@@ -1,0 +1,260 @@
+"""A sweep: trials of one module side by side under Ray Tune, until as many have been tried as were asked for."""
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass
+
+import ray
+from ray import tune
+from ray.tune import CheckpointConfig, FailureConfig, RunConfig
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import BasicVariantGenerator
+
+from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
+from cluster.session import passed_on
+from ifvit.cli import Failure, Interrupted
+from tune import record
+from tune.samples import Optuna, Random, Samples
+from tune.space import Range, Space
+from tune.trial import Plan, Trial
+
+RETRIES = 3  # of a trial whose process or host died
+
+
+@dataclass(frozen=True)
+class Request:
+    """How a sweep is run."""
+
+    num_samples: int
+    searcher: str = "random"       # or optuna
+    scheduler: str = "asha"        # or pbt, none
+    reduction: int = 3             # of ASHA: one in so many goes on at each rung
+    grace: int = 1                 # epochs that every trial gets
+    interval: int = 1              # of population-based training: epochs between exchanges
+    concurrent: int = 0            # trials at once; 0: as many as there is room for
+    seed: int = 0
+    wait_for_hosts: float = 50.0
+    cpus: int = 0                  # of a trial; 0: so many that all cores are busy
+    accelerators: float = 0.0      # GPUs or TPU chips of a trial, a part of one too; 0: one, where there are any
+
+
+def run(plan: Plan, space: Space, request: Request) -> list[record.Record]:
+    """Runs what is left of a sweep; all its trials. Failure where all of them failed, Interrupted after a signal."""
+    begun = record.read_all(plan.folder)
+    left = request.num_samples - sum(r.end is not None for r in begun)
+    if left > 0:
+        _run(placed(plan, request), space, request, begun, left)
+    records = record.read_all(plan.folder)
+    _complain(records, plan)
+    return records
+
+
+def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record], left: int) -> None:
+    mode = "max" if plan.higher_is_better else "min"
+    param_space = {}
+    if request.scheduler == "pbt":  # Ray's has no search algorithms beside it
+        search, param_space = _population(plan, space, request, begun)
+    else:
+        source = Optuna(space, plan.base, request.seed, mode) if request.searcher == "optuna" else Random(space, plan.base, request.seed)
+        search = Samples(source, plan.folder, plan.metric, mode, begun, request.num_samples)
+    watch = Watch(plan, request, begun)
+    with tempfile.TemporaryDirectory() as scratch, _signals(watch):  # Tune notes its own state there; nothing of the trials
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(Trial, plan=plan), plan.resources),
+            param_space=param_space,
+            tune_config=tune.TuneConfig(
+                metric=plan.metric, mode=mode, search_alg=search, scheduler=_scheduler(plan, space, request, begun),
+                num_samples=left, max_concurrent_trials=request.concurrent or None, reuse_actors=True,
+                trial_name_creator=lambda trial: str(trial.config["trial"]),
+                trial_dirname_creator=lambda trial: f"{trial.config['trial']:03d}_{trial.trial_id}"),
+            run_config=RunConfig(
+                name="sweep", storage_path=scratch, verbose=0, callbacks=[watch], stop=_Unless(watch),
+                failure_config=FailureConfig(max_failures=RETRIES),
+                checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False)))
+        tuner.fit()
+    if watch.problem:
+        raise Failure(watch.problem)
+    if watch.told:
+        code = INTERRUPTED if watch.told[0] == signal.SIGINT else PREEMPTED
+        raise Interrupted(f"The sweep was stopped; {watch.ended} of {request.num_samples} trials have ended, and the same command "
+                          "goes on with the others from their checkpoints.", code)
+
+
+def _population(plan: Plan, space: Space, request: Request, begun: list[record.Record]):
+    """Population-based training's members, each with all values, and the space as Tune has it."""
+    domains = {k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()}
+    source = Random(space, plan.base, request.seed)
+    points = [{"trial": r.number, **r.values} for r in begun if r.end is None]
+    for number in range(len(begun), request.num_samples):
+        values = {k: plan.base[k] for k in space} | source.draw(number)
+        record.note_values(plan.folder, number, values)
+        points.append({"trial": number, **values})
+    numbers = tune.choice([p["trial"] for p in points])
+    return BasicVariantGenerator(points_to_evaluate=points), {"trial": numbers, **domains}
+
+
+def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Record]) -> TrialScheduler | None:
+    if request.scheduler == "asha":
+        return Halving(plan, begun, grace_period=min(request.grace, plan.base.num_epochs), max_t=plan.base.num_epochs,
+                       reduction_factor=request.reduction, time_attr="epoch", stop_last_trials=False)
+    if request.scheduler == "pbt":
+        def within(config: dict) -> dict:
+            return config | {k: min(max(config[k], p.low), p.high) for k, p in space.items() if isinstance(p, Range)}
+
+        return PopulationBasedTraining(
+            time_attr="epoch", perturbation_interval=request.interval, synch=True, log_config=False, custom_explore_fn=within,
+            hyperparam_mutations={k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()})
+    return None
+
+
+class Halving(ASHAScheduler):
+    """Ray's ASHA (Li et al. 2020), which knows what trials of an earlier attempt at the sweep have reached."""
+
+    def __init__(self, plan: Plan, begun: list[record.Record], **how):
+        super().__init__(**how)
+        self._plan, self._open = plan, {r.number: r for r in begun if r.end is None}
+        for r in begun:
+            if r.end is not None:
+                self._remember(r, _Named(f"ended {r.number}"))
+
+    def on_trial_add(self, tune_controller, trial) -> None:
+        super().on_trial_add(tune_controller, trial)
+        if earlier := self._open.get(trial.config["trial"]):
+            self._remember(earlier, trial)
+
+    def _remember(self, r: record.Record, trial) -> None:
+        sign = 1.0 if self._plan.higher_is_better else -1.0
+        for row in r.rows:
+            if row.get(self._plan.metric) is not None:
+                self._brackets[0].on_result(trial, row["epoch"], sign * row[self._plan.metric])
+
+
+@dataclass(frozen=True)
+class _Named:
+    trial_id: str
+
+
+class Watch(tune.Callback):
+    """Says what happens, a line each; notes in a trial's folder how it ended."""
+
+    def __init__(self, plan: Plan, request: Request, begun: list[record.Record]):
+        self._plan, self._request = plan, request
+        self._started: dict[str, float] = {}
+        self.ended = sum(r.end is not None for r in begun)
+        self.told: list[int] = []    # signals
+        self.problem = ""            # that ends the sweep
+
+    def on_trial_start(self, iteration, trials, trial, **_) -> None:
+        self._started.setdefault(trial.trial_id, time.monotonic())
+
+    def on_trial_result(self, iteration, trials, trial, result, **_) -> None:
+        if result.get("no_metric"):
+            self.problem = (f"No trial reports the metric {self._plan.metric!r}: trial {trial.custom_trial_name} {result['failed']}. "
+                            "Give another --metric, or more fingers to validate on.")
+        elif "failed" not in result and not result.get("finished"):
+            print(f"trial {trial.custom_trial_name}: epoch {result['epoch']} of {self._plan.base.num_epochs}, {self._plan.metric} "
+                  f"{result[self._plan.metric]:.4g}", flush=True)
+
+    def on_trial_complete(self, iteration, trials, trial, **_) -> None:
+        if self.told:  # not its own end
+            return
+        last = trial.last_result or {}
+        failed = last.get("failed")
+        self._end(trial, "failed" if failed else "finished" if last.get("finished") else "stopped", failed or "")
+
+    def on_trial_error(self, iteration, trials, trial, **_) -> None:
+        error = str(trial.get_error() or "its process died").strip().splitlines()
+        self._end(trial, "failed", error[-1][:300])
+
+    def _end(self, trial, how: str, reason: str) -> None:
+        number = int(trial.custom_trial_name)
+        seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
+        record.note_end(self._plan.folder, number, how, reason, seconds)
+        self.ended += 1
+        print(f"trial {number}: {how}{': ' + reason if reason else ''} ({self.ended} of {self._request.num_samples})", flush=True)
+
+
+class _Unless(tune.Stopper):
+    """Ends all trials where going on is of no use."""
+
+    def __init__(self, watch: Watch):
+        self._watch = watch
+
+    def __call__(self, trial_id, result) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self._watch.problem)
+
+
+@contextlib.contextmanager
+def _signals(watch: Watch):
+    """SIGINT and SIGTERM end the sweep, not its trials: they go on when it does."""
+    def note(number, frame):
+        watch.told.append(number)
+        raise KeyboardInterrupt
+
+    before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        if not watch.told:
+            raise
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)
+
+
+def placed(plan: Plan, request: Request) -> Plan:
+    """The plan with what each trial gets; ClusterError where no host has it within `wait_for_hosts`."""
+    until = time.monotonic() + (request.wait_for_hosts if "RAY_ADDRESS" in os.environ else 0)
+    while True:
+        hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        kind = "GPU" if request.accelerators and platform() == "CPU" else platform()  # GPUs may be still to come
+        cores = max((int(h.get("CPU", 0)) for h in hosts), default=0)
+        if kind == "CPU":
+            wanted = {"CPU": request.cpus or max(1, cores * len(hosts) // request.num_samples)}
+        else:
+            here = max((h.get(kind, 0) for h in hosts), default=0)
+            share = request.accelerators or 1.0
+            wanted = {"CPU": request.cpus or max(1, int(cores * share / here) if here else 1), kind: share}
+        if any(all(h.get(k, 0) >= v for k, v in wanted.items()) for h in hosts):
+            return dataclasses.replace(plan, platform=kind, resources=wanted)
+        if time.monotonic() > until:
+            asked = " and ".join(f"{v:g} {k}" for k, v in wanted.items())
+            there = ", ".join(" and ".join(f"{h.get(k, 0):g} {k}" for k in wanted) for h in hosts)
+            raise ClusterError(f"The cluster cannot fit a trial: it asks for {asked} on one host, and there are {there or 'no hosts'}; "
+                               "ask for less with --trial_cpus or --trial_accelerators, or start larger hosts.")
+        time.sleep(1)
+
+
+def _complain(records: list[record.Record], plan: Plan) -> None:
+    """Failure where every trial failed, the most frequent reason first."""
+    failed = [r for r in records if r.end and r.end["how"] == "failed"]
+    if records and len(failed) == len(records):
+        reasons = collections.Counter(r.end["reason"] for r in failed).most_common()
+        raise Failure(f"All {len(records)} trials failed. " + " ".join(f"{n} × {why}" for why, n in reasons[:3])
+                      + f" Their logs are in {plan.folder}/trials; mend that, then give another --out, or --resume never.")
+
+
+def session_options() -> dict:
+    """Of `cluster.session.session`; and Tune's own ways are switched off: its tables, files and signal handlers."""
+    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER", "TUNE_DISABLE_STRICT_METRIC_CHECKING"):
+        os.environ[name] = "1"
+    os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
+    # a trial's devices are what Ray gives it, whatever the driver's are
+    env = {k: v for k, v in passed_on().items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    return {"runtime_env": {"env_vars": env | {"RAY_CHDIR_TO_TRIAL_DIR": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}}
+
+
+def platform() -> str:
+    """What the cluster's trials run on: TPU, GPU or CPU."""
+    hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    return next((p for p in ("TPU", "GPU") if any(h.get(p) for h in hosts)), "CPU")

@@ -1,0 +1,200 @@
+"""A trial: one run of a module's training loop in an actor of Ray Tune, an epoch at a time.
+
+The actor is used again for the next trial, and with it what is compiled: trials that differ in scalars alone
+share the program. A trial's folder is a run's folder as any other, with the run's Orbax checkpoints and metrics;
+Tune's own checkpoint is the path of one of those.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import queue
+import sys
+import threading
+import time
+from pathlib import Path
+
+from ray import tune
+
+from cluster.host import PREEMPTED, Host
+from ifvit import checkpoint, cli, train_dense, train_match
+from ifvit.cli import Interrupted
+from ifvit.config import Config, with_changes
+from ifvit.paths import cache_dir
+from ifvit.training.match import COMMON
+from ifvit.training.saving import copy_tree
+from tune import record
+
+MODULES = {"dense": (train_dense.run, "dense_reg"), "match": (train_match.run, "matcher")}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What all trials of a sweep have in common."""
+
+    module: str            # dense or match
+    base: Config           # what a trial's values are put into
+    folder: str            # of the sweep
+    metric: str
+    higher_is_better: bool
+    platform: str          # GPU, TPU or CPU
+    resources: dict        # of a trial, as Ray has them
+    changing: frozenset    # keys that may change while a trial runs (population-based training)
+    cwd: str
+
+    def config(self, values: dict, number: int) -> Config:
+        """A trial's configuration. What Module 2 has in common with its Module 1 comes from that one's checkpoint."""
+        config = with_changes(self.base, values)
+        if self.module == "match" and config.dense_reg_ckpt:
+            theirs = checkpoint.read_metadata(checkpoint.locate(config.dense_reg_ckpt))["config"]
+            config = with_changes(config, {k: theirs[k] for k in COMMON})
+        return config.replace(checkpoint_dir=str(record.folder_of(self.folder, number)))
+
+    @property
+    def worst(self) -> float:
+        """The metric of a trial that failed."""
+        return -float("inf") if self.higher_is_better else float("inf")
+
+
+class Trial(tune.Trainable):
+    """One trial after the other, in this process. Tune's config: the values searched; its trial's name: the number."""
+
+    def setup(self, config: dict, plan: Plan) -> None:
+        self._plan = plan
+        with contextlib.suppress(OSError):  # relative paths mean what they mean where the sweep was started, if that is here
+            os.chdir(plan.cwd)
+        _prepare_process(plan)
+        self._loop = None
+        self.reset_config(config)
+
+    def reset_config(self, config: dict) -> bool:
+        self.cleanup()
+        self._values = {k: v for k, v in config.items() if k != "trial"}
+        self._resume, self._last = "auto", {}
+        return True
+
+    def step(self) -> dict:
+        """The next epoch's metrics; `done` with the last, `failed` with a reason instead of metrics where it ends otherwise."""
+        if self._loop is None:
+            _log_to(record.folder_of(self._plan.folder, int(self.trial_name)) / "log.txt")
+            self._loop = Loop(self._train)
+        told = self._loop.next()
+        if isinstance(told, dict):
+            if self._plan.metric not in told:
+                named = ", ".join(sorted(k for k, v in told.items() if k not in ("step", "epoch"))) or "nothing"
+                return self._failed(f"reports no {self._plan.metric}; it reports {named}", no_metric=True)
+            self._last = told
+            return dict(told)
+        code, message = told
+        if code:
+            return self._failed(message)
+        if not self._last:  # it had finished before, and nobody was told
+            self._last = record.read(self._plan.folder, int(self.trial_name)).rows[-1]
+        return self._last | {"done": True, "finished": True}
+
+    def _failed(self, reason: str, **more) -> dict:
+        return {"epoch": 0, "step": 0, **self._last, self._plan.metric: self._plan.worst, "failed": reason, "done": True, **more}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Notes the run's newest checkpoint, once it is whole."""
+        path = self._checkpoint(self._last["epoch"])
+        until = time.monotonic() + checkpoint.BARRIER_MS / 1000
+        while not checkpoint.complete(path) and time.monotonic() < until:
+            time.sleep(0.05)
+        Path(checkpoint_dir, "run.json").write_text(json.dumps({"path": str(path), "last": self._last}))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:
+        """Goes on from a checkpoint: its own, or another trial's, which becomes its own under the same name."""
+        self.cleanup()
+        noted = json.loads(Path(checkpoint_dir, "run.json").read_text())
+        self._last = noted["last"]
+        theirs, ours = checkpoint.locate(noted["path"]), self._checkpoint(self._last["epoch"])
+        if theirs != ours:
+            fresh = ours.with_name(f"{ours.name}{checkpoint.UNFINISHED}-clone")
+            fresh.rmtree(missing_ok=True)
+            ours.parent.mkdir(parents=True, exist_ok=True)
+            copy_tree(theirs, fresh)
+            checkpoint.replace(ours, fresh)
+        record.note_values(self._plan.folder, int(self.trial_name), self._values, self._last["epoch"], str(theirs) if theirs != ours else "")
+        self._resume = str(ours)
+
+    def cleanup(self) -> None:
+        if self._loop is not None:
+            self._loop.end()
+        self._loop = None
+
+    def _checkpoint(self, epoch: int):
+        _, name = MODULES[self._plan.module]
+        folder = record.folder_of(self._plan.folder, int(self.trial_name))
+        final = checkpoint.as_path(folder / f"{name}_ckpt")
+        return final if epoch == self._plan.base.num_epochs else checkpoint.as_path(folder / f"{name}_epoch_{epoch}")
+
+    def _train(self, host: Host) -> None:
+        run, _ = MODULES[self._plan.module]
+        config = self._plan.config(self._values, int(self.trial_name))
+        more = {"validation": self._plan.base} if self._plan.module == "dense" else {}
+        run(config, self._resume, host, self._plan.changing, **more)
+
+
+class Loop(Host):
+    """A training run in a thread, which stands still after every epoch until `next` is called."""
+
+    def __init__(self, train):
+        super().__init__()
+        self._told, self._go = queue.Queue(), threading.Semaphore(0)
+        self._ending = False
+        self._thread = threading.Thread(target=self._run, args=(train,), daemon=True, name="training")
+
+    def _run(self, train) -> None:
+        try:
+            end = cli.outcome(lambda: train(self))
+        except BaseException as e:  # whatever it is, it is the trial's and not the sweep's
+            logging.getLogger("ifvit").exception("The trial has failed.")
+            end = 1, f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"[:300]
+        self._told.put(end)
+
+    def next(self) -> dict | tuple[int, str]:
+        """Metrics of the next epoch, or (exit code, message) when there is none."""
+        if self._thread.ident is None:
+            self._thread.start()
+        else:
+            self._go.release()
+        return self._told.get()
+
+    def report(self, values: dict) -> None:
+        self._told.put(values)
+        self._go.acquire()
+        if self._ending:
+            raise Interrupted("The sweep goes on without this trial.", PREEMPTED)
+
+    def asked(self) -> int:
+        return PREEMPTED if self._ending else 0
+
+    def end(self) -> None:
+        """Ends the run where it stands; its checkpoints stay."""
+        self._ending = True
+        if self._thread.ident is not None:
+            self._go.release()
+            self._thread.join()
+
+
+def _prepare_process(plan: Plan) -> None:
+    """JAX with this trial's share of the devices; to be called before JAX looks for them."""
+    import jax
+
+    if plan.platform == "CPU":
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", int(plan.resources["CPU"]))
+    elif plan.resources[plan.platform] < 1:
+        os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * plan.resources[plan.platform]:.3f}"
+    cli.use_compilation_cache(cache_dir() / "compiled")
+
+
+def _log_to(file: Path) -> None:
+    """What this process prints from now on goes there."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout = sys.stderr = file.open("a", buffering=1)
+    logging.getLogger().handlers.clear()
+    cli.prepare_output()
