@@ -21,7 +21,7 @@ from ifvit.paths import resolve
 # of each module's sweep: table in files, folder, metric by default, whether more of it is better
 DENSE = ("dense", DenseConfig, "accuracy", True)
 MATCH = ("match", MatchConfig, "eer", False)
-LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "fmr", "fnmr")
+LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # in a metric's name
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Args(ConfigArgs):
     """TOML file that narrows the search space or adds to it, tables [dense] and [match]"""
     search: tuple[str, ...] = ()
     """these settings alone [all of the space]"""
-    metric: str = ""
-    """of validation, by which trials are judged [accuracy; eer]"""
+    metric: tuple[str, ...] = ()
+    """of validation, by which trials are judged; with `both` one for each module [accuracy eer]"""
     searcher: Literal["random", "optuna"] = "random"
     """`optuna` learns from the trials before (pip install 'ifvit[optuna]')"""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
@@ -68,6 +68,8 @@ class Args(ConfigArgs):
             raise UserError(f"--trial_epochs is {self.trial_epochs}; give at least 1.")
         if self.resume not in ("auto", "never"):
             raise UserError(f"--resume {self.resume}: a sweep takes auto or never.")
+        if self.metric and len(self.metric) != (2 if self.module == "both" else 1):
+            raise UserError(f"--metric names {len(self.metric)} metrics; give one for each module that is searched.")
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
         try:
@@ -123,8 +125,10 @@ class Args(ConfigArgs):
         from tune import space as spaces
         from tune.trial import MODULES, Plan
 
-        name, cls, metric, higher = module
-        metric, higher = (self.metric, not self.metric.startswith(LESS_IS_BETTER)) if self.metric else (metric, higher)
+        name, _, metric, higher = module
+        if self.metric:
+            metric = self.metric[-1 if name == "match" else 0]
+            higher = not any(part in metric for part in LESS_IS_BETTER)
         full = with_changes(config, spaces.fixed(changes))
         epochs = min(self.trial_epochs or full.num_epochs, full.num_epochs)
         pbt = self.scheduler == "pbt"

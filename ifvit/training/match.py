@@ -89,7 +89,8 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
             return {}
         s = scores_of(state, chosen)
         fused = config.global_weight * s["global"] + (1 - config.global_weight) * s["local"]
-        return {"eer": rates.equal_error_rate(fused[genuine], fused[~genuine])} | {
+        return {"eer": rates.equal_error_rate(fused[genuine], fused[~genuine]),
+                "d_prime": rates.d_prime(fused[genuine], fused[~genuine])} | {
             f"eer_{k}": rates.equal_error_rate(s[k][genuine], s[k][~genuine]) for k in s} | {
             f"{k}_{kind}": float(s[k][which].mean()) for k in ("global", "local") for kind, which in
             (("genuine", genuine), ("impostor", ~genuine))}
