@@ -3,8 +3,12 @@
     python -m ifvit.train_all --dataset_root DIR [DIR …]
 """
 
+import json
+import os
+import signal
+import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,6 +16,7 @@ from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import DenseConfig, MatchConfig
 from ifvit.errors import UserError
+from ifvit.paths import resolve
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,44 @@ class Args(TrainArgs):
     loftr_ckpt: str | None = None
     """LoFTR weights (.ckpt, .pt, .safetensors) that start Module 1's transformer [none]"""
 
+    tune: int = 0
+    """search the settings of each module in so many trials first (python -m tune); what is given with --set stays [no search]"""
+    sweep_dir: str = "./checkpoints/sweep"
+    """of --tune: where its trials and results go"""
+
     command: ClassVar[str] = "ifvit.train_all"
+
+    def run(self) -> int:
+        if self.tune < 0:
+            raise UserError(f"--tune is {self.tune}; give the number of trials, or leave it out.")
+        if not self.tune:
+            return super().run()
+        if code := self._search():
+            return code
+        best = Path(os.path.abspath(resolve(self.sweep_dir)))
+        found = replace(self, tune=0, config=str(best / "best.toml"))
+        for config, (name, ckpt) in zip(found.configs(None), json.loads((best / "best.json").read_text()).items()):
+            adopt(ckpt, config.checkpoint_dir, name, self.resume)
+        return replace(found, resume="auto").run()
+
+    def _search(self) -> int:
+        """The sweep, in a process of its own: it must not hold the accelerators of this one. Its exit code."""
+        flags = {"preset": self.preset, "config": self.config, "resume": self.resume, "seed": self.seed, "ppi": self.ppi,
+                 "num_samples": self.tune, "sweep_dir": self.sweep_dir, "wait_for_hosts": self.wait_for_hosts}
+        fixed = {"dense.batch_size": self.batch_size, "match.batch_size": self.batch_size,
+                 "match.num_classes": self.num_classes, "dense.loftr_ckpt": self.loftr_ckpt}
+        words = [w for k, v in given(**flags).items() if v != "" for w in (f"--{k}", str(v))]
+        words += [w for item in self.set for w in ("--set", item)]
+        words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
+        words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
+        sweep = subprocess.Popen([sys.executable, "-m", "tune", "--module", "both", *words])
+        before = signal.signal(signal.SIGTERM, lambda *_: sweep.terminate())
+        try:
+            return sweep.wait()
+        except KeyboardInterrupt:  # the sweep has been told so too
+            return sweep.wait()
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     def configs(self, preset: str | None) -> tuple[DenseConfig, MatchConfig]:
         if self.resume not in ("auto", "never"):
@@ -79,6 +121,25 @@ class Args(TrainArgs):
                            ("curves, Module 2", module2.parent / "curves.png"),
                            ("rates, scores, DET, histogram, matches", out)):
             print(f"{what}: {path}")
+
+
+def adopt(ckpt: str, folder: str, name: str, resume: str) -> None:
+    """A sweep's best run, trained to its end, as the run of a checkpoint directory that has none of its own."""
+    from ifvit import checkpoint
+    from ifvit.training import saving
+
+    here = checkpoint.as_local_path(folder)
+    if resume == "never":
+        saving.move_away(here, name)
+    if list(here.glob(f"{name}_*")):
+        return
+    source, fresh = checkpoint.locate(ckpt), here / f"{name}_ckpt{checkpoint.UNFINISHED}-adopted"
+    here.mkdir(parents=True, exist_ok=True)
+    saving.copy_tree(source, fresh)
+    for file in ("metrics.jsonl", "curves.png", "config.json"):
+        if (source.parent / file).exists():
+            (source.parent / file).copy(here / file, overwrite=True)
+    checkpoint.replace(here / f"{name}_ckpt", fresh)
 
 
 if __name__ == "__main__":

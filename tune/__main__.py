@@ -89,19 +89,22 @@ class Args(ConfigArgs):
         return 0
 
     def _sweeps(self, platform: str, alone: bool) -> None:
-        from tune import space
+        from tune import space as spaces
 
         out = Path(os.path.abspath(resolve(self.sweep_dir)))
         if self.resume == "never":
             _move_away(out)
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
-        table = space.read_space(read_toml(self.space)) if self.space else {"dense": {}, "match": {}}
+        table = spaces.read_space(read_toml(self.space)) if self.space else {"dense": {}, "match": {}}
+        spaces.check_names(self.search, {"dense": ("dense",), "matcher": ("match",)}.get(self.module, ("dense", "match")), table)
         roots = " ".join(self.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
         best: dict[str, Config] = {}
+        trained: dict[str, str] = {}  # the best ones' checkpoints
         if self.module != "matcher":
             config = build_config(DenseConfig, self, {}, preset, "dense" if self.module == "both" else "")
             best["dense"], finished = self._sweep(DENSE, config, table["dense"], out / "dense", {})
+            trained["dense_reg"] = finished[0]
         if self.module != "dense":
             config = build_config(MatchConfig, self, given(dense_reg_ckpt=self.pretrained_ckpt), preset,
                                   "match" if self.module == "both" else "")
@@ -111,9 +114,10 @@ class Args(ConfigArgs):
                 more = {"dense_reg_ckpt": finished} if self.joint and len(finished) > 1 else {}
             config = _like_module1(config)
             best["match"], finished = self._sweep(MATCH, config, table["match"], out / "match", more)
-            if self.module == "both":
-                print(f"Module 2 checkpoint: {finished[0]}")
-        _write_best(out / "best.toml", best, preset)
+            trained["matcher"] = finished[0]
+        _write_best(out, best, trained, preset)
+        for what, path in zip(("Module 1 checkpoint", "Module 2 checkpoint") if len(trained) > 1 else ("checkpoint",), trained.values()):
+            print(f"{what}: {path}")
         command = {"dense": "train_dense", "matcher": "train_match", "both": "train_all"}[self.module]
         print(f"best settings: {out / 'best.toml'} (python -m ifvit.{command} --config {out / 'best.toml'} …)")
 
@@ -133,20 +137,21 @@ class Args(ConfigArgs):
         epochs = min(self.trial_epochs or full.num_epochs, full.num_epochs)
         pbt = self.scheduler == "pbt"
         base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)
-        space = spaces.space_for(name, base, changes | more, self.search)
+        given_here = [item.partition("=")[0].rpartition(".") for item in self.set]
+        asked = {key for table, _, key in given_here if table in ("", name)}  # is not searched
+        space = {k: p for k, p in spaces.space_for(name, base, changes | more, self.search).items() if k not in asked}
         if pbt:
             space = spaces.changeable(space)
-        if not space:
-            raise UserError(f"Nothing is left to search of {name}; give --search or --space with at least one setting.")
+        samples = self.num_samples if space else 1
         gather(base, Host())  # prints are read and generated once, and what is wrong with them shows here
         if name == "match":
             checkpoint_of_module1(base)
         plan = Plan(name, base, str(out), metric, higher, "", {}, frozenset(space) if pbt else frozenset(), os.getcwd())
         _check_same_sweep(out, plan, space)
-        print(f"\n{name}: {self.num_samples} trials of at most {epochs} epochs, {len(space)} settings", flush=True)
+        print(f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings", flush=True)
         for line in spaces.describe(space):
             print(f"  {line}")
-        request = sweep.Request(self.num_samples, self.searcher, self.scheduler, concurrent=self.max_concurrent, seed=base.seed,
+        request = sweep.Request(samples, self.searcher, self.scheduler, concurrent=self.max_concurrent, seed=base.seed,
                                 wait_for_hosts=self.wait_for_hosts, cpus=self.trial_cpus, accelerators=self.trial_accelerators)
         records = sweep.run(plan, space, request)
 
@@ -225,14 +230,16 @@ def _check_same_sweep(out: Path, plan, space) -> None:
     file.write_text(json.dumps(ours, indent=1) + "\n")
 
 
-def _write_best(file: Path, best: dict[str, Config], preset: str) -> None:
+def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], preset: str) -> None:
     from tune import results
     from tune.record import read_all
 
-    searched = {name: {k for r in read_all(file.parent / name) for k in r.values} for name in best}
-    part = file.with_name(file.name + ".part")
-    part.write_text(results.best_toml(best, searched, [f"The best of a sweep from preset {preset}; --config of every training command."]))
-    os.replace(part, file)
+    searched = {name: {k for r in read_all(out / name) for k in r.values} for name in best}
+    header = [f"The best of a sweep from preset {preset}; --config of every training command."]
+    for name, text in (("best.toml", results.best_toml(best, searched, header)), ("best.json", json.dumps(trained, indent=1))):
+        part = out / f"{name}.part"
+        part.write_text(text)
+        os.replace(part, out / name)
 
 
 def _move_away(out: Path) -> None:

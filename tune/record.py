@@ -36,7 +36,7 @@ def folder_of(sweep: str | Path, number: int) -> Path:
 
 
 def note_values(sweep: str | Path, number: int, values: dict, epoch: int = 0, clone_of: str = "") -> None:
-    """The values a trial has from an epoch on."""
+    """The values a trial has from an epoch on, there with another's parameters where it is a clone."""
     folder = folder_of(sweep, number)
     folder.mkdir(parents=True, exist_ok=True)
     line = {"from_epoch": epoch, "values": values} | ({"clone_of": clone_of} if clone_of else {})

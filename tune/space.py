@@ -111,7 +111,7 @@ SPACES: dict[str, Space] = {
 def space_for(module: str, base, changes: dict | None = None, only: tuple[str, ...] = ()) -> Space:
     """The space of a module around the configuration `base`, narrowed by a user's table; ranges in absolute numbers.
 
-    `only`: these keys, of those there are. UserError for unknown keys and for ranges upside down.
+    `only`: of these keys those that there are. UserError for unknown keys and for ranges upside down.
     """
     space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}  # no multiples of 0
     if tuple(base.dataset_root) == (SYNTHETIC,):
@@ -124,15 +124,20 @@ def space_for(module: str, base, changes: dict | None = None, only: tuple[str, .
             space[key] = _narrowed(key, space.get(key), value)
         else:
             space.pop(key, None)  # fixed
-    for key in only:
-        if key not in space:
-            near = difflib.get_close_matches(key, space, 1, cutoff=0.4)
-            raise UserError(f"{key} is not in the search space of {module}; "
-                            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(space)}."))
     space = {k: p for k, p in space.items() if not only or k in only}
     for key, p in space.items():
         _check(key, p, base)
     return space
+
+
+def check_names(names: tuple[str, ...], modules: tuple[str, ...], changes: dict[str, dict]) -> None:
+    """UserError for a name that is in no module's space."""
+    known = [k for m in modules for k in (*SPACES[m], *changes[m])]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
+            raise UserError(f"{name} is not in the search space; "
+                            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(dict.fromkeys(known))}."))
 
 
 def fixed(changes: dict) -> dict:

@@ -36,7 +36,6 @@ class Request:
     scheduler: str = "asha"        # or pbt, none
     reduction: int = 3             # of ASHA: one in so many goes on at each rung
     grace: int = 1                 # epochs that every trial gets
-    interval: int = 1              # of population-based training: epochs between exchanges
     concurrent: int = 0            # trials at once; 0: as many as there is room for
     seed: int = 0
     wait_for_hosts: float = 50.0
@@ -108,7 +107,7 @@ def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Re
             return config | {k: min(max(config[k], p.low), p.high) for k, p in space.items() if isinstance(p, Range)}
 
         return PopulationBasedTraining(
-            time_attr="epoch", perturbation_interval=request.interval, synch=True, log_config=False, custom_explore_fn=within,
+            time_attr="epoch", perturbation_interval=max(1, plan.base.num_epochs // 10), synch=True, log_config=False, custom_explore_fn=within,
             hyperparam_mutations={k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()})
     return None
 
@@ -157,7 +156,7 @@ class Watch(tune.Callback):
         if result.get("no_metric"):
             self.problem = (f"No trial reports the metric {self._plan.metric!r}: trial {trial.custom_trial_name} {result['failed']}. "
                             "Give another --metric, or more fingers to validate on.")
-        elif "failed" not in result and not result.get("finished"):
+        elif "failed" not in result:
             print(f"trial {trial.custom_trial_name}: epoch {result['epoch']} of {self._plan.base.num_epochs}, {self._plan.metric} "
                   f"{result[self._plan.metric]:.4g}", flush=True)
 

@@ -86,7 +86,9 @@ class Trial(tune.Trainable):
                 named = ", ".join(sorted(k for k, v in told.items() if k not in ("step", "epoch"))) or "nothing"
                 return self._failed(f"reports no {self._plan.metric}; it reports {named}", no_metric=True)
             self._last = told
-            return dict(told)
+            if told["epoch"] < self._plan.base.num_epochs:
+                return dict(told)
+            told = self._loop.next()  # the last epoch's metrics come with the end of the run
         code, message = told
         if code:
             return self._failed(message)
@@ -117,7 +119,7 @@ class Trial(tune.Trainable):
             ours.parent.mkdir(parents=True, exist_ok=True)
             copy_tree(theirs, fresh)
             checkpoint.replace(ours, fresh)
-        record.note_values(self._plan.folder, int(self.trial_name), self._values, self._last["epoch"], str(theirs) if theirs != ours else "")
+            record.note_values(self._plan.folder, int(self.trial_name), self._values, self._last["epoch"], str(theirs))
         self._resume = str(ours)
 
     def cleanup(self) -> None:
@@ -190,6 +192,7 @@ def _prepare_process(plan: Plan) -> None:
     elif plan.resources[plan.platform] < 1:
         os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{0.9 * plan.resources[plan.platform]:.3f}"
     cli.use_compilation_cache(cache_dir() / "compiled")
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)
 
 
 def _log_to(file: Path) -> None:
