@@ -14,13 +14,13 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.commands import ConfigArgs, build_config, given
-from ifvit.config import Config, DenseConfig, MatchConfig, read_toml, with_changes
+from ifvit.config import Config, MatchConfig, read_toml, with_changes
 from ifvit.errors import UserError
 from ifvit.paths import resolve
+from tune import space as spaces
+from tune.space import MODULES, Choice
 
-# of each module's sweep: table in files, folder, metric by default, whether more of it is better
-DENSE = ("dense", DenseConfig, "accuracy", True)
-MATCH = ("match", MatchConfig, "eer", False)
+METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # by default, and whether more is better
 LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # in a metric's name
 
 
@@ -72,6 +72,7 @@ class Args(ConfigArgs):
             raise UserError(f"--metric names {len(self.metric)} metrics; give one for each module that is searched.")
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
+        self._plans(self.preset or "paper")  # what is wrong with flags and files shows before Ray is started
         try:
             from cluster.session import session
         except ImportError:
@@ -82,66 +83,67 @@ class Args(ConfigArgs):
         from tune import sweep
 
         try:
-            with session(**sweep.session_options()) as alone:
-                self._sweeps(sweep.platform(), alone)
+            with session(**sweep.session_options()):
+                self._sweeps(sweep.platform())
         except ClusterError as e:
             raise UserError(str(e)) from None
         return 0
 
-    def _sweeps(self, platform: str, alone: bool) -> None:
-        from tune import space as spaces
-
+    def _sweeps(self, platform: str) -> None:
         out = Path(os.path.abspath(resolve(self.sweep_dir)))
         if self.resume == "never":
             _move_away(out)
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
-        table = spaces.read_space(read_toml(self.space)) if self.space else {"dense": {}, "match": {}}
-        spaces.check_names(self.search, {"dense": ("dense",), "matcher": ("match",)}.get(self.module, ("dense", "match")), table)
         roots = " ".join(self.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
         best: dict[str, Config] = {}
         trained: dict[str, str] = {}  # the best ones' checkpoints
-        if self.module != "matcher":
-            config = build_config(DenseConfig, self, {}, preset, "dense" if self.module == "both" else "")
-            best["dense"], finished = self._sweep(DENSE, config, table["dense"], out / "dense", {})
-            trained["dense_reg"] = finished[0]
-        if self.module != "dense":
-            config = build_config(MatchConfig, self, given(dense_reg_ckpt=self.pretrained_ckpt), preset,
-                                  "match" if self.module == "both" else "")
-            more = {}
-            if self.module == "both":
-                config = config.replace(dense_reg_ckpt=finished[0])
-                more = {"dense_reg_ckpt": finished} if self.joint and len(finished) > 1 else {}
-            config = _like_module1(config)
-            best["match"], finished = self._sweep(MATCH, config, table["match"], out / "match", more)
-            trained["matcher"] = finished[0]
+        for name, (config, space) in self._plans(preset).items():
+            if name == "match":
+                if trained:
+                    config = config.replace(dense_reg_ckpt=finished[0])
+                config = _like_module1(config)
+                if self.joint and len(finished) > 1:
+                    space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned")
+            best[name], finished = self._sweep(name, config, space, out / name)
+            trained[MODULES[name][1]] = finished[0]
         _write_best(out, best, trained, preset)
         for what, path in zip(("Module 1 checkpoint", "Module 2 checkpoint") if len(trained) > 1 else ("checkpoint",), trained.values()):
             print(f"{what}: {path}")
         command = {"dense": "train_dense", "matcher": "train_match", "both": "train_all"}[self.module]
         print(f"best settings: {out / 'best.toml'} (python -m ifvit.{command} --config {out / 'best.toml'} …)")
 
-    def _sweep(self, module, config: Config, changes: dict, out: Path, more: dict) -> tuple[Config, list[str]]:
+    def _plans(self, preset: str) -> dict[str, tuple[Config, spaces.Space]]:
+        """Of each module that is searched, the configuration to begin with, and the space. UserError for what is wrong with them."""
+        names = {"dense": ("dense",), "matcher": ("match",), "both": ("dense", "match")}[self.module]
+        table = spaces.read_space(read_toml(self.space)) if self.space else {"dense": {}, "match": {}}
+        spaces.check_names(self.search, names, table)
+        plans = {}
+        for name in names:
+            cls, prefix = spaces.CONFIGS[name], name if self.module == "both" else ""
+            more = given(dense_reg_ckpt=self.pretrained_ckpt) if name == "match" else {}
+            config = build_config(cls, self, more, preset, prefix)
+            config = with_changes(config, spaces.fixed(table[name]))
+            items = [item.partition("=")[0].rpartition(".") for item in self.set]
+            asked = {key for of, _, key in items if of == prefix}  # is not searched
+            space = {k: p for k, p in spaces.space_for(name, config, table[name], self.search).items() if k not in asked}
+            plans[name] = config, spaces.changeable(space) if self.scheduler == "pbt" else space
+        return plans
+
+    def _sweep(self, name: str, full: Config, space: spaces.Space, out: Path) -> tuple[Config, list[str]]:
         """One module's sweep: its best configuration, and the checkpoints of those that were trained to the end, best first."""
         from ifvit.data.gather import gather
         from ifvit.training.match import checkpoint_of_module1
         from tune import record, results, sweep
-        from tune import space as spaces
-        from tune.trial import MODULES, Plan
+        from tune.trial import Plan
 
-        name, _, metric, higher = module
+        metric, higher = METRICS[name]
         if self.metric:
             metric = self.metric[-1 if name == "match" else 0]
             higher = not any(part in metric for part in LESS_IS_BETTER)
-        full = with_changes(config, spaces.fixed(changes))
         epochs = min(self.trial_epochs or full.num_epochs, full.num_epochs)
         pbt = self.scheduler == "pbt"
         base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)
-        given_here = [item.partition("=")[0].rpartition(".") for item in self.set]
-        asked = {key for table, _, key in given_here if table in ("", name)}  # is not searched
-        space = {k: p for k, p in spaces.space_for(name, base, changes | more, self.search).items() if k not in asked}
-        if pbt:
-            space = spaces.changeable(space)
         samples = self.num_samples if space else 1
         gather(base, Host())  # prints are read and generated once, and what is wrong with them shows here
         if name == "match":
@@ -162,7 +164,7 @@ class Args(ConfigArgs):
         results.write_csv(out / "trials.csv", records, space, metric)
         results.page(out / "index.html", f"Sweep of {name}", [*summary, hint], records, space, base, metric, higher)
         print("\n" + "\n".join([*summary, hint, f"trials: {out / 'trials.csv'}; page: {out / 'index.html'}"]), flush=True)
-        _, run_name = MODULES[name]
+        run_name = MODULES[name][1]
         if epochs < full.num_epochs:  # the best one to its end
             last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(out / "best"))
             sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))

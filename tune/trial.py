@@ -26,8 +26,7 @@ from ifvit.paths import cache_dir
 from ifvit.training.match import COMMON
 from ifvit.training.saving import copy_tree
 from tune import record
-
-MODULES = {"dense": (train_dense.run, "dense_reg"), "match": (train_match.run, "matcher")}
+from tune.space import MODULES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,16 +127,17 @@ class Trial(tune.Trainable):
         self._loop = None
 
     def _checkpoint(self, epoch: int):
-        _, name = MODULES[self._plan.module]
+        name = MODULES[self._plan.module][1]
         folder = record.folder_of(self._plan.folder, int(self.trial_name))
         final = checkpoint.as_path(folder / f"{name}_ckpt")
         return final if epoch == self._plan.base.num_epochs else checkpoint.as_path(folder / f"{name}_epoch_{epoch}")
 
     def _train(self, host: Host) -> None:
-        run, _ = MODULES[self._plan.module]
         config = self._plan.config(self._values, int(self.trial_name))
-        more = {"validation": self._plan.base} if self._plan.module == "dense" else {}
-        run(config, self._resume, host, self._plan.changing, **more)
+        if self._plan.module == "dense":
+            train_dense.run(config, self._resume, host, self._plan.changing, validation=self._plan.base)
+        else:
+            train_match.run(config, self._resume, host, self._plan.changing)
 
 
 class Loop(Host):

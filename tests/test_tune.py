@@ -1,0 +1,424 @@
+"""Sweeps: what is searched, how trials are chosen, stopped and kept, and what comes out."""
+
+import contextlib
+import csv
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from cluster.host import ClusterError
+from ifvit import checkpoint, cli
+from ifvit.cli import Failure
+from ifvit.config import HOST, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, preset, use_of
+from ifvit.errors import UserError
+from ifvit.training.dense import dense_program
+from tune import record, results, space, sweep
+from tune.__main__ import Args
+from tune.samples import Optuna, Random, Samples
+from tune.space import Choice, Range
+from tune.trial import Plan
+
+BASE = {"dense": preset("smoke", DenseConfig), "match": preset("smoke", MatchConfig)}
+
+
+def changed_in(config, f: dataclasses.Field):
+    """The configuration with another value in the field, one that it may have."""
+    value = getattr(config, f.name)
+    some = [*f.metadata.get("choices", ()), not value if isinstance(value, bool) else None, ("elsewhere",), "elsewhere", (8, 16, 16)]
+    if type(value) in (int, float):
+        some += [value + 8, value + 1, value * 0.9, value / 2, value * 2]
+    for other in some:
+        if other != value and type(other) is type(value):
+            with contextlib.suppress(UserError):
+                return config.replace(**{f.name: other})
+    raise AssertionError(f.name)
+
+
+# ---- one program for many trials
+
+
+@pytest.mark.parametrize("name, key", [(n, f.name) for n in BASE for f in dataclasses.fields(BASE[n])])
+def test_configurations_share_a_program_where_no_part_of_it_differs(name, key):
+    config = BASE[name].replace(batch_size=8, accumulate=2)
+    f = next(f for f in dataclasses.fields(config) if f.name == key)
+    changed = changed_in(config, f)
+    assert changed != config
+    assert (changed.program() == config.program()) == (use_of(f) != PROGRAM)
+    assert (changed.scalars() == config.scalars()) == (use_of(f) != SCALAR)
+
+
+def test_configurations_that_differ_in_scalars_compile_once():
+    fast = BASE["dense"].replace(learning_rate=0.1, noise=0.0, weight_decay=0.3, seed=5)
+    assert dense_program(fast.program()) is dense_program(BASE["dense"].program())
+
+
+def test_a_compiled_program_cannot_see_what_is_the_hosts():
+    seen = Traced(BASE["dense"].program(), {"noise": 0.25})
+    assert seen.noise == 0.25 and seen.image_size == 64
+    for f in dataclasses.fields(DenseConfig):
+        if use_of(f) == HOST:
+            with pytest.raises(AttributeError, match="the host's"):
+                getattr(seen, f.name)
+
+
+# ---- the space
+
+
+@pytest.mark.parametrize("size", ["paper", "cpu", "quick", "smoke"])
+@pytest.mark.parametrize("name", ["dense", "match"])
+def test_every_sample_is_a_configuration_and_lies_in_its_range(name, size):
+    base = preset(size, space.CONFIGS[name]).replace(dataset_root=("prints",))
+    found = space.space_for(name, base)
+    for n in range(1, 60):
+        values = space.draw(found, base, 3, n)
+        config = base.replace(**values)
+        for key, value in values.items():
+            p = found[key]
+            assert p.low <= value <= p.high if isinstance(p, Range) else value in p.values, (key, value)
+            assert config[key] == value
+
+
+def test_the_first_sample_is_the_configuration_itself_and_others_depend_on_seed_and_number_alone():
+    base, found = BASE["dense"], space.space_for("dense", BASE["dense"])
+    assert space.draw(found, base, 0, 0) == {}
+    assert space.draw(found, base, 0, 7) == space.draw(found, base, 0, 7)
+    assert space.draw(found, base, 0, 7) != space.draw(found, base, 1, 7) != space.draw(found, base, 1, 8)
+    fewer = {k: p for k, p in found.items() if k != "weight_decay"}
+    assert space.draw(fewer, base, 0, 7) == {k: v for k, v in space.draw(found, base, 0, 7).items() if k != "weight_decay"}
+
+
+def test_four_trials_in_a_row_share_their_structure():
+    base, found = BASE["dense"], space.space_for("dense", BASE["dense"])
+    structures = [base.replace(**space.draw(found, base, 0, n)).program() for n in range(40)]
+    assert len(set(structures[:4])) == 1 and structures[0] == base.program()
+    assert all(len(set(structures[n : n + 4])) == 1 for n in range(0, 40, 4)) and len(set(structures)) > 5
+
+
+@pytest.mark.parametrize("scale, middle", [("linear", 50.5), ("log", 10.0)])
+def test_a_range_is_even_on_its_scale(scale, middle):
+    p = Range(1, 100, scale)
+    assert p.at(0) == pytest.approx(1) and p.at(0.5) == pytest.approx(middle) and p.at(1) == pytest.approx(100)
+    assert p.share(p.at(0.3)) == pytest.approx(0.3)
+
+
+def test_what_another_choice_makes_moot_is_not_in_a_sample():
+    base, found = BASE["dense"], space.space_for("dense", BASE["dense"])
+    for n in range(4, 60):
+        values = space.draw(found, base, 0, n)
+        assert ("temperature" in values) == (values["similarity"] == "scaled_dot")
+        assert ("cosine_scale" in values) == (values["similarity"] == "cosine")
+
+
+def test_where_all_prints_are_generated_their_share_is_not_searched():
+    assert "synthetic_share" not in space.space_for("match", BASE["match"])
+    assert "synthetic_share" in space.space_for("match", BASE["match"].replace(dataset_root=("prints",)))
+
+
+def test_a_users_file_narrows_adds_and_fixes():
+    table = tomllib.loads("""
+        transformer = ["loftr"]
+        noise = 0.5
+        resnet_widths = [[8, 8, 8], [8, 16, 32]]
+        [learning_rate]
+        high = 0.002
+        [grad_clip]
+        low = 0.1
+        high = 10
+        scale = "log"
+    """)
+    found = space.space_for("dense", BASE["dense"], table)
+    assert found["transformer"].values == ("loftr",) and found["resnet_widths"].values == ((8, 8, 8), (8, 16, 32))
+    assert (found["learning_rate"].low, found["learning_rate"].high) == (pytest.approx(2e-4), 0.002)
+    assert (found["grad_clip"].low, found["grad_clip"].scale) == (0.1, "log") and "noise" not in found
+    assert space.fixed(table) == {"noise": 0.5}
+
+
+@pytest.mark.parametrize("text, what", [
+    ("[dense.lerning_rate]\nlow = 1", "no key 'lerning_rate'; did you mean 'learning_rate'"),
+    ("[dense.learning_rate]\nlow = 0.1\nhigh = 0.01", "upside down: low is 0.1, high 0.01"),
+    ("[dense.noise]\nlow = 0\nscale = \"log\"", "above 0"),
+    ("[dense.noise]\nlow = \"a\"", "give two numbers"),
+    ("[dense.noise]\nstep = 1", "noise.step is not known of a range"),
+    ("[dense.noise]\nscale = \"cubic\"", "give linear or log"),
+    ("[dense.noise]\nhigh = 9", "noise is 9.0, which is out of range"),
+    ("[dense.transformer]\nlow = 1\nhigh = 2", "give a list of values"),
+    ("[dense]\ntransformer = []", "nothing to choose from"),
+    ("[dense]\ntransformer = [\"lofter\"]", "choose from loftr, siamese"),
+    ("[dense.grad_clip]\nlow = 1", "no range yet; give low and high"),
+    ("[desne]\nnoise = 1", "did you mean dense"),
+    ("dense = 3", "write [dense]"),
+])
+def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
+    file = tmp_path / "space.toml"
+    file.write_text(text)
+    assert cli.main(Args, "tune", ["--preset", "smoke", "--space", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert what in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("words, what", [
+    (["--search", "lerning_rate"], "did you mean learning_rate"),
+    (["--num_samples", "0"], "at least 1"),
+    (["--metric", "eer"], "one for each module"),
+    (["--module", "dense", "--joint"], "--module both"),
+    (["--resume", "elsewhere"], "auto or never"),
+    (["--trial_epochs", "0"], "at least 1"),
+    (["--num_sampels", "3"], "did you mean --num_samples"),
+])
+def test_mistakes_in_flags_are_told(words, what, capsys):
+    assert cli.main(Args, "tune", ["--preset", "smoke", *words]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_resume_alone_is_resume_auto():
+    assert cli.parse(Args, "tune", ["--resume", "--seed", "3"]).resume == "auto"
+    assert cli.parse(Args, "tune", ["--seed", "3", "--resume"]).resume == "auto"
+    assert cli.parse(Args, "tune", ["--resume", "never"]).resume == "never"
+
+
+# ---- which trials there are
+
+
+def ended(folder, number, values, rows, how="finished", reason="") -> None:
+    """A trial of an earlier attempt: `rows` of the metric, an epoch each."""
+    record.note_values(folder, number, values)
+    lines = [{"step": 2 * e, "epoch": e, "split": split, "accuracy": a, "seconds": 1.0}
+             for e, a in enumerate(rows, 1) for split in ("train", "val")]
+    (record.folder_of(folder, number) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if how:
+        record.note_end(folder, number, how, reason, 10.0)
+
+
+def plan(folder, base=BASE["dense"].replace(num_epochs=9)) -> Plan:
+    return Plan("dense", base, str(folder), "accuracy", True, "CPU", {"CPU": 1}, frozenset(), str(folder))
+
+
+def test_interrupted_trials_come_first_with_the_values_they_had_and_those_that_ended_do_not_come_again(tmp_path):
+    ended(tmp_path, 0, {"noise": 0.1}, [0.5])
+    ended(tmp_path, 1, {"noise": 0.2}, [0.4], how="")
+    samples = Samples(Random({"noise": Range(0, 1)}, BASE["dense"], 0), str(tmp_path), "accuracy", "max", record.read_all(tmp_path), 4)
+    drawn = [samples.suggest(f"trial {n}") for n in range(4)]
+    assert drawn[0] == {"trial": 1, "noise": 0.2}
+    assert [d["trial"] for d in drawn[1:3]] == [2, 3] and drawn[3] == Samples.FINISHED
+    assert record.read(tmp_path, 2).values == {"noise": drawn[1]["noise"]}  # noted before the trial runs
+
+
+def test_optuna_learns_from_trials_also_of_an_earlier_attempt(tmp_path):
+    pytest.importorskip("optuna")
+    found = {"noise": Range(0.0, 1.0), "transformer": Choice(("loftr", "siamese")), "resnet_widths": Choice(((8, 8, 8), (8, 16, 32)))}
+    value = lambda v: -abs(v.get("noise", 1.0) - 0.2) - (v.get("transformer") == "siamese")
+
+    def search(numbers, begun):
+        samples = Samples(Optuna(found, BASE["dense"], 0, "max"), str(tmp_path), "accuracy", "max", begun, numbers[-1] + 1)
+        for n in numbers:
+            drawn = samples.suggest(f"t{n}")
+            assert drawn["trial"] == n
+            ended(tmp_path, n, {}, [value(drawn)])
+            samples.on_trial_complete(f"t{n}", {"accuracy": value(drawn)})
+
+    search(range(0, 20), [])
+    search(range(20, 40), record.read_all(tmp_path))
+    late = [json.loads(line)["values"] for n in range(25, 40)
+            for line in (record.folder_of(tmp_path, n) / "values.jsonl").read_text().splitlines()[:1]]
+    assert np.mean([abs(v["noise"] - 0.2) for v in late]) < 0.22  # evenly drawn: 0.34
+    assert np.mean([v["transformer"] == "loftr" for v in late]) > 0.7
+
+
+def test_asha_knows_what_trials_of_an_earlier_attempt_have_reached(tmp_path):
+    for n, best in enumerate((0.9, 0.8, 0.7)):
+        ended(tmp_path, n, {}, [best - 0.2, best - 0.1, best])
+
+    def decide(begun):
+        asha = sweep.Halving(plan(tmp_path), begun, grace_period=1, max_t=9, reduction_factor=3, time_attr="epoch", stop_last_trials=False)
+        asha.set_search_properties("accuracy", "max")
+        trial = SimpleNamespace(trial_id="new", config={"trial": 3})
+        asha.on_trial_add(None, trial)
+        return asha.on_trial_result(None, trial, {"epoch": 1, "accuracy": 0.55})
+
+    assert decide(record.read_all(tmp_path)) == "STOP" and decide([]) == "CONTINUE"
+
+
+def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path):
+    for n, why in enumerate(("loss is nan", "out of memory", "out of memory")):
+        ended(tmp_path, n, {}, [], "failed", why)
+    with pytest.raises(Failure, match=r"All 3 trials failed\. 2 × out of memory 1 × loss is nan"):
+        sweep._complain(record.read_all(tmp_path), plan(tmp_path))
+
+
+@pytest.mark.parametrize("hosts, request_, gets", [
+    ([{"CPU": 2.0}], {}, {"CPU": 1}),
+    ([{"CPU": 64.0}], {}, {"CPU": 8}),                       # 8 samples keep 64 cores busy
+    ([{"CPU": 64.0}], {"cpus": 4}, {"CPU": 4}),
+    ([{"CPU": 32.0, "GPU": 4.0}], {}, {"CPU": 8, "GPU": 1.0}),
+    ([{"CPU": 8.0, "GPU": 1.0}], {"accelerators": 0.5}, {"CPU": 4, "GPU": 0.5}),
+    ([{"CPU": 16.0}, {"CPU": 200.0, "TPU": 4.0}], {"accelerators": 4}, {"CPU": 200, "TPU": 4}),
+])
+def test_a_trial_gets_its_share_of_a_host(hosts, request_, gets, monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
+    assert sweep.placed(plan(tmp_path), sweep.Request(8, **request_)).resources == gets
+
+
+def test_a_trial_that_fits_nowhere_is_told_with_what_there_is(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    with pytest.raises(ClusterError, match="asks for 1 CPU and 1 GPU on one host, and there are 2 CPU and 0 GPU; ask for less"):
+        sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1))
+
+
+# ---- what comes out
+
+
+def test_the_best_is_the_best_of_those_trained_furthest_and_failures_do_not_count(tmp_path):
+    ended(tmp_path, 0, {}, [0.3, 0.6])
+    ended(tmp_path, 1, {}, [0.9], "stopped")
+    ended(tmp_path, 2, {}, [0.5, 0.7])
+    ended(tmp_path, 3, {}, [0.5, 0.99], "failed", "loss is nan")
+    assert [r.number for r in record.order(record.read_all(tmp_path), "accuracy", True)] == [2, 0, 1]
+    assert [r.number for r in record.order(record.read_all(tmp_path), "accuracy", False)] == [0, 2, 1]
+
+
+def many(folder, value, count=60):
+    found = {"noise": Range(0.0, 1.5), "learning_rate": Range(1e-4, 1e-2, "log"), "transformer": Choice(("loftr", "siamese"))}
+    for n in range(count):
+        values = space.draw(found, BASE["dense"], 1, 4 * n + 4)
+        ended(folder, n, values, [value(values)])
+    return found, record.read_all(folder)
+
+
+def test_importance_is_that_of_the_setting_which_decides(tmp_path):
+    found, records = many(tmp_path, lambda v: -abs(v["noise"] - 0.75))  # best in the middle: no correlation
+    weights = results.importance(records, found, BASE["dense"], "accuracy", True)
+    assert next(iter(weights)) == "noise" and weights["noise"] > 0.6
+    assert weights["learning_rate"] < 0.15 and weights["transformer"] < 0.15
+
+
+def test_importance_of_a_choice(tmp_path):
+    found, records = many(tmp_path, lambda v: (v["transformer"] == "siamese") + 0.1 * v["noise"])
+    weights = results.importance(records, found, BASE["dense"], "accuracy", True)
+    assert next(iter(weights)) == "transformer" and weights["transformer"] > 0.6 > weights["noise"]
+
+
+def test_a_best_value_at_the_edge_of_its_range_is_what_to_try_next():
+    found = {"noise": Range(0.0, 1.0), "learning_rate": Range(1e-4, 1e-2, "log")}
+    best = record.Record(3, {"noise": 0.5, "learning_rate": 9.9e-3})
+    said = results.what_next(best, found, BASE["dense"])
+    assert "learning_rate (best 0.0099) at the upper edge of 0.0001 … 0.01" in said and "noise" not in said
+    inside = results.what_next(record.Record(3, {"noise": 0.0, "learning_rate": 1e-3}), found, BASE["dense"])
+    assert "no best value lies at the edge" in inside  # there is no noise below 0
+
+
+def test_best_toml_makes_the_same_configuration_whatever_the_preset(tmp_path):
+    dense = BASE["dense"].replace(learning_rate=1.25e-05, resnet_widths=(8, 16, 24), transformer="siamese", num_epochs=3)
+    match = BASE["match"].replace(enhance=False, arcface_scale=33.3)
+    file = tmp_path / "best.toml"
+    file.write_text(results.best_toml({"dense": dense, "match": match}, {"dense": {"learning_rate"}}, ["best"]))
+    assert "learning_rate = 1.25e-05  # searched" in file.read_text()
+    from ifvit.train_all import Args as TrainAll
+    from ifvit.train_dense import Args as TrainDense
+
+    handed_on = lambda config: {k: v for k, v in config.to_dict().items() if k not in results.NOT_HANDED_ON}
+    found = (*TrainAll(config=str(file), preset="paper").configs(None), *TrainDense(config=str(file)).configs("cpu"))
+    assert [handed_on(c) for c in found] == [handed_on(c) for c in (dense, match, dense)]
+
+
+def test_trials_csv_and_the_page_have_every_trial(tmp_path):
+    found, records = many(tmp_path, lambda v: v["noise"], 8)
+    ended(tmp_path, 8, {"noise": 1.0}, [], "failed", "out of <memory>")
+    records = record.read_all(tmp_path)
+    results.write_csv(tmp_path / "trials.csv", records, found, "accuracy")
+    rows = list(csv.DictReader((tmp_path / "trials.csv").open()))
+    assert [int(r["trial"]) for r in rows] == list(range(9)) and rows[8]["reason"] == "out of <memory>"
+    assert all(float(r["accuracy"]) == float(json.loads(r["noise"])) for r in rows[:8])
+    results.page(tmp_path / "index.html", "Sweep", ["a < b"], records, found, BASE["dense"], "accuracy", True)
+    text = (tmp_path / "index.html").read_text()
+    assert text.count("data:image/svg+xml") == 3 and text.count("<tr>") == 10 and "a &lt; b" in text and "http" not in text
+
+
+def test_another_sweep_in_the_same_folder_is_a_mistake_that_names_the_setting(tmp_path):
+    from tune.__main__ import _check_same_sweep
+
+    found = space.space_for("dense", BASE["dense"])
+    _check_same_sweep(tmp_path, plan(tmp_path), found)
+    _check_same_sweep(tmp_path, plan(tmp_path), found)
+    with pytest.raises(UserError, match="another configuration: val_pairs was 8, and is 9"):
+        _check_same_sweep(tmp_path, plan(tmp_path, BASE["dense"].replace(num_epochs=9, val_pairs=9)), found)
+    with pytest.raises(UserError, match="another space: noise"):
+        _check_same_sweep(tmp_path, plan(tmp_path), found | {"noise": Range(0, 1)})
+
+
+# ---- whole sweeps
+
+
+def test_a_sweep_of_both_modules_killed_at_a_random_moment_loses_no_trial_and_ends_in_an_evaluated_matcher(tmp_path):
+    words = [sys.executable, "-m", "ifvit.train_all", "--tune", "8", "--preset", "smoke"]
+    first = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    trials = tmp_path / "checkpoints/sweep/dense/trials"
+    until = time.monotonic() + 300
+    while len(list(trials.glob("*/ended.json"))) < 2 and time.monotonic() < until and first.poll() is None:
+        time.sleep(0.2)
+    time.sleep(np.random.default_rng().random() * 8)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    before = {p: p.read_text() for p in trials.glob("*/ended.json")}
+    assert len(before) >= 2
+
+    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
+    assert {p: p.read_text() for p in before} == before  # not one was run again
+    for name, ckpt in (("dense", "dense_reg"), ("match", "matcher")):
+        records = record.read_all(tmp_path / "checkpoints/sweep" / name)
+        assert len(records) == 8 and all(r.end for r in records)
+        finished = [r for r in records if r.end["how"] == "finished"]
+        metric, higher = {"dense": ("accuracy", True), "match": ("eer", False)}[name]
+        best = record.order(records, metric, higher)[0]
+        assert best in finished and f"best: trial {best.number}, {metric}" in again.stdout
+        ours = checkpoint.load(tmp_path / "checkpoints" / ckpt / f"{ckpt}_ckpt")
+        theirs = checkpoint.load(record.folder_of(tmp_path / "checkpoints/sweep" / name, best.number) / f"{ckpt}_ckpt")
+        assert ours.metadata["digests"] == theirs.metadata["digests"]
+        assert {k: ours.metadata["config"][k] for k in best.values} == json.loads(json.dumps(best.values))
+    assert "Module 2, fused score" in again.stdout and (tmp_path / "checkpoints/matcher/evaluation/matcher/metrics.json").exists()
+    rest = subprocess.run([sys.executable, "-m", "ifvit.train_dense", "--config", "checkpoints/sweep/best.toml"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert rest.returncode == 0 and "is finished" in rest.stdout, rest
+
+
+def test_a_trial_that_exploits_another_goes_on_from_its_parameters(tmp_path):
+    words = ["--module", "dense", "--scheduler", "pbt", "--num_samples", "4", "--preset", "smoke", "--num_samples", "4",
+             "--search", "learning_rate", "noise", "--set", "num_epochs=4", "--seed", "1"]
+    done = subprocess.run([sys.executable, "-m", "tune", *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    out = tmp_path / "checkpoints/sweep/dense"
+    clones = [(n, line) for n in range(4) for line in map(json.loads, (record.folder_of(out, n) / "values.jsonl").read_text().splitlines())
+              if line.get("clone_of")]
+    assert clones
+    digests = lambda path: {k: v for k, v in checkpoint.read_metadata(checkpoint.as_path(path))["digests"].items() if "/params/" in k}
+    for number, line in clones:
+        mine, epoch = record.folder_of(out, number), line["from_epoch"]
+        last = [other["from_epoch"] for n, other in clones if n == number]
+        theirs = Path(line["clone_of"])
+        cloned_since = [o for n, o in clones if record.folder_of(out, n) == theirs.parent and o["from_epoch"] >= epoch]
+        if last.count(epoch) > 1 or cloned_since:
+            continue
+        assert digests(mine / f"dense_reg_epoch_{epoch}") == digests(theirs)
+        after = "ckpt" if epoch == 3 else f"epoch_{epoch + 1}"
+        if (epoch + 1) not in last:
+            assert digests(mine / f"dense_reg_{after}") != digests(theirs.with_name(f"dense_reg_{after}"))  # with settings of its own
+            config = checkpoint.read_metadata(checkpoint.as_path(mine / f"dense_reg_{after}"))["config"]
+            assert {k: config[k] for k in line["values"]} == line["values"]
+
+
+def test_a_metric_that_no_trial_reports_ends_the_sweep_and_is_told_with_those_there_are(tmp_path):
+    said = subprocess.run([sys.executable, "-m", "tune", "--module", "dense", "--num_samples", "6", "--preset", "smoke", "--search", "noise",
+                           "--metric", "acuracy"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
+    assert said.returncode == 1, said
+    assert "No trial reports the metric 'acuracy'" in said.stderr and "it reports accuracy" in said.stderr
+    assert "Traceback" not in said.stderr
