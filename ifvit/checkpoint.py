@@ -88,7 +88,8 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     # a name of its own: what is left of a write that failed may still be written to
     fresh = path.with_name(f"{path.name}{UNFINISHED}-{number}")
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-    with _orbax(sum(x.nbytes for x in flat.values()), number) as writer:
+    sizes = [x.nbytes for x in flat.values()]
+    with _orbax(sum(sizes), max(sizes), number) as writer:
         try:
             if first:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -170,14 +171,16 @@ def _agree(what: str, failure: Exception | None) -> None:
         raise failure
 
 
-def _orbax(size: int, number: int) -> ocp.Checkpointer:
-    """Orbax's writer for `size` bytes of arrays.
+def _orbax(size: int, largest: int, number: int) -> ocp.Checkpointer:
+    """Orbax's writer for `size` bytes of arrays, the largest of which has `largest`.
 
     Small leaves are packed into few files (OCDBT); from about 256 MB on a file a leaf is faster (1.5 to
-    2 times, measured at 1 GB). Weights do not compress. Barriers go through the coordination service, not the
-    devices, which train meanwhile.
+    2 times, measured at 1 GB). Weights do not compress. Few leaves are encoded at a time, so that their buffers are
+    used again: memory that is touched for the first time costs as much as writing it to the disk. Barriers go through
+    the coordination service, not the devices, which train meanwhile.
     """
-    arrays = dict(use_ocdbt=size < 2**28, use_zarr3=True, use_compression=False)
+    arrays = dict(use_ocdbt=size < 2**28, use_zarr3=True, use_compression=False,
+                  save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9)  # a leaf has to fit in
     processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())),
                                                    barrier_sync_key_prefix=f"save{number}")
     return ocp.Checkpointer(_Together(
@@ -371,19 +374,29 @@ class _Reader:
         """The leaf, and the sums of the part of it that this process answers for."""
         store = self.open(name)
         if sharding is None:
-            whole = np.asarray(store.read(order="C").result())
+            whole, done = _into_memory(store)
+            done.result()
             return whole, digest.partial(whole, (0,) * whole.ndim)
         owner: dict[tuple, jax.Device] = {}  # of each part, the device that answers for it
         for device, index in sharding.devices_indices_map(store.shape).items():
             box = _box(index, store.shape)
             owner[box] = min(owner.get(box, device), device, key=lambda d: d.id)
         mine = {d: _box(i, store.shape) for d, i in sharding.addressable_devices_indices_map(store.shape).items()}
-        pending = {box: store[tuple(slice(a, b) for a, b in box)].read(order="C") for box in set(mine.values())}
-        parts = {box: np.asarray(future.result()) for box, future in pending.items()}
+        pending = {box: _into_memory(store[tuple(slice(a, b) for a, b in box)]) for box in set(mine.values())}
+        parts = {box: part for box, (part, done) in pending.items() if done.result() is None}
         sums = digest.add((0, 0), *(digest.partial(part, tuple(a for a, _ in box)) for box, part in parts.items()
                                     if owner[box].process_index == jax.process_index()))
         on_devices = [jax.device_put(parts[box], device) for device, box in mine.items()]
         return jax.make_array_from_single_device_arrays(store.shape, sharding, on_devices), sums
+
+
+def _into_memory(store: ts.TensorStore) -> tuple[np.ndarray, ts.WriteFutures]:
+    """An array that is being filled, and when it is: at a boundary of 64 bytes, where JAX's CPU devices use it as it lies."""
+    dtype = store.dtype.numpy_dtype
+    memory = np.empty(store.size * dtype.itemsize + 64, np.uint8)
+    at = -memory.ctypes.data % 64
+    array = memory[at : at + store.size * dtype.itemsize].view(dtype).reshape(store.shape)
+    return array, ts.array(array).write(store)
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:

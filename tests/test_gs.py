@@ -45,7 +45,7 @@ def folders(tmp_path_factory):
     checkpoint.save(root / "packed/dense_reg_ckpt", "dense_reg", state(), metadata)
     with pytest.MonkeyPatch.context() as patch:
         orbax = checkpoint._orbax
-        patch.setattr(checkpoint, "_orbax", lambda size, number: orbax(2**30, number))
+        patch.setattr(checkpoint, "_orbax", lambda size, largest, number: orbax(2**30, largest, number))
         checkpoint.save(root / "apart/dense_reg_ckpt", "dense_reg", state(), metadata)
     return root
 
