@@ -5,8 +5,9 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import ClassVar
+
+from etils import epath
 
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, given
@@ -53,8 +54,9 @@ class Args(TrainArgs):
         module2 = train_match.run(match, self.resume, host)
         self.report(match, module1, module2, host)
 
-    def report(self, match: MatchConfig, module1: Path, module2: Path, host) -> None:
+    def report(self, match: MatchConfig, module1: epath.Path, module2: epath.Path, host) -> None:
         """Evaluates both modules on the held-out fingers; prints the table and where everything lies."""
+        from ifvit.checkpoint_places import written_here
         from ifvit.data.gather import gather
         from ifvit.evaluate import evaluate, print_table
         from ifvit.scorer import Scorer
@@ -70,7 +72,8 @@ class Args(TrainArgs):
                                    ("Module 2, fused score", module2, out / "matcher")):
             print(f"\n{name}")
             try:
-                print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, folder))
+                with written_here(folder) as here:
+                    print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, here))
             except UserError as e:  # the training is done and good; single impressions, say, have no genuine pair
                 print(f"not evaluated: {e}")
         print()

@@ -57,7 +57,7 @@ class Task:
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in
 
 
-def train(task: Task, resume: str, host) -> Path:
+def train(task: Task, resume: str, host) -> epath.Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
     `host` (`cluster.host.Host`) is the process this is, which may be one of several. Ctrl-C and SIGTERM, on any of
@@ -65,7 +65,7 @@ def train(task: Task, resume: str, host) -> Path:
     checkpoint that cannot be written.
     """
     config = task.config
-    folder = checkpoint.as_local_path(config.checkpoint_dir)
+    folder = checkpoint.as_writable_path(config.checkpoint_dir)
     total = config.num_epochs * task.steps_per_epoch
     mesh = make_mesh(config.micro_batch, config.model_parallel)
     several, mine = jax.process_count() > 1, config.batch_size // jax.process_count()
@@ -91,7 +91,7 @@ def train(task: Task, resume: str, host) -> Path:
     else:
         if resume == "never":
             saving.move_away(folder, task.name)
-            saving.write_beside(folder / ATTEMPTS, lambda file: file.unlink(missing_ok=True))
+            saving.write_beside(folder / ATTEMPTS, lambda file: file.write_text(""))
         state, best = begin(task, placement), None
     constants = jax.device_put(task.constants, replicated(mesh))
     step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
@@ -103,14 +103,14 @@ def train(task: Task, resume: str, host) -> Path:
     metrics.attempt(first)
     saver = saving.Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better, host.saved)
 
-    def write_config(file: epath.Path) -> None:
+    def write_config(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
     saving.write_beside(folder / "config.json", write_config)
 
     def save(what: str, at: int, value: float | None = None, finished: bool = False) -> str:
-        if not (folder / "config.json").exists():  # somebody has removed the folder
+        if checkpoint.is_local(folder) and not (folder / "config.json").exists():  # somebody has removed the folder
             saving.write_beside(folder / "config.json", write_config)
         epoch, within = divmod(at, task.steps_per_epoch)
         saver.start(saving.Saved(f"{task.name}_{what}", at, None if within else epoch, value), saved_tree(state, task), {
@@ -205,7 +205,7 @@ def train(task: Task, resume: str, host) -> Path:
         saver.close()
         metrics.close()
     saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, read_rows(metrics.path)))
-    return Path(final)  # local: checked above
+    return checkpoint.as_path(final)
 
 
 def _out_of_patience(task: Task, best: dict | None, step: int) -> bool:
