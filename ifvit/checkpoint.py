@@ -214,7 +214,7 @@ def _orbax(size: int, largest: int, number: int, shared: bool = True) -> ocp.Che
                   save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9)  # a leaf has to fit in
     me = jax.process_index()
     processes = ocp.options.MultiprocessingOptions(
-        primary_host=0 if shared else me, active_processes=set(range(jax.process_count())) if shared else {me},
+        primary_host=0 if shared else None, active_processes=set(range(jax.process_count())) if shared else {me},
         barrier_sync_key_prefix=f"save{number}" + ("" if shared else f"of{me}"))
     return ocp.Checkpointer(_Together(
         number, processes, metadata=MetadataHandler(),
@@ -553,6 +553,8 @@ def _digest_of_metadata(metadata: dict) -> str:
 
 def reason(e: BaseException) -> str:
     """Why a write failed, in a few words."""
+    if isinstance(e, gcs.Refused):
+        return e.strerror
     text = f"{e} {e.__cause__ or ''}"
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO):
         if os.strerror(number) in text or getattr(e, "errno", None) == number:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ifvit import cli
 from ifvit.errors import UserError
-from ifvit.paths import cache_dir, resolve_data
+from ifvit.paths import cache_dir
 
 log = logging.getLogger("ifvit")
 RATES = ("eer", "fmr100", "fmr1000", "auc")
@@ -42,6 +42,7 @@ class Args:
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
+        from ifvit.data.gather import local_root
         from ifvit.data.prepare import prepare
         from ifvit.data.sources import read_roots, require_fingers
         from ifvit.scorer import Scorer
@@ -54,7 +55,7 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        prints = read_roots([resolve_data(r) for r in self.dataset_root], self.ppi)
+        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi)
         require_fingers(prints)
         prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir())
         with written_here(as_path(self.out)) as out:
