@@ -22,6 +22,8 @@ import itertools
 import json
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata as packages
@@ -36,15 +38,14 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from ifvit import cli, digest, gcs, legacy
+from ifvit import checkpoint_places as places
+from ifvit.checkpoint_places import OLD, UNFINISHED, as_path, as_writable_path, discard_unfinished, has_name, is_local, locate  # noqa: F401
 from ifvit.errors import UserError
-from ifvit.paths import resolve
 from ifvit.processes import exchange
 
-OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
 NETWORK = ("state/params", "state/batch_stats", "aligner")  # what it takes to run a trained network
 FORBIDDEN = "may not be read"
 BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
-UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that is being written
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,13 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     Every process calls it, and writes its own shards; it may run in a thread beside the training, on
     a `snapshot` of the state. `metadata` has `epoch` and `config`; time, versions, shardings and digests
     are added. Raises whatever kept it from being written; then nothing of the new one is left, and the
-    one from before has its name again.
+    one from before has its name again, or in a bucket the name that `locate` finds it by.
+
+    To a bucket a checkpoint goes through a temporary directory of every process (TMPDIR): Orbax writes the directory
+    whole, as if each process were alone and with a file a leaf, and the files are uploaded. It can write arrays to
+    gs:// itself, but all else by way of packages of Google's that we do without, and with nothing like MARK.
     """
-    path = as_local_path(path)
+    path = as_writable_path(path)
     trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
     trees = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), trees)
     flat = leaves(trees)
@@ -85,24 +90,50 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     }
     first = jax.process_index() == 0
     number, failure = next(_saves), None
-    # a name of its own: what is left of a write that failed may still be written to
-    fresh = path.with_name(f"{path.name}{UNFINISHED}-{number}")
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
-    with _orbax(sum(x.nbytes for x in flat.values()), number) as writer:
+    sizes = [x.nbytes for x in flat.values()]
+    with (_beside(path) as folder, _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer):
+        # a name of its own: what is left of a write that failed may still be written to
+        fresh = folder / f"{path.name}{UNFINISHED}-{number}"
         try:
             if first:
                 path.parent.mkdir(parents=True, exist_ok=True)
             writer.save(fresh, _Parts(metadata=MetadataSave(metadata, flat), **items), force=True)
-            if first:
-                replace(path, fresh)
+            if first and is_local(path):
+                places.replace(path, fresh)
         except Exception as e:
             failure = e
             writer.handler.release()
         try:
             _agree(f"save{number}/named", failure)
+            if not is_local(path):
+                _upload(path, Path(fresh), number)
         except Exception:
             discard_unfinished(path.parent, path.name)
             raise
+
+
+@contextlib.contextmanager
+def _beside(path: epath.Path) -> Iterator[epath.Path]:
+    """The folder that a checkpoint is written to before it has its name."""
+    if is_local(path):
+        yield path.parent
+    else:
+        with tempfile.TemporaryDirectory(prefix="ifvit-") as scratch:
+            yield epath.Path(scratch)
+
+
+def _upload(path: epath.Path, fresh: Path, number: int) -> None:
+    """A checkpoint of which every process has its part in a local folder to a bucket."""
+    first = jax.process_index() == 0
+    for what, stage in (("room", lambda: first and places.make_room(path)), ("uploaded", lambda: places.upload(path, fresh)),
+                        ("finished", lambda: first and places.finish(path, fresh))):
+        failure = None
+        try:
+            stage()
+        except Exception as e:
+            failure = e
+        _agree(f"save{number}/{what}", failure)
 
 
 @jax.jit
@@ -125,9 +156,9 @@ _saves = itertools.count()  # all processes save the same in the same order
 class _Together(ocp.CompositeCheckpointHandler):
     """What fails on one process fails on all, at once: else they would wait for each other at Orbax's barriers."""
 
-    def __init__(self, number: int, processes: ocp.options.MultiprocessingOptions, **items):
-        super().__init__(composite_options=ocp.CompositeOptions(multiprocessing_options=processes), **items)
-        self._number, self._processes, self._finalizing = number, processes, False
+    def __init__(self, number: int, processes: ocp.options.MultiprocessingOptions, metadata: "MetadataHandler", **items):
+        super().__init__(composite_options=ocp.CompositeOptions(multiprocessing_options=processes), metadata=metadata, **items)
+        self._number, self._processes, self._metadata, self._finalizing = number, processes, metadata, False
 
     def save(self, *args, **kwargs) -> None:
         async def write():
@@ -144,6 +175,7 @@ class _Together(ocp.CompositeCheckpointHandler):
         except Exception as e:
             failure = e
         _agree(f"save{self._number}/written", failure)
+        self._metadata.exchange_sums(self._number)
 
     def finalize(self, directory) -> None:
         self._finalizing = True
@@ -170,47 +202,24 @@ def _agree(what: str, failure: Exception | None) -> None:
         raise failure
 
 
-def _orbax(size: int, number: int) -> ocp.Checkpointer:
-    """Orbax's writer for `size` bytes of arrays.
+def _orbax(size: int, largest: int, number: int, shared: bool = True) -> ocp.Checkpointer:
+    """Orbax's writer for `size` bytes of arrays, the largest of which has `largest`, to a folder that the processes share or not.
 
     Small leaves are packed into few files (OCDBT); from about 256 MB on a file a leaf is faster (1.5 to
-    2 times, measured at 1 GB). Weights do not compress. Barriers go through the coordination service, not the
-    devices, which train meanwhile.
+    2 times, measured at 1 GB). Weights do not compress. Few leaves are encoded at a time, so that their buffers are
+    used again: memory that is touched for the first time costs as much as writing it to the disk. Barriers go through
+    the coordination service, not the devices, which train meanwhile.
     """
-    arrays = dict(use_ocdbt=size < 2**28, use_zarr3=True, use_compression=False)
-    processes = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())),
-                                                   barrier_sync_key_prefix=f"save{number}")
+    arrays = dict(use_ocdbt=size < 2**28 and shared, use_zarr3=True, use_compression=False,
+                  save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9)  # a leaf has to fit in
+    me = jax.process_index()
+    processes = ocp.options.MultiprocessingOptions(
+        primary_host=0 if shared else None, active_processes=set(range(jax.process_count())) if shared else {me},
+        barrier_sync_key_prefix=f"save{number}" + ("" if shared else f"of{me}"))
     return ocp.Checkpointer(_Together(
         number, processes, metadata=MetadataHandler(),
         **{name: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, **arrays) for name in ("state", "aligner")},
     ), multiprocessing_options=processes)
-
-
-def replace(path: epath.Path, fresh: epath.Path) -> None:
-    """Gives a whole checkpoint its name; one that has it already is there under `OLD` in between, then gone."""
-    if path.exists():
-        _old(path).rmtree(missing_ok=True)
-        path.rename(_old(path))
-    fresh.rename(path)
-    to_disk(path.parent)
-    _old(path).rmtree(missing_ok=True)
-
-
-def to_disk(path: epath.Path) -> None:
-    """Returns when a file's content, or a folder's names, are on the disk itself (fsync)."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def discard_unfinished(folder: epath.Path, names: str) -> None:
-    """Removes what dead or failed writes have left of the checkpoints that `names` (a pattern) tells."""
-    if jax.process_index() == 0 and folder.is_dir():
-        for left in folder.glob(f"{names}{UNFINISHED}*"):
-            with contextlib.suppress(OSError):  # it may still be written to; the next save tries again
-                left.rmtree(missing_ok=True)
 
 
 @dataclass
@@ -220,34 +229,30 @@ class MetadataSave(ocp.args.CheckpointArgs):
 
 
 class MetadataHandler(ocp.AsyncCheckpointHandler):
-    """The JSON item: every process adds up its own shards' digests, the first one puts them together.
+    """The JSON item: every process adds up its own shards' digests and tells the others.
 
-    `finalize` runs on the first process when all have written, and before the checkpoint gets its name.
+    `finalize` runs when all have written, and before the checkpoint gets its name.
     """
 
     async def async_save(self, directory: epath.Path, args: MetadataSave):
         self._metadata = args.metadata
         self._leaves = {n: (x.dtype, x.shape) for n, x in args.flat.items()}
-        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write_part(directory, args.flat))]
+        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write_part(args.flat))]
 
-    async def _write_part(self, directory: epath.Path, flat: dict) -> None:
+    async def _write_part(self, flat: dict) -> None:
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            sums = dict(zip(flat, pool.map(_own_sums, flat.values())))
-        (directory / f"part{jax.process_index()}").write_text(json.dumps(sums))
+            self._sums = dict(zip(flat, pool.map(_own_sums, flat.values())))
+
+    def exchange_sums(self, number: int) -> None:
+        self._parts = list(map(json.loads, exchange(f"save{number}/sums", json.dumps(self._sums), BARRIER_MS)))
 
     def finalize(self, directory: epath.Path) -> None:
-        parts = list(directory.glob("part*"))
-        if len(parts) != jax.process_count():
-            raise OSError(f"{len(parts)} of {jax.process_count()} processes have written to {directory}")
-        sums = [json.loads(p.read_text()) for p in parts]
-        digests = {n: digest.text(dtype, shape, digest.add(*(part[n] for part in sums)))
+        digests = {n: digest.text(dtype, shape, digest.add(*(part[n] for part in self._parts)))
                    for n, (dtype, shape) in self._leaves.items()}
         metadata = self._metadata | {"digests": digests}
         metadata["digest"] = _digest_of_metadata(metadata)
         (directory / "metadata").write_text(json.dumps(metadata))
-        to_disk(directory / "metadata")  # TensorStore does so with its own files
-        for part in parts:
-            part.unlink()
+        places.to_disk(directory / "metadata")  # TensorStore does so with its own files
 
     def save(self, directory: epath.Path, args: MetadataSave) -> None:
         raise NotImplementedError("CompositeCheckpointHandler calls async_save")
@@ -364,26 +369,36 @@ class _Reader:
         if item not in self._ocdbt:
             self._ocdbt[item] = (base / "manifest.ocdbt").exists()
         key = key.replace("/", ".") + "/"
-        kvstore = {"driver": "ocdbt", "base": kvstore_of(base), "path": key} if self._ocdbt[item] else kvstore_of(base, key)
+        kvstore = {"driver": "ocdbt", "base": places.kvstore_of(base), "path": key} if self._ocdbt[item] else places.kvstore_of(base, key)
         return ts.open({"driver": "auto", "kvstore": kvstore}, context=self._context, open=True, read=True).result()
 
     def read(self, name: str, sharding) -> tuple[np.ndarray | jax.Array, digest.Sums]:
         """The leaf, and the sums of the part of it that this process answers for."""
         store = self.open(name)
         if sharding is None:
-            whole = np.asarray(store.read(order="C").result())
+            whole, done = _into_memory(store)
+            done.result()
             return whole, digest.partial(whole, (0,) * whole.ndim)
         owner: dict[tuple, jax.Device] = {}  # of each part, the device that answers for it
         for device, index in sharding.devices_indices_map(store.shape).items():
             box = _box(index, store.shape)
             owner[box] = min(owner.get(box, device), device, key=lambda d: d.id)
         mine = {d: _box(i, store.shape) for d, i in sharding.addressable_devices_indices_map(store.shape).items()}
-        pending = {box: store[tuple(slice(a, b) for a, b in box)].read(order="C") for box in set(mine.values())}
-        parts = {box: np.asarray(future.result()) for box, future in pending.items()}
+        pending = {box: _into_memory(store[tuple(slice(a, b) for a, b in box)]) for box in set(mine.values())}
+        parts = {box: part for box, (part, done) in pending.items() if done.result() is None}
         sums = digest.add((0, 0), *(digest.partial(part, tuple(a for a, _ in box)) for box, part in parts.items()
                                     if owner[box].process_index == jax.process_index()))
         on_devices = [jax.device_put(parts[box], device) for device, box in mine.items()]
         return jax.make_array_from_single_device_arrays(store.shape, sharding, on_devices), sums
+
+
+def _into_memory(store: ts.TensorStore) -> tuple[np.ndarray, ts.WriteFutures]:
+    """An array that is being filled, and when it is: at a boundary of 64 bytes, where JAX's CPU devices use it as it lies."""
+    dtype = store.dtype.numpy_dtype
+    memory = np.empty(store.size * dtype.itemsize + 64, np.uint8)
+    at = -memory.ctypes.data % 64
+    array = memory[at : at + store.size * dtype.itemsize].view(dtype).reshape(store.shape)
+    return array, ts.array(array).write(store)
 
 
 def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
@@ -444,58 +459,6 @@ def complete(folder: epath.Path) -> bool:
     except UserError:
         return False
     return True
-
-
-def locate(path: str | Path) -> epath.Path:
-    """What a checkpoint path means: Kaggle's base, `.pkl` dropped, an interrupted replacement undone.
-
-    A path to an existing `.pkl` file is returned as it is. UserError when nothing is there, and for
-    URLs of other stores than `gs://`.
-    """
-    folder = as_path(path)
-    if folder.suffix == ".pkl":
-        if folder.exists() and not folder.is_dir():
-            return folder
-        folder = folder.with_suffix("")
-    if not folder.exists() and _old(folder).is_dir():
-        return _old(folder)
-    if not folder.is_dir():
-        raise UserError(f"Checkpoint not found: {path}; give the path of a checkpoint directory.")
-    return folder
-
-
-def as_path(path: str | Path) -> epath.Path:
-    """A local path, absolute and after Kaggle's resolution, or a `gs://` URL; UserError for other URLs."""
-    text = resolve(os.fspath(path))
-    scheme, sep, _ = text.partition("://")
-    if not sep:
-        return epath.Path(os.path.abspath(text))
-    if scheme != "gs":
-        raise UserError(f"{text}: {scheme}:// is not supported; checkpoints are local directories or gs:// URLs.")
-    return gcs.GcsPath(text)
-
-
-def as_local_path(path: str | Path) -> epath.Path:
-    """The same for what is to be written: UserError for a gs:// URL too."""
-    found = as_path(path)
-    if not is_local(found):
-        raise UserError(f"{found}: gs:// is only read; give a local path, and copy it from there (gcloud storage cp -r).")
-    if "[" in os.fspath(found):  # Orbax looks for its own files with glob
-        raise UserError(f"{found}: Orbax cannot write to a path with [ in it; give another directory.")
-    return found
-
-
-def is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
-
-
-def kvstore_of(folder: epath.Path, key: str = "") -> dict:
-    """TensorStore's key-value store at a local directory or a gs:// URL."""
-    return {"driver": "file", "path": f"{os.fspath(folder)}/{key}"} if is_local(folder) else folder.kvstore(key)
-
-
-def _old(path: epath.Path) -> epath.Path:
-    return path.with_name(path.name + OLD)
 
 
 def check_module(folder, metadata: dict, module: str | None) -> None:
@@ -590,6 +553,8 @@ def _digest_of_metadata(metadata: dict) -> str:
 
 def reason(e: BaseException) -> str:
     """Why a write failed, in a few words."""
+    if isinstance(e, gcs.Refused):
+        return e.strerror
     text = f"{e} {e.__cause__ or ''}"
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO):
         if os.strerror(number) in text or getattr(e, "errno", None) == number:

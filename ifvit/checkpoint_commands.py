@@ -98,10 +98,10 @@ class Import:
     to: Annotated[str, tyro.conf.Positional]
 
     def run(self) -> int:
-        file, folder = checkpoint.locate(self.file), checkpoint.as_local_path(self.to)
+        file, folder = checkpoint.locate(self.file), checkpoint.as_writable_path(self.to)
         if file.is_dir():
             raise UserError(f"{self.file} is no file but a checkpoint already; use that.")
-        if folder.exists():
+        if checkpoint.has_name(folder) or checkpoint.is_local(folder) and folder.exists():
             raise UserError(f"{folder} is there already; give a new name.")
         found = checkpoint.from_legacy(file)
         state, notes = found.state, []
@@ -126,7 +126,9 @@ class Export:
     file: Annotated[str, tyro.conf.Positional]
 
     def run(self) -> int:
-        file = checkpoint.as_local_path(self.file)
+        file = checkpoint.as_path(self.file)
+        if not checkpoint.is_local(file):
+            raise UserError(f"{file}: pickles are written to files only; give a local path.")
         found = checkpoint.load(self.path)
         if file.is_dir():
             raise UserError(f"{file} is a directory; give the name of a file.")

@@ -15,7 +15,7 @@ from ifvit import cli
 from ifvit.config import DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
 from ifvit.data.pairs import SYNTHETIC
 from ifvit.errors import UserError
-from ifvit.paths import cache_dir, resolve
+from ifvit.paths import absolute, cache_dir, resolve
 from ifvit.training.sharding import use_cpu_cores
 
 
@@ -91,7 +91,7 @@ class TrainArgs(ConfigArgs):
         if not platform:
             return Job(functools.partial(run_here, self.command, asdict(self), None, None), name)
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
-        configs = tuple(c.replace(checkpoint_dir=os.path.abspath(c.checkpoint_dir)) for c in self.configs(preset))
+        configs = tuple(c.replace(checkpoint_dir=absolute(c.checkpoint_dir)) for c in self.configs(preset))
         for config in configs:
             if "working_dir_files" in config.checkpoint_dir:
                 raise UserError(f"checkpoint_dir {config.checkpoint_dir} lies in the job's working directory, which Ray removes; "

@@ -17,7 +17,7 @@ import numpy as np
 
 from ifvit import cli
 from ifvit.errors import UserError
-from ifvit.paths import cache_dir, resolve, resolve_data
+from ifvit.paths import cache_dir
 
 log = logging.getLogger("ifvit")
 RATES = ("eer", "fmr100", "fmr1000", "auc")
@@ -41,6 +41,8 @@ class Args:
     """resolution of the prints, where neither the file nor the set tells"""
 
     def run(self) -> int:
+        from ifvit.checkpoint_places import as_path, written_here
+        from ifvit.data.gather import local_root
         from ifvit.data.prepare import prepare
         from ifvit.data.sources import read_roots, require_fingers
         from ifvit.scorer import Scorer
@@ -53,10 +55,11 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        prints = read_roots([resolve_data(r) for r in self.dataset_root], self.ppi)
+        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi)
         require_fingers(prints)
         prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir())
-        print_table(evaluate(scorer, prints, Path(resolve(self.out)), self.protocol, self.batch_size))
+        with written_here(as_path(self.out)) as out:
+            print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
         return 0
 
 

@@ -1,4 +1,4 @@
-"""Paths in Google Cloud Storage, gs://BUCKET/…, that are read through TensorStore: no other package is needed.
+"""Paths in Google Cloud Storage, gs://BUCKET/…, read and written through TensorStore: no other package is needed.
 
 Credentials are found where Google's tools have them: GOOGLE_APPLICATION_CREDENTIALS, `gcloud auth
 application-default login`, or the machine's own account. Without any, public buckets can be read.
@@ -9,6 +9,8 @@ import io
 import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import tensorstore as ts
 from etils.epath.gpath import PosixGPath
@@ -21,17 +23,24 @@ RETRIES = {"gcs_request_retries": {"max_retries": 3, "initial_delay": "0.5s", "m
 for _flag, _value in {"CONNECT_TIMEOUT_SECONDS": "5", "LOW_SPEED_TIME_SECONDS": "7", "LOW_SPEED_LIMIT_BYTES": "1"}.items():
     os.environ.setdefault(f"TENSORSTORE_CURL_{_flag}", _value)
 
+MARK = "metadata/metadata"  # a checkpoint is one when this object is there: it is written last and deleted first
+AT_ONCE = 8                 # files on their way: as many as are in memory
+
 _CONTEXT = ts.Context(RETRIES)
 _NOTHING = slice(0, 0)  # of an object's bytes: whether it is there
 _REFUSALS = ("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNAVAILABLE")
 
 
-class Refused(UserError):
-    """The store does not answer, or does not let one in: nothing is known of what it holds."""
+class Refused(UserError, OSError):
+    """The store does not answer, or does not let one in: nothing is known of what it holds. `strerror` tells why."""
 
 
 class GcsPath(PosixGPath):
-    """Of a path's methods those that read; they raise Refused. A directory is there where something is below it."""
+    """Of a path's methods those that are used here; they raise Refused. A directory is there where something is below it.
+
+    The store has no rename: `copy_tree`, `rename` and `rmtree` go from object to object, the MARKs last where they are
+    written and first where they are deleted, so that a checkpoint is whole wherever it has one.
+    """
 
     def kvstore(self, key: str = "") -> dict:
         """TensorStore's key-value store of what is below this path, and there below `key`."""
@@ -42,14 +51,17 @@ class GcsPath(PosixGPath):
         return self.is_dir() or self._read(_NOTHING) is not None
 
     def is_dir(self) -> bool:
-        return bool(self._below())
+        return bool(self._keys())
+
+    def is_file(self) -> bool:
+        return self._read(_NOTHING) is not None
 
     def iterdir(self) -> Iterator["GcsPath"]:
-        return (self / name for name in self._below())
+        return (self / name for name in {key.split("/")[0] for key in self._keys()} - {""})
 
     def open(self, mode: str = "r", **_) -> io.IOBase:
         if mode not in ("r", "rb"):
-            raise UserError(f"{self} cannot be written: gs:// is only read; give a local path.")
+            raise NotImplementedError("an object is written in one piece: write_bytes, write_text")
         content = self._read()
         if content is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
@@ -65,18 +77,89 @@ class GcsPath(PosixGPath):
         found = self._ask({"driver": "gcs", "bucket": bucket}, lambda store: store.read(name or ".none", byte_range=part))
         return found.value if found.state == "value" else None
 
-    def _below(self) -> set[str]:
-        """Names of what is directly below."""
-        keys = self._ask(self.kvstore(), lambda store: store.list())
-        if not keys:  # TensorStore makes an empty list of one that is refused; of an object that is refused it tells
-            self._read(_NOTHING)
-        return {key.decode().split("/")[0] for key in keys} - {""}
+    def write_bytes(self, data: bytes) -> None:
+        bucket, name = self._address()
+        self._ask({"driver": "gcs", "bucket": bucket}, lambda store: store.write(name, data), "written")
 
-    def _ask(self, kvstore: dict, question):
+    def write_text(self, data: str, **_) -> None:
+        self.write_bytes(data.encode())
+
+    def mkdir(self, **_) -> None:
+        pass
+
+    def unlink(self, missing_ok: bool = False) -> None:
+        bucket, name = self._address()
+        self._ask({"driver": "gcs", "bucket": bucket}, lambda store: store.write(name, None), "deleted")
+
+    def rmtree(self, missing_ok: bool = False) -> None:
+        self._delete(self._keys())
+
+    def rename(self, target: "GcsPath") -> "GcsPath":
+        keys = self._keys()
+        self._copy(keys, target)
+        self._delete(keys)
+        return target
+
+    def copy_tree(self, target: "GcsPath") -> None:
+        """Copies what is below this path, through this machine."""
+        self._copy(self._keys(), target)
+
+    def _copy(self, keys: list[str], target: "GcsPath") -> None:
+        for part in _marks_last(keys):
+            _each(lambda key: (target / key).write_bytes((self / key).read_bytes()), part)
+
+    def _delete(self, keys: list[str]) -> None:
+        for part in reversed(_marks_last(keys)):
+            _each(lambda key: (self / key).unlink(), part)
+
+    def upload(self, folder: Path, files: list[Path]) -> None:
+        """Copies files of a local folder to below this path."""
+        _each(lambda file: (self / file).write_bytes((folder / file).read_bytes()), files)
+
+    def download(self, folder: Path) -> None:
+        """Copies what is below this path into a local folder; files that are there already are left as they are."""
+        def fetch(key: str) -> None:
+            file = folder / key
+            if not key.endswith("/") and not file.exists():  # consoles make a folder of an object with / at its end
+                file.parent.mkdir(parents=True, exist_ok=True)
+                part = file.with_name(f".{file.name}.{os.getpid()}.part")
+                part.write_bytes((self / key).read_bytes())
+                os.replace(part, file)
+
+        _each(fetch, self._keys())
+
+    def _keys(self) -> list[str]:
+        """What is below this path.
+
+        TensorStore ends a list where the store refuses to go on, and does not tell: it is asked until it forgets nothing
+        that it told the time before.
+        """
+        keys: set[bytes] = set()
+        for _ in range(5):
+            before, keys = keys, set(self._ask(self.kvstore(), lambda store: store.list()))
+            if before and before <= keys:
+                return [key.decode() for key in sorted(keys)]
+            if not keys:  # of an object that is refused it tells
+                self._read(_NOTHING)
+                if not before:
+                    return []
+        raise _refused(self, OSError("its listing is cut off"))
+
+    def _ask(self, kvstore: dict, question, what: str = "read"):
         try:
             return question(ts.KvStore.open(kvstore, context=_CONTEXT).result()).result()
         except Exception as e:  # TensorStore has no class of its own for them
-            raise _refused(self, e) from None
+            raise _refused(self, e, what) from None
+
+
+def _marks_last(keys: list[str]) -> tuple[list[str], list[str]]:
+    marks = [key for key in keys if f"/{key}".endswith(f"/{MARK}")]
+    return [key for key in keys if key not in marks], marks
+
+
+def _each(call, items: list) -> None:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        list(pool.map(call, items))
 
 
 def is_refusal(e: Exception) -> bool:
@@ -90,7 +173,9 @@ def check_refusal(path, e: Exception) -> None:
         raise e if isinstance(e, Refused) else _refused(path, e)
 
 
-def _refused(path: GcsPath, e: Exception) -> Refused:
-    why = " ".join(re.split(r" \[[\w ]+='", str(e))[0].split())                         # [http_response_code='403'] …
-    why = re.sub(r"^(?:[A-Z_]+: )?(?:.*Error reading .*?gs://\S+: )?", "", why)[:160]  # on the way to what
-    return Refused(f"{path} cannot be read ({why}); check the URL, the network and the credentials.")
+def _refused(path: GcsPath, e: Exception, what: str = "read") -> Refused:
+    why = " ".join(re.split(r" \[[\w ]+='", str(e))[0].split())                                   # [http_response_code='403'] …
+    why = re.sub(r"^(?:[A-Z_]+: )?(?:.*Error (?:reading|writing|deleting) .*?gs://\S+: )?", "", why)[:160]  # on the way to what
+    refused = Refused(f"{path} cannot be {what} ({why}); check the URL, the network and the credentials.")
+    refused.strerror = why
+    return refused

@@ -31,6 +31,11 @@ def resolve_data(path: str) -> str:
     return path if os.path.exists(path) else resolve(path)
 
 
+def absolute(path: str) -> str:
+    """A path that means the same from every directory; URLs do."""
+    return path if "://" in path else os.path.abspath(path)
+
+
 def cache_dir() -> Path:
     """Prepared prints, generated prints and compiled programs; IFVIT_CACHE moves it."""
     if "IFVIT_CACHE" in os.environ:

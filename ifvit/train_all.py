@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+from etils import epath
+
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import DenseConfig, MatchConfig
@@ -95,8 +97,9 @@ class Args(TrainArgs):
         module2 = train_match.run(match, self.resume, host)
         self.report(match, module1, module2, host)
 
-    def report(self, match: MatchConfig, module1: Path, module2: Path, host) -> None:
+    def report(self, match: MatchConfig, module1: epath.Path, module2: epath.Path, host) -> None:
         """Evaluates both modules on the held-out fingers; prints the table and where everything lies."""
+        from ifvit.checkpoint_places import written_here
         from ifvit.data.gather import gather
         from ifvit.evaluate import evaluate, print_table
         from ifvit.scorer import Scorer
@@ -112,7 +115,8 @@ class Args(TrainArgs):
                                    ("Module 2, fused score", module2, out / "matcher")):
             print(f"\n{name}")
             try:
-                print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, folder))
+                with written_here(folder) as here:
+                    print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, here))
             except UserError as e:  # the training is done and good; single impressions, say, have no genuine pair
                 print(f"not evaluated: {e}")
         print()
@@ -126,20 +130,20 @@ class Args(TrainArgs):
 def adopt(ckpt: str, folder: str, name: str, resume: str) -> None:
     """A sweep's best run, trained to its end, as the run of a checkpoint directory that has none of its own."""
     from ifvit import checkpoint
+    from ifvit.checkpoint_places import duplicate
     from ifvit.training import saving
 
-    here = checkpoint.as_local_path(folder)
+    here = checkpoint.as_writable_path(folder)
     if resume == "never":
         saving.move_away(here, name)
-    if list(here.glob(f"{name}_*")):
+    if here.is_dir() and any(p.name.startswith(f"{name}_") for p in here.iterdir()):
         return
-    source, fresh = checkpoint.locate(ckpt), here / f"{name}_ckpt{checkpoint.UNFINISHED}-adopted"
+    source = checkpoint.locate(ckpt)
     here.mkdir(parents=True, exist_ok=True)
-    saving.copy_tree(source, fresh)
     for file in ("metrics.jsonl", "curves.png", "config.json"):
         if (source.parent / file).exists():
-            (source.parent / file).copy(here / file, overwrite=True)
-    checkpoint.replace(here / f"{name}_ckpt", fresh)
+            (here / file).write_bytes((source.parent / file).read_bytes())
+    duplicate(source, here / f"{name}_ckpt")
 
 
 if __name__ == "__main__":

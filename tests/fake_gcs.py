@@ -1,12 +1,13 @@
-"""A Google Cloud Storage of one's own on 127.0.0.1: of its JSON API what reading takes, objects in memory.
+"""A Google Cloud Storage of one's own on 127.0.0.1: of its JSON API what TensorStore takes, objects in memory.
 
-https://cloud.google.com/storage/docs/json_api/v1/objects: `list` with its pages, and `get` of an object's
-metadata, its content, or a range of that.
+https://cloud.google.com/storage/docs/json_api/v1/objects: `list` with its pages, `get` of an object's metadata, its
+content, or a range of that, `insert` in one piece, and `delete`.
 """
 
 import json
 import re
 import threading
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -23,8 +24,12 @@ class FakeGcs:
     def __init__(self):
         self.buckets: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, tuple[int, str]] = {}  # place -> the status code and message that it answers with
+        self.read_only: dict[str, tuple[int, str]] = {}  # the same for what is written and deleted
         self.hiccups: set[str] = set()                # places that will answer 503 once
         self.asked: list[str] = []                    # places, in the order of the requests
+        self.changed: list[str] = []                  # `+PLACE` that was written, `-PLACE` that was deleted, in order
+        self.cut_lists = 0                            # listings that will end in an error after their first page
+        self._spare, self._then = 0, None
         self.tokens: set[str | None] = set()          # whom the requests said they come from
 
     def __enter__(self):
@@ -36,6 +41,20 @@ class FakeGcs:
     def __exit__(self, *_):
         self._server.shutdown()
         self._server.server_close()
+
+    def after(self, count: int, answer: tuple[int, str]) -> None:
+        """That many more changes are made, then none."""
+        self._spare, self._then = count, answer
+
+    def mend(self) -> None:
+        """From now on changes are made again."""
+        self.read_only, self._then = {}, None
+
+    def spend(self) -> None:
+        """One change is made."""
+        if self._then and self._spare == 0:
+            self.read_only, self._then = {"": self._then}, None
+        self._spare -= 1
 
     def upload(self, source: Path, bucket: str, name: str) -> None:
         """What `gcloud storage cp -r` does with a folder or a file."""
@@ -53,18 +72,9 @@ class _Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # header and body in one packet
 
     def do_GET(self):
-        url = urlsplit(self.path)
-        query = {k: v[0] for k, v in parse_qs(url.query).items()}
-        bucket, name = map(unquote, re.fullmatch(r"/storage/v1/b/([^/]+)/o/?(.*)", url.path).groups())
-        asked = f"{bucket}/{name}"
-        self.store.asked.append(asked)
-        self.store.tokens.add(self.headers.get("Authorization"))
-        if here := {place for place in self.store.hiccups if place in asked}:
-            self.store.hiccups -= here
-            return self._fail(503, "Backend error")
-        for place, answer in self.store.faults.items():
-            if place in asked:
-                return self._fail(*answer)
+        bucket, name, query = self._asked()
+        if self._faulty(bucket, name):
+            return
         objects = self.store.buckets.get(bucket)
         if objects is None:
             return self._fail(404, "The specified bucket does not exist.")
@@ -76,21 +86,68 @@ class _Handler(BaseHTTPRequestHandler):
             return self._content(objects[name])
         self._json(200, _metadata(name, objects[name]))
 
+    def do_POST(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        bucket, _, query = self._asked()
+        name = query["name"]
+        self.store.spend()
+        if self._faulty(bucket, name, self.store.read_only):
+            return
+        if bucket not in self.store.buckets:
+            return self._fail(404, "The specified bucket does not exist.")
+        self.store.buckets[bucket][name] = content
+        self.store.changed.append(f"+{bucket}/{name}")
+        self._json(200, _metadata(name, content))
+
+    def do_DELETE(self):
+        bucket, name, _ = self._asked()
+        self.store.spend()
+        if self._faulty(bucket, name, self.store.read_only):
+            return
+        if self.store.buckets.get(bucket, {}).pop(name, None) is None:
+            return self._fail(404, f"No such object: {bucket}/{name}")
+        self.store.changed.append(f"-{bucket}/{name}")
+        self._send(204, b"")
+
+    def _asked(self) -> tuple[str, str, dict]:
+        """Bucket, object and query."""
+        url = urlsplit(self.path)
+        query = {k: v[0] for k, v in parse_qs(url.query).items()}
+        return *map(unquote, re.fullmatch(r"(?:/upload)?/storage/v1/b/([^/]+)/o/?(.*)", url.path).groups()), query
+
+    def _faulty(self, bucket: str, name: str, more: dict = {}) -> bool:
+        """Whether this place is out of order, and has said so."""
+        asked = f"{bucket}/{name}"
+        self.store.asked.append(asked)
+        self.store.tokens.add(self.headers.get("Authorization"))
+        if here := {place for place in self.store.hiccups if place in asked}:
+            self.store.hiccups -= here
+            self._fail(503, "Backend error")
+            return True
+        answer = next((answer for place, answer in (self.store.faults | more).items() if place in asked), None)
+        if answer:
+            self._fail(*answer)
+        return answer is not None
+
     def _list(self, objects: dict[str, bytes], query: dict) -> None:
         names = [n for n in sorted(objects) if query.get("startOffset", "") <= n and
                  ("endOffset" not in query or n < query["endOffset"])]
         at = int(query.get("pageToken", 0))
+        if at and self.store.cut_lists:
+            self.store.cut_lists -= 1
+            return self._fail(403, "Enough.")
         more = {"nextPageToken": str(at + PAGE)} if names[at + PAGE :] else {}
         self._json(200, {"items": [_metadata(n, objects[n]) for n in names[at : at + PAGE]]} | more)
 
     def _content(self, content: bytes) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
         if not wanted:
-            return self._send(200, content)
+            return self._send(200, content, {"x-goog-generation": _generation(content)})
         start, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
         if start >= len(content):
             return self._fail(416, "The requested range cannot be satisfied.")
-        self._send(206, content[start:end], {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}"})
+        self._send(206, content[start:end], {
+            "Content-Range": f"bytes {start}-{end - 1}/{len(content)}", "x-goog-generation": _generation(content)})
 
     def _fail(self, code: int, message: str) -> None:
         self._json(code, {"error": {"code": code, "message": message}})
@@ -100,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, code: int, body: bytes, headers: dict[str, str] = {}) -> None:
         self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), "x-goog-generation": "1", **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)
@@ -110,4 +167,9 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _metadata(name: str, content: bytes) -> dict:
-    return {"kind": "storage#object", "name": name, "size": str(len(content)), "generation": "1"}
+    return {"kind": "storage#object", "name": name, "size": str(len(content)), "generation": _generation(content)}
+
+
+def _generation(content: bytes) -> str:
+    """Another one for another content."""
+    return str(zlib.crc32(content) + 1)

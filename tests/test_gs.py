@@ -1,4 +1,4 @@
-"""Checkpoints at gs:// URLs are read as those in a directory are; what the store will not tell is told in a sentence.
+"""Checkpoints at gs:// URLs are read and written as those in a directory are; what the store will not tell is told in a sentence.
 
 The store is `fake_gcs.FakeGcs`, on this machine; TensorStore asks it where it would ask Google's.
 """
@@ -18,6 +18,7 @@ from ifvit import checkpoint, gcs, legacy
 from ifvit.config import DENSE_CONFIG, MATCH_CONFIG
 from ifvit.errors import UserError
 from ifvit.load_module1_weights import load_module1_transformer_weights, verify_module1_loading
+from ifvit.training import saving
 from ifvit.training.match import checkpoint_of_module1
 
 BRANCHES = ("loftr_transformer_global", "loftr_transformer_local")
@@ -45,7 +46,7 @@ def folders(tmp_path_factory):
     checkpoint.save(root / "packed/dense_reg_ckpt", "dense_reg", state(), metadata)
     with pytest.MonkeyPatch.context() as patch:
         orbax = checkpoint._orbax
-        patch.setattr(checkpoint, "_orbax", lambda size, number: orbax(2**30, number))
+        patch.setattr(checkpoint, "_orbax", lambda size, *rest: orbax(2**30, *rest))
         checkpoint.save(root / "apart/dense_reg_ckpt", "dense_reg", state(), metadata)
     return root
 
@@ -62,9 +63,11 @@ def server():
 @pytest.fixture
 def store(server, folders):
     """The store with a bucket `prints` that holds both checkpoints under `packed/` and `apart/`."""
-    server.buckets, server.faults, server.hiccups = {}, {}, set()
+    server.buckets, server.faults, server.hiccups, server.cut_lists = {}, {}, set(), 0
+    server.mend()
     server.upload(folders, "prints", "runs")
     server.asked.clear()
+    server.changed.clear()
     return server
 
 
@@ -279,14 +282,93 @@ def test_urls_of_other_stores_are_refused_by_name(store, command, tmp_path, caps
     assert not store.asked and not list(tmp_path.iterdir())
 
 
-def test_nothing_is_written_to_a_store(store, command, folders, tmp_path):
+def test_no_pickle_is_written_to_a_store(store, command, folders, tmp_path):
+    said = command("checkpoint", "export", folders / "packed/dense_reg_ckpt", "gs://prints/new.pkl", cwd=tmp_path)
+    assert said.code == 2 and "gs://prints/new.pkl: pickles are written to files only; give a local path" in said.err
+    assert not store.asked and not list(tmp_path.iterdir())  # no directory named `gs:`
+
+
+# ---- what is written
+
+
+META = {"epoch": 3, "step": 12, "config": DENSE_CONFIG.to_dict()}
+NEW = "gs://prints/new/dense_reg_ckpt"
+
+
+def test_what_is_saved_comes_back_to_the_bit_and_orbax_reads_it(store, tmp_path):
+    checkpoint.save(NEW, "dense_reg", state(), META, aligner={"w": np.float32([1, 2])})
+    found = checkpoint.load(NEW)
+    assert bits(found.state) == bits(state() | {"opt_state": {}}) and bits(found.aligner) == bits({"w": np.float32([1, 2])})
+    gcs.GcsPath(NEW).download(tmp_path / "copy")
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        assert bits(reader.restore(tmp_path / "copy/state")) == bits(state())
+
+
+def test_a_checkpoint_has_its_name_with_its_last_object(store):
+    checkpoint.save(NEW, "dense_reg", state(), META)
+    *others, last = store.changed
+    assert last == "+prints/new/dense_reg_ckpt/metadata/metadata" and last not in others and len(others) > 10
+
+
+@pytest.mark.parametrize("left", [1, 5, 20])
+def test_half_an_upload_is_not_taken_for_a_checkpoint_and_is_cleared_away(store, left):
+    checkpoint.save(NEW, "dense_reg", state(), META)
+    uploaded = [c.removeprefix("+prints/") for c in store.changed]
+    for name in uploaded[left:]:
+        del store.buckets["prints"][name]
+    assert saving.candidates(gcs.GcsPath("gs://prints/new"), "dense_reg", 4) == []
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        checkpoint.load(NEW)
+    checkpoint.discard_unfinished(gcs.GcsPath("gs://prints/new"), "dense_reg_*")
+    assert not [n for n in store.buckets["prints"] if n.startswith("new/") and left > 1]
+
+
+def test_whenever_a_replacement_is_cut_off_one_of_the_two_is_found(store, hasty):
+    """After any number of changes to the bucket: the run is killed there, its next start clears up."""
+    checkpoint.save(NEW, "dense_reg", state(0), META)
+    before, from_here = dict(store.buckets["prints"]), len(store.changed)
+    checkpoint.save(NEW, "dense_reg", state(1), META)
+    changes, after = store.changed[from_here:], dict(store.buckets["prints"])
+    assert not [n for n in after if ".replaced/" in n] and len(changes) > 50
+    both = {"old": bits(state(0)), "new": bits(state(1))}
+    for count in (*range(0, len(changes), 7), len(changes)):
+        store.buckets["prints"] = dict(before)
+        store.after(count, (503, "Killed."))
+        try:
+            checkpoint.save(NEW, "dense_reg", state(1), META)
+        except gcs.Refused:
+            pass
+        store.mend()
+        checkpoint.discard_unfinished(gcs.GcsPath("gs://prints/new"), "dense_reg_*")
+        found = bits({k: v for k, v in checkpoint.load(NEW).state.items() if k != "opt_state"})
+        assert found == both["new" if count == len(changes) else "old"] or found in both.values() and count > len(changes) / 2
+        assert [p.name for p in saving.candidates(gcs.GcsPath("gs://prints/new"), "dense_reg", 4)]
+
+
+def test_a_renamed_one_is_whole_under_one_of_its_names_at_any_time(store, hasty):
+    checkpoint.save(NEW, "dense_reg", state(), META)
     before = dict(store.buckets["prints"])
-    legacy.write(tmp_path / "old.pkl", {"params": state()["params"]}, {}, None)
-    with pytest.raises(UserError, match="gs:// is only read"):
-        checkpoint.save("gs://prints/new", "dense_reg", state(), {"epoch": 1, "config": {}})
-    for words in (["import", "old.pkl", "gs://prints/new"],
-                  ["export", folders / "packed/dense_reg_ckpt", "gs://prints/new.pkl"]):
-        said = command("checkpoint", *words, cwd=tmp_path)
-        assert said.code == 2 and "gs:// is only read; give a local path" in said.err
-    assert [p.name for p in tmp_path.iterdir()] == ["old.pkl"]  # no directory named `gs:`
-    assert store.buckets["prints"] == before and not store.asked
+    size = len([n for n in before if n.startswith("new/")])
+    for count in range(0, 2 * size, 5):
+        store.buckets["prints"] = dict(before)
+        store.after(count, (503, "Killed."))
+        with pytest.raises(gcs.Refused):
+            gcs.GcsPath(NEW).rename(gcs.GcsPath(f"{NEW}.damaged"))
+        store.mend()
+        whole = [name for name in (NEW, f"{NEW}.damaged") if checkpoint.has_name(gcs.GcsPath(name))]
+        assert whole and all(bits(checkpoint.load(name).state) == bits(state() | {"opt_state": {}}) for name in whole)
+
+
+def test_a_listing_that_is_cut_off_is_not_taken_for_a_whole_one(store):
+    checkpoint.save(NEW, "dense_reg", state(), META)
+    store.cut_lists = 1
+    gcs.GcsPath(NEW).rename(gcs.GcsPath(f"{NEW}2"))
+    assert bits(checkpoint.load(f"{NEW}2").state) == bits(state() | {"opt_state": {}})
+
+
+@pytest.mark.parametrize("code", [403, 503])
+def test_a_store_that_takes_nothing_is_told_in_a_sentence(store, hasty, code):
+    store.read_only = {"prints/": (code, "me@here may not write.")}
+    with pytest.raises(gcs.Refused, match=r"gs://prints/new/dense_reg_ckpt/\S+ cannot be written \(.*me@here may not write.\); check"):
+        checkpoint.save(NEW, "dense_reg", state(), META)
+    assert not store.changed

@@ -294,7 +294,7 @@ def test_a_run_may_lie_in_a_folder_of_any_name(tmp_path, name):
 def test_a_folder_that_orbax_takes_for_a_pattern_is_refused_before_anything_is_trained(tmp_path):
     """In one with [ it finds none of what it has written: no checkpoint of a whole run would be good."""
     with pytest.raises(UserError, match=r"run \[2\].*another directory"):
-        checkpoint.as_local_path(tmp_path / "run [2]")
+        checkpoint.as_writable_path(tmp_path / "run [2]")
 
 
 # ---- in the background

@@ -70,6 +70,8 @@ class Args(ConfigArgs):
             raise UserError(f"--resume {self.resume}: a sweep takes auto or never.")
         if self.metric and len(self.metric) != (2 if self.module == "both" else 1):
             raise UserError(f"--metric names {len(self.metric)} metrics; give one for each module that is searched.")
+        if "://" in self.sweep_dir:
+            raise UserError(f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path.")
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
         self._plans(self.preset or "paper")  # what is wrong with flags and files shows before Ray is started
@@ -103,7 +105,9 @@ class Args(ConfigArgs):
                 if trained:
                     config = config.replace(dense_reg_ckpt=finished[0])
                 config = _like_module1(config)
-                if self.joint and len(finished) > 1:
+                if "://" in self.sweep_dir:
+            raise UserError(f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path.")
+        if self.joint and len(finished) > 1:
                     space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned")
             best[name], finished = self._sweep(name, config, space, out / name)
             trained[MODULES[name][1]] = finished[0]

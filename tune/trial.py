@@ -20,11 +20,11 @@ from ray import tune
 
 from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
+from ifvit.checkpoint_places import duplicate
 from ifvit.cli import Interrupted
 from ifvit.config import Config, with_changes
 from ifvit.paths import cache_dir
 from ifvit.training.match import COMMON
-from ifvit.training.saving import copy_tree
 from tune import record
 from tune.space import MODULES
 
@@ -113,11 +113,8 @@ class Trial(tune.Trainable):
         self._last = noted["last"]
         theirs, ours = checkpoint.locate(noted["path"]), self._checkpoint(self._last["epoch"])
         if theirs != ours:
-            fresh = ours.with_name(f"{ours.name}{checkpoint.UNFINISHED}-clone")
-            fresh.rmtree(missing_ok=True)
             ours.parent.mkdir(parents=True, exist_ok=True)
-            copy_tree(theirs, fresh)
-            checkpoint.replace(ours, fresh)
+            duplicate(theirs, ours)
             record.note_values(self._plan.folder, int(self.trial_name), self._values, self._last["epoch"], str(theirs))
         self._resume = str(ours)
 

@@ -4,10 +4,12 @@ import logging
 import os
 from dataclasses import replace
 
+from ifvit import gcs
 from ifvit.data import synthetic
 from ifvit.data.pairs import SYNTHETIC
 from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import Print, read_root, read_roots, require_fingers, split_by_finger
+from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
 from ifvit.processes import together
 
@@ -44,11 +46,22 @@ def read_prints(config) -> list[Print]:
 
     Where generated fingers are mixed into real ones (`synthetic_share`), they are added.
     """
-    roots = [resolve_data(r) for r in config.dataset_root if r != SYNTHETIC]
+    roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
     prints = read_roots(roots, config.ppi or None) if roots else []
     if SYNTHETIC in config.dataset_root or config.synthetic_share > 0:
         prints += generated(config)
     return prints
+
+
+def local_root(root: str) -> str:
+    """A root as a folder on this host: prints in a bucket are copied into the cache, those that are not there already."""
+    if not root.startswith("gs://"):
+        return resolve_data(root)
+    there, folder = gcs.GcsPath(root), cache_dir() / "prints" / root.removeprefix("gs://").strip("/")
+    if not there.is_dir():
+        raise UserError(f"There is nothing at {root}. Check the URL of --dataset_root.")
+    there.download(folder)
+    return str(folder)
 
 
 def generated(config) -> list[Print]:

@@ -58,7 +58,7 @@ class Task:
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in
 
 
-def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> Path:
+def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> epath.Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
     `may_change`: configuration keys that the checkpoint may have been trained with otherwise, beside FREE.
@@ -67,7 +67,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     checkpoint that cannot be written.
     """
     config = task.config
-    folder = checkpoint.as_local_path(config.checkpoint_dir)
+    folder = checkpoint.as_writable_path(config.checkpoint_dir)
     total = config.num_epochs * task.steps_per_epoch
     mesh = make_mesh(config.micro_batch, config.model_parallel)
     several, mine = jax.process_count() > 1, config.batch_size // jax.process_count()
@@ -83,7 +83,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
         checkpoint.discard_unfinished(folder, f"{task.name}_*")
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
               "--resume never trains anew.", flush=True)
-        return found.path
+        return checkpoint.as_path(found.path)
     if why := saving.writable(folder):
         raise UserError(f"Cannot write checkpoints to {folder} ({why}); give another directory.")
     if found:
@@ -93,7 +93,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     else:
         if resume == "never":
             saving.move_away(folder, task.name)
-            saving.write_beside(folder / ATTEMPTS, lambda file: file.unlink(missing_ok=True))
+            saving.write_beside(folder / ATTEMPTS, lambda file: file.write_text(""))
         state, best = begin(task, placement), None
     constants = jax.device_put(task.constants, replicated(mesh))
     step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
@@ -105,14 +105,14 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     metrics.attempt(first)
     saver = saving.Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better, host.saved)
 
-    def write_config(file: epath.Path) -> None:
+    def write_config(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
 
     saving.write_beside(folder / "config.json", write_config)
 
     def save(what: str, at: int, value: float | None = None, finished: bool = False) -> str:
-        if not (folder / "config.json").exists():  # somebody has removed the folder
+        if checkpoint.is_local(folder) and not (folder / "config.json").exists():  # somebody has removed the folder
             saving.write_beside(folder / "config.json", write_config)
         epoch, within = divmod(at, task.steps_per_epoch)
         saver.start(saving.Saved(f"{task.name}_{what}", at, None if within else epoch, value), saved_tree(state, task), {
@@ -210,7 +210,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
         saver.close()
         metrics.close()
     saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, read_rows(metrics.path)))
-    return Path(final)  # local: checked above
+    return checkpoint.as_path(final)
 
 
 def _out_of_patience(task: Task, best: dict | None, step: int) -> bool:

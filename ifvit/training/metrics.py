@@ -9,10 +9,13 @@ import time
 from pathlib import Path
 
 import jax
+from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
+
+from ifvit.training.mirror import Mirror
 
 log = logging.getLogger("ifvit")
 
@@ -47,12 +50,14 @@ class Metrics:
 
     Of several processes the first one writes. A full disk or a folder that is gone costs rows only until there is
     room again: `metrics.jsonl` is then written anew, whole. `attempts.jsonl` has a line for each time the run
-    was started, which nothing drops: from the first on goodput is counted.
+    was started, which nothing drops: from the first on goodput is counted. Where `folder` is in a bucket, the files are
+    written to a local one and copied from there.
     """
 
-    def __init__(self, folder: Path, step: int, total: int, name: str):
-        self.folder = folder
-        self.path = folder / "metrics.jsonl"
+    def __init__(self, folder: epath.Path, step: int, total: int, name: str):
+        self.mirror = Mirror(folder, ("metrics.jsonl", ATTEMPTS))
+        self.folder = self.mirror.here
+        self.path = self.folder / "metrics.jsonl"
         self.lines = [json.dumps(r) + "\n" for r in read_rows(self.path) if r["step"] <= step]
         self.step = step
         self.writes = jax.process_index() == 0
@@ -99,10 +104,12 @@ class Metrics:
             each = {(f"{k}/{n}" if isinstance(values[k], list) else k): x for k in values
                     for n, x in enumerate(values[k] if isinstance(values[k], list) else [values[k]])}
             self._write_board({f"{split}/{k}": float(v) for k, v in each.items() if not isinstance(v, str)}, step)
+            self.mirror.push()
 
     def close(self) -> None:
         self.bar.close()
         self._write_lines()
+        self.mirror.close()
 
     def _write_lines(self, more: str = "") -> None:
         self.lines += [more] if more else []

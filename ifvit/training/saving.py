@@ -14,6 +14,7 @@ import jax
 from etils import epath
 
 from ifvit import checkpoint
+from ifvit.checkpoint_places import duplicate, remove, written_here
 from ifvit.processes import exchange
 
 log = logging.getLogger("ifvit")
@@ -58,7 +59,7 @@ class Saver:
         checkpoint.discard_unfinished(folder, f"{module}_*")  # of a run that died
         self._check_best()
 
-    def _own(self, file: epath.Path) -> None:
+    def _own(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(self._owner)
 
@@ -119,7 +120,7 @@ class Saver:
     def _check_best(self) -> None:
         """A damaged `NAME_best` would stay for good where no epoch is better: it is set aside at the start."""
         there = self.folder / f"{self.module}_best"
-        if jax.process_index() == 0 and there.exists():
+        if jax.process_index() == 0 and checkpoint.has_name(there):
             try:
                 checkpoint.load(there)
             except checkpoint.Damaged as e:
@@ -132,17 +133,11 @@ class Saver:
         before = _value_of(there)
         if not best or before is not None and ranked([Saved("", -1, 0, before), *best], self.higher_is_better)[0].step < 0:
             return
-        fresh = self.folder / f"{there.name}{checkpoint.UNFINISHED}-copy"
-        fresh.rmtree(missing_ok=True)
-        copy_tree(self.folder / best[0].name, fresh)
-        checkpoint.replace(there, fresh)
+        duplicate(self.folder / best[0].name, there)
 
     def _remove(self, name: str) -> None:
-        """Takes the name away first: a half-deleted checkpoint does not look like one."""
         self._saved = [s for s in self._saved if s.name != name]
-        here, gone = self.folder / name, self.folder / f"{name}{checkpoint.UNFINISHED}-deleted"
-        if here.exists():
-            here.rename(gone).rmtree()
+        remove(self.folder / name)
 
 
 def ranked(saved: list[Saved], higher_is_better: bool) -> list[Saved]:
@@ -169,7 +164,7 @@ def candidates(folder: epath.Path, module: str, steps_per_epoch: int) -> list[ep
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         step = step_of_name(path.name.removesuffix(checkpoint.OLD), module, steps_per_epoch)
-        if step is not None and path.is_dir():
+        if step is not None and checkpoint.has_name(path):
             found.append((step, not path.name.endswith(checkpoint.OLD), path))
     return [path for *_, path in sorted(found, key=lambda f: f[:2], reverse=True)]
 
@@ -194,17 +189,6 @@ def set_aside(path: epath.Path) -> epath.Path:
     return aside
 
 
-def copy_tree(source: epath.Path, target: epath.Path) -> None:
-    """A copy of a folder, every file on disk before this returns."""
-    target.mkdir(parents=True)
-    for child in source.iterdir():
-        if child.is_dir():
-            copy_tree(child, target / child.name)
-        else:
-            child.copy(target / child.name)
-            checkpoint.to_disk(target / child.name)
-
-
 def _already_there(folder: epath.Path, module: str, steps_per_epoch: int) -> Iterator[Saved]:
     for path in candidates(folder, module, steps_per_epoch):
         if not path.name.endswith(checkpoint.OLD) and checkpoint.complete(path):
@@ -222,7 +206,7 @@ def _value_of(folder: epath.Path) -> float | None:
 
 def move_away(folder: epath.Path, module: str) -> None:
     """A run that begins anew leaves the checkpoints of the one before whole, under `before_N`."""
-    old = candidates(folder, module, 1) + [p for p in (folder / f"{module}_best",) if p.exists()]
+    old = candidates(folder, module, 1) + [p for p in (folder / f"{module}_best",) if checkpoint.has_name(p)]
     n = 1
     while (aside := folder / f"before_{n}").exists():
         n += 1
@@ -232,16 +216,17 @@ def move_away(folder: epath.Path, module: str) -> None:
             path.rename(aside / path.name)
 
 
-def write_beside(file: epath.Path, write: Callable[[epath.Path], None]) -> None:
+def write_beside(file: epath.Path, write: Callable[[Path], None]) -> None:
     """A file beside the checkpoints, by the first process; that it cannot be written is said, and no reason to stop."""
     if jax.process_index() == 0:
         try:
-            write(file)
+            with written_here(file) as here:
+                write(here)
         except OSError as e:
             log.warning("⚠ %s could not be written (%s).", file, e.strerror)
 
 
-def writable(folder: Path) -> str | None:
+def writable(folder: epath.Path) -> str | None:
     """Why checkpoints cannot be written to a folder; None where they can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ def check_hosts(config, host) -> None:
     """UserError unless all processes can write to the run's folder, and it is the same one."""
     if jax.process_count() == 1:
         return
-    folder = checkpoint.as_local_path(config.checkpoint_dir)
+    folder = checkpoint.as_writable_path(config.checkpoint_dir)
     mark = exchange("mark", uuid.uuid4().hex)[0]
     seen = folder / f".seen-by-all-{mark}"
 

@@ -1,0 +1,73 @@
+"""Files of a run that grow, in a bucket: what is there is written in one piece, so they are kept here and copied."""
+
+import logging
+import tempfile
+import threading
+from pathlib import Path
+
+from etils import epath
+
+from ifvit import gcs
+from ifvit.checkpoint_places import is_local
+
+log = logging.getLogger("ifvit")
+
+
+class Mirror:
+    """`here` is a local folder whose files are copied to `there` in a thread, so that no step waits for the network.
+
+    It begins with the files of `names` that are there. Where `there` is local, it is `here` itself. What a bucket
+    refuses is said once, and copied when it takes it again.
+    """
+
+    def __init__(self, there: epath.Path, names: tuple[str, ...]):
+        self._there = there
+        self.here = Path(there)
+        self._thread: threading.Thread | None = None
+        if is_local(there):
+            return
+        self._scratch = tempfile.TemporaryDirectory(prefix="ifvit-")  # removed with this object
+        self.here = Path(self._scratch.name)
+        self._copied: dict[Path, tuple] = {}  # name -> time and size that the file had
+        self._changed, self._closing, self._refused = threading.Event(), False, False
+        for name in names:
+            if (there / name).is_file():
+                (self.here / name).write_bytes((there / name).read_bytes())
+
+    def push(self) -> None:
+        """Files have changed; they are copied as soon as those from before are."""
+        if is_local(self._there):
+            return
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, daemon=True)
+            self._thread.start()
+        self._changed.set()
+
+    def close(self) -> None:
+        """Returns when all is copied, or refused."""
+        if self._thread:
+            self._closing = True
+            self._changed.set()
+            self._thread.join()
+            self._copy()
+
+    def _run(self) -> None:
+        while not self._closing:
+            self._changed.wait()
+            self._changed.clear()
+            self._copy()
+
+    def _copy(self) -> None:
+        for file in sorted(f for f in self.here.rglob("*") if f.is_file() and f.suffix != ".part"):
+            name, state = file.relative_to(self.here), file.stat()
+            if self._copied.get(name) != (state.st_mtime_ns, state.st_size):
+                try:
+                    self._there.upload(self.here, [name])
+                    self._copied[name] = state.st_mtime_ns, state.st_size
+                except gcs.Refused as e:
+                    if not self._refused:
+                        log.warning("⚠ %s could not be written (%s); what is missing there is copied when it can.",
+                                    self._there / name, e.strerror)
+                    self._refused = True
+                    return
+        self._refused = False
