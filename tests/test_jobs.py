@@ -235,7 +235,7 @@ def launcher_problems(config: dict) -> list[str]:
         "the head is preemptible": bool(re.search("spot|preemptible", str(head["node_config"]))),
         "wrong chips": worker["resources"].get("TPU", 4) != tpu.get_num_tpu_visible_chips_per_host(slice_),
         "more than code is copied": not set(config["file_mounts"].values()) <= {
-            TOKEN, "ifvit", "cluster", "pyproject.toml", "constraints.txt", "README.md"},
+            TOKEN, "ifvit", "cluster", "tune", "pyproject.toml", "constraints.txt", "README.md"},
         "this package is not installed": not any(f'pip install --quiet -c constraints.txt ".[{extra}]"' in command
                                                  for command in config["setup_commands"] for extra in EXTRAS),
         "the cache is not shared": not all("IFVIT_CACHE=/shared/" in s for s in starts),
