@@ -105,9 +105,7 @@ class Args(ConfigArgs):
                 if trained:
                     config = config.replace(dense_reg_ckpt=finished[0])
                 config = _like_module1(config)
-                if "://" in self.sweep_dir:
-            raise UserError(f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path.")
-        if self.joint and len(finished) > 1:
+                if self.joint and len(finished) > 1:
                     space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned")
             best[name], finished = self._sweep(name, config, space, out / name)
             trained[MODULES[name][1]] = finished[0]
