@@ -31,7 +31,7 @@ from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from orbax.checkpoint._src.multihost import multihost  # noqa: E402
 
-from ifvit import checkpoint  # noqa: E402
+from ifvit import checkpoint, checkpoint_reading, checkpoint_writing  # noqa: E402
 from ifvit.config import DenseConfig, preset  # noqa: E402
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
 from ifvit.training.loop import saved_tree  # noqa: E402
@@ -208,14 +208,15 @@ def asked(folder: Path) -> dict:
         def __getitem__(self, index):
             return Counting(self.store[index], self.name)
 
-        def read(self, **how):
+        def read(self, into):
             elements[self.name] = elements.get(self.name, 0) + int(np.prod(self.store.shape))
-            return self.store.read(**how)
+            return into(self.store)
 
-    plain = checkpoint._Reader.open
-    checkpoint._Reader.open = lambda self, name: Counting(plain(self, name), name)
-    flat, _ = restored(folder / "of one/some/1x2", "1x4", one_of_each_kind())
-    checkpoint._Reader.open = plain
+    reader, into = checkpoint_reading._Reader, checkpoint_reading._into_memory
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "open", lambda self, name, plain=reader.open: Counting(plain(self, name), name))
+        patch.setattr(checkpoint_reading, "_into_memory", lambda counting: counting.read(into))
+        flat, _ = restored(folder / "of one/some/1x2", "1x4", one_of_each_kind())
     return {n: [elements[n], x.size, x.sharding.is_fully_replicated] for n, x in flat.items()}
 
 
@@ -287,7 +288,7 @@ def failing(folder: Path, names: list[str]) -> dict:
     for where, method, rank in FAILURES:
         with pytest.MonkeyPatch.context() as patch:
             if jax.process_index() == rank:
-                patch.setattr(checkpoint.MetadataHandler, method, full)
+                patch.setattr(checkpoint_writing.MetadataHandler, method, full)
             first = attempt(path, names)
         together(f"{where}: failed")
         before = restored(path, "1x4", names)[1]

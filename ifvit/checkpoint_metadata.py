@@ -1,0 +1,111 @@
+"""What a checkpoint says of itself: JSON with a digest of every leaf, and of itself."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+from importlib import metadata as packages
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+
+from ifvit import gcs
+from ifvit.errors import UserError
+
+FORBIDDEN = "may not be read"
+
+
+class Damaged(UserError):
+    """A checkpoint's content is not what was written."""
+
+
+def read_metadata(folder: epath.Path) -> dict:
+    """The JSON metadata; UserError where there is none, as in a half-written checkpoint."""
+    try:
+        metadata = json.loads((folder / "metadata" / "metadata").read_text())
+        if not (folder / "state").is_dir() or not {"config"} <= set(metadata):
+            raise KeyError("state or config")
+        if "digest" not in metadata and "digests" not in metadata:
+            metadata = _of_other_software(folder, metadata)
+        elif metadata["digest"] != digest_of(metadata):
+            raise ValueError("its metadata do not have their digest")
+    except Exception as e:
+        check_access(folder, e)
+        raise Damaged(f"{folder} is not a whole checkpoint (metadata/metadata: {first_line(e)}); it is half-written or something else: "
+                      "use another one.") from e
+    return metadata
+
+
+def complete(folder: epath.Path) -> bool:
+    """Whether a directory bears a whole checkpoint, as far as its metadata tells."""
+    try:
+        read_metadata(folder)
+    except UserError:
+        return False
+    return True
+
+
+def check_module(folder, metadata: dict, module: str | None) -> None:
+    if module and metadata["module"] != module:
+        kinds = {"dense_reg": "Module 1 (dense registration)", "matcher": "Module 2 (matcher)"}
+        raise UserError(f"{folder} is a checkpoint of {kinds.get(metadata['module'], metadata['module'])}, not of "
+                        f"{kinds[module]}; give the path of one of those.")
+
+
+def check_ours(folder, metadata: dict) -> None:
+    """UserError for a checkpoint of other code, which can seed Module 2 and do nothing else here."""
+    if metadata.get("foreign"):
+        raise UserError(f"{folder} was made by other code: its transformer can seed Module 2 (--pretrained_ckpt), the rest "
+                        "is not of this project's networks. Give a checkpoint that was trained here.")
+
+
+def check_access(folder: epath.Path, e: Exception) -> None:
+    """What may not be read, or not now, is not damaged."""
+    gcs.check_refusal(folder, e)
+    if is_forbidden(e):
+        raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.") from None
+
+
+def is_forbidden(e: Exception) -> bool:
+    return isinstance(e, PermissionError) or "PERMISSION_DENIED" in str(e) or gcs.is_refusal(e)
+
+
+def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
+    """Orbax's own writers leave no digests: the names of the leaves come from Orbax, and nothing can be checked."""
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+        tree = handler.metadata(folder / "state").tree
+    paths = [path for path, _ in jax.tree_util.tree_flatten_with_path({"state": tree})[0]]
+    names = ["/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path in paths]  # optax has tuples
+    config = metadata["config"]
+    foreign = {} if isinstance(config, dict) and "resnet_widths" in config else {"foreign": True}
+    module = "matcher" if any("_transformer_global/" in n for n in names) else "dense_reg"
+    print(f"⚠ {folder} has no digests (other software wrote it): its content cannot be checked.", flush=True)
+    return {"module": module, "epoch": 0, "step": 0, "finished": False, "best": None, "history": []} | metadata | foreign | {
+        "digests": dict.fromkeys(names)}
+
+
+def versions() -> dict[str, str]:
+    return {p: packages.version(p) for p in ("ifvit", "jax", "flax", "optax", "orbax-checkpoint")}
+
+
+def digest_of(metadata: dict) -> str:
+    rest = {k: v for k, v in metadata.items() if k != "digest"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def reason(e: BaseException) -> str:
+    """Why a write failed, in a few words."""
+    if isinstance(e, gcs.Refused):
+        return e.strerror
+    text = f"{e} {e.__cause__ or ''}"
+    for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO):
+        if os.strerror(number) in text or getattr(e, "errno", None) == number:
+            return os.strerror(number)
+    return first_line(e)
+
+
+def first_line(e: Exception) -> str:
+    text = str(e).strip().splitlines()
+    return (text[0] if text else type(e).__name__)[:160]
