@@ -7,11 +7,9 @@ again, and the job goes on from its own checkpoints: Ray is told metrics and not
 
 import os
 import re
-import signal
 import sys
 import tempfile
 import threading
-import time
 import uuid
 from collections.abc import Callable
 
@@ -27,7 +25,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from cluster.backend import JaxBackendConfig
-from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
+from cluster.host import INTERRUPTED, PREEMPTED, ClusterError, Host
 from cluster.launch import Job, Request
 from cluster.placement import Placement, placement
 from cluster.session import passed_on, session
@@ -38,15 +36,20 @@ RESIZE = 30.0     # seconds between looks for hosts that have come, where the nu
 
 def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
     """Runs a job on the cluster of RAY_ADDRESS, or on one of this machine alone; (exit code, message)."""
+    prepare(request)
+    with session() as alone:
+        place = placement(request, alone)
+        job = job_for(place.platform)
+        return run_connected(job, request, place.fitting(job.batches), alone, Host())
+
+
+def prepare(request: Request) -> None:
+    """Ray Train's settings in this process's environment."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     if request.hang_timeout:  # a worker that does not even answer
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
-    with session() as alone:
-        place = placement(request, alone)
-        job = job_for(place.platform)
-        return _run(job, request, place.fitting(job.batches), alone)
 
 
 class Trainer(DataParallelTrainer):
@@ -121,12 +124,13 @@ def _first_line(error: BaseException) -> str:
     return next((line for line in reversed(lines) if re.match(r"[\w.]*(Error|Exception)\b", line)), lines[0])[:300]
 
 
-def _run(job: Job, request: Request, place: Placement, alone: bool) -> tuple[int, str]:
+def run_connected(job: Job, request: Request, place: Placement, alone: bool, host: Host) -> tuple[int, str]:
+    """The same from a process that is connected to Ray; `host` is told what the first worker reports."""
     low, high = place.workers
     print(f"Ray: {low if low == high else f'{low} to {high}'} worker{'s' if high > 1 else ''}, each with "
           + ", ".join(f"{v:g} {k}" for k, v in place.resources.items()), flush=True)
     desk = ray.remote(num_cpus=0)(Desk).options(
-        label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}).remote()
+        scheduling_strategy="DEFAULT", label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}).remote()
     env = {k: v for k, v in passed_on().items() if k != "JAX_PLATFORMS" or place.platform == "CPU"}
     if place.platform == "CPU":
         env["JAX_PLATFORMS"] = "cpu"
@@ -147,11 +151,11 @@ def _run(job: Job, request: Request, place: Placement, alone: bool) -> tuple[int
                                      worker_runtime_env={"env_vars": env}))
         except ValueError as e:  # a TPU slice that cannot be had in this number of workers
             raise ClusterError(f"Ray refuses {high} workers on {place.platform}: {e}; ask for another --num_workers.") from None
-        return _wait(trainer, desk, request.max_failures)
+        return _wait(trainer, desk, request.max_failures, host)
 
 
-def _wait(trainer: Trainer, desk, max_failures: int) -> tuple[int, str]:
-    """Runs the trainer in a thread: this one takes the signals, and tells the workers of them."""
+def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, str]:
+    """Runs the trainer in a thread: this one tells `host` of epochs, and the workers what it is asked, by signals say."""
     result: list[BaseException | None] = []
 
     def fit():
@@ -162,24 +166,26 @@ def _wait(trainer: Trainer, desk, max_failures: int) -> tuple[int, str]:
             result.append(e)
 
     thread = threading.Thread(target=fit, daemon=True)
-    told: list[int] = []
-    before = {}
-    for s, code in ((signal.SIGINT, INTERRUPTED), (signal.SIGTERM, PREEMPTED)):
-        before[s] = signal.signal(s, lambda *_, code=code: told.append(code))
+    said = 0
     try:
-        thread.start()
-        said = 0
-        while thread.is_alive():
-            thread.join(0.2)
-            if len(told) > said:
-                said = len(told)
-                if told.count(INTERRUPTED) > 1:
-                    return INTERRUPTED, "Stopped without saving; the same command goes on from the last checkpoint."
-                print("Stopping: the workers save, then end.", flush=True)
-                desk.ask.remote(told[-1])
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+        with host.stoppable():
+            thread.start()
+            going = True
+            while going:
+                thread.join(0.5)
+                going = thread.is_alive()
+                for values in ray.get(desk.news.remote()):
+                    host.report(values)
+                if (asked := host.asked()) != said:
+                    said = asked
+                    print("Stopping: the workers save, then end.", flush=True)
+                    desk.ask.remote(asked)
+    except KeyboardInterrupt:
+        return INTERRUPTED, "Stopped without saving; the same command goes on from the last checkpoint."
+    except Exception:  # who is told wants no more
+        desk.ask.remote(PREEMPTED)
+        thread.join()
+        raise
     error = result[0]
     if error is None:
         return 0, ""

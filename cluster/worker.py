@@ -31,6 +31,15 @@ class Desk:
     def __init__(self):
         self._code = 0
         self._furthest = 0
+        self._news: list[dict] = []
+
+    def tell(self, values: dict) -> None:
+        self._news.append(values)
+
+    def news(self) -> list[dict]:
+        """What was told since the last call."""
+        news, self._news = self._news, []
+        return news
 
     def got_on(self) -> None:
         self._furthest += 1
@@ -85,6 +94,8 @@ class Worker(Host):
 
     def report(self, values: dict) -> None:
         ray.train.report(values)
+        if self.rank == 0:
+            self._desk.tell.remote(values)
 
     def saved(self) -> None:
         if self.rank == 0:

@@ -19,7 +19,7 @@ from ray.train import FailureConfig, ScalingConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from cluster import backend, launch, on_ray, placement, worker
+from cluster import backend, launch, on_ray, placement, session, worker
 from cluster.host import HUNG, INTERRUPTED, PREEMPTED, SAVE, ClusterError, Host
 from cluster.launch import Job, Request
 from cluster.placement import Placement

@@ -200,7 +200,7 @@ def ended(folder, number, values, rows, how="finished", reason="") -> None:
 
 
 def plan(folder, base=BASE["dense"].replace(num_epochs=9)) -> Plan:
-    return Plan("dense", base, str(folder), "accuracy", True, "CPU", {"CPU": 1}, frozenset(), str(folder))
+    return Plan("dense", base, str(folder), "accuracy", True, frozenset(), str(folder), "CPU", {"CPU": 1})
 
 
 def test_interrupted_trials_come_first_with_the_values_they_had_and_those_that_ended_do_not_come_again(tmp_path):
@@ -266,6 +266,14 @@ def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path)
 def test_a_trial_gets_its_share_of_a_host(hosts, request_, gets, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
     assert sweep.placed(plan(tmp_path), sweep.Request(8, **request_)).resources == gets
+
+
+def test_a_trial_of_several_workers_takes_whole_hosts(monkeypatch, tmp_path):
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}] * 5)
+    placed = sweep.placed(plan(tmp_path), sweep.Request(8, workers=2))
+    assert (placed.workers, placed.at_once, placed.platform) == (2, 2, "GPU") and "GPU" not in placed.resources
+    with pytest.raises(ClusterError, match="1 GPU on each of 6 hosts"):
+        sweep.placed(plan(tmp_path), sweep.Request(8, workers=6))
 
 
 def test_a_trial_that_fits_nowhere_is_told_with_what_there_is(monkeypatch, tmp_path):

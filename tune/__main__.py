@@ -54,6 +54,8 @@ class Args(ConfigArgs):
     """cores of a trial [as many as keep all of them busy]"""
     trial_accelerators: float = 0.0
     """GPUs or TPU chips of a trial, 0.5 for two trials on one GPU [one, where there are any]"""
+    trial_workers: int = 1
+    """whole hosts of a trial, a process on each"""
     max_concurrent: int = 0
     """trials at once [as many as there is room for]"""
     wait_for_hosts: float = 50.0
@@ -66,6 +68,10 @@ class Args(ConfigArgs):
             raise UserError(f"--num_samples is {self.num_samples}; give at least 1.")
         if self.trial_epochs is not None and self.trial_epochs < 1:
             raise UserError(f"--trial_epochs is {self.trial_epochs}; give at least 1.")
+        if self.trial_workers < 1:
+            raise UserError(f"--trial_workers is {self.trial_workers}; give at least 1.")
+        if self.trial_workers > 1 and (self.trial_cpus or self.trial_accelerators):
+            raise UserError("A trial of several workers takes whole hosts; leave --trial_cpus and --trial_accelerators out.")
         if self.resume not in ("auto", "never"):
             raise UserError(f"--resume {self.resume}: a sweep takes auto or never.")
         if self.metric and len(self.metric) != (2 if self.module == "both" else 1):
@@ -150,13 +156,13 @@ class Args(ConfigArgs):
         gather(base, Host())  # prints are read and generated once, and what is wrong with them shows here
         if name == "match":
             checkpoint_of_module1(base)
-        plan = Plan(name, base, str(out), metric, higher, "", {}, frozenset(space) if pbt else frozenset(), os.getcwd())
+        plan = Plan(name, base, str(out), metric, higher, frozenset(space) if pbt else frozenset(), os.getcwd(), "", {})
         _check_same_sweep(out, plan, space)
         print(f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings", flush=True)
         for line in spaces.describe(space):
             print(f"  {line}")
         request = sweep.Request(samples, self.searcher, self.scheduler, concurrent=self.max_concurrent, seed=base.seed,
-                                wait_for_hosts=self.wait_for_hosts, cpus=self.trial_cpus, accelerators=self.trial_accelerators)
+                                wait_for_hosts=self.wait_for_hosts, cpus=self.trial_cpus, workers=self.trial_workers, accelerators=self.trial_accelerators)
         records = sweep.run(plan, space, request)
 
         ranked = record.order(records, metric, higher)

@@ -40,6 +40,7 @@ class Request:
     seed: int = 0
     wait_for_hosts: float = 50.0
     cpus: int = 0                  # of a trial; 0: so many that all cores are busy
+    workers: int = 1               # hosts of a trial; 1: a trial is a process
     accelerators: float = 0.0      # GPUs or TPU chips of a trial, a part of one too; 0: one, where there are any
 
 
@@ -69,7 +70,7 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
             param_space=param_space,
             tune_config=tune.TuneConfig(
                 metric=plan.metric, mode=mode, search_alg=search, scheduler=_scheduler(plan, space, request, begun),
-                num_samples=left, max_concurrent_trials=request.concurrent or None, reuse_actors=True,
+                num_samples=left, max_concurrent_trials=min(request.concurrent or plan.at_once, plan.at_once or request.concurrent) or None, reuse_actors=True,
                 trial_name_creator=lambda trial: str(trial.config["trial"]),
                 trial_dirname_creator=lambda trial: f"{trial.config['trial']:03d}_{trial.trial_id}"),
             run_config=RunConfig(
@@ -211,25 +212,33 @@ def _signals(watch: Watch):
 
 
 def placed(plan: Plan, request: Request) -> Plan:
-    """The plan with what each trial gets; ClusterError where no host has it within `wait_for_hosts`."""
+    """The plan with what each trial gets; ClusterError where no host has it within `wait_for_hosts`.
+
+    A trial of several workers takes as many whole hosts, by way of Ray Train; here it only holds its place.
+    """
     until = time.monotonic() + (request.wait_for_hosts if "RAY_ADDRESS" in os.environ else 0)
     while True:
         hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         kind = "GPU" if request.accelerators and platform() == "CPU" else platform()  # GPUs may be still to come
         cores = max((int(h.get("CPU", 0)) for h in hosts), default=0)
-        if kind == "CPU":
+        here = max((h.get(kind, 0) for h in hosts), default=0)
+        if request.workers > 1:
+            wanted = {kind: 1}
+        elif kind == "CPU":
             wanted = {"CPU": request.cpus or max(1, cores * len(hosts) // request.num_samples)}
         else:
-            here = max((h.get(kind, 0) for h in hosts), default=0)
             share = request.accelerators or 1.0
             wanted = {"CPU": request.cpus or max(1, int(cores * share / here) if here else 1), kind: share}
-        if any(all(h.get(k, 0) >= v for k, v in wanted.items()) for h in hosts):
-            return dataclasses.replace(plan, platform=kind, resources=wanted)
+        room = sum(all(h.get(k, 0) >= v for k, v in wanted.items()) for h in hosts)
+        if room >= request.workers:
+            plan = dataclasses.replace(plan, platform=kind, resources=wanted, workers=request.workers)
+            return dataclasses.replace(plan, resources={"memory": 1}, at_once=room // request.workers) if request.workers > 1 else plan
         if time.monotonic() > until:
             asked = " and ".join(f"{v:g} {k}" for k, v in wanted.items())
             there = ", ".join(" and ".join(f"{h.get(k, 0):g} {k}" for k in wanted) for h in hosts)
-            raise ClusterError(f"The cluster cannot fit a trial: it asks for {asked} on one host, and there are {there or 'no hosts'}; "
-                               "ask for less with --trial_cpus or --trial_accelerators, or start larger hosts.")
+            where = f"on each of {request.workers} hosts" if request.workers > 1 else "on one host"
+            raise ClusterError(f"The cluster cannot fit a trial: it asks for {asked} {where}, and there are {there or 'no hosts'}; "
+                               "ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts.")
         time.sleep(1)
 
 

@@ -7,6 +7,7 @@ Tune's own checkpoint is the path of one of those.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -25,6 +26,7 @@ from ifvit.cli import Interrupted
 from ifvit.config import Config, with_changes
 from ifvit.paths import cache_dir
 from ifvit.training.match import COMMON
+from ifvit.training.sharding import use_cpu_cores
 from tune import record
 from tune.space import MODULES
 
@@ -38,10 +40,12 @@ class Plan:
     folder: str            # of the sweep
     metric: str
     higher_is_better: bool
-    platform: str          # GPU, TPU or CPU
-    resources: dict        # of a trial, as Ray has them
     changing: frozenset    # keys that may change while a trial runs (population-based training)
     cwd: str
+    platform: str          # GPU, TPU or CPU
+    resources: dict        # of a trial, as Ray has them
+    workers: int = 1       # hosts of a trial; 1: a trial is a process, else one on each
+    at_once: int = 0       # trials, at most; 0: as resources let
 
     def config(self, values: dict, number: int) -> Config:
         """A trial's configuration. What Module 2 has in common with its Module 1 comes from that one's checkpoint."""
@@ -91,8 +95,8 @@ class Trial(tune.Trainable):
         code, message = told
         if code:
             return self._failed(message)
-        if not self._last:  # it had finished before, and nobody was told
-            self._last = record.read(self._plan.folder, int(self.trial_name)).rows[-1]
+        # what it had done before need not have been told
+        self._last |= record.read(self._plan.folder, int(self.trial_name)).rows[-1]
         return self._last | {"done": True, "finished": True}
 
     def _failed(self, reason: str, **more) -> dict:
@@ -131,10 +135,33 @@ class Trial(tune.Trainable):
 
     def _train(self, host: Host) -> None:
         config = self._plan.config(self._values, int(self.trial_name))
-        if self._plan.module == "dense":
-            train_dense.run(config, self._resume, host, self._plan.changing, validation=self._plan.base)
-        else:
-            train_match.run(config, self._resume, host, self._plan.changing)
+        if self._plan.workers == 1:
+            return _run(self._plan, config, self._resume, host)
+        from cluster import on_ray
+        from cluster.launch import Job, Request
+        from cluster.placement import placement
+
+        request = Request(num_workers=str(self._plan.workers))
+        on_ray.prepare(request)
+        job = Job(functools.partial(run_on_hosts, self._plan, config, self._resume), f"trial-{self.trial_name}", (config.micro_batch,))
+        code, message = on_ray.run_connected(job, request, placement(request, False).fitting(job.batches), False, host)
+        if code:
+            raise Interrupted(message, code)
+
+
+def _run(plan: Plan, config: Config, resume: str, host: Host) -> None:
+    if plan.module == "dense":
+        train_dense.run(config, resume, host, plan.changing, validation=plan.base)
+    else:
+        train_match.run(config, resume, host, plan.changing)
+
+
+def run_on_hosts(plan: Plan, config: Config, resume: str, host: Host) -> tuple[int, str]:
+    """A trial in one of its processes, where it has several: (exit code, message)."""
+    use_cpu_cores()
+    cli.use_compilation_cache(cache_dir() / "compiled")
+    _log_to(Path(os.devnull) if host.rank else Path(config.checkpoint_dir) / "log.txt")
+    return cli.outcome(lambda: _run(plan, config, resume, host))
 
 
 class Loop(Host):
@@ -168,6 +195,9 @@ class Loop(Host):
         if self._ending:
             raise Interrupted("The sweep goes on without this trial.", PREEMPTED)
 
+    def stoppable(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
     def asked(self) -> int:
         return PREEMPTED if self._ending else 0
 
@@ -183,7 +213,9 @@ def _prepare_process(plan: Plan) -> None:
     """JAX with this trial's share of the devices; to be called before JAX looks for them."""
     import jax
 
-    if plan.platform == "CPU":
+    if plan.workers > 1:
+        jax.config.update("jax_platforms", "cpu")  # the devices are its workers'
+    elif plan.platform == "CPU":
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", int(plan.resources["CPU"]))
     elif plan.resources[plan.platform] < 1:
