@@ -397,3 +397,22 @@ def test_what_the_driver_is_told_reaches_the_workers(one_worker):
     worker, _, desk = one_worker
     desk.ask(PREEMPTED)
     until(lambda: worker.asked() == PREEMPTED)
+
+
+def test_processes_that_claim_cores_get_different_ones_and_give_them_back_when_they_die(monkeypatch, tmp_path):
+    code = "import os, sys; from cluster.cores import claim; print(claim(1), len(os.sched_getaffinity(0)), flush=True); sys.stdin.read()"
+    env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
+    cores = len(os.sched_getaffinity(0))
+    start = lambda: subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    processes = [start() for _ in range(cores)]
+    said = [p.stdout.readline().strip() for p in processes]
+    assert len(set(said)) == cores and all(s.endswith("} 1") for s in said)
+    late = start()
+    assert late.stdout.readline().strip() == f"set() {cores}"  # nothing is left, nothing is pinned
+    processes[0].kill()
+    processes[0].wait()
+    again = start()
+    assert again.stdout.readline().strip() == said[0]
+    for p in (*processes, late, again):
+        p.kill()
+        p.wait()

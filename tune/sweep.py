@@ -5,10 +5,12 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 import signal
 import tempfile
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import ray
 from ray import tune
@@ -25,6 +27,7 @@ from tune.space import Range, Space
 from tune.trial import Plan, Trial
 
 RETRIES = 3  # of a trial whose process or host died
+SCRATCH = ".tune-"
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ def run(plan: Plan, space: Space, request: Request) -> list[record.Record]:
 
 
 def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record], left: int) -> None:
+    Path(plan.folder).mkdir(parents=True, exist_ok=True)
     mode = "max" if plan.higher_is_better else "min"
     param_space = {}
     if request.scheduler == "pbt":  # Ray's has no search algorithms beside it
@@ -64,13 +68,16 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
         source = Optuna(space, plan.base, request.seed, mode) if request.searcher == "optuna" else Random(space, plan.base, request.seed)
         search = Samples(source, plan.folder, plan.metric, mode, begun, request.num_samples)
     watch = Watch(plan, request, begun)
-    with tempfile.TemporaryDirectory() as scratch, _signals(watch):  # Tune notes its own state there; nothing of the trials
+    for left_behind in Path(plan.folder).glob(f"{SCRATCH}*"):
+        shutil.rmtree(left_behind, ignore_errors=True)
+    # Tune's own state; nothing of the trials. All hosts have to see it.
+    with tempfile.TemporaryDirectory(dir=plan.folder, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch, _signals(watch):
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(Trial, plan=plan), plan.resources),
             param_space=param_space,
             tune_config=tune.TuneConfig(
                 metric=plan.metric, mode=mode, search_alg=search, scheduler=_scheduler(plan, space, request, begun),
-                num_samples=left, max_concurrent_trials=min(request.concurrent or plan.at_once, plan.at_once or request.concurrent) or None, reuse_actors=True,
+                num_samples=left, max_concurrent_trials=min(filter(None, (request.concurrent, plan.at_once)), default=None), reuse_actors=True,
                 trial_name_creator=lambda trial: str(trial.config["trial"]),
                 trial_dirname_creator=lambda trial: f"{trial.config['trial']:03d}_{trial.trial_id}"),
             run_config=RunConfig(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from ray import tune
 
+from cluster.cores import claim
 from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
 from ifvit.checkpoint_places import duplicate
@@ -216,6 +217,7 @@ def _prepare_process(plan: Plan) -> None:
     if plan.workers > 1:
         jax.config.update("jax_platforms", "cpu")  # the devices are its workers'
     elif plan.platform == "CPU":
+        claim(int(plan.resources["CPU"]))
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", int(plan.resources["CPU"]))
     elif plan.resources[plan.platform] < 1:
