@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from ifvit.config import Config
 from tune.record import Record, order
@@ -160,6 +161,7 @@ def _scatter(ranked: list[Record], keys: list[str], space: Space, base: Config, 
             axes.set_xticks(range(len(names)), names, fontsize=7)
         elif p.scale == "log":
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         axes.scatter(values, [r.last(metric) for r in having], c=[r.epochs for r in having], cmap="viridis", s=14)
         axes.set_title(key, fontsize=9)
     for axes in list(grid.flat)[len(keys):]:
