@@ -16,9 +16,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from cluster.host import ClusterError
+from cluster.host import PREEMPTED, ClusterError
 from ifvit import checkpoint, cli
-from ifvit.cli import Failure
+from ifvit.cli import Failure, Interrupted
 from ifvit.config import HOST, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, preset, use_of
 from ifvit.errors import UserError
 from ifvit.training.dense import dense_program
@@ -26,7 +26,7 @@ from tune import record, results, space, sweep
 from tune.__main__ import Args
 from tune.samples import Optuna, Random, Samples
 from tune.space import Choice, Range
-from tune.trial import Plan
+from tune.trial import Loop, Plan
 
 BASE = {"dense": preset("smoke", DenseConfig), "match": preset("smoke", MatchConfig)}
 
@@ -280,6 +280,55 @@ def test_a_trial_that_fits_nowhere_is_told_with_what_there_is(monkeypatch, tmp_p
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     with pytest.raises(ClusterError, match="asks for 1 CPU and 1 GPU on one host, and there are 2 CPU and 0 GPU; ask for less"):
         sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1))
+
+
+# ---- a trial
+
+
+def test_a_trials_run_stands_still_after_every_epoch_until_the_next_is_asked_for():
+    done = []
+
+    def train(host):
+        for epoch in (1, 2):
+            done.append(epoch)
+            host.report({"epoch": epoch})
+        return "ignored"
+
+    loop = Loop(train)
+    assert loop.next() == {"epoch": 1} and done == [1]
+    time.sleep(0.1)
+    assert done == [1]
+    assert loop.next() == {"epoch": 2} and done == [1, 2]
+    assert loop.next() == (0, "")
+
+
+def test_a_trial_that_is_stopped_ends_where_it_stands():
+    ends = []
+
+    def train(host):
+        try:
+            host.report({"epoch": 1})
+            ends.append("went on")
+        except Interrupted as e:
+            ends.append(e.code)
+            raise
+
+    loop = Loop(train)
+    loop.next()
+    loop.end()
+    assert ends == [PREEMPTED]
+
+
+@pytest.mark.parametrize("error, said", [
+    (UserError("A batch of 3 does not divide."), (2, "A batch of 3 does not divide.")),
+    (Failure("loss is nan at step 3"), (1, "loss is nan at step 3")),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), (1, "RuntimeError: RESOURCE_EXHAUSTED: Out of memory")),
+])
+def test_whatever_befalls_a_trial_is_its_own_end_with_a_reason(error, said):
+    def train(host):
+        raise error
+
+    assert Loop(train).next() == said
 
 
 # ---- what comes out
