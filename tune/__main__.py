@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.commands import ConfigArgs, build_config, given
-from ifvit.config import Config, MatchConfig, read_toml, with_changes
+from ifvit.config import Config, DenseConfig, MatchConfig, config_of, read_toml, with_changes
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 from tune import space as spaces
@@ -80,6 +80,8 @@ class Args(ConfigArgs):
             raise UserError(f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path.")
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
+        if self.joint and self.trial_epochs:
+            raise UserError("--joint takes Module 1 from trials that were trained to the end; leave --trial_epochs out.")
         self._plans(self.preset or "paper")  # what is wrong with flags and files shows before Ray is started
         try:
             from cluster.session import session
@@ -98,6 +100,8 @@ class Args(ConfigArgs):
         return 0
 
     def _sweeps(self, platform: str) -> None:
+        from ifvit import checkpoint
+
         out = Path(os.path.abspath(resolve(self.sweep_dir)))
         if self.resume == "never":
             _move_away(out)
@@ -115,6 +119,9 @@ class Args(ConfigArgs):
                     space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned")
             best[name], finished = self._sweep(name, config, space, out / name)
             trained[MODULES[name][1]] = finished[0]
+        if self.joint:  # the Module 1 that goes with the best Module 2
+            trained["dense_reg"] = best["match"].dense_reg_ckpt
+            best["dense"] = config_of(DenseConfig, checkpoint.read_metadata(checkpoint.locate(trained["dense_reg"]))["config"])
         _write_best(out, best, trained, preset)
         for what, path in zip(("Module 1 checkpoint", "Module 2 checkpoint") if len(trained) > 1 else ("checkpoint",), trained.values()):
             print(f"{what}: {path}")
