@@ -14,6 +14,7 @@ test: $(VENV)/ready
 faults: $(VENV)/ready
 	$(PY) tests/faults/kill.py --count 50 --inside 10
 	$(PY) tests/faults/disk.py
+	$(PY) tests/faults/sweep.py
 	$(PY) tests/faults/hosts.py
 
 $(VENV)/ready: pyproject.toml constraints.txt
