@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from cluster.host import ClusterError, Host
 from ifvit import cli
+from ifvit.cli import Failure
 from ifvit.commands import ConfigArgs, build_config, given
 from ifvit.config import Config, DenseConfig, MatchConfig, config_of, read_toml, with_changes
 from ifvit.errors import UserError
@@ -123,8 +124,8 @@ class Args(ConfigArgs):
             trained["dense_reg"] = best["match"].dense_reg_ckpt
             best["dense"] = config_of(DenseConfig, checkpoint.read_metadata(checkpoint.locate(trained["dense_reg"]))["config"])
         _write_best(out, best, trained, preset)
-        for what, path in zip(("Module 1 checkpoint", "Module 2 checkpoint") if len(trained) > 1 else ("checkpoint",), trained.values()):
-            print(f"{what}: {path}")
+        for name, path in trained.items():
+            print(f"Module {1 if name == 'dense_reg' else 2} checkpoint: {path}")
         command = {"dense": "train_dense", "matcher": "train_match", "both": "train_all"}[self.module]
         print(f"best settings: {out / 'best.toml'} (python -m ifvit.{command} --config {out / 'best.toml'} …)")
 
@@ -169,11 +170,14 @@ class Args(ConfigArgs):
         for line in spaces.describe(space):
             print(f"  {line}")
         request = sweep.Request(samples, self.searcher, self.scheduler, concurrent=self.max_concurrent, seed=base.seed,
-                                wait_for_hosts=self.wait_for_hosts, cpus=self.trial_cpus, workers=self.trial_workers, accelerators=self.trial_accelerators)
+                                wait_for_hosts=self.wait_for_hosts, cpus=self.trial_cpus, workers=self.trial_workers,
+                                accelerators=self.trial_accelerators)
         records = sweep.run(plan, space, request)
 
-        ranked = record.order(records, metric, higher)
-        best = ranked[0]
+        ends = [r for r in record.order(records, metric, higher) if (r.end or {}).get("how") == "finished"]
+        if not ends:
+            raise Failure(f"No trial of {name} was trained to its end; their logs are in {out / 'trials'}.")
+        best = ends[0]
         summary = _summary(records, best, metric, plan)
         hint = results.what_next(best, space, base)
         results.write_csv(out / "trials.csv", records, space, metric)
@@ -185,8 +189,7 @@ class Args(ConfigArgs):
             sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))
             finished = [str(record.folder_of(last.folder, 0) / f"{run_name}_ckpt")]
         else:
-            finished = [str(record.folder_of(out, r.number) / f"{run_name}_ckpt") for r in ranked
-                        if (r.end or {}).get("how") == "finished"]
+            finished = [str(record.folder_of(out, r.number) / f"{run_name}_ckpt") for r in ends]
         chosen = plan.config(best.values, best.number).replace(num_epochs=full.num_epochs)
         return chosen, finished
 

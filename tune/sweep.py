@@ -65,7 +65,8 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
     if request.scheduler == "pbt":  # Ray's has no search algorithms beside it
         search, param_space = _population(plan, space, request, begun)
     else:
-        source = Optuna(space, plan.base, request.seed, mode) if request.searcher == "optuna" else Random(space, plan.base, request.seed)
+        how = space, plan.base, request.seed
+        source = Optuna(*how, mode) if request.searcher == "optuna" else Random(*how)
         search = Samples(source, plan.folder, plan.metric, mode, begun, request.num_samples)
     watch = Watch(plan, request, begun)
     for left_behind in Path(plan.folder).glob(f"{SCRATCH}*"):
@@ -77,7 +78,8 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
             param_space=param_space,
             tune_config=tune.TuneConfig(
                 metric=plan.metric, mode=mode, search_alg=search, scheduler=_scheduler(plan, space, request, begun),
-                num_samples=left, max_concurrent_trials=min(filter(None, (request.concurrent, plan.at_once)), default=None), reuse_actors=True,
+                num_samples=left, reuse_actors=True,
+                max_concurrent_trials=min(filter(None, (request.concurrent, plan.at_once)), default=None),
                 trial_name_creator=lambda trial: str(trial.config["trial"]),
                 trial_dirname_creator=lambda trial: f"{trial.config['trial']:03d}_{trial.trial_id}"),
             run_config=RunConfig(
@@ -95,7 +97,6 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
 
 def _population(plan: Plan, space: Space, request: Request, begun: list[record.Record]):
     """Population-based training's members, each with all values, and the space as Tune has it."""
-    domains = {k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()}
     source = Random(space, plan.base, request.seed)
     points = [{"trial": r.number, **r.values} for r in begun if r.end is None]
     for number in range(len(begun), request.num_samples):
@@ -103,7 +104,7 @@ def _population(plan: Plan, space: Space, request: Request, begun: list[record.R
         record.note_values(plan.folder, number, values)
         points.append({"trial": number, **values})
     numbers = tune.choice([p["trial"] for p in points])
-    return BasicVariantGenerator(points_to_evaluate=points), {"trial": numbers, **domains}
+    return BasicVariantGenerator(points_to_evaluate=points), {"trial": numbers, **_domains(space)}
 
 
 def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Record]) -> TrialScheduler | None:
@@ -115,9 +116,14 @@ def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Re
             return config | {k: min(max(config[k], p.low), p.high) for k, p in space.items() if isinstance(p, Range)}
 
         return PopulationBasedTraining(
-            time_attr="epoch", perturbation_interval=max(1, plan.base.num_epochs // 10), synch=True, log_config=False, custom_explore_fn=within,
-            hyperparam_mutations={k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()})
+            time_attr="epoch", perturbation_interval=max(1, plan.base.num_epochs // 10), synch=True, log_config=False,
+            custom_explore_fn=within, hyperparam_mutations=_domains(space))
     return None
+
+
+def _domains(space: Space) -> dict:
+    """Ranges as Tune has them."""
+    return {k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()}
 
 
 class Halving(ASHAScheduler):
