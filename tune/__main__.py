@@ -19,7 +19,7 @@ from ifvit.config import Config, DenseConfig, MatchConfig, config_of, read_toml,
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 from tune import space as spaces
-from tune.space import MODULES, Choice
+from tune.space import RUNS, Choice
 
 METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # by default, and whether more is better
 LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # in a metric's name
@@ -119,7 +119,7 @@ class Args(ConfigArgs):
                 if self.joint and len(finished) > 1:
                     space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned")
             best[name], finished = self._sweep(name, config, space, out / name)
-            trained[MODULES[name][1]] = finished[0]
+            trained[RUNS[name]] = finished[0]
         if self.joint:  # the Module 1 that goes with the best Module 2
             trained["dense_reg"] = best["match"].dense_reg_ckpt
             best["dense"] = config_of(DenseConfig, checkpoint.read_metadata(checkpoint.locate(trained["dense_reg"]))["config"])
@@ -183,7 +183,7 @@ class Args(ConfigArgs):
         results.write_csv(out / "trials.csv", records, space, metric)
         results.page(out / "index.html", f"Sweep of {name}", [*summary, hint], records, space, base, metric, higher)
         print("\n" + "\n".join([*summary, hint, f"trials: {out / 'trials.csv'}; page: {out / 'index.html'}"]), flush=True)
-        run_name = MODULES[name][1]
+        run_name = RUNS[name]
         if epochs < full.num_epochs:  # the best one to its end
             last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(out / "best"))
             sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))

@@ -24,7 +24,7 @@ from ifvit.data.pairs import SYNTHETIC
 from ifvit.errors import UserError
 
 CONFIGS = {"dense": DenseConfig, "match": MatchConfig}
-MODULES = {"dense": ("train_dense", "dense_reg"), "match": ("train_match", "matcher")}  # of a table: command, and checkpoints' name
+RUNS = {"dense": "dense_reg", "match": "matcher"}  # of a table: what its checkpoints are called
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from ifvit.paths import cache_dir
 from ifvit.training.match import COMMON
 from ifvit.training.sharding import use_cpu_cores
 from tune import record
-from tune.space import MODULES
+from tune.space import RUNS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ class Trial(tune.Trainable):
         self._loop = None
 
     def _checkpoint(self, epoch: int):
-        name = MODULES[self._plan.module][1]
+        name = RUNS[self._plan.module]
         folder = record.folder_of(self._plan.folder, int(self.trial_name))
         final = checkpoint.as_path(folder / f"{name}_ckpt")
         return final if epoch == self._plan.base.num_epochs else checkpoint.as_path(folder / f"{name}_epoch_{epoch}")
