@@ -37,7 +37,7 @@ class Request:
     num_samples: int
     searcher: str = "random"       # or optuna
     scheduler: str = "asha"        # or pbt, none
-    reduction: int = 3             # of ASHA: one in so many goes on at each rung
+    reduction: int = 4             # of ASHA: one in so many goes on at each rung
     grace: int = 1                 # epochs that every trial gets
     concurrent: int = 0            # trials at once; 0: as many as there is room for
     seed: int = 0
