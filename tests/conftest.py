@@ -152,7 +152,7 @@ def started(monkeypatch, command):
     def call(name: str, *words, cwd, create=True):
         made = {}
 
-        def train(task, resume, host):
+        def train(task, resume, host, *_, **__):
             made.update(task=task)
             if create:
                 mesh = sharding.make_mesh(task.config.micro_batch)

@@ -8,6 +8,7 @@ import datetime
 import re
 import shlex
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -199,7 +200,7 @@ def test_the_guides_sizes_reach_module_2(started, prints, module1):
 def test_only_the_transformer_comes_from_module_1(module1):
     rng = np.random.default_rng(0)
     transformer = checkpoint.load(module1.path).state["params"]["loftr_transformer"]
-    other = {k: checkpoint.jax.tree.map(lambda x: rng.random(x.shape, np.float32), transformer)
+    other = {k: jax.tree.map(lambda x: rng.random(x.shape, np.float32), transformer)
              for k in ("loftr_transformer_global", "loftr_transformer_local")}
     before = {**other, "head_global": {"kernel": np.ones((2, 2))}, "arcface_global": np.ones((2, 3))}
     for shared in (True, False):

@@ -209,7 +209,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     finally:
         saver.close()
         metrics.close()
-    saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, read_rows(metrics.path)))
+    saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, metrics.rows()))
     return checkpoint.as_path(final)
 
 

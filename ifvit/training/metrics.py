@@ -106,6 +106,9 @@ class Metrics:
             self._write_board({f"{split}/{k}": float(v) for k, v in each.items() if not isinstance(v, str)}, step)
             self.mirror.push()
 
+    def rows(self) -> list[dict]:
+        return [json.loads(line) for line in self.lines]
+
     def close(self) -> None:
         self.bar.close()
         self._write_lines()

@@ -26,7 +26,7 @@ class Mirror:
         self._thread: threading.Thread | None = None
         if is_local(there):
             return
-        self._scratch = tempfile.TemporaryDirectory(prefix="ifvit-")  # removed with this object
+        self._scratch = tempfile.TemporaryDirectory(prefix="ifvit-")
         self.here = Path(self._scratch.name)
         self._copied: dict[Path, tuple] = {}  # name -> time and size that the file had
         self._changed, self._closing, self._refused = threading.Event(), False, False
@@ -44,12 +44,14 @@ class Mirror:
         self._changed.set()
 
     def close(self) -> None:
-        """Returns when all is copied, or refused."""
+        """Returns when all is copied, or refused; `here` is gone then."""
         if self._thread:
             self._closing = True
             self._changed.set()
             self._thread.join()
             self._copy()
+        if not is_local(self._there):
+            self._scratch.cleanup()
 
     def _run(self) -> None:
         while not self._closing:
