@@ -109,7 +109,7 @@ def test_sigterm_within_an_epoch_saves_and_is_gone_on_from(command, module1, mod
     folder = tmp_path / "checkpoints/matcher"
     from ifvit.training import loop
 
-    batches = []
+    batches, before = [], signal.getsignal(signal.SIGTERM)
 
     def put_batch(*args, real=loop.put_batch):
         if "canvas0" in args[0] and args[0]["canvas0"].shape[0] == 4:
@@ -124,7 +124,7 @@ def test_sigterm_within_an_epoch_saves_and_is_gone_on_from(command, module1, mod
     assert said.code == 75, said
     assert "Stopped at step 3 of 4" in said.err and "matcher_step_3" in said.err
     assert (folder / "matcher_step_3").is_dir() and not (folder / "matcher_ckpt").exists()
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # as it was
+    assert signal.getsignal(signal.SIGTERM) == before
 
     said = command(*words, cwd=tmp_path)
     assert said.code == 0, said
