@@ -120,11 +120,10 @@ class _Together(ocp.CompositeCheckpointHandler):
     """What fails on one process fails on all, at once: else they would wait for each other at Orbax's barriers."""
 
     def __init__(self, number: int, processes: ocp.options.MultiprocessingOptions, metadata: "MetadataHandler", **items):
-        # folders are made before anything is written: Orbax's signal that they are there is one for all processes, and where
-        # each has folders of its own another's would do
-        how = ocp.options.AsyncOptions(create_directories_asynchronously=False)
-        super().__init__(composite_options=ocp.CompositeOptions(multiprocessing_options=processes, async_options=how),
-                         metadata=metadata, **items)
+        options = ocp.CompositeOptions(
+            multiprocessing_options=processes,  # told in the background, one process's folders would be taken for another's
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+        super().__init__(composite_options=options, metadata=metadata, **items)
         self._number, self._processes, self._metadata, self._finalizing = number, processes, metadata, False
 
     def save(self, *args, **kwargs) -> None:

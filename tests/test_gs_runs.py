@@ -214,8 +214,9 @@ def test_a_bucket_that_cannot_be_written_is_told_before_anything_is_trained(stor
 
 
 WORKER = '''
-import sys
+import asyncio, sys
 import jax
+from orbax.checkpoint._src.path import async_path
 rank, port, path = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.config.update("jax_num_cpu_devices", 2)
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
@@ -224,6 +225,15 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ifvit import checkpoint
 
 whole = {"params": {"w": np.arange(48, dtype=np.float32).reshape(4, 12), "b": np.float32([1, 2, 3])}, "step": np.int32(5)}
+plain = async_path.mkdir
+
+
+async def mkdir(*args, **options):
+    await asyncio.sleep(rank / 2)  # the disk of the second one is slow
+    return await plain(*args, **options)
+
+
+async_path.mkdir = mkdir
 across = Mesh(np.array(jax.devices()).reshape(2, 2).T, ("data", "model"))  # who share parameters sit in both processes
 where = {"params": {"w": NamedSharding(across, P(None, "model")), "b": NamedSharding(across, P())},
          "step": NamedSharding(across, P())}
@@ -244,7 +254,7 @@ def test_two_processes_write_their_own_parts_to_a_bucket(store):
     both = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), port, f"{RUN}/dense_reg_ckpt"], text=True,
                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
     said = [p.communicate(timeout=200) for p in both]
-    assert all("done" in out for out, _ in said), said
+    assert all("done" in out for out, _ in said), "\n".join(err for _, err in said)
     found = checkpoint.load(f"{RUN}/dense_reg_ckpt")
     assert found.state["params"]["w"].tolist() == [list(range(12 * i, 12 * i + 12)) for i in range(4)]
     assert found.state["params"]["b"].tolist() == [1, 2, 3] and found.aligner["w"].tolist() == [4]
