@@ -213,6 +213,18 @@ def test_interrupted_trials_come_first_with_the_values_they_had_and_those_that_e
     assert record.read(tmp_path, 2).values == {"noise": drawn[1]["noise"]}  # noted before the trial runs
 
 
+def test_what_a_crash_or_a_bad_disk_left_of_a_trials_notes_is_not_taken_for_them(tmp_path):
+    ended(tmp_path, 0, {"noise": 0.1}, [0.5])
+    ended(tmp_path, 1, {"noise": 0.2}, [0.4])
+    (record.folder_of(tmp_path, 0) / "values.jsonl").write_text('{"from_epo')
+    (record.folder_of(tmp_path, 1) / "ended.json").write_text("{how")
+    begun = record.read_all(tmp_path)
+    assert [(r.number, r.end) for r in begun] == [(1, None)]
+    samples = Samples(Random({"noise": Range(0, 1)}, BASE["dense"], 0), str(tmp_path), "accuracy", "max", begun, 3)
+    assert [samples.suggest(f"t{n}")["trial"] for n in range(3)] == [1, 0, 2]
+    assert len(record.read_all(tmp_path)) == 3
+
+
 def test_optuna_learns_from_trials_also_of_an_earlier_attempt(tmp_path):
     pytest.importorskip("optuna")
     found = {"noise": Range(0.0, 1.0), "transformer": Choice(("loftr", "siamese")), "resnet_widths": Choice(((8, 8, 8), (8, 16, 32)))}

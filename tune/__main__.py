@@ -221,7 +221,11 @@ def _like_module1(config: MatchConfig) -> MatchConfig:
 
     if not config.dense_reg_ckpt:
         return config
-    found = checkpoint.locate(config.dense_reg_ckpt)
+    try:
+        found = checkpoint.locate(config.dense_reg_ckpt)
+    except UserError as e:
+        raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
+                        "ifvit.train_dense), or give its path with --pretrained_ckpt.") from e
     if not found.is_dir():
         return config
     theirs = checkpoint.read_metadata(found)["config"]
@@ -237,7 +241,10 @@ def _check_same_sweep(out: Path, plan, space) -> None:
                                   "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()}}))
     file = out / "sweep.json"
     if file.exists():
-        theirs = json.loads(file.read_text())
+        try:
+            theirs = json.loads(file.read_text())
+        except ValueError:
+            raise UserError(f"{file} is damaged; give --resume never, or another --sweep_dir.") from None
         for part in ("configuration", "space"):
             for key in ours[part].keys() | theirs[part].keys():
                 if ours[part].get(key) != theirs[part].get(key):
@@ -247,7 +254,9 @@ def _check_same_sweep(out: Path, plan, space) -> None:
             raise UserError(f"{out} holds a sweep by the metric {theirs['metric']}; give the same, or another --sweep_dir.")
         return
     out.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(ours, indent=1) + "\n")
+    part = out / "sweep.json.part"
+    part.write_text(json.dumps(ours, indent=1) + "\n")
+    os.replace(part, file)
 
 
 def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], preset: str) -> None:

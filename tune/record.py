@@ -40,7 +40,7 @@ def note_values(sweep: str | Path, number: int, values: dict, epoch: int = 0, cl
     folder = folder_of(sweep, number)
     folder.mkdir(parents=True, exist_ok=True)
     line = {"from_epoch": epoch, "values": values} | ({"clone_of": clone_of} if clone_of else {})
-    with (folder / "values.jsonl").open("a") as file:
+    with (folder / "values.jsonl").open("a" if epoch else "w") as file:  # anew, where a crash left half a line
         file.write(json.dumps(line) + "\n")
 
 
@@ -56,15 +56,18 @@ def read(sweep: str | Path, number: int) -> Record:
     lines = read_rows(folder / "values.jsonl")
     rows = read_rows(folder / "metrics.jsonl")
     steps = [r for r in rows if r["split"] == "train"]
-    end = folder / "ended.json"
+    try:
+        end = json.loads((folder / "ended.json").read_text())
+    except (OSError, ValueError):  # not there, or damaged: the run itself knows how far it is
+        end = None
     return Record(number, lines[-1]["values"] if lines else {}, [r for r in rows if r["split"] == "val"],
                   steps[-1]["step"] if steps else 0, sum(r["seconds"] for r in steps),
-                  json.loads(end.read_text()) if end.exists() else None)
+                  end)
 
 
 def read_all(sweep: str | Path) -> list[Record]:
-    """All trials that were begun, by their numbers."""
-    numbers = sorted(int(p.parent.name) for p in Path(sweep).glob("trials/*/values.jsonl"))
+    """All trials that were begun, by their numbers; not those of which a crash left no values."""
+    numbers = sorted(int(p.parent.name) for p in Path(sweep).glob("trials/*/values.jsonl") if read_rows(p))
     return [read(sweep, n) for n in numbers]
 
 

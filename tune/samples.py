@@ -20,7 +20,7 @@ class Samples(Searcher):
         super().__init__(metric=metric, mode=mode)
         self._source, self._sweep = source, sweep
         self._open = [r for r in begun if r.end is None]
-        self._fresh = list(range(len(begun), count))
+        self._fresh = [n for n in range(count) if n not in {r.number for r in begun}]
         self._number: dict[str, int] = {}
         for r in begun:
             if r.end is not None:

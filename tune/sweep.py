@@ -99,7 +99,7 @@ def _population(plan: Plan, space: Space, request: Request, begun: list[record.R
     """Population-based training's members, each with all values, and the space as Tune has it."""
     source = Random(space, plan.base, request.seed)
     points = [{"trial": r.number, **r.values} for r in begun if r.end is None]
-    for number in range(len(begun), request.num_samples):
+    for number in set(range(request.num_samples)) - {r.number for r in begun}:
         values = {k: plan.base[k] for k in space} | source.draw(number)
         record.note_values(plan.folder, number, values)
         points.append({"trial": number, **values})
