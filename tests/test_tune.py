@@ -235,7 +235,7 @@ def test_optuna_learns_from_trials_also_of_an_earlier_attempt(tmp_path):
         for n in numbers:
             drawn = samples.suggest(f"t{n}")
             assert drawn["trial"] == n
-            ended(tmp_path, n, {}, [value(drawn)])
+            ended(tmp_path, n, {k: v for k, v in drawn.items() if k != "trial"}, [value(drawn)])
             samples.on_trial_complete(f"t{n}", {"accuracy": value(drawn)})
 
     search(range(0, 20), [])
