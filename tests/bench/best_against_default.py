@@ -1,10 +1,11 @@
-"""Whether what a sweep of Module 1 found beats the configuration it began with, on seeds that the sweep did not see.
+"""Whether what a sweep found beats the configuration it began with, on seeds that the sweep did not see.
 
     python tests/bench/best_against_default.py --best SWEEP/best.toml --preset cpu --seeds 11 12 13 --out OUT \\
-        --dataset_root DIR [DIR …] [--test DIR] [--set key=value …]
+        --dataset_root DIR [DIR …] [--test DIR] [--set key=value …] [--pretrained_ckpt MODULE1]
 
-Both are trained on each seed, which also chooses the held-out fingers; both are validated on the same views of those,
-with the corruption of the configuration that the sweep began with. `--test`: the registered matches' macro EER there too.
+Of Module 1; with `--pretrained_ckpt` of Module 2, on that Module 1. Both configurations are trained on each seed, which
+also chooses the held-out fingers. Module 1 is validated on the same views of those, with the corruption of the
+configuration that the sweep began with, Module 2 on the same pairs. `--test`: the macro EER there too.
 """
 
 import argparse
@@ -12,13 +13,14 @@ import statistics
 from pathlib import Path
 
 from cluster.host import Host
-from ifvit import cli, train_dense
-from ifvit.config import DenseConfig, parse_value, preset, read_toml, with_changes
+from ifvit import checkpoint, cli, train_dense, train_match
+from ifvit.config import DenseConfig, MatchConfig, parse_value, preset, read_toml, with_changes
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.evaluate import evaluate
 from ifvit.paths import cache_dir
 from ifvit.scorer import Scorer
+from ifvit.training.match import COMMON
 from ifvit.training.metrics import read_rows
 from ifvit.training.sharding import use_cpu_cores
 
@@ -32,31 +34,46 @@ def main() -> None:
     parser.add_argument("--dataset_root", nargs="+", required=True)
     parser.add_argument("--test")
     parser.add_argument("--set", action="append", default=[])
+    parser.add_argument("--pretrained_ckpt")
     args = parser.parse_args()
     cli.prepare_output()
     use_cpu_cores()
     cli.use_compilation_cache(cache_dir() / "compiled")
+    cls, table = (MatchConfig, "match") if args.pretrained_ckpt else (DenseConfig, "dense")
     sets = dict(item.split("=") for item in args.set)
-    base = with_changes(preset(args.preset, DenseConfig), {k: parse_value(DenseConfig, k, v) for k, v in sets.items()})
+    base = with_changes(preset(args.preset, cls), {k: parse_value(cls, k, v) for k, v in sets.items()})
     base = base.replace(dataset_root=tuple(args.dataset_root))
-    kinds = {"default": base, "best": with_changes(base, read_toml(args.best)["dense"])}
-    found: dict[str, list[float]] = {name: [] for name in kinds}
+    if args.pretrained_ckpt:
+        theirs = checkpoint.read_metadata(checkpoint.locate(args.pretrained_ckpt))["config"]
+        base = with_changes(base, {"dense_reg_ckpt": args.pretrained_ckpt} | {k: theirs[k] for k in COMMON})
+
+    def train(config) -> Path:
+        if args.pretrained_ckpt:
+            return train_match.run(config, "auto", Host())
+        return train_dense.run(config, "auto", Host(), validation=base)
+
+    kinds = {"default": base, "best": with_changes(base, read_toml(args.best)[table])}
+    shown = {"eer": False, "d_prime": True} if args.pretrained_ckpt else {"accuracy": True}  # metric -> higher is better
+    if args.test:
+        shown["test EER"] = False
+    found: dict[str, list[dict]] = {name: [] for name in kinds}
     for seed in args.seeds:
         for name, config in kinds.items():
-            config = config.replace(seed=seed, checkpoint_dir=str(args.out / f"{name}_{seed}"))
-            ckpt = train_dense.run(config, "auto", Host(), validation=base)
-            rows = [r for r in read_rows(args.out / f"{name}_{seed}" / "metrics.jsonl") if r["split"] == "val"]
-            found[name].append(rows[-1]["accuracy"])
-            said = f"seed {seed}, {name}: accuracy {rows[-1]['accuracy']:.4f}"
+            folder = args.out / f"{name}_{seed}"
+            ckpt = train(config.replace(seed=seed, checkpoint_dir=str(folder)))
+            values = [r for r in read_rows(folder / "metrics.jsonl") if r["split"] == "val"][-1]
             if args.test:
                 scorer = Scorer.from_checkpoint(ckpt)
                 prints = prepare(read_roots([args.test], None), scorer.config.canvas_size, 0.1, cache_dir())
-                said += f", EER {evaluate(scorer, prints, args.out / f'test_{name}_{seed}')['macro']['eer']:.2%}"
-            print(said, flush=True)
-    for name, values in found.items():
-        print(f"{name}: {statistics.mean(values):.4f} [{min(values):.4f} … {max(values):.4f}]")
-    gains = [b - a for a, b in zip(found["default"], found["best"])]
-    print(f"best less default, seed by seed: {', '.join(f'{g:+.4f}' for g in gains)}")
+                values["test EER"] = evaluate(scorer, prints, args.out / f"test_{name}_{seed}")["macro"]["eer"]
+            found[name].append(values)
+            print(f"seed {seed}, {name}: " + ", ".join(f"{m} {values[m]:.4f}" for m in shown), flush=True)
+    for metric, higher in shown.items():
+        of = {name: [v[metric] for v in values] for name, values in found.items()}
+        for name, values in of.items():
+            print(f"{metric}, {name}: {statistics.mean(values):.4f} [{min(values):.4f} … {max(values):.4f}]")
+        gains = [(b - a) if higher else (a - b) for a, b in zip(of["default"], of["best"])]
+        print(f"{metric}, how much better the best is, seed by seed: {', '.join(f'{g:+.4f}' for g in gains)}")
 
 
 if __name__ == "__main__":
