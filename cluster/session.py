@@ -22,6 +22,7 @@ def session(**how) -> Iterator[bool]:
     if not alone:
         _answers(os.environ["RAY_ADDRESS"])
     where = {"address": "local", "include_dashboard": False} if alone else {}
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
     try:
         ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
     except (ConnectionError, ValueError) as e:

@@ -77,13 +77,22 @@ class TrainArgs(ConfigArgs):
 
     def run(self) -> int:
         """Trains where the flags say; returns the exit code."""
+        request = self.request()
         try:
-            request = Request(**{f: getattr(self, f) for f in Request.__dataclass_fields__})
             code, message = launch(self._job, request)
         except ClusterError as e:
             raise UserError(str(e)) from None
         cli.tell(code, message)
         return code
+
+    def request(self) -> Request:
+        """Where the flags say that it runs; UserError where they make no sense."""
+        try:
+            request = Request(**{f: getattr(self, f) for f in Request.__dataclass_fields__})
+            request.on_ray()
+        except ClusterError as e:
+            raise UserError(str(e)) from None
+        return request
 
     def _job(self, platform: str) -> Job:
         """This command as a job for workers of that kind, its flags checked; for '' without a look at the devices."""
@@ -93,11 +102,16 @@ class TrainArgs(ConfigArgs):
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
         configs = tuple(c.replace(checkpoint_dir=absolute(c.checkpoint_dir)) for c in self.configs(preset))
         for config in configs:
-            if "working_dir_files" in config.checkpoint_dir:
-                raise UserError(f"checkpoint_dir {config.checkpoint_dir} lies in the job's working directory, which Ray removes; "
-                                "give an absolute path that all hosts share.")
+            check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
         return Job(functools.partial(run_here, self.command, asdict(self), preset, configs), name,
                    tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"))
+
+
+def check_outlives_job(path: str, what: str) -> None:
+    """UserError for a folder that Ray removes with the job."""
+    if "working_dir_files" in absolute(path):
+        raise UserError(f"{what} {path} lies in the job's working directory, which Ray removes; give an absolute path that "
+                        "all hosts share.")
 
 
 def given(**flags) -> dict:

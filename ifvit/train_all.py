@@ -15,8 +15,8 @@ from typing import ClassVar
 from etils import epath
 
 from ifvit import cli
-from ifvit.commands import TrainArgs, build_config, given
-from ifvit.config import DenseConfig, MatchConfig
+from ifvit.commands import TrainArgs, build_config, check_outlives_job, given
+from ifvit.config import DenseConfig, MatchConfig, read_toml
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 
@@ -48,13 +48,28 @@ class Args(TrainArgs):
             raise UserError(f"--tune is {self.tune}; give the number of trials, or leave it out.")
         if not self.tune:
             return super().run()
+        sweep = Path(os.path.abspath(resolve(self.sweep_dir)))
+        self._check(sweep)
         if code := self._search():
             return code
-        best = Path(os.path.abspath(resolve(self.sweep_dir)))
-        found = replace(self, tune=0, config=str(best / "best.toml"))
-        for config, (name, ckpt) in zip(found.configs(None), json.loads((best / "best.json").read_text()).items()):
-            adopt(ckpt, config.checkpoint_dir, name, self.resume)
+        found = replace(self, tune=0, config=str(with_best(self.config, sweep)))
+        for config, (name, ckpt) in zip(found.configs(self.preset or "paper"), json.loads((sweep / "best.json").read_text()).items()):
+            adopt(ckpt, config.checkpoint_dir, name, self.resume, sweep)
         return replace(found, resume="auto").run()
+
+    def _check(self, sweep: Path) -> None:
+        """UserError for what would show after the search only."""
+        from ifvit import checkpoint
+        from ifvit.training import saving
+
+        self.request()
+        check_outlives_job(str(sweep), "sweep_dir")
+        for config, name, flag in zip(self.configs(self.preset or "paper"), ("dense_reg", "matcher"), ("dense", "matcher")):
+            check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
+            here = checkpoint.as_writable_path(config.checkpoint_dir)
+            if self.resume == "auto" and not (sweep / "dense/sweep.json").exists() and saving.candidates(here, name, 1):
+                raise UserError(f"{here} holds a run already, and the search would end in another one; give another "
+                                f"--{flag}_checkpoint_dir, or --resume never.")
 
     def _search(self) -> int:
         """The sweep, in a process of its own: it must not hold the accelerators of this one. Its exit code."""
@@ -66,11 +81,13 @@ class Args(TrainArgs):
         words += [w for item in self.set for w in ("--set", item)]
         words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
         words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
-        sweep = subprocess.Popen([sys.executable, "-m", "tune", "--module", "both", *words])
+        sweep = subprocess.Popen([sys.executable, "-m", "tune", "--module", "both", *words],
+                                 env=os.environ | {"IFVIT_SWEEP_OF": str(os.getpid())})
         before = signal.signal(signal.SIGTERM, lambda *_: sweep.terminate())
         try:
             return sweep.wait()
-        except KeyboardInterrupt:  # the sweep has been told so too
+        except KeyboardInterrupt:  # a terminal has told the sweep too, others have not
+            sweep.send_signal(signal.SIGINT)
             return sweep.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
@@ -127,8 +144,24 @@ class Args(TrainArgs):
             print(f"{what}: {path}")
 
 
-def adopt(ckpt: str, folder: str, name: str, resume: str) -> None:
-    """A sweep's best run, trained to its end, as the run of a checkpoint directory that has none of its own."""
+def with_best(config: str, sweep: Path) -> Path:
+    """A user's `--config` file ('' for none) with what a sweep has found, as a file in the sweep's folder."""
+    found = read_toml(str(sweep / "best.toml"))
+    asked = read_toml(config) if config else {}
+    plain = {k: v for k, v in asked.items() if k not in found}
+    tables = {name: asked.get(name, {}) | table for name, table in found.items()}
+    lines = lambda table: [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items()]
+    text = "\n".join([*lines(plain), *(line for name, table in tables.items() for line in ("", f"[{name}]", *lines(table)))])
+    file = sweep / "train_all.toml"
+    file.write_text(text + "\n")
+    return file
+
+
+def adopt(ckpt: str, folder: str, name: str, resume: str, sweep: Path) -> None:
+    """A sweep's best run, trained to its end, as the run of a checkpoint directory that has none of its own.
+
+    One that was adopted from the sweep before gives way where the sweep has found a better one since.
+    """
     from ifvit import checkpoint
     from ifvit.checkpoint_places import duplicate
     from ifvit.training import saving
@@ -136,9 +169,16 @@ def adopt(ckpt: str, folder: str, name: str, resume: str) -> None:
     here = checkpoint.as_writable_path(folder)
     if resume == "never":
         saving.move_away(here, name)
-    if here.is_dir() and any(p.name.startswith(f"{name}_") for p in here.iterdir()):
-        return
     source = checkpoint.locate(ckpt)
+    if there := saving.candidates(here, name, 1):
+        try:
+            theirs = checkpoint.read_metadata(there[0])
+        except UserError:  # training sets a damaged one aside
+            return
+        if not (Path(theirs["config"]["checkpoint_dir"]).is_relative_to(sweep)
+                and theirs["digests"] != checkpoint.read_metadata(source)["digests"]):
+            return
+        saving.move_away(here, name)
     here.mkdir(parents=True, exist_ok=True)
     for file in ("metrics.jsonl", "curves.png", "config.json"):
         if (source.parent / file).exists():

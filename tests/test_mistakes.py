@@ -327,10 +327,11 @@ def test_validation_counts_a_pair_once_where_the_last_batch_is_filled_up(tmp_pat
     np.save(tmp_path / "m.npy", np.ones((4, 1, 1), bool))
     prints = PrintSet(tuple(Print("", "A", str(i), "1", 500) for i in range(4)), (0, 1, 2, 3),
                       str(tmp_path / "c.npy"), str(tmp_path / "m.npy"))
-    seen = []
+    seen, drawn = [], []
 
     def evaluate(batch, keys):
         seen.append(int(batch["counts"].sum()))
+        drawn.extend(map(tuple, jax.random.key_data(keys).tolist()))
         impostor, genuine = batch["counts"] & ~batch["genuine"], batch["counts"] & batch["genuine"]
         return {"correct": 5 * genuine.sum(), "known": 10 * genuine.sum(), "impostor_confidence": impostor.sum()}
 
@@ -338,6 +339,10 @@ def test_validation_counts_a_pair_once_where_the_last_batch_is_filled_up(tmp_pat
     config = DENSE.replace(batch_size=size, val_pairs=2 * size - 1, impostor_share=0.9)
     assert warp_metrics(evaluate, (), prints, config) == {"accuracy": 0.5, "impostor_confidence": 1.0}
     assert seen == [size, size - 1]
+    one = drawn[: 2 * size - 1]  # a view belongs to its pair, whatever the batch
+    drawn.clear()
+    warp_metrics(evaluate, (), prints, config.replace(batch_size=2 * size))
+    assert drawn[: 2 * size - 1] == one and len(set(one)) == len(one)
 
 
 def test_a_pair_that_fills_a_batch_up_has_no_part_in_the_metrics(batch):

@@ -4,10 +4,6 @@ import contextlib
 import csv
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 import tomllib
 from pathlib import Path
@@ -119,6 +115,27 @@ def test_what_another_choice_makes_moot_is_not_in_a_sample():
         assert ("cosine_scale" in values) == (values["similarity"] == "cosine")
 
 
+@pytest.mark.parametrize("changes, key", [({"weight_decay": 0.2}, "weight_decay"), ({"learning_rate": 5.0}, "learning_rate"),
+                                          ({"batch_size": 16, "accumulate": 16}, "batch_size")])
+def test_multiples_of_a_value_stay_within_what_it_may_be(changes, key):
+    base = BASE["dense"].replace(**changes)
+    p = space.space_for("dense", base)[key]
+    for value in p.values if isinstance(p, Choice) else (p.low, p.high):
+        base.replace(**{key: value})
+
+
+def test_what_is_given_is_not_searched():
+    plans = Args(preset="smoke", set=("dense.weight_decay=0.3", "match.noise=0.1"))._plans("smoke")
+    assert "weight_decay" not in plans["dense"][1] and plans["dense"][0].weight_decay == 0.3 and "noise" in plans["dense"][1]
+    assert "noise" not in plans["match"][1] and "weight_decay" in plans["match"][1]
+
+
+def test_what_is_taken_in_turn_is_tried_whole():
+    found = {"dense_reg_ckpt": Choice(tuple("abcdefgh"), in_turn=True), "noise": Range(0, 1)}
+    drawn = [space.draw(found, BASE["match"].replace(dense_reg_ckpt="a"), 0, n).get("dense_reg_ckpt", "a") for n in range(8)]
+    assert sorted(drawn) == list("abcdefgh")
+
+
 def test_where_all_prints_are_generated_their_share_is_not_searched():
     assert "synthetic_share" not in space.space_for("match", BASE["match"])
     assert "synthetic_share" in space.space_for("match", BASE["match"].replace(dataset_root=("prints",)))
@@ -157,6 +174,8 @@ def test_a_users_file_narrows_adds_and_fixes():
     ("[dense.grad_clip]\nlow = 1", "no range yet; give low and high"),
     ("[desne]\nnoise = 1", "did you mean dense"),
     ("dense = 3", "write [dense]"),
+    ("[dense.num_epochs]\nlow = 1\nhigh = 3", "num_epochs cannot be searched"),
+    ("[dense]\nseed = [1, 2]", "seed cannot be searched"),
 ])
 def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
     file = tmp_path / "space.toml"
@@ -173,6 +192,12 @@ def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
     (["--module", "dense", "--joint"], "--module both"),
     (["--resume", "elsewhere"], "auto or never"),
     (["--trial_epochs", "0"], "at least 1"),
+    (["--max_concurrent", "-1"], "from 0 on"),
+    (["--trial_cpus", "-1"], "from 0 on"),
+    (["--trial_accelerators", "1.5"], "a part of one, or a whole number"),
+    (["--wait_for_hosts", "nan"], "from 0 on"),
+    (["--joint", "--scheduler", "pbt"], "give another --scheduler"),
+    (["--sweep_dir", "/tmp/ray/working_dir_files/x"], "which Ray removes"),
     (["--num_sampels", "3"], "did you mean --num_samples"),
 ])
 def test_mistakes_in_flags_are_told(words, what, capsys):
@@ -246,6 +271,29 @@ def test_optuna_learns_from_trials_also_of_an_earlier_attempt(tmp_path):
     assert np.mean([v["transformer"] == "loftr" for v in late]) > 0.7
 
 
+def test_optuna_does_not_draw_the_same_again_after_an_interruption(tmp_path):
+    pytest.importorskip("optuna")
+    found = {"noise": Range(0.0, 1.0)}
+    first = Optuna(found, BASE["dense"], 0, "max")
+    drawn = [first.draw(n)["noise"] for n in (1, 2, 3)]
+    again = Optuna(found, BASE["dense"], 0, "max")
+    for n, noise in enumerate(drawn, 1):
+        again.learn(n, {"noise": noise}, 0.5)
+    later = [again.draw(n)["noise"] for n in (4, 5, 6)]
+    assert len({*drawn, *later}) == 6
+
+
+def test_an_epochs_row_has_what_training_reported_too(tmp_path):
+    ended(tmp_path, 0, {}, [0.5])
+    file = record.folder_of(tmp_path, 0) / "metrics.jsonl"
+    lines = [{"split": "train", "step": 1, "epoch": 1, "loss": 3.0, "seconds": 1.0}, {"split": "train", "step": 2, "epoch": 1, "loss": 2.0, "seconds": 1.0},
+             {"split": "val", "step": 2, "epoch": 1, "accuracy": 0.5}]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = record.read_all(tmp_path)
+    assert (found[0].last("loss"), found[0].last("accuracy"), found[0].epochs) == (2.0, 0.5, 1)
+    assert record.order(found, "loss", False) == found
+
+
 def test_asha_knows_what_trials_of_an_earlier_attempt_have_reached(tmp_path):
     for n, best in enumerate((0.9, 0.8, 0.7)):
         ended(tmp_path, n, {}, [best - 0.2, best - 0.1, best])
@@ -271,6 +319,8 @@ def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path)
     ([{"CPU": 2.0}], {}, {"CPU": 1}),
     ([{"CPU": 64.0}], {}, {"CPU": 8}),                       # 8 samples keep 64 cores busy
     ([{"CPU": 64.0}], {"cpus": 4}, {"CPU": 4}),
+    ([{"CPU": 4.0}] * 16, {}, {"CPU": 4}),                   # no trial is larger than a host
+    ([{"CPU": 0.0}, {"CPU": 4.0}], {}, {"CPU": 1}),
     ([{"CPU": 32.0, "GPU": 4.0}], {}, {"CPU": 8, "GPU": 1.0}),
     ([{"CPU": 8.0, "GPU": 1.0}], {"accelerators": 0.5}, {"CPU": 4, "GPU": 0.5}),
     ([{"CPU": 16.0}, {"CPU": 200.0, "TPU": 4.0}], {"accelerators": 4}, {"CPU": 200, "TPU": 4}),
@@ -394,7 +444,7 @@ def test_best_toml_makes_the_same_configuration_whatever_the_preset(tmp_path):
     from ifvit.train_all import Args as TrainAll
     from ifvit.train_dense import Args as TrainDense
 
-    handed_on = lambda config: {k: v for k, v in config.to_dict().items() if k not in results.NOT_HANDED_ON}
+    handed_on = lambda config: {k: v for k, v in config.to_dict().items() if k not in space.OF_THE_RUN}
     found = (*TrainAll(config=str(file), preset="paper").configs(None), *TrainDense(config=str(file)).configs("cpu"))
     assert [handed_on(c) for c in found] == [handed_on(c) for c in (dense, match, dense)]
 
@@ -416,78 +466,108 @@ def test_another_sweep_in_the_same_folder_is_a_mistake_that_names_the_setting(tm
     from tune.__main__ import _check_same_sweep
 
     found = space.space_for("dense", BASE["dense"])
-    _check_same_sweep(tmp_path, plan(tmp_path), found)
-    _check_same_sweep(tmp_path, plan(tmp_path), found)
+    _check_same_sweep(tmp_path, plan(tmp_path), found, "prints")
+    _check_same_sweep(tmp_path, plan(tmp_path), found, "prints")
     with pytest.raises(UserError, match="another configuration: val_pairs was 8, and is 9"):
-        _check_same_sweep(tmp_path, plan(tmp_path, BASE["dense"].replace(num_epochs=9, val_pairs=9)), found)
+        _check_same_sweep(tmp_path, plan(tmp_path, BASE["dense"].replace(num_epochs=9, val_pairs=9)), found, "prints")
     with pytest.raises(UserError, match="another space: noise"):
-        _check_same_sweep(tmp_path, plan(tmp_path), found | {"noise": Range(0, 1)})
+        _check_same_sweep(tmp_path, plan(tmp_path), found | {"noise": Range(0, 1)}, "prints")
+    with pytest.raises(UserError, match="a sweep on other prints"):
+        _check_same_sweep(tmp_path, plan(tmp_path), found, "others")
 
 
-# ---- whole sweeps
+def test_a_sweep_on_another_module_1_is_another_sweep(tmp_path):
+    from tune.__main__ import _check_same_sweep
+
+    for name in "ab":
+        (tmp_path / f"{name}.pkl").write_bytes(name.encode())
+    on = lambda name: dataclasses.replace(plan(tmp_path), module="match", base=BASE["match"].replace(dense_reg_ckpt=str(tmp_path / f"{name}.pkl")))
+    assert on("a").config({}, 0).batch_size == 4  # a pickle tells nothing of what both modules have in common
+    _check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
+    _check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
+    with pytest.raises(UserError, match="a sweep on another Module 1"):
+        _check_same_sweep(tmp_path / "sweep", on("b"), {}, "prints")
 
 
-def test_a_sweep_of_both_modules_killed_at_a_random_moment_loses_no_trial_and_ends_in_an_evaluated_matcher(tmp_path):
-    words = [sys.executable, "-m", "ifvit.train_all", "--tune", "8", "--preset", "smoke"]
-    first = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-    trials = tmp_path / "checkpoints/sweep/dense/trials"
-    until = time.monotonic() + 300
-    while len(list(trials.glob("*/ended.json"))) < 2 and time.monotonic() < until and first.poll() is None:
-        time.sleep(0.2)
-    time.sleep(np.random.default_rng().random() * 8)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    before = {p: p.read_text() for p in trials.glob("*/ended.json")}
-    assert len(before) >= 2
+def test_trials_that_failed_before_their_first_step_are_no_end_of_the_summary(tmp_path):
+    from tune.__main__ import _summary
 
-    again = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0, again.stdout[-3000:] + again.stderr[-3000:]
-    assert {p: p.read_text() for p in before} == before  # not one was run again
-    for name, ckpt in (("dense", "dense_reg"), ("match", "matcher")):
-        records = record.read_all(tmp_path / "checkpoints/sweep" / name)
-        assert len(records) == 8 and all(r.end for r in records)
-        finished = [r for r in records if r.end["how"] == "finished"]
-        metric, higher = {"dense": ("accuracy", True), "match": ("eer", False)}[name]
-        best = record.order(records, metric, higher)[0]
-        assert best in finished and f"best: trial {best.number}, {metric}" in again.stdout
-        ours = checkpoint.load(tmp_path / "checkpoints" / ckpt / f"{ckpt}_ckpt")
-        theirs = checkpoint.load(record.folder_of(tmp_path / "checkpoints/sweep" / name, best.number) / f"{ckpt}_ckpt")
-        assert ours.metadata["digests"] == theirs.metadata["digests"]
-        assert {k: ours.metadata["config"][k] for k in best.values} == json.loads(json.dumps(best.values))
-    assert "Module 2, fused score" in again.stdout and (tmp_path / "checkpoints/matcher/evaluation/matcher/metrics.json").exists()
-    rest = subprocess.run([sys.executable, "-m", "ifvit.train_dense", "--config", "checkpoints/sweep/best.toml"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert rest.returncode == 0 and "is finished" in rest.stdout, rest
+    ended(tmp_path, 0, {}, [0.1] * 9)
+    ended(tmp_path, 1, {}, [0.1], "stopped")
+    ended(tmp_path, 2, {}, [], "failed", "loss is nan at step 1")
+    records = record.read_all(tmp_path)
+    assert _summary(records, records[0], "accuracy", plan(tmp_path))[-1] == "37% of the steps that all trials in full would take"
 
 
-def test_a_trial_that_exploits_another_goes_on_from_its_parameters(tmp_path):
-    words = ["--module", "dense", "--scheduler", "pbt", "--num_samples", "4", "--preset", "smoke", "--num_samples", "4",
-             "--search", "learning_rate", "noise", "--set", "num_epochs=4", "--seed", "1"]
-    done = subprocess.run([sys.executable, "-m", "tune", *words], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    out = tmp_path / "checkpoints/sweep/dense"
-    clones = [(n, line) for n in range(4) for line in map(json.loads, (record.folder_of(out, n) / "values.jsonl").read_text().splitlines())
-              if line.get("clone_of")]
-    assert clones
-    digests = lambda path: {k: v for k, v in checkpoint.read_metadata(checkpoint.as_path(path))["digests"].items() if "/params/" in k}
-    for number, line in clones:
-        mine, epoch = record.folder_of(out, number), line["from_epoch"]
-        last = [other["from_epoch"] for n, other in clones if n == number]
-        theirs = Path(line["clone_of"])
-        cloned_since = [o for n, o in clones if record.folder_of(out, n) == theirs.parent and o["from_epoch"] >= epoch]
-        if last.count(epoch) > 1 or cloned_since:
-            continue
-        assert digests(mine / f"dense_reg_epoch_{epoch}") == digests(theirs)
-        after = "ckpt" if epoch == 3 else f"epoch_{epoch + 1}"
-        if (epoch + 1) not in last:
-            assert digests(mine / f"dense_reg_{after}") != digests(theirs.with_name(f"dense_reg_{after}"))  # with settings of its own
-            config = checkpoint.read_metadata(checkpoint.as_path(mine / f"dense_reg_{after}"))["config"]
-            assert {k: config[k] for k in line["values"]} == line["values"]
+def test_the_best_of_the_other_module_stays_in_the_same_folder(tmp_path):
+    from tune.__main__ import _write_best
+
+    dense, match = BASE["dense"].replace(learning_rate=0.007), BASE["match"].replace(enhance=False)
+    _write_best(tmp_path, {"match": match}, {"matcher": "m"}, "smoke")
+    _write_best(tmp_path, {"dense": dense}, {"dense_reg": "d"}, "smoke")
+    found = tomllib.loads((tmp_path / "best.toml").read_text())
+    assert list(found) == ["dense", "match"] and found["dense"]["learning_rate"] == 0.007 and found["match"]["enhance"] is False
+    assert json.loads((tmp_path / "best.json").read_text()) == {"dense_reg": "d", "matcher": "m"}
 
 
-def test_a_metric_that_no_trial_reports_ends_the_sweep_and_is_told_with_those_there_are(tmp_path):
-    said = subprocess.run([sys.executable, "-m", "tune", "--module", "dense", "--num_samples", "6", "--preset", "smoke", "--search", "noise",
-                           "--metric", "acuracy"], cwd=tmp_path, capture_output=True, text=True, timeout=600)
-    assert said.returncode == 1, said
-    assert "No trial reports the metric 'acuracy'" in said.stderr and "it reports accuracy" in said.stderr
-    assert "Traceback" not in said.stderr
+def test_a_folder_is_one_sweeps_at_a_time(tmp_path, monkeypatch):
+    from tune import __main__ as command
+
+    monkeypatch.setattr(command, "PATIENCE", 0.1)
+    with command._alone_in(tmp_path / "sweep"):
+        with pytest.raises(UserError, match="Another sweep is running in"), command._alone_in(tmp_path / "sweep"):
+            pass
+    with command._alone_in(tmp_path / "sweep"):
+        pass
+
+
+# ---- train_all --tune, after the sweep
+
+
+def test_what_is_found_wins_over_a_users_file_which_keeps_a_runs_own_affairs(tmp_path):
+    from ifvit.train_all import Args as TrainAll
+    from ifvit.train_all import with_best
+
+    (tmp_path / "best.toml").write_text(results.best_toml(
+        {n: BASE[n].replace(learning_rate=0.0125) for n in BASE}, {}, ["best"]))
+    file = tmp_path / "mine.toml"
+    file.write_text('seed = 3\n[dense]\nlearning_rate = 0.5\nloftr_ckpt = "é.ckpt"\n[match]\nnum_classes = 77\n')
+    dense, match = TrainAll(config=str(with_best(str(file), tmp_path)), preset="cpu").configs(None)
+    assert (dense.learning_rate, match.learning_rate, dense.seed, match.seed) == (0.0125, 0.0125, 3, 3)
+    assert (dense.loftr_ckpt, match.num_classes, dense.image_size) == ("é.ckpt", 77, 64)
+    assert TrainAll(config=str(with_best("", tmp_path)), preset="cpu").configs(None)[0].learning_rate == 0.0125
+
+
+def test_a_sweeps_best_is_taken_over_anew_when_it_is_another_and_no_other_run_gives_way(tmp_path, module1):
+    from ifvit.checkpoint_places import duplicate
+    from ifvit.train_all import adopt
+
+    def run(folder, of, bit=0):
+        """A finished checkpoint that says it was trained in `of`."""
+        duplicate(checkpoint.as_path(module1.path), checkpoint.as_path(folder / "dense_reg_ckpt"))
+        metadata = checkpoint.load(folder / "dense_reg_ckpt")
+        state = {k: v for k, v in metadata.state.items()}
+        state["step"] = np.asarray(bit, np.int32)
+        config = metadata.metadata["config"] | {"checkpoint_dir": str(of)}
+        checkpoint.save(folder / "dense_reg_ckpt", "dense_reg", state, {k: metadata.metadata[k] for k in (
+            "epoch", "step", "finished", "best", "value", "history", "data", "steps_per_epoch")} | {"config": config})
+        return folder / "dense_reg_ckpt"
+
+    sweep = tmp_path / "sweep"
+    first, second = (run(sweep / name, sweep / name, n) for n, name in enumerate(("000", "001")))
+    here = tmp_path / "dense_reg"
+    step = lambda: int(checkpoint.load(here / "dense_reg_ckpt").state["step"])
+    (here / "dense_reg_ckpt.orbax-checkpoint-tmp-copy").mkdir(parents=True)  # what a kill within it leaves
+    adopt(str(first), str(here), "dense_reg", "auto", sweep)
+    assert step() == 0
+    adopt(str(second), str(here), "dense_reg", "auto", sweep)
+    assert step() == 1 and (here / "before_1/dense_reg_ckpt").is_dir()
+    run(here, "elsewhere", 5)
+    adopt(str(second), str(here), "dense_reg", "auto", sweep)
+    assert step() == 5
+
+
+def test_a_directory_with_a_run_of_its_own_is_told_before_the_search(command, module1):
+    said = command("train_all", "--tune", 2, "--preset", "smoke", cwd=module1.cwd)
+    assert said.code == 2 and "holds a run already" in said.err and "--dense_checkpoint_dir" in said.err
+    assert not (module1.cwd / "checkpoints/sweep").exists()

@@ -3,10 +3,18 @@
     python -m tune --module both --num_samples 24 --dataset_root DIR
 """
 
+import contextlib
 import dataclasses
+import fcntl
+import hashlib
 import json
+import math
 import os
+import signal
 import sys
+import threading
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -14,13 +22,15 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.cli import Failure
-from ifvit.commands import ConfigArgs, build_config, given
+from ifvit.commands import ConfigArgs, build_config, check_outlives_job, given
 from ifvit.config import Config, DenseConfig, MatchConfig, config_of, read_toml, with_changes
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 from tune import space as spaces
 from tune.space import RUNS, Choice
 
+PARENT = "IFVIT_SWEEP_OF"  # in the environment: the process without which a sweep is to end
+PATIENCE = 30.0            # seconds that a sweep which is ending gets to leave its folder
 METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # by default, and whether more is better
 LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # in a metric's name
 
@@ -38,7 +48,7 @@ class Args(ConfigArgs):
     search: tuple[str, ...] = ()
     """these settings alone [all of the space]"""
     metric: tuple[str, ...] = ()
-    """of validation, by which trials are judged; with `both` one for each module [accuracy eer]"""
+    """of an epoch's end, by which trials are judged; with `both` one for each module [accuracy eer]"""
     searcher: Literal["random", "optuna"] = "random"
     """`optuna` learns from the trials before (pip install 'ifvit[optuna]')"""
     scheduler: Literal["asha", "pbt", "none"] = "asha"
@@ -71,6 +81,11 @@ class Args(ConfigArgs):
             raise UserError(f"--trial_epochs is {self.trial_epochs}; give at least 1.")
         if self.trial_workers < 1:
             raise UserError(f"--trial_workers is {self.trial_workers}; give at least 1.")
+        for name in ("trial_cpus", "trial_accelerators", "max_concurrent", "wait_for_hosts"):
+            if not 0 <= getattr(self, name) < math.inf:  # NaN neither
+                raise UserError(f"--{name} is {getattr(self, name)}; give a number from 0 on.")
+        if self.trial_accelerators > 1 and self.trial_accelerators % 1:
+            raise UserError(f"--trial_accelerators is {self.trial_accelerators}; give a part of one, or a whole number.")
         if self.trial_workers > 1 and (self.trial_cpus or self.trial_accelerators):
             raise UserError("A trial of several workers takes whole hosts; leave --trial_cpus and --trial_accelerators out.")
         if self.resume not in ("auto", "never"):
@@ -81,8 +96,12 @@ class Args(ConfigArgs):
             raise UserError(f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path.")
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
+        if self.joint and self.scheduler == "pbt":
+            raise UserError("--joint tries one Module 1 after the other, and population-based training changes numbers alone; "
+                            "give another --scheduler.")
         if self.joint and self.trial_epochs:
             raise UserError("--joint takes Module 1 from trials that were trained to the end; leave --trial_epochs out.")
+        check_outlives_job(resolve(self.sweep_dir), "sweep_dir")
         self._plans(self.preset or "paper")  # what is wrong with flags and files shows before Ray is started
         try:
             from cluster.session import session
@@ -93,19 +112,24 @@ class Args(ConfigArgs):
         jax.config.update("jax_platforms", "cpu")  # here prints are read, no more: accelerators are the trials'
         from tune import sweep
 
+        if parent := os.environ.pop(PARENT, ""):
+            threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+        out = Path(os.path.abspath(resolve(self.sweep_dir)))
         try:
-            with session(**sweep.session_options()):
-                self._sweeps(sweep.platform())
+            if self.resume == "never":
+                with _alone_in(out):
+                    if any(out.glob("*/sweep.json")):
+                        _move_away(out)
+            with _alone_in(out), session(**sweep.session_options()):
+                self._sweeps(out, sweep.platform())
         except ClusterError as e:
             raise UserError(str(e)) from None
         return 0
 
-    def _sweeps(self, platform: str) -> None:
+    def _sweeps(self, out: Path, platform: str) -> None:
         from ifvit import checkpoint
+        from ifvit.training.match import like_module1
 
-        out = Path(os.path.abspath(resolve(self.sweep_dir)))
-        if self.resume == "never":
-            _move_away(out)
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
         roots = " ".join(self.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
@@ -115,9 +139,11 @@ class Args(ConfigArgs):
             if name == "match":
                 if trained:
                     config = config.replace(dense_reg_ckpt=finished[0])
-                config = _like_module1(config)
+                config = like_module1(config)
                 if self.joint and len(finished) > 1:
-                    space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned")
+                    space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned", in_turn=True)
+                if trained and _noted(out / name).get("module1") not in (None, _modules1(config, space)):
+                    print(f"Module 1 is another one now: what was tried on the one before is moved to {_move_away(out / name)}")
             best[name], finished = self._sweep(name, config, space, out / name)
             trained[RUNS[name]] = finished[0]
         if self.joint:  # the Module 1 that goes with the best Module 2
@@ -142,7 +168,7 @@ class Args(ConfigArgs):
             config = with_changes(config, spaces.fixed(table[name]))
             items = [item.partition("=")[0].rpartition(".") for item in self.set]
             asked = {key for of, _, key in items if of == prefix}  # is not searched
-            space = {k: p for k, p in spaces.space_for(name, config, table[name], self.search).items() if k not in asked}
+            space = spaces.space_for(name, config, table[name], self.search, asked)
             plans[name] = config, spaces.changeable(space) if self.scheduler == "pbt" else space
         return plans
 
@@ -161,11 +187,11 @@ class Args(ConfigArgs):
         pbt = self.scheduler == "pbt"
         base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)
         samples = self.num_samples if space else 1
-        gather(base, Host())  # prints are read and generated once, and what is wrong with them shows here
+        _, prints, _ = gather(base, Host())  # read and generated once, and what is wrong with them shows here
         if name == "match":
             checkpoint_of_module1(base)
         plan = Plan(name, base, str(out), metric, higher, frozenset(space) if pbt else frozenset(), os.getcwd(), "", {})
-        _check_same_sweep(out, plan, space)
+        _check_same_sweep(out, plan, space, prints.digest())
         print(f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings", flush=True)
         for line in spaces.describe(space):
             print(f"  {line}")
@@ -185,7 +211,7 @@ class Args(ConfigArgs):
         print("\n" + "\n".join([*summary, hint, f"trials: {out / 'trials.csv'}; page: {out / 'index.html'}"]), flush=True)
         run_name = RUNS[name]
         if epochs < full.num_epochs:  # the best one to its end
-            last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(out / "best"))
+            last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(out / f"best_{best.number:03d}"))
             sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))
             finished = [str(record.folder_of(last.folder, 0) / f"{run_name}_ckpt")]
         else:
@@ -198,7 +224,8 @@ def _summary(records, best, metric: str, plan) -> list[str]:
     ends = [r.end["how"] for r in records if r.end]
     first = records[0].last(metric)
     full = max((r.steps for r in records if (r.end or {}).get("how") == "finished"), default=0)
-    share = sum(r.steps / max(r.steps, _steps_in_full(r, plan)) for r in records) / len(records)
+    whole = {r.number: r.rows[-1]["step"] / r.epochs * plan.base.num_epochs for r in records if r.rows}  # steps, had it gone on
+    share = full and sum(r.steps / whole.get(r.number, full) for r in records) / len(records)
     values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.values.items()) or "the configuration as it is"
     lines = [f"{len(records)} trials: " + ", ".join(f"{ends.count(h)} {h}" for h in ("finished", "stopped", "failed")),
              f"best: trial {best.number}, {metric} {best.last(metric):.4g} after {best.epochs} epochs: {values}"]
@@ -209,42 +236,39 @@ def _summary(records, best, metric: str, plan) -> list[str]:
     return lines
 
 
-def _steps_in_full(r, plan) -> int:
-    """Steps that a trial would have taken, had it not been stopped."""
-    return round(r.steps / r.epochs * plan.base.num_epochs) if r.epochs else 0
-
-
-def _like_module1(config: MatchConfig) -> MatchConfig:
-    """With what it has in common with its Module 1 taken from that one."""
+def _modules1(config: MatchConfig, space: spaces.Space) -> list[str]:
+    """What tells the Modules 1 of a sweep from others: digests of their digests, or of the pickle."""
     from ifvit import checkpoint
-    from ifvit.training.match import COMMON
+    from ifvit.training.match import module1_folder
 
-    if not config.dense_reg_ckpt:
-        return config
+    def of(path: str) -> str:
+        if not path:
+            return "none"
+        found = module1_folder(config.replace(dense_reg_ckpt=path))
+        content = json.dumps(checkpoint.read_metadata(found)["digests"]).encode() if found.is_dir() else found.read_bytes()
+        return hashlib.sha256(content).hexdigest()[:16]
+
+    return [of(path) for path in (space["dense_reg_ckpt"].values if "dense_reg_ckpt" in space else (config.dense_reg_ckpt,))]
+
+
+def _noted(out: Path) -> dict:
+    """What the sweep in a folder is; UserError where that is damaged."""
+    file = out / "sweep.json"
     try:
-        found = checkpoint.locate(config.dense_reg_ckpt)
-    except UserError as e:
-        raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
-                        "ifvit.train_dense), or give its path with --pretrained_ckpt.") from e
-    if not found.is_dir():
-        return config
-    theirs = checkpoint.read_metadata(found)["config"]
-    return with_changes(config, {k: theirs[k] for k in COMMON if k in theirs})
+        return json.loads(file.read_text()) if file.exists() else {}
+    except ValueError:
+        raise UserError(f"{file} is damaged; give --resume never, or another --sweep_dir.") from None
 
 
-def _check_same_sweep(out: Path, plan, space) -> None:
-    """Notes what the sweep is; UserError where the folder holds another one."""
+def _check_same_sweep(out: Path, plan, space, data: str) -> None:
+    """Notes what the sweep is; UserError where the folder holds another one. `data`: digest of the prints."""
     from ifvit.training.loop import FREE
 
     base = {k: v for k, v in plan.base.to_dict().items() if k not in FREE}
-    ours = json.loads(json.dumps({"metric": plan.metric, "configuration": base,
+    ours = json.loads(json.dumps({"metric": plan.metric, "configuration": base, "data": data,
+                                  "module1": _modules1(plan.base, space) if plan.module == "match" else [],
                                   "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()}}))
-    file = out / "sweep.json"
-    if file.exists():
-        try:
-            theirs = json.loads(file.read_text())
-        except ValueError:
-            raise UserError(f"{file} is damaged; give --resume never, or another --sweep_dir.") from None
+    if theirs := _noted(out):
         for part in ("configuration", "space"):
             for key in ours[part].keys() | theirs[part].keys():
                 if ours[part].get(key) != theirs[part].get(key):
@@ -252,29 +276,65 @@ def _check_same_sweep(out: Path, plan, space) -> None:
                                     f"{ours[part].get(key)}. Give the same, or --resume never, or another --sweep_dir.")
         if ours["metric"] != theirs["metric"]:
             raise UserError(f"{out} holds a sweep by the metric {theirs['metric']}; give the same, or another --sweep_dir.")
+        for part, what in (("data", "other prints"), ("module1", "another Module 1")):
+            if theirs.get(part) != ours[part]:
+                raise UserError(f"{out} holds a sweep on {what}; give the same, or --resume never, or another --sweep_dir.")
         return
     out.mkdir(parents=True, exist_ok=True)
-    part = out / "sweep.json.part"
-    part.write_text(json.dumps(ours, indent=1) + "\n")
-    os.replace(part, file)
+    _write(out / "sweep.json", json.dumps(ours, indent=1) + "\n")
 
 
 def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], preset: str) -> None:
+    """What was found, beside what an earlier sweep in this folder has found for the other module."""
     from tune import results
     from tune.record import read_all
 
+    if (out / "best.toml").exists() and (out / "best.json").exists():
+        found = {name: config_of(spaces.CONFIGS[name], table) for name, table in read_toml(str(out / "best.toml")).items()}
+        best, trained = found | best, json.loads((out / "best.json").read_text()) | trained
+        best, trained = ({name: table[name] for name in order if name in table}
+                         for table, order in ((best, RUNS), (trained, RUNS.values())))
     searched = {name: {k for r in read_all(out / name) for k in r.values} for name in best}
     header = [f"The best of a sweep from preset {preset}; --config of every training command."]
-    for name, text in (("best.toml", results.best_toml(best, searched, header)), ("best.json", json.dumps(trained, indent=1))):
-        part = out / f"{name}.part"
-        part.write_text(text)
-        os.replace(part, out / name)
+    _write(out / "best.toml", results.best_toml(best, searched, header))
+    _write(out / "best.json", json.dumps(trained, indent=1))
 
 
-def _move_away(out: Path) -> None:
-    if out.exists():
-        number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}_before_{n}").exists())
-        out.rename(out.with_name(f"{out.name}_before_{number}"))
+def _write(file: Path, text: str) -> None:
+    """A file that is there whole or not at all."""
+    part = file.with_name(f"{file.name}.part")
+    part.write_text(text)
+    os.replace(part, file)
+
+
+def _move_away(out: Path) -> Path:
+    """A sweep's folder under another name, which is returned."""
+    number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}_before_{n}").exists())
+    return out.rename(out.with_name(f"{out.name}_before_{number}"))
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """A sweep's folder for this process alone; UserError where another one has it and does not end."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("a") as file:
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise UserError(f"Another sweep is running in {out}; wait for its end, or give another --sweep_dir.") from None
+                time.sleep(0.5)
+        yield
+
+
+def _end_with(parent: int) -> None:
+    """SIGTERM to this process when the one that started it is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

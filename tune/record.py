@@ -18,7 +18,7 @@ from ifvit.training.metrics import read_rows
 class Record:
     number: int
     values: dict
-    rows: list[dict] = field(default_factory=list)   # of validation, an epoch each
+    rows: list[dict] = field(default_factory=list)   # an epoch each: validation, and the newest of training
     steps: int = 0                                   # optimiser steps done
     step_seconds: float = 0.0                        # in them
     end: dict | None = None                          # how: finished, stopped (by the scheduler) or failed; reason; seconds
@@ -56,13 +56,18 @@ def read(sweep: str | Path, number: int) -> Record:
     lines = read_rows(folder / "values.jsonl")
     rows = read_rows(folder / "metrics.jsonl")
     steps = [r for r in rows if r["split"] == "train"]
+    epochs, newest = [], {}
+    for r in rows:
+        if r["split"] == "train":
+            newest = r
+        elif r["split"] == "val":
+            epochs.append(newest | r)
     try:
         end = json.loads((folder / "ended.json").read_text())
     except (OSError, ValueError):  # not there, or damaged: the run itself knows how far it is
         end = None
-    return Record(number, lines[-1]["values"] if lines else {}, [r for r in rows if r["split"] == "val"],
-                  steps[-1]["step"] if steps else 0, sum(r["seconds"] for r in steps),
-                  end)
+    return Record(number, lines[-1]["values"] if lines else {}, epochs, steps[-1]["step"] if steps else 0,
+                  sum(r["seconds"] for r in steps), end)
 
 
 def read_all(sweep: str | Path) -> list[Record]:

@@ -14,12 +14,9 @@ from matplotlib.ticker import NullFormatter
 
 from ifvit.config import Config
 from tune.record import Record, order
-from tune.space import Choice, Range, Space
+from tune.space import OF_THE_RUN, Choice, Range, Space
 
 EDGE = 0.05  # of a range: nearer to its end, the best may lie beyond it
-# a run's own affairs: no settings to hand on
-NOT_HANDED_ON = {"dataset_root", "ppi", "checkpoint_dir", "dense_reg_ckpt", "loftr_ckpt", "seed", "num_classes", "input_workers",
-                 "model_parallel", "save_every", "save_steps", "keep_last", "keep_best"}
 
 
 def best_toml(configs: dict[str, Config], searched: dict[str, set[str]], header: list[str]) -> str:
@@ -28,7 +25,7 @@ def best_toml(configs: dict[str, Config], searched: dict[str, set[str]], header:
     for table, config in configs.items():
         out += ["", f"[{table}]"]
         for key, value in config.to_dict().items():
-            if key not in NOT_HANDED_ON:
+            if key not in OF_THE_RUN:
                 out.append(f"{key} = {json.dumps(value)}" + ("  # searched" if key in searched.get(table, ()) else ""))
     return "\n".join(out) + "\n"
 

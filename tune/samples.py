@@ -3,6 +3,7 @@
 import importlib.util
 import json
 
+import numpy as np
 from ray.tune.search import Searcher
 
 from ifvit.errors import UserError
@@ -75,12 +76,14 @@ class Optuna:
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._optuna, self._space, self._base = optuna, space, base
         direction = "maximize" if mode == "max" else "minimize"
-        self._study = optuna.create_study(direction=direction, sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=8))
+        self._seed, self._study = seed, optuna.create_study(direction=direction)
         self._asked: dict[int, object] = {}
 
     def draw(self, number: int) -> dict:
         if number == 0:  # the configuration as it is
             return {}
+        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])  # another attempt does not draw the same again
+        self._study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
         trial = self._asked[number] = self._study.ask()
         values: dict = {}
         for key, p in sorted(self._space.items(), key=lambda item: item[1].when is not None):  # conditions before what they decide

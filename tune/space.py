@@ -15,6 +15,7 @@ A user's TOML file adds to it or narrows it:
 import difflib
 import math
 import zlib
+from collections.abc import Set
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -61,12 +62,19 @@ class Choice:
     why: str = ""
     times: bool = False
     when: tuple[str, object] | None = None
+    in_turn: bool = False                    # random search takes one after the other: all are tried
 
     def at(self, u: float):
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
 
 
 Space = dict[str, Range | Choice]
+
+# a run's own affairs: no settings to hand on
+OF_THE_RUN = {"dataset_root", "ppi", "checkpoint_dir", "dense_reg_ckpt", "loftr_ckpt", "seed", "num_classes", "input_workers",
+              "model_parallel", "save_every", "save_steps", "keep_last", "keep_best"}
+# what has to be the same for all trials, or they could not be compared
+OF_THE_SWEEP = {"num_epochs", "patience", "held_out", "val_pairs"}
 
 _TRAINING: Space = {
     "learning_rate": Range(0.2, 5, "log", "decides more than anything else, and depends on all else", times=True),
@@ -109,23 +117,26 @@ SPACES: dict[str, Space] = {
 }
 
 
-def space_for(module: str, base, changes: dict | None = None, only: tuple[str, ...] = ()) -> Space:
+def space_for(module: str, base, changes: dict | None = None, only: tuple[str, ...] = (), without: Set[str] = frozenset()) -> Space:
     """The space of a module around the configuration `base`, narrowed by a user's table; ranges in absolute numbers.
 
-    `only`: of these keys those that there are. UserError for unknown keys and for ranges upside down.
+    `only`: of these keys those that there are, but for those in `without`. UserError for unknown keys, for such as
+    cannot be searched, and for ranges upside down.
     """
     space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}  # no multiples of 0
     if tuple(base.dataset_root) == (SYNTHETIC,):
         space.pop("synthetic_share", None)  # all prints are
     for key, value in (changes or {}).items():
         known_key(type(base), key)
+        if isinstance(value, (list, dict)) and key in OF_THE_RUN | OF_THE_SWEEP:
+            raise UserError(f"{key} cannot be searched: it has to be the same for all trials; give one value.")
         if isinstance(value, list):
             space[key] = Choice(tuple(tuple(v) if isinstance(v, list) else v for v in value), "asked for")
         elif isinstance(value, dict):
             space[key] = _narrowed(key, space.get(key), value)
         else:
             space.pop(key, None)  # fixed
-    space = {k: p for k, p in space.items() if not only or k in only}
+    space = {k: p for k, p in space.items() if (not only or k in only) and k not in without}
     for key, p in space.items():
         _check(key, p, base)
     return space
@@ -165,6 +176,9 @@ def draw(space: Space, base, seed: int, number: int) -> dict:
         return {}
     values = {}
     for key, p in space.items():
+        if isinstance(p, Choice) and p.in_turn:
+            values[key] = p.values[number % len(p.values)]
+            continue
         group = number // GROUP if _use(key) == PROGRAM else number + 10**6
         # by its name: a setting more or less in the space does not change the others
         u = np.random.default_rng([seed, group, zlib.crc32(key.encode())]).random()
@@ -180,19 +194,28 @@ def as_field(base, key: str, value):
 
 
 def _absolute(key: str, p: Range | Choice, base) -> Range | Choice:
-    """Multiples of the configuration's value as numbers, whole ones where the field is."""
+    """Multiples of the configuration's value as numbers, whole ones where the field is, those that it can have."""
     if not p.times:
         return p
     value = base[key]
     if isinstance(p, Range):
-        return replace(p, low=p.low * value, high=p.high * value, times=False)
+        limits = next(f.metadata for f in fields(base) if f.name == key)
+        return replace(p, low=max(p.low * value, limits["lo"]), high=min(p.high * value, limits["hi"]), times=False)
     step = {"roi_size": 8, "transformer_width": 4 * base.transformer_heads, "resnet_widths": 4}.get(key, 1)
     whole = lambda x: max(step, round(x / step) * step)
     made = [tuple(whole(f * v) for v in value) if isinstance(value, tuple) else whole(f * value) for f in p.values]
     if key == "roi_size":
         made = [v for v in made if v <= base.image_size]
     made = [value if f == 1 else v for f, v in zip(p.values, made)]
-    return replace(p, values=tuple(dict.fromkeys(made)), times=False)
+    return replace(p, values=tuple(v for v in dict.fromkeys(made) if _can_be(base, key, v)), times=False)
+
+
+def _can_be(base, key: str, value) -> bool:
+    try:
+        base.replace(**{key: value})
+        return True
+    except UserError:
+        return False
 
 
 def _narrowed(key: str, before: Range | Choice | None, table: dict) -> Range | Choice:

@@ -208,10 +208,11 @@ class _Unless(tune.Stopper):
 
 @contextlib.contextmanager
 def _signals(watch: Watch):
-    """SIGINT and SIGTERM end the sweep, not its trials: they go on when it does."""
+    """SIGINT and SIGTERM end the sweep, not its trials: they go on when it does. One is enough."""
     def note(number, frame):
         watch.told.append(number)
-        raise KeyboardInterrupt
+        if len(watch.told) == 1:
+            raise KeyboardInterrupt
 
     before = {s: signal.signal(s, note) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -232,13 +233,14 @@ def placed(plan: Plan, request: Request) -> Plan:
     until = time.monotonic() + (request.wait_for_hosts if "RAY_ADDRESS" in os.environ else 0)
     while True:
         hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+        every = sum(int(h.get("CPU", 0)) for h in hosts)
         kind = "GPU" if request.accelerators and platform() == "CPU" else platform()  # GPUs may be still to come
         cores = max((int(h.get("CPU", 0)) for h in hosts), default=0)
         here = max((h.get(kind, 0) for h in hosts), default=0)
         if request.workers > 1:
             wanted = {kind: 1}
         elif kind == "CPU":
-            wanted = {"CPU": request.cpus or max(1, cores * len(hosts) // request.num_samples)}
+            wanted = {"CPU": request.cpus or max(1, min(cores, every // request.num_samples))}
         else:
             share = request.accelerators or 1.0
             wanted = {"CPU": request.cpus or max(1, int(cores * share / here) if here else 1), kind: share}
@@ -261,7 +263,7 @@ def _complain(records: list[record.Record], plan: Plan) -> None:
     if records and len(failed) == len(records):
         reasons = collections.Counter(r.end["reason"] for r in failed).most_common()
         raise Failure(f"All {len(records)} trials failed. " + " ".join(f"{n} × {why}" for why, n in reasons[:3])
-                      + f" Their logs are in {plan.folder}/trials; mend that, then give another --out, or --resume never.")
+                      + f" Their logs are in {plan.folder}/trials; mend that, then give another --sweep_dir, or --resume never.")
 
 
 def session_options() -> dict:

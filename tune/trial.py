@@ -26,7 +26,7 @@ from ifvit.checkpoint_places import duplicate
 from ifvit.cli import Interrupted
 from ifvit.config import Config, with_changes
 from ifvit.paths import cache_dir
-from ifvit.training.match import COMMON
+from ifvit.training.match import like_module1
 from ifvit.training.sharding import use_cpu_cores
 from tune import record
 from tune.space import RUNS
@@ -51,9 +51,8 @@ class Plan:
     def config(self, values: dict, number: int) -> Config:
         """A trial's configuration. What Module 2 has in common with its Module 1 comes from that one's checkpoint."""
         config = with_changes(self.base, values)
-        if self.module == "match" and config.dense_reg_ckpt:
-            theirs = checkpoint.read_metadata(checkpoint.locate(config.dense_reg_ckpt))["config"]
-            config = with_changes(config, {k: theirs[k] for k in COMMON})
+        if self.module == "match":
+            config = like_module1(config)
         return config.replace(checkpoint_dir=str(record.folder_of(self.folder, number)))
 
     @property

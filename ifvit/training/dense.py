@@ -56,7 +56,7 @@ def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> 
     program = dense_program(config.program())
     steps = steps_per_epoch(config, len(train))
     pairs = DensePairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
-    seen = (validation or config).scalars()
+    seen = validation or config
 
     def host_batches(first, last):
         source = PairSource(train, pairs, {}, config.batch_size, first, last, jax.process_index(), jax.process_count(),
@@ -64,7 +64,8 @@ def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> 
         return batches(source, config.input_workers)
 
     def validate(state, epoch):
-        return warp_metrics(program.evaluate, (state.params, state.batch_stats, seen), held_out, config)
+        return warp_metrics(program.evaluate, (state.params, state.batch_stats, seen.scalars()), held_out,
+                            config.replace(impostor_share=seen.impostor_share, val_pairs=seen.val_pairs))
 
     return Task("dense_reg", config, steps, train.digest(), program.init, program.step,
                 learning_rates(config, steps * config.num_epochs), (config.scalars(),), host_batches, validate, "accuracy", True, {},
@@ -97,7 +98,7 @@ def with_loftr(params: dict, config) -> dict:
 
 
 def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | None = None) -> dict[str, float]:
-    """Known-warp accuracy over fixed views of `prints`, and how confident impostor pairs are made.
+    """Known-warp accuracy over fixed views of `prints`, the same ones in whatever batches, and how confident impostor pairs are made.
 
     Accuracy: share of the cells with a known match that are matched within one cell (8 px).
     """
@@ -107,9 +108,10 @@ def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | 
         return {}
     mesh = make_mesh(config.micro_batch, config.model_parallel)
     totals: dict[str, float] = {}
+    keys_of = jax.vmap(functools.partial(jax.random.fold_in, jax.random.key(VALIDATION_SEED)))
     for i, (batch, real) in enumerate(fixed_batches(prints, wanted, config.micro_batch)):
         batch["counts"] = np.arange(config.micro_batch) < real
-        keys = jax.random.split(jax.random.fold_in(jax.random.key(VALIDATION_SEED), i), config.micro_batch)
+        keys = keys_of(i * config.micro_batch + np.arange(config.micro_batch, dtype=np.uint32))
         for k, v in fetch(evaluate(*state, put_whole_batch(batch, mesh), keys)).items():
             totals[k] = totals.get(k, 0.0) + float(v)
     impostors = max(1, sum(not p.genuine for p in wanted))

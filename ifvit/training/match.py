@@ -6,9 +6,10 @@ from dataclasses import asdict
 
 import jax
 import numpy as np
+from etils import epath
 
 from ifvit import checkpoint, rates
-from ifvit.config import DenseConfig, Traced, config_of
+from ifvit.config import DenseConfig, MatchConfig, Traced, config_of, with_changes
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
@@ -119,13 +120,7 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
     """
     if not config.dense_reg_ckpt:
         return None
-    try:
-        folder = checkpoint.locate(config.dense_reg_ckpt)
-    except UserError as e:
-        if "not found" not in str(e):
-            raise
-        raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
-                        "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
+    folder = module1_folder(config)
     found = checkpoint.load(folder, "dense_reg", checkpoint.NETWORK)
     if found.metadata.get("foreign"):
         print(f"⚠ {folder} was made by other code: its transformer seeds Module 2, and pairs are not aligned.", flush=True)
@@ -136,6 +131,25 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
             raise UserError(f"Module 1 in {folder} was trained with {k} = {found.metadata['config'][k]}, Module 2 is "
                             f"configured with {ours[k]}; give both the same (--set {k}=…).")
     return found
+
+
+def module1_folder(config) -> epath.Path:
+    """Where Module 1's checkpoint lies; UserError where there is none."""
+    try:
+        return checkpoint.locate(config.dense_reg_ckpt)
+    except UserError as e:
+        if "not found" not in str(e):
+            raise
+        raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
+                        "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
+
+
+def like_module1(config: MatchConfig) -> MatchConfig:
+    """With what both modules have in common as Module 1's checkpoint has it, where that tells; not a pickle's."""
+    if not config.dense_reg_ckpt or not (folder := module1_folder(config)).is_dir():
+        return config
+    theirs = checkpoint.read_metadata(folder)["config"]
+    return with_changes(config, {k: theirs[k] for k in COMMON if k in theirs})
 
 
 def balanced_pairs(prints: PrintSet, count: int) -> list[Pair]:
