@@ -28,6 +28,7 @@ from ifvit.checkpoint_metadata import (  # noqa: F401: what others know as check
     complete,
     read_metadata,
     reason,
+    sound,
     versions,
 )
 from ifvit.checkpoint_places import OLD, UNFINISHED, as_path, as_writable_path, discard_unfinished, has_name, is_local, locate  # noqa: F401
@@ -94,13 +95,18 @@ def from_legacy(file: epath.Path) -> Checkpoint:
     found = legacy.read(file)
     state = {"params": {}, "batch_stats": {}, "opt_state": {}, "step": np.int32(0)} | found.state
     aligner = state.pop("aligner", None)
+    for name, part in (state | {"aligner": {} if aligner is None else aligner}).items():
+        if name == "step" and not (np.ndim(part) == 0 and np.asarray(part).dtype.kind in "iuf" and np.isfinite(part)):
+            raise UserError(f"{file} has a step that is no number; save one, and not one for each device.")
+        if name in ("params", "batch_stats", "opt_state", "aligner") and not isinstance(part, dict):
+            raise UserError(f"{file} has an array as its {name}, where named arrays belong; save the tree of them.")
     params = state["params"]
     names = {n for n in (*params, *(m for p in params.values() if isinstance(p, dict) for m in p))}
     module = "matcher" if any(n.endswith("_transformer_global") for n in names) else "dense_reg"
-    config = found.metadata.get("config")
-    ours = isinstance(config, dict) and "resnet_widths" in config and "module" in found.metadata
-    metadata = {"module": module, "epoch": 0, "step": int(state["step"]), "finished": False, "best": None, "value": None,
-                "history": [], "config": {}, "data": ""} | found.metadata
+    told = sound(found.metadata)
+    ours = "resnet_widths" in told["config"] and "module" in told
+    names = leaves({"state": state} | ({"aligner": aligner} if aligner else {}))
+    metadata = {"module": module} | told | {"step": int(state["step"]), "digests": dict.fromkeys(names)}
     if found.timestamp:
         metadata["timestamp"] = found.timestamp
     return Checkpoint(file, state, metadata if ours else metadata | {"foreign": True}, aligner)

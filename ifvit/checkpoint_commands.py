@@ -1,8 +1,12 @@
 """What `python -m ifvit.checkpoint` offers."""
 
+import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
+
+import numpy as np
 
 import tyro
 from etils import epath
@@ -40,13 +44,24 @@ class Verify:
         return 1 if bad else 0
 
 
-def checkpoints_below(root: epath.Path) -> list[epath.Path]:
-    """Every checkpoint in a tree of folders, whole or not; what is being written is left out."""
+NAMED = re.compile(r"(dense_reg|matcher)_(ckpt|best|epoch_\d+|step_\d+)(\.replaced)?")
+ASIDE = re.compile(r".+\.damaged(\.\d+)?")
+
+
+def checkpoints_below(root: epath.Path, seen: frozenset[str] = frozenset()) -> list[epath.Path]:
+    """Every checkpoint in a tree of folders, whole or not; what is being written, or was set aside as damaged, is left out."""
     found = []
+    seen |= {os.path.realpath(root)}
     for child in sorted(root.iterdir()):
-        if child.is_dir() and checkpoint.UNFINISHED not in child.name:
-            is_one = (child / "_CHECKPOINT_METADATA").exists() or (child / "state").is_dir() or (child / "metadata").is_dir()
-            found += [child] if is_one else checkpoints_below(child)
+        if not child.is_dir() or checkpoint.UNFINISHED in child.name or os.path.realpath(child) in seen:  # a link to above it
+            continue
+        if ASIDE.fullmatch(child.name):
+            print(f"aside {child}")
+        elif NAMED.fullmatch(child.name) or (child / "_CHECKPOINT_METADATA").exists() or any(
+                (child / part).is_dir() for part in ("state", "metadata", "aligner")):
+            found.append(child)
+        else:
+            found += checkpoints_below(child, seen)
     return found
 
 
@@ -67,12 +82,17 @@ class Inspect:
                   f"{shardings.get(name, 'replicated')}")
         for key, value in found.metadata.items():
             if key not in ("digests", "shardings", "history"):
-                print(f"{key}: {value}")
+                print(f"{key}: {_printable(value)}")
         for n, attempt in enumerate(found.metadata.get("history", []), 1):
-            print(f"history {n}: " + ", ".join(f"{k} {v}" for k, v in attempt.items()))
+            print(f"history {n}: " + ", ".join(f"{k} {_printable(v)}" for k, v in attempt.items()))
         print(", ".join(f"{name} {size / 1e6:.1f} MB" for name, size in sizes.items()))
         print(f"{len(found.metadata['digests'])} leaves, {sum(sizes.values()) / 1e6:.1f} MB")
         return 0
+
+
+def _printable(value) -> str:
+    """Text of a file, of which nothing steers a terminal."""
+    return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
 @dataclass(frozen=True)
@@ -98,24 +118,55 @@ class Import:
     to: Annotated[str, tyro.conf.Positional]
 
     def run(self) -> int:
-        file, folder = checkpoint.locate(self.file), checkpoint.as_writable_path(self.to)
+        file, folder = checkpoint.as_path(self.file), checkpoint.as_writable_path(self.to)
+        if not file.is_file():
+            file = checkpoint.locate(self.file)
         if file.is_dir():
             raise UserError(f"{self.file} is no file but a checkpoint already; use that.")
-        if checkpoint.has_name(folder) or checkpoint.is_local(folder) and folder.exists():
-            raise UserError(f"{folder} is there already; give a new name.")
+        folder = folder.with_suffix("") if folder.suffix == ".pkl" else folder  # as everywhere
         found = checkpoint.from_legacy(file)
         state, notes = found.state, []
         if found.metadata.get("foreign") and found.module == "dense_reg":
-            name, tree, notes = legacy_transformer.transformer(state["params"])
-            notes += ["optimiser state left out: it belongs to the parameters' old names."] * bool(state["opt_state"])
-            state = state | {"params": {**state["params"], name: tree}, "opt_state": {}}
+            state, notes = _renamed(state)
         for note in notes:
             print(f"⚠ {note}")
         state = {name: part for name, part in state.items() if not (isinstance(part, dict) and not part)}
-        checkpoint.save(folder, found.module, state, found.metadata, found.aligner)
+        _check_names(file, checkpoint.leaves({"state": state} | ({"aligner": found.aligner} if found.aligner else {})))
+        try:
+            if checkpoint.has_name(folder) or checkpoint.is_local(folder) and folder.exists():
+                raise UserError(f"{folder} is there already; give a new name.")
+            checkpoint.save(folder, found.module, state, found.metadata, found.aligner)
+        except UserError:
+            raise
+        except Exception as e:  # of the disk, or an array of a type that Orbax does not know
+            raise UserError(f"Cannot write {folder} ({checkpoint.reason(e)}); give another place, or make room.") from e
         print(f"{folder}: {len(checkpoint.leaves(state))} leaves of {file}"
               + (", made by other code: its transformer can seed Module 2" if found.metadata.get("foreign") else ""))
         return 0
+
+
+def _renamed(state: dict) -> tuple[dict, list[str]]:
+    """Other code's state with its transformer under our names; and notes on it."""
+    try:
+        name, tree, notes = legacy_transformer.transformer(state["params"])
+    except legacy_transformer.NoTransformer:
+        return state, ["There is no transformer in it: it cannot seed Module 2."]
+    before = state["params"].get(name)
+    if isinstance(before, dict) and not checkpoint.difference(before, tree):
+        return state, notes
+    notes += ["optimiser state left out: it belongs to the parameters' old names."] * bool(state["opt_state"])
+    return state | {"params": {**state["params"], name: tree}, "opt_state": {}}, notes
+
+
+def _check_names(file: epath.Path, flat: dict[str, np.ndarray]) -> None:
+    """UserError for leaves that a checkpoint cannot hold."""
+    taken: dict[str, str] = {}
+    for name, leaf in flat.items():
+        if not leaf.size:
+            raise UserError(f"{file} holds {name}, an array without elements, which a checkpoint cannot hold; leave it out.")
+        other = taken.setdefault(name.replace("/", "."), name)
+        if other != name:
+            raise UserError(f"{file} holds {other} and {name}, which are one name on the disk; rename one of them.")
 
 
 @dataclass(frozen=True)
@@ -133,7 +184,7 @@ class Export:
         if file.is_dir():
             raise UserError(f"{file} is a directory; give the name of a file.")
         metadata = {k: v for k, v in found.metadata.items() if k not in ("digest", "digests", "shardings", "timestamp")}
-        state = found.state | ({"aligner": found.aligner} if found.aligner else {})
+        state = found.state | ({"aligner": found.aligner} if found.aligner is not None else {})
         legacy.write(file, state, metadata, found.metadata.get("timestamp"))
         print(f"{file}: {len(checkpoint.leaves(state))} leaves of {found.path}")
         return 0

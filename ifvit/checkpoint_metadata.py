@@ -78,12 +78,24 @@ def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
         tree = handler.metadata(folder / "state").tree
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path({"state": tree})[0]]
     names = ["/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in path) for path in paths]  # optax has tuples
-    config = metadata["config"]
-    foreign = {} if isinstance(config, dict) and "resnet_widths" in config else {"foreign": True}
+    metadata = sound(metadata)
+    foreign = {} if "resnet_widths" in metadata["config"] else {"foreign": True}
     module = "matcher" if any("_transformer_global/" in n for n in names) else "dense_reg"
     print(f"⚠ {folder} has no digests (other software wrote it): its content cannot be checked.", flush=True)
-    return {"module": module, "epoch": 0, "step": 0, "finished": False, "best": None, "history": []} | metadata | foreign | {
-        "digests": dict.fromkeys(names)}
+    return {"module": module} | metadata | foreign | {"digests": dict.fromkeys(names)}
+
+
+def sound(metadata: dict) -> dict:
+    """What other software says of a checkpoint, with ours where that is missing or of another kind."""
+    ours = {"epoch": 0, "step": 0, "finished": False, "best": None, "value": None, "history": [], "config": {}, "data": ""}
+    kinds = {"module": str, "epoch": (int, float), "step": int, "finished": bool, "best": (dict, type(None)),
+             "value": (int, float, type(None)), "history": list, "config": dict, "data": str, "timestamp": str}
+    kept = {k: v for k, v in metadata.items() if isinstance(v, kinds.get(k, object)) and k not in ("digest", "digests", "shardings")}
+    if kept.get("module") not in ("dense_reg", "matcher"):
+        kept.pop("module", None)
+    if not all(isinstance(attempt, dict) for attempt in kept.get("history", [])):
+        del kept["history"]
+    return ours | kept
 
 
 def versions() -> dict[str, str]:
@@ -100,6 +112,8 @@ def reason(e: BaseException) -> str:
     if isinstance(e, gcs.Refused):
         return e.strerror
     text = f"{e} {e.__cause__ or ''}"
+    if "RESOURCE_EXHAUSTED" in text:
+        return os.strerror(errno.ENOSPC)
     for number in (errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EDQUOT, errno.EIO):
         if os.strerror(number) in text or getattr(e, "errno", None) == number:
             return os.strerror(number)

@@ -36,8 +36,9 @@ def as_path(path: str | Path) -> epath.Path:
 def as_writable_path(path: str | Path) -> epath.Path:
     """The same for what is to be written."""
     found = as_path(path)
-    if is_local(found) and "[" in os.fspath(found):  # Orbax looks for its own files with glob
-        raise UserError(f"{found}: Orbax cannot write to a path with [ in it; give another directory.")
+    for sign in "[\\":  # Orbax looks for its own files with glob, TensorStore takes a \ for a /
+        if is_local(found) and sign in os.fspath(found):
+            raise UserError(f"{found}: Orbax cannot write to a path with {sign} in it; give another directory.")
     return found
 
 
@@ -81,11 +82,19 @@ def old(path: epath.Path) -> epath.Path:
 def replace(path: epath.Path, fresh: epath.Path) -> None:
     """Gives a whole checkpoint its name; one that has it already is there under `OLD` in between, then gone."""
     if path.exists():
-        old(path).rmtree(missing_ok=True)
+        _delete(old(path))
         path.rename(old(path))
     fresh.rename(path)
     to_disk(path.parent)
-    old(path).rmtree(missing_ok=True)
+    _delete(old(path))
+
+
+def _delete(path: epath.Path) -> None:
+    """A local folder, if it is there; of a link to one the link."""
+    if os.path.islink(path):
+        os.unlink(path)
+    else:
+        path.rmtree(missing_ok=True)
 
 
 def make_room(path: epath.Path) -> None:
@@ -144,7 +153,7 @@ def remove(path: epath.Path) -> None:
     if not is_local(path):
         path.rmtree()
     elif path.exists():
-        path.rename(path.with_name(f"{path.name}{UNFINISHED}-deleted")).rmtree()
+        _delete(path.rename(path.with_name(f"{path.name}{UNFINISHED}-deleted")))
 
 
 def discard_unfinished(folder: epath.Path, names: str) -> None:

@@ -504,11 +504,13 @@ def write(path: str | Path, state: dict, metadata: dict, timestamp: str | None) 
     `state`: nested dictionaries of arrays of numbers; its `step` becomes an int, as legacy code has
     it. `metadata`: plain JSON.
 
-    Raises UserError: the file cannot be written.
+    Raises UserError: the file cannot be written, or holds something else.
     """
     path = Path(os.path.abspath(path))
     state = _arrays(state)
     if "step" in state:
+        if np.ndim(state["step"]):
+            raise UserError("The checkpoint's step is no number; it cannot be written as a pickle.")
         state["step"] = int(state["step"])
     content = {"state": state, "metadata": json.loads(json.dumps(metadata)), "timestamp": timestamp}
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
@@ -531,5 +533,5 @@ def _arrays(tree: Any) -> Any:
         return {str(key): _arrays(value) for key, value in tree.items()}
     array = np.asarray(tree)
     if array.dtype.name not in _DTYPES:
-        raise TypeError(f"a leaf of type {array.dtype} is not one of numbers")
+        raise UserError(f"The checkpoint holds a leaf of type {array.dtype}, which is not one of numbers; it cannot be written as a pickle.")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -11,6 +11,10 @@ import numpy as np
 
 from ifvit.errors import UserError
 
+class NoTransformer(UserError):
+    """There is none in the parameters."""
+
+
 _TRANSFORMERS = ("loftr_transformer", "siamese_transformer")
 # layer, print, module, leaf: layers.0.1/mlp.2/kernel, layers_0/norm1/scale, layers/0/0/q_proj/weight, layer_0/mlp_0/kernel
 _PLACE = re.compile(
@@ -81,7 +85,7 @@ def _find(params: dict) -> tuple[str, dict]:
                 if isinstance(tree.get(name), dict):
                     return name, tree[name]
         level = [child for tree in level for child in tree.values() if isinstance(child, dict)]
-    raise UserError(f"No transformer found in Module 1 checkpoint, which has {', '.join(sorted(params)) or 'nothing'} "
+    raise NoTransformer(f"No transformer found in Module 1 checkpoint, which has {', '.join(sorted(params)) or 'nothing'} "
                     f"and no {' or '.join(_TRANSFORMERS)}; train Module 1 again.")
 
 

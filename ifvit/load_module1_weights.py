@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from ifvit import checkpoint, cli, legacy, legacy_transformer
+from ifvit import checkpoint, cli, legacy_transformer
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 
@@ -102,15 +102,24 @@ class _Module1:
         self.prefix = f"state/params/{self.name}/"
         self.shapes = checkpoint.shapes(self.folder, [n for n in digests if n.startswith(self.prefix)])
         self.shapes = {n.removeprefix(self.prefix): shape for n, shape in self.shapes.items()}
-        self.checked = all(digests[self.prefix + n] for n in self.shapes)
+        self.checked = bool(self.shapes) and all(digests[self.prefix + n] for n in self.shapes)
+        if not self.checked:  # of other software: it is looked at as closely as a pickle
+            arrays = checkpoint.read_leaves(self.folder, self.metadata, {self.prefix + n: None for n in self.shapes})
+            self._map(checkpoint.nested({f"{self.name}/{n.removeprefix(self.prefix)}": x for n, x in arrays.items()}) or {self.name: {}})
 
     def _of_legacy(self) -> None:
-        """A pickle is read whole, there is no other way; its transformer is mapped to the names used here."""
+        """A pickle is read whole, there is no other way."""
+        self.checked = False
+        self._map(checkpoint.from_legacy(self.folder).state["params"])
+
+    def _map(self, params: dict) -> None:
+        """Other code's transformer, mapped to the names used here."""
         try:
-            self.name, tree, self.notes = legacy_transformer.transformer(legacy.read(self.folder).state["params"])
+            self.name, tree, self.notes = legacy_transformer.transformer(params)
         except UserError as e:
-            raise UserError(str(e).replace("Module 1 checkpoint,", f"Module 1 checkpoint {self.folder},")) from None
-        self.metadata, self.arrays, self.checked = None, checkpoint.leaves(tree), False
+            raise UserError(str(e).replace("Module 1 checkpoint,", f"Module 1 checkpoint {self.folder},")
+                            .replace("of this checkpoint", f"of {self.folder}")) from None
+        self.metadata, self.arrays = None, checkpoint.leaves(tree)
         self.shapes = {n: x.shape for n, x in self.arrays.items()}
 
     def read(self, placement: dict) -> dict:

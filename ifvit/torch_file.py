@@ -16,6 +16,7 @@ import struct
 import sys
 import zipfile
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO, Callable, NamedTuple
 
@@ -41,7 +42,7 @@ _SAFETENSORS = {
 
 # What a pickle may name. Every value is immutable: a pickle can set attributes on what it is given.
 _ALLOWED = (
-    {"collections.OrderedDict": OrderedDict, "torch.Size": tuple}
+    {"torch.Size": tuple}
     | {f"torch.{kind}Storage": dtype for kind, dtype in _STORAGES.items()}
     | {f"torch.{dtype}": dtype for dtype in _DTYPES}
 )
@@ -99,10 +100,33 @@ def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
     raise UserError(f"{path} is neither a PyTorch nor a safetensors checkpoint. Give a file that torch.save wrote.")
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Python's own unpickler in Python: C's makes room for any index of its memo that a file names.
+
+    Keys of dictionaries are text or numbers: to hash a tuple that is nested deeply enough ends the process.
+    """
+
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if code not in (pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0])}
+
     def __init__(self, file: BinaryIO):
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
+
+    def load_dict(self) -> None:
+        items = self.pop_mark()
+        self.append(_dictionary(zip(items[::2], items[1::2], strict=True)))
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.stack[-1][_key(key)] = value
+
+    def load_setitems(self) -> None:
+        items = self.pop_mark()
+        for key, value in zip(items[::2], items[1::2], strict=True):
+            self.stack[-1][_key(key)] = value
+
+    dispatch |= {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
 
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}"
@@ -111,6 +135,8 @@ class _Unpickler(pickle.Unpickler):
             return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, size, stride)
         if full_name == "torch._utils._rebuild_parameter":
             return lambda data, *_: data
+        if full_name == "collections.OrderedDict":
+            return lambda items=(): OrderedDict(_dictionary(items))
         if full_name in _ALLOWED:
             return _ALLOWED[full_name]
         raise UserError(
@@ -120,12 +146,22 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> _Storage:
         tag, dtype, key, _location, length, *view = pid
-        if tag != "storage" or dtype not in _DTYPES or not _is_count(length) or any(v is not None for v in view):
+        if tag != "storage" or type(dtype) is not str or dtype not in _DTYPES or type(key) is not str or not _is_count(length) or any(v is not None for v in view):
             raise _Broken(f"unknown storage {pid!r:.100}")
         storage = self.storages.setdefault(key, _Storage(dtype, key, length))
         if storage != (dtype, key, length):
             raise _Broken(f"storage {key!r:.100} has two descriptions")
         return storage
+
+
+def _key(key: Any) -> str | int:
+    if type(key) not in (str, int):
+        raise _Broken(f"a key that is a {type(key).__name__}")
+    return key
+
+
+def _dictionary(items: Iterable) -> dict:
+    return {_key(key): value for key, value in items}
 
 
 def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:

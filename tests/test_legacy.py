@@ -124,7 +124,7 @@ def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path):
 
 
 def test_objects_are_not_written(tmp_path):
-    with pytest.raises(TypeError):
+    with pytest.raises(UserError):
         legacy.write(tmp_path / "a.pkl", {"params": {"w": np.array([object()])}}, {}, None)
     assert not os.listdir(tmp_path)
 

@@ -4,6 +4,8 @@ import json
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import zipfile
 
 import ml_dtypes
@@ -406,3 +408,30 @@ def test_a_file_without_loftrs_coarse_transformer_is_refused(tmp_path):
 
 def test_an_array_that_loftr_has_not_is_not_exported():
     assert "layer_0/q_proj/bias" in refusal(loftr_from_transformer, {"layer_0": {"q_proj": {"bias": np.zeros(2)}}})
+
+
+NESTED = b")" + b"\x85" * 1_000_000  # a tuple of a million levels
+
+
+@pytest.mark.parametrize("body, how", [
+    (b"}" + NESTED + b"Ns.", "refused"), (b"}(" + NESTED + b"Nu.", "refused"), (b"(" + NESTED + b"Nd.", "refused"), (b"\x8f.", "refused"),
+    (b"}r\xff\xff\xff\xff.", "read"), (b"}r" + (60_000_000).to_bytes(4, "little") + b".", "read")])
+def test_a_hostile_pickle_neither_ends_the_process_nor_fills_the_memory(body, how, tmp_path):
+    """C's unpickler hashes a key of any depth, and makes room for any index of its memo."""
+    with zipfile.ZipFile(tmp_path / "evil.ckpt", "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + body)
+    code = """if True:
+        import resource, sys
+        from ifvit.errors import UserError
+        from ifvit.torch_file import read_state_dict
+        memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
+        before = memory()
+        try:
+            read_state_dict(sys.argv[1])
+            print("read", memory() - before)
+        except UserError as e:
+            print("refused", memory() - before)"""
+    said = subprocess.run([sys.executable, "-c", code, str(tmp_path / "evil.ckpt")], capture_output=True, text=True)
+    assert (said.returncode, said.stderr) == (0, ""), said
+    ended, megabytes = said.stdout.split()
+    assert ended == how and int(megabytes) < 300

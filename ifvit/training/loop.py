@@ -324,6 +324,9 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
     """UserError unless a checkpoint is of this module, configuration and data, and has this state's leaves."""
     checkpoint.check_module(path, metadata, task.name)
     checkpoint.check_ours(path, metadata)
+    if None in metadata["digests"].values():
+        raise UserError(f"{path} has no digests: other software wrote it, and a run goes on from what it can check alone. "
+                        "Give a checkpoint that was trained here, or --resume never.")
     theirs, ours = metadata["config"], task.config.to_dict()
     before = type(task.config)().to_dict()  # a key that is newer than the checkpoint had its default's effect
     changed = [k for k in ours if k not in free and theirs.get(k, before[k]) != ours[k]]
