@@ -17,6 +17,7 @@ import ray
 import ray.train
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
@@ -60,9 +61,10 @@ class Trainer(DataParallelTrainer):
         self._place, self._batches, self._desk, self._max_failures, self._alone = place, batches, desk, max_failures, alone
 
     def _create_default_callbacks(self):
-        # one of them asks the dashboard, every second, whether the controller lives: a Ray of this machine alone has none
-        return [c for c in super()._create_default_callbacks()
-                if not (self._alone and isinstance(c, PlacementGroupCleanerCallback))]
+        # Processes that are of no use here and yet take turns on the cores: one for Ray Data's datasets, and one that asks the
+        # dashboard, every second, whether the controller lives; a Ray of this machine alone has none.
+        useless = (DatasetsCallback, PlacementGroupCleanerCallback) if self._alone else (DatasetsCallback,)
+        return [c for c in super()._create_default_callbacks() if not isinstance(c, useless)]
 
     def _initialize_and_run_controller(self, **how):
         how["failure_policy"] = FailurePolicy(self.run_config.failure_config, self._desk, self._max_failures)

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import tyro
 
+from cluster.host import Host
 from ifvit import checkpoint, cli
 from ifvit.config import DenseConfig, preset
 from ifvit.data.prepare import prepare
@@ -43,7 +44,7 @@ def main(args: Args) -> None:
     result = {}
     for name, roots in (("synthetic", ("synthetic",)), ("real", args.real)):
         config = base.replace(dataset_root=roots, checkpoint_dir=str(Path(args.out) / name))
-        state = checkpoint.load(run(config, "auto")).state
+        state = checkpoint.load(run(config, "auto", Host())).state
         for plain in (True, False):
             values = warp_metrics(evaluate[plain], (state["params"], state["batch_stats"]), test, base, args.pairs)
             result[f"{name}, {'warped only' if plain else 'warped and corrupted'}"] = values["accuracy"]
