@@ -73,6 +73,8 @@ class Args(TrainArgs):
 
     def _search(self) -> int:
         """The sweep, in a process of its own: it must not hold the accelerators of this one. Its exit code."""
+        from tune.__main__ import PARENT
+
         flags = {"preset": self.preset, "config": self.config, "resume": self.resume, "seed": self.seed, "ppi": self.ppi,
                  "num_samples": self.tune, "sweep_dir": self.sweep_dir, "wait_for_hosts": self.wait_for_hosts}
         fixed = {"dense.batch_size": self.batch_size, "match.batch_size": self.batch_size,
@@ -82,7 +84,7 @@ class Args(TrainArgs):
         words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
         words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
         sweep = subprocess.Popen([sys.executable, "-m", "tune", "--module", "both", *words],
-                                 env=os.environ | {"IFVIT_SWEEP_OF": str(os.getpid())})
+                                 env=os.environ | {PARENT: str(os.getpid())})
         before = signal.signal(signal.SIGTERM, lambda *_: sweep.terminate())
         try:
             return sweep.wait()

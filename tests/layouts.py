@@ -214,7 +214,7 @@ def asked(folder: Path) -> dict:
 
     reader, into = checkpoint_reading._Reader, checkpoint_reading._into_memory
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "open", lambda self, name, plain=reader.open: Counting(plain(self, name), name))
+        patch.setattr(reader, "open", lambda self, name, checked, plain=reader.open: Counting(plain(self, name, checked), name))
         patch.setattr(checkpoint_reading, "_into_memory", lambda counting: counting.read(into))
         flat, _ = restored(folder / "of one/some/1x2", "1x4", one_of_each_kind())
     return {n: [elements[n], x.size, x.sharding.is_fully_replicated] for n, x in flat.items()}
