@@ -9,7 +9,7 @@ train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
 
 test: $(VENV)/ready
-	$(PY) -m pytest -n $$(($$(nproc) + 1)) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/ready
 	$(PY) tests/faults/kill.py --count 50 --inside 10
