@@ -20,6 +20,8 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 import pytest  # noqa: E402
 
 SMOKE = ["--preset", "smoke"]
+# Minutes each; begun first, so that no process is left with one of them when the others have nothing more to do.
+LONG = ["sweeps", "gs_runs", "hosts", "step", "runs", "faults", "kaggle", "cluster", "processes", "evaluate", "errors", "layouts"]
 
 
 class Said(NamedTuple):
@@ -28,6 +30,11 @@ class Said(NamedTuple):
     code: int
     out: str  # stdout, the log included
     err: str
+
+
+def pytest_collection_modifyitems(items):
+    names = [f"test_{name}.py" for name in LONG]
+    items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import testbed
-from testbed import HOSTS_FILES, TEMP, Testbed
+from testbed import HOSTS_FILES, TEMP, Testbed, until
 
 TASK_PER_NODE = """
 import ray
@@ -93,11 +93,15 @@ def test_a_job_has_its_environment_and_its_files_and_tells_its_exit_code(bed, tm
 
 
 def test_a_job_is_stopped(bed):
+    def sleeping() -> bool:
+        return bool(bed.processes(0, "^sleep 600"))
+
     job = bed.submit(["sleep", "600"])
+    until(sleeping, "its process")
     bed.stop(job)
     assert bed.wait(job) == "STOPPED"
     assert bed.exit_code(job) is None
-    assert not bed.processes(0, "^sleep 600")
+    until(lambda: not sleeping(), "the end of its process")  # a child that was forked just then ends with Ray's watcher
 
 
 def test_a_cut_host_is_away_until_mended(bed):

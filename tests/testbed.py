@@ -172,7 +172,7 @@ class Testbed:
                 return self.alive().count(self.addresses[i]) == 1  # 2: who died there has not yet been missed
             return False
 
-        _until(there, f"host {i} among the living")
+        until(there, f"host {i} among the living")
 
     def kill_host(self, i: int) -> None:
         """SIGKILL to all that runs on host i. Its kernel lives, and closes their connections.
@@ -187,7 +187,7 @@ class Testbed:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
         with contextlib.suppress(TimeoutError):
-            _until(lambda: not _pids(self.namespace(i)), "", patience=10)
+            until(lambda: not _pids(self.namespace(i)), "", patience=10)
         self.kill_host(i)
 
     def cut(self, i: int) -> None:
@@ -272,7 +272,7 @@ class Testbed:
     def wait(self, job: str, timeout: float = 600) -> str:
         """Its status when it has ended."""
         try:
-            _until(lambda: self.status(job) in ENDED, f"end of the job {job}", timeout, every=0.5)
+            until(lambda: self.status(job) in ENDED, f"end of the job {job}", timeout, every=0.5)
         except TimeoutError as e:
             raise TimeoutError(f"{e}\n{self.logs(job)[-4000:]}") from None
         return self.status(job)
@@ -328,7 +328,7 @@ def _kill(namespace: str) -> None:
                 os.kill(pid, signal.SIGKILL)
         return not pids
 
-    _until(none_left, f"end of the processes in {namespace}", every=0.05)  # more than once: one may be forking just now
+    until(none_left, f"end of the processes in {namespace}", every=0.05)  # more than once: one may be forking just now
 
 
 def _remove(name: str) -> None:
@@ -352,7 +352,8 @@ def remove_dead() -> None:
             _remove(found[1])
 
 
-def _until(holds: Callable[[], bool], what: str, patience: float = PATIENCE, every: float = 0.2) -> None:
+def until(holds: Callable[[], bool], what: str, patience: float = PATIENCE, every: float = 0.2) -> None:
+    """Returns when `holds`; TimeoutError, which tells `what` was waited for, after `patience` seconds."""
     end = time.monotonic() + patience
     while not holds():
         if time.monotonic() > end:

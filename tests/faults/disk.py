@@ -244,11 +244,20 @@ def _complaints(said: Said, of: Undisturbed, reason: str) -> list[str]:
 
 
 def _kept(copies: Path, before: set[str], of: Undisturbed) -> list[str]:
-    """Complaints unless the furthest of `before` is among the copies, and all of them are whole."""
+    """Complaints unless a copy is as far as the furthest of `before`, and all of them are whole.
+
+    The furthest itself may be gone by policy: a run gets on while a disk fills.
+    """
     found, wrong = good(checkpoints(copies, of.training.name))
-    step = lambda name: int(re.sub(r"\D", "", name)) * (of.steps_per_epoch if "_epoch_" in name else 1)
-    furthest = max(before - {f"{of.training.name}_ckpt"}, key=step)
-    return wrong + ([] if furthest in found else [f"{furthest}, which was there before, is not there any more"])
+    there = max((metadata["step"] for name, metadata in found.items() if name != f"{of.training.name}_best"), default=0)
+
+    def step(name: str) -> int:
+        if name == f"{of.training.name}_ckpt":
+            return of.total
+        return int(re.sub(r"\D", "", name)) * (of.steps_per_epoch if "_epoch_" in name else 1)
+
+    lost = there < max(map(step, before))
+    return wrong + [f"of {sorted(before)}, which were there before, it kept {sorted(found)}"] * lost
 
 
 def _copied(folder: Path, of: Undisturbed, to: Path) -> Path:
