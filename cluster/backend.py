@@ -14,6 +14,8 @@ import ray
 from ray.train.backend import Backend, BackendConfig
 from ray.util.tpu import get_tpu_coordinator_env_vars
 
+from cluster.cores import as_important_as_others
+
 problem = ""  # in a worker: why its group cannot run; told by the training function, whose errors reach the user
 
 
@@ -91,10 +93,11 @@ def _coordinator(port: int) -> tuple[str, int, str]:
 
 def _start(why: str, coordinator: str, count: int, rank: int, config: JaxBackendConfig, env: dict,
            place: tuple[int, int]) -> None:
-    """In the worker: its share of the host's cores, its platform, its place among JAX's processes."""
+    """In the worker: its share of the host's cores and its turn on them, its platform, its place among JAX's processes."""
     global problem
     problem = why
     os.environ.update(env)
+    as_important_as_others()
     local_rank, local_count = place
     if config.platform == "CPU" and local_count > 1 and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))

@@ -1,9 +1,12 @@
-"""Cores of this machine for one process alone, where several processes share them and nobody tells them apart."""
+"""This machine's cores for a worker: some for it alone, where several share them and nobody tells them apart; and its turn on them."""
 
+import contextlib
 import fcntl
 import os
 import tempfile
 from pathlib import Path
+
+NICENESS = "RAY_worker_niceness"  # of the environment that Ray is started in
 
 _held = []  # lock files, open as long as this process lives
 
@@ -34,3 +37,19 @@ def claim(count: int) -> set[int]:
     for file in got.values():
         file.close()
     return set()
+
+
+def as_important_as_others() -> None:
+    """Gives all threads of this process the niceness of most processes, 0, where that is allowed (to root, mostly).
+
+    Ray starts its workers at 15, unless RAY_worker_niceness says otherwise: whatever else wakes up on the host, Ray's own
+    idle processes too, takes a core from them at once, and in a step of several devices all wait for the one that was
+    interrupted.
+    """
+    if NICENESS in os.environ:  # it was chosen
+        return
+    with contextlib.suppress(OSError, AttributeError):  # AttributeError: no such thing on this system
+        threads = [int(t) for t in os.listdir("/proc/self/task")] if os.path.isdir("/proc/self/task") else [0]
+        for thread in threads:
+            if os.getpriority(os.PRIO_PROCESS, thread) > 0:
+                os.setpriority(os.PRIO_PROCESS, thread, 0)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import ray
 
+from cluster.cores import NICENESS
 from cluster.host import ClusterError
 
 # what is set for the driver holds for its workers: their programs and caches are the same
@@ -23,6 +24,7 @@ def session(**how) -> Iterator[bool]:
         _answers(os.environ["RAY_ADDRESS"])
     where = {"address": "local", "include_dashboard": False} if alone else {}
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
+    os.environ.setdefault(NICENESS, "0")  # of workers of a Ray that is started here
     try:
         ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
     except (ConnectionError, ValueError) as e:

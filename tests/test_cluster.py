@@ -268,7 +268,7 @@ def look(folder: Path, host) -> tuple[int, str]:
 
     seen = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "processes": jax.process_count(), "process": jax.process_index(),
             "devices": jax.device_count(), "cores": sorted(os.sched_getaffinity(0)), "first": host.first_here,
-            "name": host.name, "flag": os.environ.get("IFVIT_TEST")}
+            "name": host.name, "flag": os.environ.get("IFVIT_TEST"), "niceness": os.getpriority(os.PRIO_PROCESS, 0)}
     (folder / f"{host.rank}.json").write_text(json.dumps(seen))
     return 0, ""
 
@@ -295,6 +295,7 @@ def test_two_one_gpu_workers_of_a_host_see_different_gpus(monkeypatch, tmp_path)
     assert [(s["processes"], s["process"], s["devices"]) for s in seen] == [(2, 0, 2), (2, 1, 2)]
     assert sorted(s["first"] for s in seen) == [False, True]
     assert [s["flag"] for s in seen] == ["passed on"] * 2
+    assert [s["niceness"] for s in seen] == [os.getpriority(os.PRIO_PROCESS, 0)] * 2  # this process's, not Ray's 15
     assert all(f"process {rank}" in s["name"] for rank, s in enumerate(seen))
 
 
@@ -397,6 +398,23 @@ def test_what_the_driver_is_told_reaches_the_workers(one_worker):
     worker, _, desk = one_worker
     desk.ask(PREEMPTED)
     until(lambda: worker.asked() == PREEMPTED)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may lower a niceness")
+@pytest.mark.parametrize("chosen, niceness", [({}, {0}), ({"RAY_worker_niceness": "15"}, {15})])
+def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are_unless_that_was_chosen(chosen, niceness):
+    code = """if True:
+        import os, threading
+        from cluster.cores import as_important_as_others
+        os.nice(15 - os.nice(0))
+        waiting = threading.Event()
+        threading.Thread(target=waiting.wait, daemon=True).start()
+        as_important_as_others()
+        print({os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")})
+    """
+    env = {k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"} | chosen
+    said = subprocess.run([sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert said.stdout.strip() == str(niceness), said
 
 
 def test_processes_that_claim_cores_get_different_ones_and_give_them_back_when_they_die(monkeypatch, tmp_path):

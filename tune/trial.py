@@ -19,7 +19,7 @@ from pathlib import Path
 
 from ray import tune
 
-from cluster.cores import claim
+from cluster.cores import as_important_as_others, claim
 from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
 from ifvit.checkpoint_places import duplicate
@@ -213,6 +213,7 @@ def _prepare_process(plan: Plan) -> None:
     """JAX with this trial's share of the devices; to be called before JAX looks for them."""
     import jax
 
+    as_important_as_others()
     if plan.workers > 1:
         jax.config.update("jax_platforms", "cpu")  # the devices are its workers'
     elif plan.platform == "CPU":
