@@ -111,9 +111,16 @@ class Disk:
 
     def read_only(self) -> None:
         """For everything that is opened from now on; what is open stays writable (a remount would be refused)."""
-        for words in (("--bind", str(self.path), str(self.path)), ("-o", "remount,ro,bind", str(self.path))):
-            if no := self._try("mount", *words):
-                raise Unavailable(f"no read-only mount: {no}")
+        for _ in range(50):
+            if no := self._try("mount", "--bind", str(self.path), str(self.path)):
+                break
+            if not (no := self._try("mount", "-o", "remount,ro,bind", str(self.path))):
+                return
+            self.writable()
+            if "busy" not in no:  # a file was opened for writing between the two, else
+                break
+            time.sleep(0.05)
+        raise Unavailable(f"no read-only mount: {no}")
 
     def writable(self) -> None:
         self._try("umount", "-l", str(self.path))
