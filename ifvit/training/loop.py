@@ -83,6 +83,8 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
         checkpoint.discard_unfinished(folder, f"{task.name}_*")
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
               "--resume never trains anew.", flush=True)
+        if (rows := read_rows(folder / "metrics.jsonl")) and not (folder / "curves.png").exists():  # it ended just before them
+            _draw(folder, rows)
         return checkpoint.as_path(found.path)
     if why := saving.writable(folder):
         raise UserError(f"Cannot write checkpoints to {folder} ({why}); give another directory.")
@@ -209,8 +211,12 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     finally:
         saver.close()
         metrics.close()
-    saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, metrics.rows()))
+    _draw(folder, metrics.rows())
     return checkpoint.as_path(final)
+
+
+def _draw(folder: epath.Path, rows: list[dict]) -> None:
+    saving.write_beside(folder / "curves.png", lambda file: plots.curves(file, rows))
 
 
 def _out_of_patience(task: Task, best: dict | None, step: int) -> bool:
