@@ -12,8 +12,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-PAGE = 3  # names in one answer to a listing; the real one sends 1000
-
 
 class FakeGcs:
     """Serves `buckets[BUCKET][NAME]` at `url`, from `with` to its end.
@@ -28,6 +26,7 @@ class FakeGcs:
         self.hiccups: set[str] = set()                # places that will answer 503 once
         self.asked: list[str] = []                    # places, in the order of the requests
         self.changed: list[str] = []                  # `+PLACE` that was written, `-PLACE` that was deleted, in order
+        self.page = 3                                 # names in one answer to a listing; the real one sends 1000
         self.cut_lists = 0                            # listings that will end in an error after their first page
         self._spare, self._then = 0, None
         self.tokens: set[str | None] = set()          # whom the requests said they come from
@@ -136,8 +135,9 @@ class _Handler(BaseHTTPRequestHandler):
         if at and self.store.cut_lists:
             self.store.cut_lists -= 1
             return self._fail(403, "Enough.")
-        more = {"nextPageToken": str(at + PAGE)} if names[at + PAGE :] else {}
-        self._json(200, {"items": [_metadata(n, objects[n]) for n in names[at : at + PAGE]]} | more)
+        end = at + self.store.page
+        more = {"nextPageToken": str(end)} if names[end:] else {}
+        self._json(200, {"items": [_metadata(n, objects[n]) for n in names[at:end]]} | more)
 
     def _content(self, content: bytes) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))

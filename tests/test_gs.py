@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore
-from fake_gcs import PAGE, FakeGcs
+from fake_gcs import FakeGcs
 
 from ifvit import checkpoint, checkpoint_writing, gcs, legacy
 from ifvit.config import DENSE_CONFIG, MATCH_CONFIG
@@ -151,7 +151,7 @@ def test_verify_goes_through_a_run(store, command, tmp_path):
     store.buckets["prints"] |= {"runs/metrics.jsonl": b"{}\n", "runs/": b""}  # consoles make a folder of such an object
     for name in [n for n in store.buckets["prints"] if n.startswith("runs/apart/dense_reg_ckpt/metadata/")]:
         del store.buckets["prints"][name]  # the upload has stopped half-way
-    assert len(store.buckets["prints"]) > PAGE
+    assert len(store.buckets["prints"]) > store.page
     said = command("checkpoint", "verify", "gs://prints/runs", cwd=tmp_path)
     bad, good = said.out.splitlines()
     assert said.code == 1

@@ -30,6 +30,7 @@ def store(monkeypatch):
         monkeypatch.setattr(gcs, "RETRIES", retries)
         monkeypatch.setattr(gcs, "_CONTEXT", tensorstore.Context(retries))
         server.buckets["runs"] = {}
+        server.page = 1000  # a run lists thousands
         yield server
 
 

@@ -73,8 +73,7 @@ module = sys.argv[1]
 one = run(module, (1, 1))
 out["asked"] = one[1]["asked"]
 out["loss"] = one[1]["loss"]
-out["2x2"] = apart(one, run(module, (2, 2)))
-out["4x1 with remat"] = apart(one, run(module, (4, 1), remat=True))
+out["2x2 with remat"] = apart(one, run(module, (2, 2), remat=True))
 out["bfloat16 2x1"] = apart(one, run(module, (2, 1), compute_dtype="bfloat16"))
 micro = run(module, (1, 1), accumulate=2)
 out["in two"] = apart(one, micro)
@@ -94,9 +93,8 @@ def said():
 
 
 @pytest.mark.parametrize("module", ["dense", "match"])
-@pytest.mark.parametrize("how", ["2x2", "4x1 with remat"])
-def test_a_step_is_the_same_on_any_devices_but_for_rounding(said, module, how):
-    params, stats, loss = said[module][how]
+def test_a_step_is_the_same_on_any_devices_and_recomputed_but_for_rounding(said, module):
+    params, stats, loss = said[module]["2x2 with remat"]
     assert params < 2e-5 and stats < 1e-5 and loss < 1e-4 * said[module]["loss"], said[module]
 
 
