@@ -113,6 +113,7 @@ def work(config: dict) -> None:
     worker = Worker(config["request"], config["desk"])
     code, message = job.call(worker)
     if code:
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # else it shows a traceback of what is no error of the code
         raise Ended(code, message)
     if worker.world > 1:
         import jax

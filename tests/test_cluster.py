@@ -299,11 +299,12 @@ def test_two_one_gpu_workers_of_a_host_see_different_gpus(monkeypatch, tmp_path)
     assert all(f"process {rank}" in s["name"] for rank, s in enumerate(seen))
 
 
-def test_cpu_workers_of_a_host_share_its_cores_and_a_mistake_on_one_ends_all(monkeypatch, tmp_path):
+def test_cpu_workers_of_a_host_share_its_cores_and_a_mistake_on_one_ends_all(monkeypatch, tmp_path, capfd):
     with_gpus(monkeypatch, 0)
     job = Job(functools.partial(look_then_err, tmp_path), "err", (4,))
     code, message = launch.launch(lambda platform: job, Request(num_workers="2"))
     assert (code, message) == (2, "a mistake, and its remedy.")
+    assert "Traceback" not in "".join(capfd.readouterr())
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     if len(os.sched_getaffinity(0)) > 1:
         assert not set(seen[0]["cores"]) & set(seen[1]["cores"])
