@@ -13,7 +13,10 @@ import time
 import numpy as np
 import pytest
 
+from cluster.host import Host
 from ifvit import checkpoint
+from ifvit.config import DenseConfig, preset
+from ifvit.data.gather import gather
 from ifvit.training.metrics import TIMES
 
 SMOKE = ("--preset", "smoke")
@@ -230,6 +233,27 @@ def test_other_prints_are_a_mistake_to_go_on_with(command, module1):
     said = command("train_dense", "--dataset_root", "synthetic", "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE,
                    cwd=module1.cwd)
     assert said.code == 2 and "other prints" in said.err, said
+
+
+# ---- what is held out
+
+
+def test_the_held_out_fingers_depend_on_a_seed_of_their_own(prints, cache):
+    def held_out(**changes) -> set:
+        config = preset("smoke", DenseConfig).replace(dataset_root=(str(prints),), **changes)
+        return {p.identity for p in gather(config, Host())[2].prints}
+
+    assert held_out(seed=1) == held_out(seed=2) == held_out()
+    assert len({frozenset(held_out(held_out_seed=n)) for n in range(4)}) > 1
+
+
+@pytest.mark.parametrize("words, warned", [([], False), (["--seed", 7], False), (["--set", "held_out_seed=1"], True),
+                                           (["--set", "held_out=0.2"], False), (["--set", "held_out=0.5"], True)])
+def test_it_is_said_where_module_1_has_seen_fingers_that_module_2_holds_out(started, module1, prints, words, warned):
+    said, task, _ = started("train_match", "--dataset_root", prints, "--pretrained_ckpt", module1.path, *SMOKE, *words,
+                            cwd=module1.cwd, create=False)
+    assert said.code == 0 and task, said
+    assert (f"⚠ Module 1 in {module1.path} held out other fingers" in said.out) == warned
 
 
 # ---- NaN

@@ -74,7 +74,7 @@ Space = dict[str, Range | Choice]
 OF_THE_RUN = {"dataset_root", "ppi", "checkpoint_dir", "dense_reg_ckpt", "loftr_ckpt", "seed", "num_classes", "input_workers",
               "model_parallel", "save_every", "save_steps", "keep_last", "keep_best"}
 # what has to be the same for all trials, or they could not be compared
-OF_THE_SWEEP = {"num_epochs", "patience", "held_out", "val_pairs"}
+OF_THE_SWEEP = {"num_epochs", "patience", "held_out", "held_out_seed", "val_pairs"}
 
 _TRAINING: Space = {
     "learning_rate": Range(0.2, 5, "log", "decides more than anything else, and depends on all else", times=True),

@@ -22,7 +22,7 @@ def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two fingers, or the split leaves a side with fewer.
     """
     everything = together("prints", lambda: _prepared(config), host)
-    train, held_out = split_by_finger(everything.prints, config.held_out, config.seed)
+    train, held_out = split_by_finger(everything.prints, config.held_out, config.held_out_seed)
     real = [p for p in held_out if p.database != SYNTHETIC]
     held_out = real or held_out  # where there are real prints, generated ones choose nothing
     for part in (train, held_out):

@@ -53,6 +53,8 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
                         f"--num_classes {len(classes)} or leave it out.")
     module1 = checkpoint_of_module1(config)
     aligner_config = module1 and config_of(DenseConfig, module1.metadata["config"])
+    if module1:
+        warn_of_seen_fingers(config, module1)
     aligner_tree = module1 and {k: module1.state[k] for k in ("params", "batch_stats")}
     aligner_state = (aligner_tree["params"], aligner_tree["batch_stats"]) if module1 else ({}, {})
 
@@ -131,6 +133,15 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
             raise UserError(f"Module 1 in {folder} was trained with {k} = {found.metadata['config'][k]}, Module 2 is "
                             f"configured with {ours[k]}; give both the same (--set {k}=…).")
     return found
+
+
+def warn_of_seen_fingers(config, module1: checkpoint.Checkpoint) -> None:
+    """Says so where Module 1 was trained on fingers of the same prints that Module 2 holds out."""
+    theirs = module1.metadata["config"]
+    seen = theirs.get("held_out_seed", 0) != config.held_out_seed or theirs["held_out"] < config.held_out
+    if seen and list(theirs["dataset_root"]) == list(config.dataset_root):
+        print(f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, held_out_seed="
+              f"{theirs.get('held_out_seed', 0)}): it was trained on some that validate Module 2; give both the same.", flush=True)
 
 
 def module1_folder(config) -> epath.Path:

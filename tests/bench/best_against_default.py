@@ -1,11 +1,12 @@
 """Whether what a sweep found beats the configuration it began with, on seeds that the sweep did not see.
 
     python tests/bench/best_against_default.py --best SWEEP/best.toml --preset cpu --seeds 11 12 13 --out OUT \\
-        --dataset_root DIR [DIR …] [--test DIR] [--set key=value …] [--pretrained_ckpt MODULE1]
+        --dataset_root DIR [DIR …] [--before FILE] [--test DIR] [--set key=value …] [--pretrained_ckpt MODULE1]
 
-Of Module 1; with `--pretrained_ckpt` of Module 2, on that Module 1. Both configurations are trained on each seed, which
-also chooses the held-out fingers. Module 1 is validated on the same views of those, with the corruption of the
-configuration that the sweep began with, Module 2 on the same pairs. `--test`: the macro EER there too.
+Of Module 1; with `--pretrained_ckpt` of Module 2, on that Module 1. The sweep began with the preset, or with `--before`.
+Both configurations are trained on each seed, and validated on the same fingers: with `--set held_out_seed=1` on others than
+those by which the sweep chose. Module 1 sees the same views of them, corrupted as in the configuration that the sweep began
+with, Module 2 the same pairs. `--test`: the macro EER there too.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from ifvit.training.sharding import use_cpu_cores
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--best", required=True)
+    parser.add_argument("--before")
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12, 13])
     parser.add_argument("--out", type=Path, required=True)
@@ -40,8 +42,9 @@ def main() -> None:
     use_cpu_cores()
     cli.use_compilation_cache(cache_dir() / "compiled")
     cls, table = (MatchConfig, "match") if args.pretrained_ckpt else (DenseConfig, "dense")
-    sets = dict(item.split("=") for item in args.set)
-    base = with_changes(preset(args.preset, cls), {k: parse_value(cls, k, v) for k, v in sets.items()})
+    sets = {k: parse_value(cls, k, v) for k, v in (item.split("=") for item in args.set)}
+    before = read_toml(args.before)[table] if args.before else {}
+    base = with_changes(preset(args.preset, cls), before | sets)
     base = base.replace(dataset_root=tuple(args.dataset_root))
     if args.pretrained_ckpt:
         theirs = checkpoint.read_metadata(checkpoint.locate(args.pretrained_ckpt))["config"]
@@ -52,7 +55,7 @@ def main() -> None:
             return train_match.run(config, "auto", Host())
         return train_dense.run(config, "auto", Host(), validation=base)
 
-    kinds = {"default": base, "best": with_changes(base, read_toml(args.best)[table])}
+    kinds = {"default": base, "best": with_changes(base, read_toml(args.best)[table] | sets)}
     shown = {"eer": False, "d_prime": True} if args.pretrained_ckpt else {"accuracy": True}  # metric -> higher is better
     if args.test:
         shown["test EER"] = False
