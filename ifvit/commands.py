@@ -164,6 +164,16 @@ def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, ta
     return config.replace(checkpoint_dir=resolve(config.checkpoint_dir))
 
 
+def tried(make, preset_name: str | None):
+    """`make(preset)`; where none is named, of either that the devices may choose: UserError where neither will do."""
+    if preset_name:
+        return make(preset_name)
+    try:
+        return make("paper")
+    except UserError:
+        return make("cpu")
+
+
 def start(args: ConfigArgs, preset_name: str | None) -> None:
     """The first log line, and the compilation cache."""
     import jax

@@ -48,7 +48,7 @@ class Config:
     dataset_root: tuple[str, ...] = host(("synthetic",))  # folders of prints; `synthetic` for generated ones
     ppi: float = number(0.0, 0, 5000, use=HOST)     # overrides the prints' resolution; 0: the file's, or the set's
     held_out: float = number(0.1, 0.0, 0.9, use=HOST)  # share of fingers kept for validation
-    held_out_seed: int = number(0, 0, 2**31 - 1, use=HOST)  # chooses them, whatever `seed` is: seeds can be compared
+    data_seed: int = number(0, 0, 2**31 - 1, use=HOST)  # chooses them, and the generated prints: seeds can be compared
     synthetic_fingers: int = number(300, 2, use=HOST)  # how many generated fingers, where generated ones are used
     synthetic_impressions: int = number(8, 1, use=HOST)  # and impressions of each
     synthetic_share: float = number(0.0, 0, 1, use=HOST)  # share of pairs drawn from generated fingers beside real ones
@@ -107,6 +107,9 @@ class Config:
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if f.type is float and type(value) is int:  # as TOML has it
+                object.__setattr__(self, f.name, float(value))
             check(f, getattr(self, f.name))
         if self.image_size % 8:
             raise UserError(f"image_size is {self.image_size}, not a multiple of the stride 8; "
@@ -222,6 +225,16 @@ def use_of(f: dataclasses.Field) -> str:
     return f.metadata.get("use", PROGRAM)
 
 
+# what both modules' windows and networks must have in common
+COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
+          "image_size", "similarity", "temp_bug_fix")
+
+
+def completed(cls, saved: dict) -> dict:
+    """A saved configuration with the keys that are newer than it, at what was in effect then: defaults; `data_seed` was `seed`."""
+    return cls().to_dict() | {"data_seed": saved.get("seed", 0)} | saved
+
+
 def known_key(cls, key: str) -> str:
     """`key` if `cls` has it; else a UserError that names the nearest."""
     names = [f.name for f in dataclasses.fields(cls)]
@@ -241,8 +254,6 @@ def check(f: dataclasses.Field, value) -> None:
         if not isinstance(value, tuple) or not value or not all(isinstance(v, inner) for v in value):
             raise UserError(f"{what}, which is not a list of {inner.__name__}; give at least one.")
         return
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UserError(f"{what}, which is not of type {kind.__name__}; give one.")
     if "choices" in f.metadata and value not in f.metadata["choices"]:

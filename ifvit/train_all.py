@@ -15,8 +15,8 @@ from typing import ClassVar
 from etils import epath
 
 from ifvit import cli
-from ifvit.commands import TrainArgs, build_config, check_outlives_job, given
-from ifvit.config import DenseConfig, MatchConfig, read_toml
+from ifvit.commands import TrainArgs, build_config, check_outlives_job, given, tried
+from ifvit.config import COMMON, DenseConfig, MatchConfig, read_toml
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 
@@ -53,7 +53,7 @@ class Args(TrainArgs):
         if code := self._search():
             return code
         found = replace(self, tune=0, config=str(with_best(self.config, sweep)))
-        for config, (name, ckpt) in zip(found.configs(self.preset or "paper"), json.loads((sweep / "best.json").read_text()).items()):
+        for config, (name, ckpt) in zip(tried(found.configs, self.preset), json.loads((sweep / "best.json").read_text()).items()):
             adopt(ckpt, config.checkpoint_dir, name, self.resume, sweep)
         return replace(found, resume="auto").run()
 
@@ -64,7 +64,7 @@ class Args(TrainArgs):
 
         self.request()
         check_outlives_job(str(sweep), "sweep_dir")
-        for config, name, flag in zip(self.configs(self.preset or "paper"), ("dense_reg", "matcher"), ("dense", "matcher")):
+        for config, name, flag in zip(tried(self.configs, self.preset), ("dense_reg", "matcher"), ("dense", "matcher")):
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
             here = checkpoint.as_writable_path(config.checkpoint_dir)
             if self.resume == "auto" and not (sweep / "dense/sweep.json").exists() and saving.candidates(here, name, 1):
@@ -103,6 +103,11 @@ class Args(TrainArgs):
         match = build_config(MatchConfig, self, given(
             checkpoint_dir=self.matcher_checkpoint_dir, batch_size=self.batch_size, num_classes=self.num_classes),
             preset, "match")
+        if not self.tune:  # a search gives Module 2 what its Module 1 has
+            for k in COMMON:
+                if dense[k] != match[k]:
+                    raise UserError(f"{k} is {dense[k]} for Module 1 and {match[k]} for Module 2, which starts from its transformer; "
+                                    f"give both the same (--set dense.{k}=… --set match.{k}=…).")
         return dense, match
 
     def train(self, configs, host) -> None:

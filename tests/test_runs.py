@@ -244,10 +244,10 @@ def test_the_held_out_fingers_depend_on_a_seed_of_their_own(prints, cache):
         return {p.identity for p in gather(config, Host())[2].prints}
 
     assert held_out(seed=1) == held_out(seed=2) == held_out()
-    assert len({frozenset(held_out(held_out_seed=n)) for n in range(4)}) > 1
+    assert len({frozenset(held_out(data_seed=n)) for n in range(4)}) > 1
 
 
-@pytest.mark.parametrize("words, warned", [([], False), (["--seed", 7], False), (["--set", "held_out_seed=1"], True),
+@pytest.mark.parametrize("words, warned", [([], False), (["--seed", 7], False), (["--set", "data_seed=1"], True),
                                            (["--set", "held_out=0.2"], False), (["--set", "held_out=0.5"], True)])
 def test_it_is_said_where_module_1_has_seen_fingers_that_module_2_holds_out(started, module1, prints, words, warned):
     said, task, _ = started("train_match", "--dataset_root", prints, "--pretrained_ckpt", module1.path, *SMOKE, *words,

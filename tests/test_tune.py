@@ -11,9 +11,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from ray.tune.experiment import Trial as Tried
 
 from cluster.host import PREEMPTED, ClusterError
-from ifvit import checkpoint, cli
+from ifvit import checkpoint, cli, commands
 from ifvit.cli import Failure, Interrupted
 from ifvit.config import HOST, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, preset, use_of
 from ifvit.errors import UserError
@@ -100,6 +101,20 @@ def test_four_trials_in_a_row_share_their_structure():
     assert all(len(set(structures[n : n + 4])) == 1 for n in range(0, 40, 4)) and len(set(structures)) > 5
 
 
+def test_where_structure_alone_is_searched_every_trial_has_its_own():
+    base = BASE["dense"]
+    found = space.space_for("dense", base, only=("transformer_layers", "transformer_width", "batch_size"))
+    structures = [base.replace(**space.draw(found, base, 0, n)).program() for n in range(12)]
+    assert max(structures.count(s) for s in structures) <= 3
+
+
+def test_a_whole_number_in_a_file_does_not_make_a_setting_one_of_whole_numbers():
+    base = BASE["dense"].replace(noise=1)
+    assert type(base.noise) is float
+    drawn = [space.draw({"noise": Range(0.0, 1.5)}, base, 0, n)["noise"] for n in range(1, 9)]
+    assert any(v % 1 for v in drawn) and max(drawn) <= 1.5
+
+
 @pytest.mark.parametrize("scale, middle", [("linear", 50.5), ("log", 10.0)])
 def test_a_range_is_even_on_its_scale(scale, middle):
     p = Range(1, 100, scale)
@@ -138,7 +153,16 @@ def test_what_is_taken_in_turn_is_tried_whole():
 
 def test_where_all_prints_are_generated_their_share_is_not_searched():
     assert "synthetic_share" not in space.space_for("match", BASE["match"])
-    assert "synthetic_share" in space.space_for("match", BASE["match"].replace(dataset_root=("prints",)))
+    real = BASE["match"].replace(dataset_root=("prints",))
+    assert "synthetic_share" not in space.space_for("match", real)  # there are none
+    assert "synthetic_share" in space.space_for("match", real.replace(synthetic_share=0.2))
+
+
+@pytest.mark.parametrize("share, asked", [(0.0, {"low": 0.1, "high": 0.5}), (0.2, {"low": 0.0}), (0.2, [0.0, 0.2])])
+def test_trials_with_generated_prints_are_not_compared_with_trials_without(share, asked):
+    real = BASE["match"].replace(dataset_root=("prints",), synthetic_share=share)
+    with pytest.raises(UserError, match="such trials would have other prints"):
+        space.space_for("match", real, {"synthetic_share": asked})
 
 
 def test_a_users_file_narrows_adds_and_fixes():
@@ -197,12 +221,23 @@ def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
     (["--trial_accelerators", "1.5"], "a part of one, or a whole number"),
     (["--wait_for_hosts", "nan"], "from 0 on"),
     (["--joint", "--scheduler", "pbt"], "give another --scheduler"),
+    (["--max_concurrent", "2", "--scheduler", "pbt"], "leave --max_concurrent"),
+    (["--trial_workers", "2", "--scheduler", "pbt"], "give another --scheduler"),
     (["--sweep_dir", "/tmp/ray/working_dir_files/x"], "which Ray removes"),
     (["--num_sampels", "3"], "did you mean --num_samples"),
 ])
 def test_mistakes_in_flags_are_told(words, what, capsys):
     assert cli.main(Args, "tune", ["--preset", "smoke", *words]) == 2
     assert what in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("module, words, table", [
+    ("matcher", ["--set", "roi_size=160"], ""), ("dense", [], "[dense.learning_rate]\nlow = 6e-3"), ("matcher", ["--set", "roi_size=100"], ""),
+])
+def test_what_one_of_the_presets_that_devices_choose_takes_is_no_mistake(module, words, table, tmp_path):
+    (tmp_path / "space.toml").write_text(table)
+    plans = commands.tried(cli.parse(Args, "tune", ["--module", module, "--space", str(tmp_path / "space.toml"), *words])._plans, None)
+    assert len(plans) == 1
 
 
 def test_resume_alone_is_resume_auto():
@@ -308,6 +343,51 @@ def test_asha_knows_what_trials_of_an_earlier_attempt_have_reached(tmp_path):
     assert decide(record.read_all(tmp_path)) == "STOP" and decide([]) == "CONTINUE"
 
 
+def test_a_round_of_a_population_ends_where_its_last_member_fails(monkeypatch):
+    monkeypatch.setattr(Tried, "get_trainable_cls", lambda self: None)
+    pbt = sweep.Population(metric="accuracy", mode="max", time_attr="epoch", synch=True, perturbation_interval=1,
+                           hyperparam_mutations={"noise": lambda: 0.5})
+    members = [Tried("stub", trial_id=str(n), config={"noise": 0.1}, stub=True) for n in range(4)]
+    controller = SimpleNamespace(get_trials=lambda: members, get_live_trials=lambda: members, search_alg=None)
+    cloned = []
+    monkeypatch.setattr(pbt, "_checkpoint_or_exploit", lambda t, _, upper, lower: cloned.append((t.trial_id, t in upper, t in lower)))
+    for t in members:
+        pbt.on_trial_add(controller, t)
+        t.set_status(Tried.RUNNING)
+    for n, t in enumerate(members[:3]):
+        t.run_metadata.last_result = {"epoch": 1, "accuracy": n / 10}
+        assert pbt.on_trial_result(controller, t, t.last_result) == "PAUSE"
+        t.set_status(Tried.PAUSED)
+        assert pbt.choose_trial_to_run(controller) is None and not cloned  # the last one is still at it
+    members[3].set_status(Tried.ERROR)
+    assert pbt.choose_trial_to_run(controller) in members[:3]
+    assert sorted(cloned)[0] == ("0", False, True) and sorted(cloned)[2] == ("2", True, False)
+
+
+def test_where_the_best_trial_fails_when_trained_to_its_end_the_next_is_taken(monkeypatch, tmp_path, capsys):
+    from tune import __main__ as command
+
+    for n in range(3):
+        ended(tmp_path, n, {"noise": n / 10}, [0.5 + n / 10])
+    ends = record.order(record.read_all(tmp_path), "accuracy", True)
+
+    def run(plan, space, request, good=("best_001",)):
+        assert request.num_samples == 1 and request.scheduler == "none" and plan.base.num_epochs == 20
+        fine = Path(plan.folder).name in good
+        ended(plan.folder, 0, {}, [0.5], "finished" if fine else "failed", "" if fine else "loss is nan")
+        sweep._complain(record.read_all(plan.folder), plan)
+
+    full, request = BASE["dense"].replace(num_epochs=20), sweep.Request(3)
+    monkeypatch.setattr(sweep, "run", run)
+    best, folder = command._to_its_end(plan(tmp_path), full, {}, request, ends)
+    assert best.number == 1 and folder == tmp_path / "best_001/trials/000"
+    assert capsys.readouterr().out == "trial 2 fails when it is trained to its end: loss is nan\n"
+    monkeypatch.setattr(sweep, "run", lambda *args: run(*args, good=()))
+    with pytest.raises(Failure, match="the same command goes on"):
+        command._to_its_end(plan(tmp_path), full, {}, request, ends)
+    assert not list(tmp_path.glob("best_*/trials/000/ended.json"))
+
+
 def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path):
     for n, why in enumerate(("loss is nan", "out of memory", "out of memory")):
         ended(tmp_path, n, {}, [], "failed", why)
@@ -324,6 +404,8 @@ def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path)
     ([{"CPU": 32.0, "GPU": 4.0}], {}, {"CPU": 8, "GPU": 1.0}),
     ([{"CPU": 8.0, "GPU": 1.0}], {"accelerators": 0.5}, {"CPU": 4, "GPU": 0.5}),
     ([{"CPU": 16.0}, {"CPU": 200.0, "TPU": 4.0}], {"accelerators": 4}, {"CPU": 200, "TPU": 4}),
+    ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),   # a large head without one
+    ([{"CPU": 64.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),
 ])
 def test_a_trial_gets_its_share_of_a_host(hosts, request_, gets, monkeypatch, tmp_path):
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
@@ -426,6 +508,18 @@ def test_importance_of_a_choice(tmp_path):
     assert next(iter(weights)) == "transformer" and weights["transformer"] > 0.6 > weights["noise"]
 
 
+def test_importance_of_a_choice_of_lists(tmp_path):
+    found = {"resnet_widths": Choice(((8, 8, 16), (8, 16, 24))), "noise": Range(0.0, 1.0)}
+    for n in range(12):  # as JSON has them
+        values = {"resnet_widths": [[8, 8, 16], [8, 16, 24]][n % 2], "noise": (n * 5 % 12) / 12}
+        ended(tmp_path, n, values, [float(n % 2)])
+    records = record.read_all(tmp_path)
+    weights = results.importance(records, found, BASE["dense"], "accuracy", True)
+    assert weights["resnet_widths"] > 0.6 > weights["noise"]
+    axes = results._scatter(records, ["resnet_widths"], found, BASE["dense"], "accuracy").axes[0]
+    assert sorted(set(axes.collections[0].get_offsets()[:, 0])) == [0, 1]
+
+
 def test_a_best_value_at_the_edge_of_its_range_is_what_to_try_next():
     found = {"noise": Range(0.0, 1.0), "learning_rate": Range(1e-4, 1e-2, "log")}
     best = record.Record(3, {"noise": 0.5, "learning_rate": 9.9e-3})
@@ -437,7 +531,7 @@ def test_a_best_value_at_the_edge_of_its_range_is_what_to_try_next():
 
 def test_best_toml_makes_the_same_configuration_whatever_the_preset(tmp_path):
     dense = BASE["dense"].replace(learning_rate=1.25e-05, resnet_widths=(8, 16, 24), transformer="siamese", num_epochs=3)
-    match = BASE["match"].replace(enhance=False, arcface_scale=33.3)
+    match = BASE["match"].replace(enhance=False, arcface_scale=33.3, resnet_widths=(8, 16, 24), transformer="siamese")
     file = tmp_path / "best.toml"
     file.write_text(results.best_toml({"dense": dense, "match": match}, {"dense": {"learning_rate"}}, ["best"]))
     assert "learning_rate = 1.25e-05  # searched" in file.read_text()
@@ -508,6 +602,16 @@ def test_the_best_of_the_other_module_stays_in_the_same_folder(tmp_path):
     found = tomllib.loads((tmp_path / "best.toml").read_text())
     assert list(found) == ["dense", "match"] and found["dense"]["learning_rate"] == 0.007 and found["match"]["enhance"] is False
     assert json.loads((tmp_path / "best.json").read_text()) == {"dense_reg": "d", "matcher": "m"}
+
+
+def test_a_best_that_does_not_go_with_the_other_modules_replaces_it(tmp_path, capsys):
+    from tune.__main__ import _write_best
+
+    _write_best(tmp_path, dict(BASE), {"dense_reg": "d", "matcher": "m"}, "smoke")
+    _write_best(tmp_path, {"dense": BASE["dense"].replace(transformer_width=32)}, {"dense_reg": "e"}, "smoke")
+    assert list(tomllib.loads((tmp_path / "best.toml").read_text())) == ["dense"]
+    assert json.loads((tmp_path / "best.json").read_text()) == {"dense_reg": "e"}
+    assert "match before goes with another transformer_width" in capsys.readouterr().out
 
 
 def test_a_folder_is_one_sweeps_at_a_time(tmp_path, monkeypatch):

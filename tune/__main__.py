@@ -22,8 +22,8 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.cli import Failure
-from ifvit.commands import ConfigArgs, build_config, check_outlives_job, given
-from ifvit.config import Config, DenseConfig, MatchConfig, config_of, read_toml, with_changes
+from ifvit.commands import ConfigArgs, build_config, check_outlives_job, given, tried
+from ifvit.config import COMMON, Config, DenseConfig, MatchConfig, completed, config_of, read_toml, with_changes
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 from tune import space as spaces
@@ -102,7 +102,10 @@ class Args(ConfigArgs):
         if self.joint and self.trial_epochs:
             raise UserError("--joint takes Module 1 from trials that were trained to the end; leave --trial_epochs out.")
         check_outlives_job(resolve(self.sweep_dir), "sweep_dir")
-        self._plans(self.preset or "paper")  # what is wrong with flags and files shows before Ray is started
+        tried(self._plans, self.preset)  # what is wrong with flags and files shows before Ray is started
+        if self.scheduler == "pbt" and (self.max_concurrent or self.trial_workers > 1):
+            raise UserError("Population-based training goes round by round through all its trials; leave --max_concurrent and "
+                            "--trial_workers out, or give another --scheduler.")
         try:
             from cluster.session import session
         except ImportError:
@@ -175,7 +178,7 @@ class Args(ConfigArgs):
     def _sweep(self, name: str, full: Config, space: spaces.Space, out: Path) -> tuple[Config, list[str]]:
         """One module's sweep: its best configuration, and the checkpoints of those that were trained to the end, best first."""
         from ifvit.data.gather import gather
-        from ifvit.training.match import checkpoint_of_module1
+        from ifvit.training.match import checkpoint_of_module1, warn_of_seen_fingers
         from tune import record, results, sweep
         from tune.trial import Plan
 
@@ -188,8 +191,8 @@ class Args(ConfigArgs):
         base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)
         samples = self.num_samples if space else 1
         _, prints, _ = gather(base, Host())  # read and generated once, and what is wrong with them shows here
-        if name == "match":
-            checkpoint_of_module1(base)
+        if name == "match" and (module1 := checkpoint_of_module1(base)):
+            warn_of_seen_fingers(base, module1)
         plan = Plan(name, base, str(out), metric, higher, frozenset(space) if pbt else frozenset(), os.getcwd(), "", {})
         _check_same_sweep(out, plan, space, prints.digest())
         print(f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings", flush=True)
@@ -209,15 +212,31 @@ class Args(ConfigArgs):
         results.write_csv(out / "trials.csv", records, space, metric)
         results.page(out / "index.html", f"Sweep of {name}", [*summary, hint], records, space, base, metric, higher)
         print("\n" + "\n".join([*summary, hint, f"trials: {out / 'trials.csv'}; page: {out / 'index.html'}"]), flush=True)
-        run_name = RUNS[name]
-        if epochs < full.num_epochs:  # the best one to its end
-            last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(out / f"best_{best.number:03d}"))
-            sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))
-            finished = [str(record.folder_of(last.folder, 0) / f"{run_name}_ckpt")]
-        else:
-            finished = [str(record.folder_of(out, r.number) / f"{run_name}_ckpt") for r in ends]
+        folders = [record.folder_of(out, r.number) for r in ends]
+        if epochs < full.num_epochs:
+            best, folder = _to_its_end(plan, full, space, request, ends)
+            folders = [folder]
         chosen = plan.config(best.values, best.number).replace(num_epochs=full.num_epochs)
-        return chosen, finished
+        return chosen, [str(folder / f"{RUNS[name]}_ckpt") for folder in folders]
+
+
+def _to_its_end(plan, full: Config, space: spaces.Space, request, ends: list):
+    """The best trial that can be trained for as long as the configuration says, and its run's folder. Failure where none can."""
+    from tune import record, sweep
+
+    folders = [Path(plan.folder, f"best_{r.number:03d}") for r in ends]
+    for best, folder in zip(ends, folders):
+        last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(folder))
+        try:
+            sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))
+            return best, record.folder_of(folder, 0)
+        except Failure:
+            end = record.read(folder, 0).end
+            print(f"trial {best.number} fails when it is trained to its end: {end['reason'] if end else 'see its log'}", flush=True)
+    for folder in folders:  # the same command tries them again
+        (record.folder_of(folder, 0) / "ended.json").unlink(missing_ok=True)
+    raise Failure(f"No trial of {plan.module} could be trained to its end; mend that, and the same command goes on. Their logs are in "
+                  f"{plan.folder}/best_*/trials.")
 
 
 def _summary(records, best, metric: str, plan) -> list[str]:
@@ -229,7 +248,7 @@ def _summary(records, best, metric: str, plan) -> list[str]:
     values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.values.items()) or "the configuration as it is"
     lines = [f"{len(records)} trials: " + ", ".join(f"{ends.count(h)} {h}" for h in ("finished", "stopped", "failed")),
              f"best: trial {best.number}, {metric} {best.last(metric):.4g} after {best.epochs} epochs: {values}"]
-    if best.number != 0 and first is not None:
+    if best.number != 0 and first is not None and not plan.changing:  # population-based training has changed it
         lines.append(f"the configuration as it is: {metric} {first:.4g} after {records[0].epochs} epochs")
     if full:
         lines.append(f"{share:.0%} of the steps that all trials in full would take")
@@ -269,6 +288,7 @@ def _check_same_sweep(out: Path, plan, space, data: str) -> None:
                                   "module1": _modules1(plan.base, space) if plan.module == "match" else [],
                                   "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()}}))
     if theirs := _noted(out):
+        theirs["configuration"] = {k: v for k, v in completed(type(plan.base), theirs["configuration"]).items() if k not in FREE}
         for part in ("configuration", "space"):
             for key in ours[part].keys() | theirs[part].keys():
                 if ours[part].get(key) != theirs[part].get(key):
@@ -291,7 +311,11 @@ def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], pre
 
     if (out / "best.toml").exists() and (out / "best.json").exists():
         found = {name: config_of(spaces.CONFIGS[name], table) for name, table in read_toml(str(out / "best.toml")).items()}
-        best, trained = found | best, json.loads((out / "best.json").read_text()) | trained
+        best, trained, new = found | best, json.loads((out / "best.json").read_text()) | trained, best
+        if len(best) > len(new) and (other := [k for k in COMMON if best["dense"][k] != best["match"][k]]):
+            (old,) = best.keys() - new.keys()
+            print(f"What was found for {old} before goes with another {other[0]}: it is left out of {out / 'best.toml'}.")
+            best.pop(old), trained.pop(RUNS[old], None)
         best, trained = ({name: table[name] for name in order if name in table}
                          for table, order in ((best, RUNS), (trained, RUNS.values())))
     searched = {name: {k for r in read_all(out / name) for k in r.values} for name in best}

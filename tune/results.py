@@ -56,7 +56,7 @@ def importance(records: list[Record], space: Space, base: Config, metric: str, h
             cuts = np.quantile(values, [1 / 3, 2 / 3]) if values else []
             groups = np.digitize(values, cuts)
         else:
-            groups = np.array([list(map(str, p.values)).index(str(v)) if str(v) in map(str, p.values) else -1 for v in values])
+            groups = np.array([_place(p, v) for v in values])
         y = np.array([rank for _, rank in having], float)
         kinds = [y[groups == g] for g in np.unique(groups)]
         n, k = len(y), len(kinds)
@@ -66,6 +66,12 @@ def importance(records: list[Record], space: Space, base: Config, metric: str, h
             total = y.var(ddof=1)
             found[key] = float(max(0.0, 1 - within / total)) if total else 0.0
     return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _place(choice: Choice, value) -> int:
+    """Which of the choices a value is, as it came from a file or not; -1 where it is none."""
+    names = list(map(json.dumps, choice.values))
+    return names.index(json.dumps(value)) if json.dumps(value) in names else -1
 
 
 def what_next(best: Record, space: Space, base: Config) -> str:
@@ -153,9 +159,8 @@ def _scatter(ranked: list[Record], keys: list[str], space: Space, base: Config, 
         having = [r for r in ranked if key in r.values or not r.values]
         values = [r.values.get(key, base[key]) for r in having]
         if isinstance(p, Choice):
-            names = list(map(str, p.values))
-            values = [names.index(str(v)) if str(v) in names else -1 for v in values]
-            axes.set_xticks(range(len(names)), names, fontsize=7)
+            values = [_place(p, v) for v in values]
+            axes.set_xticks(range(len(p.values)), map(str, p.values), fontsize=7)
         elif p.scale == "log":
             axes.set_xscale("log")
             axes.xaxis.set_minor_formatter(NullFormatter())

@@ -74,7 +74,7 @@ Space = dict[str, Range | Choice]
 OF_THE_RUN = {"dataset_root", "ppi", "checkpoint_dir", "dense_reg_ckpt", "loftr_ckpt", "seed", "num_classes", "input_workers",
               "model_parallel", "save_every", "save_steps", "keep_last", "keep_best"}
 # what has to be the same for all trials, or they could not be compared
-OF_THE_SWEEP = {"num_epochs", "patience", "held_out", "held_out_seed", "val_pairs"}
+OF_THE_SWEEP = {"num_epochs", "patience", "held_out", "data_seed", "val_pairs"}
 
 _TRAINING: Space = {
     "learning_rate": Range(0.2, 5, "log", "decides more than anything else, and depends on all else", times=True),
@@ -126,6 +126,8 @@ def space_for(module: str, base, changes: dict | None = None, only: tuple[str, .
     space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}  # no multiples of 0
     if tuple(base.dataset_root) == (SYNTHETIC,):
         space.pop("synthetic_share", None)  # all prints are
+    elif not base.synthetic_share and "synthetic_share" not in (changes or {}):
+        space.pop("synthetic_share", None)  # there are none
     for key, value in (changes or {}).items():
         known_key(type(base), key)
         if isinstance(value, (list, dict)) and key in OF_THE_RUN | OF_THE_SWEEP:
@@ -139,7 +141,14 @@ def space_for(module: str, base, changes: dict | None = None, only: tuple[str, .
     space = {k: p for k, p in space.items() if (not only or k in only) and k not in without}
     for key, p in space.items():
         _check(key, p, base)
+    if "synthetic_share" in space and not (base.synthetic_share and _least(space["synthetic_share"])):
+        raise UserError("synthetic_share is searched, and 0 is one of its values: such trials would have other prints and epochs "
+                        "of another length. Let the configuration have one above 0 (--config), and search above 0.")
     return space
+
+
+def _least(p: Range | Choice):
+    return p.low if isinstance(p, Range) else min(p.values)
 
 
 def check_names(names: tuple[str, ...], modules: tuple[str, ...], changes: dict[str, dict]) -> None:
@@ -170,16 +179,17 @@ def draw(space: Space, base, seed: int, number: int) -> dict:
     """Sample `number` of a random search, a pure function of the seed. Number 0 is the configuration as it is.
 
     Structure (what is a part of the compiled program) is drawn anew every GROUP trials, the first of them have the
-    configuration's: to compile takes longer than many a trial.
+    configuration's: to compile takes longer than many a trial. Where nothing else is searched, it is drawn for each.
     """
     if number == 0:
         return {}
     values = {}
+    size = GROUP if any(_use(k) != PROGRAM and not (isinstance(p, Choice) and p.in_turn) for k, p in space.items()) else 1
     for key, p in space.items():
         if isinstance(p, Choice) and p.in_turn:
             values[key] = p.values[number % len(p.values)]
             continue
-        group = number // GROUP if _use(key) == PROGRAM else number + 10**6
+        group = number // size if _use(key) == PROGRAM else number + 10**6
         # by its name: a setting more or less in the space does not change the others
         u = np.random.default_rng([seed, group, zlib.crc32(key.encode())]).random()
         if group:

@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 from ray import tune
 from ray.tune import CheckpointConfig, FailureConfig, RunConfig
+from ray.tune.experiment import Trial as Tried
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
 
@@ -115,7 +116,7 @@ def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Re
         def within(config: dict) -> dict:
             return config | {k: min(max(config[k], p.low), p.high) for k, p in space.items() if isinstance(p, Range)}
 
-        return PopulationBasedTraining(
+        return Population(
             time_attr="epoch", perturbation_interval=max(1, plan.base.num_epochs // 10), synch=True, log_config=False,
             custom_explore_fn=within, hyperparam_mutations=_domains(space))
     return None
@@ -124,6 +125,22 @@ def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Re
 def _domains(space: Space) -> dict:
     """Ranges as Tune has them."""
     return {k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()}
+
+
+class Population(PopulationBasedTraining):
+    """Ray's synchronous PBT (Jaderberg et al. 2017), in which a round also ends where its last member fails."""
+
+    def choose_trial_to_run(self, tune_controller) -> Tried | None:
+        chosen = super().choose_trial_to_run(tune_controller)
+        members = tune_controller.get_trials()
+        waiting = [t for t in members if not t.is_finished()]
+        if chosen is None and waiting and all(t.status == Tried.PAUSED for t in waiting):
+            for gone in set(members) - set(waiting):  # Ray counts those whose process died as behind for ever
+                state = self._trial_state[gone]
+                state.last_train_time = max(state.last_train_time, self._next_perturbation_sync)
+            self.on_trial_result(tune_controller, waiting[-1], waiting[-1].last_result)  # as if it were the round's last
+            chosen = super().choose_trial_to_run(tune_controller)
+        return chosen
 
 
 class Halving(ASHAScheduler):
@@ -236,14 +253,14 @@ def placed(plan: Plan, request: Request) -> Plan:
         every = sum(int(h.get("CPU", 0)) for h in hosts)
         kind = "GPU" if request.accelerators and platform() == "CPU" else platform()  # GPUs may be still to come
         cores = max((int(h.get("CPU", 0)) for h in hosts), default=0)
-        here = max((h.get(kind, 0) for h in hosts), default=0)
+        beside = min((h.get("CPU", 0) / h[kind] for h in hosts if h.get(kind)), default=0)  # cores for each accelerator
         if request.workers > 1:
             wanted = {kind: 1}
         elif kind == "CPU":
             wanted = {"CPU": request.cpus or max(1, min(cores, every // request.num_samples))}
         else:
             share = request.accelerators or 1.0
-            wanted = {"CPU": request.cpus or max(1, int(cores * share / here) if here else 1), kind: share}
+            wanted = {"CPU": request.cpus or max(1, int(beside * share)), kind: share}
         room = sum(all(h.get(k, 0) >= v for k, v in wanted.items()) for h in hosts)
         if room >= request.workers:
             plan = dataclasses.replace(plan, platform=kind, resources=wanted, workers=request.workers)

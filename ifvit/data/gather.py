@@ -22,7 +22,7 @@ def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two fingers, or the split leaves a side with fewer.
     """
     everything = together("prints", lambda: _prepared(config), host)
-    train, held_out = split_by_finger(everything.prints, config.held_out, config.held_out_seed)
+    train, held_out = split_by_finger(everything.prints, config.held_out, config.data_seed)
     real = [p for p in held_out if p.database != SYNTHETIC]
     held_out = real or held_out  # where there are real prints, generated ones choose nothing
     for part in (train, held_out):
@@ -65,7 +65,7 @@ def local_root(root: str) -> str:
 
 
 def generated(config) -> list[Print]:
-    files = synthetic.prints(config.seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
+    files = synthetic.prints(config.data_seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
                              workers=os.cpu_count() or 1)
     wanted = {str(f) for f in files}
     return [replace(p, database=SYNTHETIC) for p in read_root(files[0].parent, synthetic.PPI) if p.path in wanted]

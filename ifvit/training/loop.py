@@ -17,6 +17,7 @@ from flax import serialization
 
 from ifvit import checkpoint, plots, progress
 from ifvit.cli import Failure, Interrupted
+from ifvit.config import completed
 from ifvit.errors import UserError
 from ifvit.processes import exchange
 from ifvit.training import saving
@@ -333,12 +334,11 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
     if None in metadata["digests"].values():
         raise UserError(f"{path} has no digests: other software wrote it, and a run goes on from what it can check alone. "
                         "Give a checkpoint that was trained here, or --resume never.")
-    theirs, ours = metadata["config"], task.config.to_dict()
-    before = type(task.config)().to_dict()  # a key that is newer than the checkpoint had its default's effect
-    changed = [k for k in ours if k not in free and theirs.get(k, before[k]) != ours[k]]
+    theirs, ours = completed(type(task.config), metadata["config"]), task.config.to_dict()
+    changed = [k for k in ours if k not in free and theirs[k] != ours[k]]
     if changed:
         k = changed[0]
-        raise UserError(f"{path} was trained with {k} = {theirs.get(k, before[k])}, this run asks for {ours[k]}"
+        raise UserError(f"{path} was trained with {k} = {theirs[k]}, this run asks for {ours[k]}"
                         + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else "")
                         + ". Give the same value, or --resume never to train anew, or another checkpoint directory.")
     if metadata["data"] != task.data_digest:

@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from ifvit import checkpoint, rates
-from ifvit.config import DenseConfig, MatchConfig, Traced, config_of, with_changes
+from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, with_changes
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
@@ -22,10 +22,6 @@ from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_network, match_network, match_step
 
 log = logging.getLogger("ifvit")
-
-# what both modules' windows and networks must have in common
-COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
-          "image_size", "similarity", "temp_bug_fix")
 
 
 @functools.lru_cache(maxsize=8)
@@ -137,11 +133,11 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
 
 def warn_of_seen_fingers(config, module1: checkpoint.Checkpoint) -> None:
     """Says so where Module 1 was trained on fingers of the same prints that Module 2 holds out."""
-    theirs = module1.metadata["config"]
-    seen = theirs.get("held_out_seed", 0) != config.held_out_seed or theirs["held_out"] < config.held_out
-    if seen and list(theirs["dataset_root"]) == list(config.dataset_root):
-        print(f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, held_out_seed="
-              f"{theirs.get('held_out_seed', 0)}): it was trained on some that validate Module 2; give both the same.", flush=True)
+    theirs = completed(DenseConfig, module1.metadata["config"])
+    seen = theirs["data_seed"] != config.data_seed or theirs["held_out"] < config.held_out
+    if seen and set(theirs["dataset_root"]) & set(config.dataset_root):
+        print(f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, data_seed={theirs['data_seed']}): "
+              "it was trained on some that validate Module 2; give both the same.", flush=True)
 
 
 def module1_folder(config) -> epath.Path:

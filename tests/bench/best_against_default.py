@@ -4,7 +4,7 @@
         --dataset_root DIR [DIR …] [--before FILE] [--test DIR] [--set key=value …] [--pretrained_ckpt MODULE1]
 
 Of Module 1; with `--pretrained_ckpt` of Module 2, on that Module 1. The sweep began with the preset, or with `--before`.
-Both configurations are trained on each seed, and validated on the same fingers: with `--set held_out_seed=1` on others than
+Both configurations are trained on each seed, and validated on the same fingers: with `--set data_seed=1` on others than
 those by which the sweep chose. Module 1 sees the same views of them, corrupted as in the configuration that the sweep began
 with, Module 2 the same pairs. `--test`: the macro EER there too.
 """
@@ -15,13 +15,12 @@ from pathlib import Path
 
 from cluster.host import Host
 from ifvit import checkpoint, cli, train_dense, train_match
-from ifvit.config import DenseConfig, MatchConfig, parse_value, preset, read_toml, with_changes
+from ifvit.config import COMMON, DenseConfig, MatchConfig, parse_value, preset, read_toml, with_changes
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.evaluate import evaluate
 from ifvit.paths import cache_dir
 from ifvit.scorer import Scorer
-from ifvit.training.match import COMMON
 from ifvit.training.metrics import read_rows
 from ifvit.training.sharding import use_cpu_cores
 

@@ -46,16 +46,20 @@ def main() -> int:
         clock = time.monotonic()
         subprocess.run(words(whole, args.samples), check=True, stdout=subprocess.DEVNULL)
         length = time.monotonic() - clock
-        for n in range(args.count):
+        ended: dict[Path, bytes] = {}
+        for _ in range(args.count):
             moment = draw.uniform(0.2, 0.9) * length
             sweep = subprocess.Popen(words(killed, args.samples), stdout=subprocess.DEVNULL, start_new_session=True)
             try:
                 sweep.wait(moment)
+                how = f"ended within {moment:.1f} s"
             except subprocess.TimeoutExpired:
                 os.killpg(sweep.pid, signal.SIGKILL)
                 sweep.wait()
-            ended = {p: p.read_bytes() for p in killed.glob("dense/trials/*/ended.json")}
-            print(f"killed after {moment:.1f} s: {len(ended)} trials had ended", flush=True)
+                how = f"killed after {moment:.1f} s"
+            for p in killed.glob("dense/trials/*/ended.json"):
+                ended.setdefault(p, p.read_bytes())
+            print(f"{how}: {len(ended)} trials had ended", flush=True)
         subprocess.run(words(killed, args.samples), check=True, stdout=subprocess.DEVNULL)
         lost = [str(p) for p, content in ended.items() if p.read_bytes() != content]
         same = outcome(whole) == outcome(killed)
