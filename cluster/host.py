@@ -52,6 +52,13 @@ class Host:
         """A block in which `progress()` has to grow; a process alone waits for nobody, and cannot hang in a collective."""
         return contextlib.nullcontext()
 
+    def has_begun(self, what: str) -> bool:
+        """Whether `what` was noted by `begun` since the command was started: by this process, or one that it stands in for."""
+        return False
+
+    def begun(self, what: str) -> None:
+        """Notes that the command need not begin `what` again when its processes are started again."""
+
     def report(self, values: dict) -> None:
         """Metrics of an epoch, to whoever looks after the run."""
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 
 import ray
 import ray.train
@@ -41,7 +42,10 @@ def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
     with session() as alone:
         place = placement(request, alone)
         job = job_for(place.platform)
-        return run_connected(job, request, place.fitting(job.batches), alone, Host())
+        fitting = place.fitting(job.batches)
+        if fitting.workers[0] > place.workers[0]:  # are there hosts for so many?
+            placement(replace(request, num_workers="{}:{}".format(*fitting.workers)), alone)
+        return run_connected(job, request, fitting, alone, Host())
 
 
 def prepare(request: Request) -> None:

@@ -5,7 +5,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 
 import ray
-from ray.autoscaler.sdk import request_resources
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.host import ClusterError
 from cluster.launch import Request
@@ -37,7 +37,9 @@ class Placement:
                                "use another --num_workers, or a --batch_size that is a multiple.")
         if found[-1] < high:
             print(f"{found[-1]} workers, not {high}: more do not divide the batch", flush=True)
-        return replace(self, workers=(min(low, found[0]) if low < high else found[-1], found[-1]))
+        if low < high and self.exactly and found[0] > low:
+            print(f"at least {found[0]} workers, not {low}: fewer do not divide the batch", flush=True)
+        return replace(self, workers=(found[0] if low < high else found[-1], found[-1]))
 
 
 def placement(request: Request, alone: bool) -> Placement:
@@ -48,30 +50,34 @@ def placement(request: Request, alone: bool) -> Placement:
     """
     asked = request.workers()
     low, high = asked or (1, 0)
-    a_host = request.workers_per_host or (high if alone and asked else 1)
     until = time.monotonic() + (0 if alone else request.wait_for_hosts)
-    called = False
+    called = None
     while True:
         nodes = [n for n in ray.nodes() if n["Alive"]]
         platform = request.devices.upper() if request.devices != "auto" else next(
             (p for p in ("TPU", "GPU") if any(n["Resources"].get(p) for n in nodes)), "CPU")
-        hosts = [n for n in nodes if n["Resources"].get(platform, 0) >= a_host]
+        a_host = request.workers_per_host or 1
+        if alone and asked and not request.workers_per_host:  # all of them, as far as there are devices for them
+            high = max(low, min([high, *(int(n["Resources"].get(platform, 0)) for n in nodes)]))
+            a_host = high
+        hosts = [n for n in nodes if min(n["Resources"].get(p, 0) for p in ("CPU", platform)) >= a_host]
         if len(hosts) * a_host >= low and (asked or hosts):
             break
         if not (alone or called):  # an autoscaler brings what somebody asks for
-            called = True
-            request_resources(bundles=[{platform: 1}] * low)
+            called = placement_group([{"CPU": a_host, platform: a_host}] * -(-low // a_host), strategy="STRICT_SPREAD")
         if time.monotonic() > until:
+            if called:
+                remove_placement_group(called)
             there = Counter(", ".join(f"{n['Resources'].get(p, 0):g} {p}" for p in ("CPU", "GPU", "TPU")
                                       if p == "CPU" or n["Resources"].get(p)) for n in nodes)
             raise ClusterError(
                 f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
-                f"{platform}, and there are {', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; start more "
+                f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are {', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; start more "
                 "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
                 "--wait_for_hosts.")
         time.sleep(0.5)
     if called:
-        request_resources(bundles=[])  # from here on the workers' own claims count
+        remove_placement_group(called)  # from here on the workers' own claims count
     each = min(int(n["Resources"][platform]) for n in hosts) // a_host
     resources = {"CPU": float(each)} if platform == "CPU" else {"CPU": 1.0, platform: float(each)}
     most = high if asked else len(hosts) * a_host

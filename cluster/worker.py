@@ -32,6 +32,13 @@ class Desk:
         self._code = 0
         self._furthest = 0
         self._news: list[dict] = []
+        self._begun: set[str] = set()
+
+    def begun(self, what: str) -> None:
+        self._begun.add(what)
+
+    def has_begun(self, what: str) -> bool:
+        return what in self._begun
 
     def tell(self, values: dict) -> None:
         self._news.append(values)
@@ -91,6 +98,12 @@ class Worker(Host):
 
     def watched(self, progress):
         return watchdog(progress, self._hang_timeout, self.name)
+
+    def has_begun(self, what: str) -> bool:
+        return ray.get(self._desk.has_begun.remote(what))
+
+    def begun(self, what: str) -> None:
+        ray.get(self._desk.begun.remote(what))
 
     def report(self, values: dict) -> None:
         ray.train.report(values)

@@ -98,12 +98,12 @@ class TrainArgs(ConfigArgs):
         """This command as a job for workers of that kind, its flags checked; for '' without a look at the devices."""
         name = self.command.rpartition(".")[2]
         if not platform:
-            return Job(functools.partial(run_here, self.command, asdict(self), None, None), name)
+            return Job(functools.partial(run_here, self.command, asdict(self), "", None, None), name)
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
         configs = tuple(c.replace(checkpoint_dir=absolute(c.checkpoint_dir)) for c in self.configs(preset))
         for config in configs:
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
-        return Job(functools.partial(run_here, self.command, asdict(self), preset, configs), name,
+        return Job(functools.partial(run_here, self.command, asdict(self), platform, preset, configs), name,
                    tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"))
 
 
@@ -119,18 +119,27 @@ def given(**flags) -> dict:
     return {k: v for k, v in flags.items() if v is not None}
 
 
-def run_here(command: str, flags: dict, preset: str | None, configs: tuple | None, host: Host) -> tuple[int, str]:
-    """A training command in this process: (exit code, message). Of several processes the first one prints."""
+def run_here(command: str, flags: dict, platform: str, preset: str | None, configs: tuple | None, host: Host) -> tuple[int, str]:
+    """A training command in this process: (exit code, message). Of several processes JAX's first one prints.
+
+    `platform`: the devices that Ray gave it, '' where it is to find out.
+    """
     args = importlib.import_module(command).Args(**flags)
 
     def call() -> None:
+        import jax
+
         use_cpu_cores()
         ours = configs or args.configs(preset)
+        if platform not in ("", "CPU") and jax.default_backend() == "cpu":
+            raise UserError(f"{host.name} has a {platform} from Ray, and JAX finds none there; install the project with the extra "
+                            f"{'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver.")
+        if jax.process_index():  # not Ray's rank: a TPU slice numbers its hosts itself
+            sys.stdout = open(os.devnull, "w")
+            cli.prepare_output()
         start(args, preset)
         args.train(ours, host)
 
-    if host.rank:
-        sys.stdout = open(os.devnull, "w")
     cli.prepare_output()
     return cli.outcome(call)
 

@@ -112,8 +112,10 @@ class Args(TrainArgs):
 
     def train(self, configs, host) -> None:
         from ifvit import train_dense, train_match
+        from ifvit.training.startup import check_folder
 
         dense, match = configs
+        check_folder(match, host)  # not when Module 1 has been trained
         print("Module 1: dense registration", flush=True)
         module1 = train_dense.run(dense, self.resume, host)
         print("Module 2: matcher", flush=True)

@@ -43,11 +43,10 @@ def run(config: DenseConfig, resume: str, host, may_change: Set[str] = frozenset
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task
     from ifvit.training.loop import train
-    from ifvit.training.startup import check_hosts, check_prints
+    from ifvit.training.startup import check_hosts
 
     check_hosts(config, host)
-    everything, train_set, held_out = gather(config, host)
-    check_prints(everything, host)
+    _, train_set, held_out = gather(config, host)
     return train(dense_task(config, train_set, held_out, validation), resume, host, may_change)
 
 

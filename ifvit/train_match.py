@@ -45,12 +45,11 @@ def run(config: MatchConfig, resume: str, host, may_change: Set[str] = frozenset
     from ifvit.data.gather import gather
     from ifvit.training.loop import train
     from ifvit.training.match import checkpoint_of_module1, match_task
-    from ifvit.training.startup import check_hosts, check_prints
+    from ifvit.training.startup import check_hosts
 
     checkpoint_of_module1(config)  # a wrong path shows before prints are read
     check_hosts(config, host)
-    everything, train_set, held_out = gather(config, host)
-    check_prints(everything, host)
+    _, train_set, held_out = gather(config, host)
     return train(match_task(config, train_set, held_out), resume, host, may_change)
 
 

@@ -1,5 +1,6 @@
 """How a job gets its processes: where they go, which devices they see, what is tried again, and what is said when it cannot be."""
 
+import contextlib
 import functools
 import json
 import os
@@ -97,7 +98,7 @@ def node(**resources):
 
 @pytest.fixture
 def cluster_of(monkeypatch):
-    monkeypatch.setattr(placement, "request_resources", lambda bundles: None)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: None)
 
     def set_nodes(*nodes):
         monkeypatch.setattr(ray, "nodes", lambda: list(nodes))
@@ -141,21 +142,47 @@ def test_what_a_cluster_cannot_fit_is_said_with_what_is_asked_and_what_there_is(
     cluster_of(node(GPU=4.0), node(GPU=4.0))
     with pytest.raises(ClusterError) as e:
         placement.placement(Request(num_workers="3", wait_for_hosts=0), alone=False)
-    assert "asks for 3 workers, 1 a host, each with at least one GPU, and there are 2 × 8 CPU, 4 GPU" in str(e.value)
+    assert "asks for 3 workers, 1 a host, each with at least one GPU and one CPU, and there are 2 × 8 CPU, 4 GPU" in str(e.value)
 
 
 def test_hosts_that_are_still_to_come_are_waited_for(monkeypatch):
-    seen, called = iter([[node()], [node(), node(GPU=1.0)], [node(), node(GPU=1.0), node(GPU=1.0)]]), []
+    seen, called = iter([[node()], [node(), node(GPU=8.0)], [node(), node(GPU=8.0), node(GPU=8.0)]]), []
     monkeypatch.setattr(ray, "nodes", lambda: next(seen))
-    monkeypatch.setattr(placement, "request_resources", lambda bundles: called.append(bundles))
+    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
+    monkeypatch.setattr(placement, "remove_placement_group", called.append)
     assert placement.placement(Request(num_workers="2", devices="gpu"), alone=False).workers == (2, 2)
-    assert called == [[{"GPU": 1}] * 2, []]  # an autoscaler was asked for them, and then no longer
+    # an autoscaler was asked for two hosts, not for one that has two; and then no longer
+    assert called == [([{"CPU": 1, "GPU": 1}] * 2, "STRICT_SPREAD"), "group"]
+
+
+def test_a_host_whose_cores_are_nobodys_is_none(cluster_of):
+    cluster_of(node(CPU=0.0, GPU=4.0), node(GPU=2.0))
+    place = placement.placement(Request(), alone=False)
+    assert (place.resources, place.workers) == ({"CPU": 1.0, "GPU": 2.0}, (1, 1))
+
+
+@pytest.mark.parametrize("asked, devices, workers", [("1:4", 2.0, (1, 2)), ("2:3", 8.0, (2, 3)), ("1:2", 2.0, (1, 2))])
+def test_a_range_on_this_machine_alone_takes_what_it_has(cluster_of, asked, devices, workers):
+    cluster_of(node(CPU=devices))
+    place = placement.placement(Request(num_workers=asked), alone=True)
+    assert place.workers == workers and place.resources == {"CPU": devices // workers[1]}
+
+
+def test_fewer_workers_than_divide_the_batch_are_no_cluster_for_it(cluster_of, monkeypatch):
+    monkeypatch.setattr(on_ray, "session", lambda: contextlib.nullcontext(False))
+    job = lambda platform: Job(None, "job", (16,))
+    cluster_of(*[node()] * 3)
+    with pytest.raises(ClusterError, match="asks for 4 workers, 1 a host, .* there are 3 × 8 CPU"):
+        on_ray.run(job, Request(num_workers="3:4", wait_for_hosts=0))
+    cluster_of(*[node()] * 4)
+    monkeypatch.setattr(on_ray, "run_connected", lambda job, request, place, alone, host: place.workers)
+    assert on_ray.run(job, Request(num_workers="3:4", wait_for_hosts=0)) == (4, 4)
 
 
 def test_devices_that_are_named_are_waited_for_where_the_cluster_has_others(cluster_of):
     cluster_of(node(GPU=4.0), node(GPU=4.0))
     assert placement.placement(Request(devices="cpu"), alone=False).resources == {"CPU": 8.0}
-    with pytest.raises(ClusterError, match="each with at least one TPU, and there are 2 × 8 CPU"):
+    with pytest.raises(ClusterError, match="each with at least one TPU and one CPU, and there are 2 × 8 CPU"):
         placement.placement(Request(devices="tpu", wait_for_hosts=0), alone=False)
 
 

@@ -173,6 +173,12 @@ def test_train_alls_keys_are_checked_before_anything_is_trained(fails):
     fails(["learning_rat", "did you mean 'learning_rate'"], "train_all", "--set", "match.learning_rat=1", *SMOKE)
 
 
+def test_a_folder_for_module_2_that_cannot_be_written_is_told_before_module_1_is_trained(fails, prints, tmp_path):
+    (tmp_path / "file").write_text("")
+    fails(["Checkpoints cannot be written to", "Not a directory"], "train_all", "--dataset_root", prints,
+          "--matcher_checkpoint_dir", tmp_path / "file/below", *SMOKE)
+
+
 def test_modules_that_do_not_go_together_are_told_before_anything_is_trained(fails):
     fails(["transformer_width is 32 for Module 1 and 16 for Module 2", "--set match.transformer_width=…"], "train_all",
           "--set", "dense.transformer_width=32", *SMOKE)

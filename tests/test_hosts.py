@@ -1,15 +1,19 @@
 """A job on two hosts of a test bed, and one fault; tests/faults/hosts.py has the others, at length."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
 from faults import checkpoint
 from faults.hosts import Run, Training, disturbed, state, worker
 from ifvit.training.metrics import read_rows
 from testbed import Testbed
+from tune import record
 
 WHY_NOT = Testbed.available()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"no test bed: {WHY_NOT}")
-SHORT = Training(epochs=5, pairs=40)
+SHORT = Training(epochs=5, pairs=40, resume="never")  # once: a worker that is killed does not begin anew
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +46,30 @@ def test_after_kill_9_of_a_worker_the_run_ends_with_the_same_bits(plain, bed, tm
 
 
 def test_a_finished_run_says_so_and_a_mistake_in_a_job_is_a_sentence_and_exit_code_2(plain, bed):
-    again = bed.submit(SHORT.words(plain.folder, "2"), wait=True)
+    words = replace(SHORT, resume="auto").words(plain.folder, "2")
+    again = bed.submit(words, wait=True)
     assert bed.exit_code(again) == 0 and "is finished (5 epochs); nothing to do" in bed.logs(again)
-    wrong = bed.submit([*SHORT.words(plain.folder, "2"), "--set", "learning_rat=1"], wait=True)
+    wrong = bed.submit([*words, "--set", "learning_rat=1"], wait=True)
     assert bed.exit_code(wrong) == 2
     assert "Error: DenseConfig has no key 'learning_rat'; did you mean 'learning_rate'?" in bed.logs(wrong)
     assert "Traceback" not in bed.logs(wrong)
+
+
+def test_a_search_of_both_modules_by_job_submission_ends_in_an_evaluated_matcher(bed, tmp_path):
+    job = bed.submit(["python", "-m", "ifvit.train_all", "--tune", "2", "--preset", "smoke", "--dataset_root", "synthetic",
+                      "--sweep_dir", tmp_path / "sweep", "--dense_checkpoint_dir", tmp_path / "dense", "--matcher_checkpoint_dir",
+                      tmp_path / "matcher"], wait=True)
+    said = bed.logs(job)
+    assert bed.exit_code(job) == 0 and "Module 2, fused score" in said, said[-3000:]
+    assert [len(record.read_all(tmp_path / "sweep" / name)) for name in ("dense", "match")] == [2, 2]
+    for name, found in json.loads((tmp_path / "sweep/best.json").read_text()).items():
+        ours = tmp_path / {"dense_reg": "dense", "matcher": "matcher"}[name] / f"{name}_ckpt"
+        assert checkpoint.read_metadata(ours)["digests"] == checkpoint.read_metadata(checkpoint.as_path(found))["digests"]
+
+
+def test_a_trial_may_take_both_hosts(bed, tmp_path):
+    job = bed.submit(["python", "-m", "tune", "--module", "dense", "--num_samples", "1", "--trial_workers", "2", "--preset", "smoke",
+                      "--dataset_root", "synthetic", "--sweep_dir", tmp_path], wait=True)
+    assert bed.exit_code(job) == 0, bed.logs(job)[-3000:]
+    found = checkpoint.load(tmp_path / "dense/trials/000/dense_reg_ckpt")
+    assert found.metadata["finished"] and found.metadata["history"][0]["processes"] == 2

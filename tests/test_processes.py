@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from ifvit.training.loop import lost
 from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 
 WORKER = '''
-import dataclasses, json, os, sys
+import dataclasses, json, os, shutil, sys
 from pathlib import Path
-import jax
+import jax, pytest
 
 rank, port, folder, prints = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
@@ -28,7 +29,7 @@ backend._cache_every_process()
 from cluster.host import Host, SAVE
 from ifvit import processes, train_dense
 from ifvit.cli import Failure, Interrupted
-from ifvit.commands import build_config, run_here
+from ifvit.data import gather
 from ifvit.errors import UserError
 from ifvit.training import startup
 
@@ -93,12 +94,12 @@ attempt("no folder on one", lambda: startup.check_hosts(
     config.replace(checkpoint_dir=str(folder / ("file/below" if rank else "fine"))), host))
 
 
-class Prints:
-    def listing(self):
-        return f"{9 + rank} prints, abc"
-
-
-attempt("other prints", lambda: startup.check_prints(Prints(), host))
+roots = shutil.copytree(prints, folder / f"prints{rank}")
+if rank == 1:
+    next(roots.glob("DB1/*")).unlink()
+with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(gather, "prepare", lambda *_: said.update(decoded=True))
+    attempt("other prints", lambda: gather.gather(config.replace(dataset_root=(str(roots),)), host))
 said["left"] = sorted(p.name for p in (folder / "run").iterdir())
 
 
@@ -179,12 +180,14 @@ def test_hosts_that_do_not_share_the_folder_are_told_so(two):
 
 def test_a_host_that_cannot_write_is_named(two):
     for said in both(two, "no folder on one"):
-        assert said.startswith("UserError: process 1: checkpoints cannot be written to ") and "Not a directory" in said
+        assert said.startswith("UserError: process 1: Checkpoints cannot be written to ") and "Not a directory" in said
 
 
 def test_hosts_with_other_prints_are_told_so(two):
-    assert both(two, "other prints") == ["UserError: The list of prints differs between process 0 (9 prints, abc) and process 1 "
-                                         "(10 prints, abc); give a --dataset_root that is the same on every host."] * 2
+    for said in both(two, "other prints"):
+        assert re.fullmatch(r"UserError: The list of prints differs between process 0 \(18 prints, \w+\) and process 1 \(17 prints, "
+                            r"\w+\); give a --dataset_root that is the same on every host\.", said), said
+    assert not any(said.get("decoded") for said in two.said)
 
 
 def test_one_that_is_asked_to_stop_stops_all_in_the_same_step(two):
@@ -228,7 +231,9 @@ def test_two_processes_train_as_one_does(two, command, prints, tmp_path):
 def test_the_hosts_paces_stand_in_the_metrics(two):
     rows = [r for r in read_rows(two.run / "metrics.jsonl") if r["split"] == "hosts"]
     assert [r["step"] for r in rows] == [2, 4, 6]
-    assert all(r["host"] == ["process 0", "process 1"] and len(r["probe_seconds"]) == 2 for r in rows)
+    assert all(r["host"] == ["process 0", "process 1"] for r in rows)
+    for k in ("probe_seconds", "step_seconds", "input_seconds", "checkpoint_seconds", "compile_seconds"):
+        assert all(len(r[k]) == 2 for r in rows) and max(max(r[k]) for r in rows) > 0, k
 
 
 # ---- hosts that are slow, and time that was lost
@@ -251,6 +256,7 @@ def test_what_an_attempt_had_done_after_its_last_checkpoint_is_said():
     rows = [{"split": "train", "step": s, "seconds": 2.0} for s in (10, 20, 30)] + [{"split": "val", "step": 30}]
     assert lost(rows, 10, "2026-01-01T00:00:00+00:00").startswith("Lost: 20 steps (4 s of training); the checkpoint was written ")
     assert lost(rows, 30, "2026-01-01T00:00:00+00:00").startswith("Lost: no step that was logged;")
+    assert lost(rows, 0) == "Lost: 30 steps (6 s of training); there is no checkpoint, and the run begins anew"
 
 
 def test_goodput_is_the_share_of_wall_time_in_steps_that_were_kept(tmp_path, monkeypatch):

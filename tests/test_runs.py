@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from cluster.host import Host
-from ifvit import checkpoint
+from ifvit import checkpoint, train_dense
 from ifvit.config import DenseConfig, preset
 from ifvit.data.gather import gather
 from ifvit.training.metrics import TIMES
@@ -185,6 +185,61 @@ def test_never_trains_anew_and_leaves_the_run_before_whole(command, module1, pri
     assert not same(command, folder / "dense_reg_ckpt", module1.path)
     for name in ("dense_reg_ckpt", "dense_reg_best", "dense_reg_epoch_1"):
         assert same(command, folder / "before_1" / name, module1.folder / name)
+
+
+class Again(Host):
+    """A process that stands in for one of the same command which has died."""
+
+    def __init__(self, *begun):
+        super().__init__()
+        self.noted = set(begun)
+
+    def has_begun(self, what):
+        return what in self.noted
+
+    def begun(self, what):
+        self.noted.add(what)
+
+
+def test_never_is_once_for_all_processes_of_a_command(module1, prints, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(module1.folder, folder)
+    shutil.rmtree(folder / "dense_reg_ckpt")
+    shutil.rmtree(folder / "dense_reg_epoch_2")
+    config = preset("smoke", DenseConfig).replace(dataset_root=(str(prints),), checkpoint_dir=str(folder))
+    host = Again()
+    run = lambda: train_dense.run(config, "never", host)
+    run()
+    assert host.noted == {str(folder)} and (folder / "before_1/dense_reg_epoch_1").is_dir()
+    shutil.rmtree(folder / "dense_reg_ckpt")
+    capsys.readouterr()
+    run()
+    assert "Going on from" in capsys.readouterr().out and not (folder / "before_2").exists()
+
+
+def test_a_run_from_an_earlier_checkpoint_leaves_those_after_it_whole_and_goes_on_from_its_own(command, module1, prints, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(module1.folder, folder)
+    config = preset("smoke", DenseConfig).replace(dataset_root=(str(prints),), checkpoint_dir=str(folder), num_epochs=2)
+    host, earlier = Again(), str(folder / "dense_reg_epoch_1")
+    train_dense.run(config, earlier, host)
+    assert {"dense_reg_epoch_2", "dense_reg_ckpt"} <= {p.name for p in (folder / "before_1").iterdir()}
+    assert same(command, folder / "dense_reg_ckpt", module1.path)
+    for gone, goes_on in (("dense_reg_ckpt", "dense_reg_epoch_2"), ("dense_reg_epoch_2", "dense_reg_epoch_1")):
+        shutil.rmtree(folder / gone)
+        shutil.rmtree(folder / "dense_reg_ckpt", ignore_errors=True)
+        capsys.readouterr()
+        train_dense.run(config, earlier, host)
+        assert f"Going on from {folder / goes_on}" in capsys.readouterr().out
+        assert not (folder / "before_2").exists() and same(command, folder / "dense_reg_ckpt", module1.path)
+
+
+def test_what_an_attempt_without_a_checkpoint_had_done_is_said(command, module1, prints, tmp_path):
+    folder = tmp_path / "checkpoints/dense_reg"
+    folder.mkdir(parents=True)
+    shutil.copy(module1.folder / "metrics.jsonl", folder)
+    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=tmp_path)
+    assert said.code == 0 and re.search(r"Lost: 4 steps \(\d+ s of training\); there is no checkpoint", said.out), said
 
 
 def test_patience_ends_a_run_that_does_not_get_better_wherever_it_was_stopped(command, long, prints, tmp_path):

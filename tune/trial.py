@@ -158,9 +158,11 @@ def _run(plan: Plan, config: Config, resume: str, host: Host) -> None:
 
 def run_on_hosts(plan: Plan, config: Config, resume: str, host: Host) -> tuple[int, str]:
     """A trial in one of its processes, where it has several: (exit code, message)."""
+    import jax
+
     use_cpu_cores()
     cli.use_compilation_cache(cache_dir() / "compiled")
-    _log_to(Path(os.devnull) if host.rank else Path(config.checkpoint_dir) / "log.txt")
+    _log_to(Path(os.devnull) if jax.process_index() else Path(config.checkpoint_dir) / "log.txt")
     return cli.outcome(lambda: _run(plan, config, resume, host))
 
 

@@ -1,5 +1,7 @@
 """From `--dataset_root` to prepared prints, split by finger."""
 
+import hashlib
+import json
 import logging
 import os
 from dataclasses import replace
@@ -11,7 +13,7 @@ from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import Print, read_root, read_roots, require_fingers, split_by_finger
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
-from ifvit.processes import together
+from ifvit.processes import require_same, together
 
 log = logging.getLogger("ifvit")
 
@@ -19,9 +21,13 @@ log = logging.getLogger("ifvit")
 def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     """All prints of a configuration, those to train on, and those of the held-out fingers.
 
-    Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two fingers, or the split leaves a side with fewer.
+    Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two
+    fingers, when the split leaves a side with fewer, or when hosts have other prints: that before anything is decoded.
     """
-    everything = together("prints", lambda: _prepared(config), host)
+    real = together("files", lambda: read_prints(config), host)
+    require_same("The list of prints", listing(real), host.name, "give a --dataset_root that is the same on every host.")
+    everything = together("prints", lambda: _prepared(config, real), host)
+    require_same("The list of readable prints", listing(everything.prints), host.name, "one of the hosts cannot read what others can.")
     train, held_out = split_by_finger(everything.prints, config.held_out, config.data_seed)
     real = [p for p in held_out if p.database != SYNTHETIC]
     held_out = real or held_out  # where there are real prints, generated ones choose nothing
@@ -33,8 +39,9 @@ def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     return everything, everything.subset(train), everything.subset(held_out)
 
 
-def _prepared(config) -> PrintSet:
-    prints = read_prints(config)
+def _prepared(config, real: list[Print]) -> PrintSet:
+    """Decoded; with generated ones, which are made once, into the cache: alone, or mixed into real ones (`synthetic_share`)."""
+    prints = real + (generated(config) if SYNTHETIC in config.dataset_root or config.synthetic_share > 0 else [])
     require_fingers(prints)
     everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())
     require_fingers(everything.prints)
@@ -42,15 +49,15 @@ def _prepared(config) -> PrintSet:
 
 
 def read_prints(config) -> list[Print]:
-    """The prints of every root; the root `synthetic` is generated, once, into the cache.
-
-    Where generated fingers are mixed into real ones (`synthetic_share`), they are added.
-    """
+    """The real prints of every root."""
     roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
-    prints = read_roots(roots, config.ppi or None) if roots else []
-    if SYNTHETIC in config.dataset_root or config.synthetic_share > 0:
-        prints += generated(config)
-    return prints
+    return read_roots(roots, config.ppi or None) if roots else []
+
+
+def listing(prints: list[Print]) -> str:
+    """A hash of the prints and their files' sizes: what hosts that see the same data have in common."""
+    names = sorted((p.database, p.finger, p.impression, os.stat(p.path).st_size) for p in prints)
+    return f"{len(names)} prints, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
 
 
 def local_root(root: str) -> str:

@@ -55,12 +55,6 @@ class PrintSet:
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
-    def listing(self) -> str:
-        """A hash of the prints' files too, by their sizes: what hosts that see the same data have in common."""
-        names = sorted((p.database, p.finger, p.impression, os.stat(p.path).st_size) for p in self.prints)
-        return f"{len(names)} prints, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
-
-
 def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path) -> PrintSet:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 

@@ -31,12 +31,13 @@ class Pace:
         self.several = jax.process_count() > 1
         self._before: set[str] = set()  # who was slow in the epoch before
 
-    def compare(self, input_seconds: float, seconds: float) -> dict | None:
-        """Per process `input_seconds` and `probe_seconds`, the slow ones named in the log; None for a process alone."""
+    def compare(self, waits: dict[str, float], seconds: float) -> dict[str, list]:
+        """Per process what it spent of an epoch's seconds in steps and in `waits` (`input_seconds` …), and
+        `probe_seconds`; the slow ones are named in the log. Nothing for a process alone."""
         if not self.several:
-            return None
-        said = [json.loads(s) for s in exchange("pace", json.dumps(
-            {"host": self.name, "input_seconds": round(input_seconds, 3), "probe_seconds": probe()}))]
+            return {}
+        mine = waits | {"step_seconds": seconds - sum(waits.values()), "probe_seconds": probe()}
+        said = [json.loads(s) for s in exchange("pace", json.dumps({"host": self.name} | {k: round(v, 6) for k, v in mine.items()}))]
         if jax.process_index() == 0:
             found = slow(said, seconds)
             for host in self._before & found.keys():  # once may be anything

@@ -22,7 +22,7 @@ from ifvit.errors import UserError
 from ifvit.processes import exchange
 from ifvit.training import saving
 from ifvit.training.hosts import Pace
-from ifvit.training.metrics import ATTEMPTS, Metrics, read_rows
+from ifvit.training.metrics import ATTEMPTS, Metrics, one_by_one, read_rows
 from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
 from ifvit.training.state import TrainState
 
@@ -79,7 +79,10 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     # what its devices need, every leaf against its digest; one that is damaged is set aside, and 1. begins
     # again; 3. drop the metric rows that came after it; 4. read batches from its step on. Its metadata tell
     # of the best epoch so far and of the run's history. Nothing else has state.
-    found, history = find_resume(task, folder, resume, abstract, placement, FREE | may_change)
+    again = "again" in exchange("again", "again" if resume != "auto" and host.has_begun(str(folder)) else "")
+    if again and resume == "never":  # this command's own processes are started again: once was asked for
+        resume = "auto"
+    found, history = find_resume(task, folder, resume, again, abstract, placement, FREE | may_change)
     if found and found.metadata["finished"]:
         checkpoint.discard_unfinished(folder, f"{task.name}_*")
         print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
@@ -93,11 +96,18 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
         state, best = restored_state(abstract, found.state, task), found.metadata["best"]
         print(f"Going on from {found.path}, step {int(state.step)} of {total}", flush=True)
         print(lost(read_rows(folder / "metrics.jsonl"), int(state.step), found.metadata["timestamp"]), flush=True)
+        if resume != "auto" and not again:
+            saving.move_away(folder, task.name, task.steps_per_epoch, int(state.step))
     else:
         if resume == "never":
             saving.move_away(folder, task.name)
             saving.write_beside(folder / ATTEMPTS, lambda file: file.write_text(""))
+        elif gone := read_rows(folder / "metrics.jsonl"):
+            print(lost(gone, 0), flush=True)
         state, best = begin(task, placement), None
+    if resume != "auto":
+        exchange("begun", "")  # what was moved away is
+        host.begun(str(folder))
     constants = jax.device_put(task.constants, replicated(mesh))
     step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
     first = int(state.step)
@@ -131,7 +141,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     waiting: tuple[int, dict] | None = None  # metrics of the step before, fetched while this one runs
     sums: dict[str, list[float]] = {}
     waits = {"input_seconds": 0.0, "compile_seconds": 0.0}
-    asked, epoch_began, epoch_input = 0, time.perf_counter(), 0.0
+    asked, epoch_began, epoch_waits = 0, time.perf_counter(), dict.fromkeys(("input_seconds", "compile_seconds", "checkpoint_seconds"), 0.0)
     clock, done, ended, value = time.perf_counter(), first, first, found and found.metadata["value"]
     last = first if _out_of_patience(task, best, first) else total
     batches = iter(task.batches(first, last))
@@ -162,21 +172,22 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
                     seconds = time.perf_counter() - clock
                     rate = (ended - done) * config.batch_size / seconds
                     means = {k: float(np.mean(v)) for k, v in sums.items()}
-                    metrics.write_steps(ended, at // task.steps_per_epoch + 1, means, {
-                        "seconds": seconds, "pairs_per_second": rate, "checkpoint_seconds": saver.blocked, **waits})
+                    times = {"seconds": seconds, "pairs_per_second": rate, "checkpoint_seconds": saver.blocked, **waits}
+                    metrics.write_steps(ended, at // task.steps_per_epoch + 1, means, times)
                     metrics.progress(ended - done, means["loss"], rate)
-                    epoch_input += waits["input_seconds"]
+                    epoch_waits = {k: v + times[k] for k, v in epoch_waits.items()}
                     waits = dict.fromkeys(waits, 0.0)
                     sums, clock, done, saver.blocked = {}, time.perf_counter(), ended, 0.0
                 if within:
                     save(f"step_{ended}", ended)
                 if end_of_epoch:
                     epoch = ended // task.steps_per_epoch
-                    if compared := pace.compare(epoch_input, time.perf_counter() - epoch_began):
+                    compared = pace.compare(epoch_waits, time.perf_counter() - epoch_began)
+                    if compared:
                         metrics.write(ended, epoch, "hosts", compared)
                     values = task.validate(state, epoch)
                     metrics.write(ended, epoch, "val", values)
-                    told = {"step": ended, "epoch": epoch, **metrics.newest("train"), **values}
+                    told = {"step": ended, "epoch": epoch, **metrics.newest("train"), **values, **one_by_one(compared)}
                     value = values.get(task.metric)
                     if value is not None and (best is None or (value > best["value"]) == task.higher_is_better
                                               and value != best["value"]):
@@ -188,7 +199,8 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
                     if ended < total:
                         save(f"epoch_{epoch}", ended, value)
                         host.report(told)
-                    clock, epoch_began, epoch_input = time.perf_counter(), time.perf_counter(), 0.0
+                    epoch_began, epoch_waits = time.perf_counter() - saver.blocked, dict.fromkeys(epoch_waits, 0.0)
+                    clock = epoch_began  # the epoch's checkpoint counts with the next row, as `checkpoint_seconds` does
                 if asked and ended < total:
                     path = save(f"step_{ended}", ended)
                     if asked > SAVE_NOW:
@@ -248,11 +260,13 @@ def _collect(step: int, out: dict, sums: dict[str, list[float]]) -> int:
     return asked
 
 
-def lost(rows: list[dict], step: int, saved: str) -> str:
-    """What an attempt that died had done after the checkpoint of `step`, as far as its metrics tell."""
+def lost(rows: list[dict], step: int, saved: str = "") -> str:
+    """What an attempt that died had done after the checkpoint of `step`, as far as its metrics tell; `saved`: when it was written."""
     gone = [r for r in rows if r["split"] == "train" and r["step"] > step]
-    since = (datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(saved)).total_seconds()
     what = f"{gone[-1]['step'] - step} steps ({sum(r['seconds'] for r in gone):.0f} s of training)" if gone else "no step that was logged"
+    if not saved:
+        return f"Lost: {what}; there is no checkpoint, and the run begins anew"
+    since = (datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(saved)).total_seconds()
     return f"Lost: {what}; the checkpoint was written {since:.0f} s ago"
 
 
@@ -279,22 +293,25 @@ def _with_empty(saved: dict, target: dict) -> dict:
     return {k: _with_empty(saved.get(k, {}), v) if isinstance(v, dict) else saved[k] for k, v in target.items()}
 
 
-def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainState, placement: TrainState, free: Set[str]
-                ) -> tuple[checkpoint.Checkpoint | None, list[dict]]:
+def find_resume(task: Task, folder: epath.Path, resume: str, again: bool, abstract: TrainState, placement: TrainState,
+                free: Set[str]) -> tuple[checkpoint.Checkpoint | None, list[dict]]:
     """The checkpoint to go on from, read onto the devices, and the run's history until there.
 
     `auto`: the furthest good one in `folder`; damaged ones are set aside on the way, and it is said.
-    `never`: none. Else the path given, which must be good.
+    `never`: none. Else the path given, which must be good; where this command has begun from there before (`again`), what it
+    has written since comes first.
     """
     if resume == "never":
         return None, []
     if resume != "auto" and not checkpoint.locate(resume).is_dir():
         raise UserError(f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR.")
-    if resume != "auto":
-        paths = [checkpoint.locate(resume)]
-    else:  # as the first process sees them: a shared folder may look older elsewhere
-        names = [p.name for p in saving.candidates(folder, task.name, task.steps_per_epoch)]
+    named = [] if resume == "auto" else [checkpoint.locate(resume)]
+    paths = []
+    if resume == "auto" or again:  # as the first process sees them: a shared folder may look older elsewhere
+        beyond = _read_metadata(named[0])["step"] if named else -1
+        names = [p.name for p in saving.candidates(folder, task.name, task.steps_per_epoch, beyond)]
         paths = [folder / name for name in json.loads(exchange("candidates", json.dumps(names))[0])]
+    paths += named
     aside = []
     for path in paths:
         try:
@@ -302,7 +319,7 @@ def find_resume(task: Task, folder: epath.Path, resume: str, abstract: TrainStat
             _check_same_run(task, path, metadata, abstract, free)
             found = checkpoint.restore(path, metadata, saved_tree(placement, task))
         except checkpoint.Damaged as e:
-            if resume != "auto":
+            if path in named:
                 raise
             aside.append(str(saving.set_aside(path)))
             log.warning("⚠ %s It is set aside as %s.", e, aside[-1])

@@ -23,7 +23,7 @@ ATTEMPTS = "attempts.jsonl"
 
 # what differs between two equal runs
 TIMES = ("seconds", "pairs_per_second", "checkpoint_seconds", "input_seconds", "compile_seconds", "goodput", "host",
-         "probe_seconds")
+         "probe_seconds", "step_seconds")
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -43,6 +43,12 @@ def in_steps(row: dict) -> float:
     if row["split"] != "train":
         return 0.0
     return max(0.0, row["seconds"] - sum(row.get(f"{k}_seconds", 0.0) for k in ("input", "compile", "checkpoint")))
+
+
+def one_by_one(values: dict) -> dict[str, float]:
+    """Numbers by their names, those of several processes as `name/0`, `name/1` …"""
+    each = {(f"{k}/{n}" if isinstance(v, list) else k): x for k, v in values.items() for n, x in enumerate(v if isinstance(v, list) else [v])}
+    return {k: x for k, x in each.items() if not isinstance(x, str)}
 
 
 class Metrics:
@@ -101,9 +107,7 @@ class Metrics:
         row |= {k: v if isinstance(v, list) else float(v) if math.isfinite(v) else None for k, v in values.items()}
         self._write_lines(json.dumps(row) + "\n")
         if self.writes:
-            each = {(f"{k}/{n}" if isinstance(values[k], list) else k): x for k in values
-                    for n, x in enumerate(values[k] if isinstance(values[k], list) else [values[k]])}
-            self._write_board({f"{split}/{k}": float(v) for k, v in each.items() if not isinstance(v, str)}, step)
+            self._write_board({f"{split}/{k}": float(v) for k, v in one_by_one(values).items()}, step)
             self.mirror.push()
 
     def rows(self) -> list[dict]:

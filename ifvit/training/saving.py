@@ -45,7 +45,7 @@ class Saver:
 
     def __init__(self, folder: epath.Path, module: str, config, steps_per_epoch: int, higher_is_better: bool,
                  whole: Callable[[], None] = lambda: None):
-        self.whole = whole  # called when a checkpoint is
+        self.whole = whole  # called when a checkpoint is, by the thread that writes them
         self.folder, self.module, self.config = folder, module, config
         self.higher_is_better = higher_is_better
         self.blocked = 0.0  # seconds that training stood still for saving, until somebody sets it to 0
@@ -94,7 +94,6 @@ class Saver:
                         self.folder / name, checkpoint.reason(e))
             return False
         self.last = name
-        self.whole()
         return True
 
     def close(self) -> None:
@@ -106,6 +105,7 @@ class Saver:
             raise TakenOver("another run has begun to write here")
         checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # of a write that failed
         checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
+        self.whole()
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
         if jax.process_index() == 0:
             try:
@@ -159,12 +159,13 @@ def doomed(saved: list[Saved], module: str, config, higher_is_better: bool) -> l
     return [s.name for s in saved if s.name not in kept]
 
 
-def candidates(folder: epath.Path, module: str, steps_per_epoch: int) -> list[epath.Path]:
-    """The run's checkpoints to go on from, the furthest first; one that was being replaced counts by its name."""
+def candidates(folder: epath.Path, module: str, steps_per_epoch: int, beyond: int = -1) -> list[epath.Path]:
+    """The run's checkpoints to go on from, of steps after `beyond`, the furthest first; one that was being replaced counts by
+    its name."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         step = step_of_name(path.name.removesuffix(checkpoint.OLD), module, steps_per_epoch)
-        if step is not None and checkpoint.has_name(path):
+        if step is not None and step > beyond and checkpoint.has_name(path):
             found.append((step, not path.name.endswith(checkpoint.OLD), path))
     return [path for *_, path in sorted(found, key=lambda f: f[:2], reverse=True)]
 
@@ -204,9 +205,18 @@ def _value_of(folder: epath.Path) -> float | None:
         return None
 
 
-def move_away(folder: epath.Path, module: str) -> None:
-    """A run that begins anew leaves the checkpoints of the one before whole, under `before_N`."""
-    old = candidates(folder, module, 1) + [p for p in (folder / f"{module}_best",) if checkpoint.has_name(p)]
+def _step_of(folder: epath.Path) -> int:
+    try:
+        return checkpoint.read_metadata(folder)["step"]
+    except checkpoint.UserError:
+        return -1
+
+
+def move_away(folder: epath.Path, module: str, steps_per_epoch: int = 1, beyond: int = -1) -> None:
+    """A run that begins anew, or from an earlier step, leaves the checkpoints after that whole, under `before_N`."""
+    best = folder / f"{module}_best"
+    old = candidates(folder, module, steps_per_epoch, beyond)
+    old += [best] if checkpoint.has_name(best) and (beyond < 0 or _step_of(best) > beyond) else []
     n = 1
     while (aside := folder / f"before_{n}").exists():
         n += 1

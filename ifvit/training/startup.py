@@ -1,5 +1,6 @@
 """What is checked before a run of several processes begins: a mistake shows in its first minute, not at its first save."""
 
+import contextlib
 import time
 import uuid
 
@@ -7,24 +8,28 @@ import jax
 
 from ifvit import checkpoint
 from ifvit.errors import UserError
-from ifvit.processes import exchange, require_same, together
+from ifvit.processes import exchange, together
 from ifvit.training import saving
 
 PATIENCE = 15.0  # seconds that a shared file system gets to show one host's file to another
 
 
 def check_hosts(config, host) -> None:
-    """UserError unless all processes can write to the run's folder, and it is the same one."""
-    if jax.process_count() == 1:
-        return
+    """UserError unless all of several processes can write to the run's folder, and it is the same one."""
+    if jax.process_count() > 1:
+        check_folder(config, host)
+
+
+def check_folder(config, host) -> None:
+    """The same, of a process alone too."""
     folder = checkpoint.as_writable_path(config.checkpoint_dir)
     mark = exchange("mark", uuid.uuid4().hex)[0]
     seen = folder / f".seen-by-all-{mark}"
 
     def write():
         if why := saving.writable(folder):
-            raise UserError(f"checkpoints cannot be written to {folder} ({why}); give a directory that all hosts share and may "
-                            "write to.")
+            raise UserError(f"Checkpoints cannot be written to {folder} ({why}); give a directory that "
+                            + ("all hosts share and may write to." if jax.process_count() > 1 else "may be written to."))
         if jax.process_index() == 0:
             seen.write_text("")
 
@@ -41,11 +46,7 @@ def check_hosts(config, host) -> None:
         together("look", look, host)
     finally:
         if jax.process_index() == 0:
-            seen.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                seen.unlink(missing_ok=True)
 
 
-def check_prints(prints, host) -> None:
-    """UserError unless all processes have found the same prints: names, fingers and sizes of files."""
-    if jax.process_count() > 1:
-        require_same("The list of prints", prints.listing(), host.name,
-                     "give a --dataset_root that is the same on every host.")

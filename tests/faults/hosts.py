@@ -37,11 +37,12 @@ class Training:
     epochs: int = 10
     pairs: int = 600
     hang_timeout: float = 15
+    resume: str = "auto"
 
     def words(self, folder: Path, workers: str) -> list[str]:
         return ["python", "-m", "ifvit.train_dense", "--preset", "smoke", "--dataset_root", "synthetic",
                 "--checkpoint_dir", str(folder), "--num_workers", workers, "--num_epochs", str(self.epochs),
-                "--set", f"pairs_per_epoch={self.pairs}", "--hang_timeout", f"{self.hang_timeout:g}"]
+                "--set", f"pairs_per_epoch={self.pairs}", "--resume", self.resume, "--hang_timeout", f"{self.hang_timeout:g}"]
 
 
 @dataclass
