@@ -78,7 +78,7 @@ class Worker(Host):
 
     def _look(self, desk) -> None:
         known = None
-        while True:
+        while ray.is_initialized():  # else to ask would start a Ray
             info = self._context.preemption_context.preemption_info
             if info is not None and info != known:
                 known, self._notices = info, self._notices + 1

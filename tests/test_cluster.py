@@ -331,7 +331,8 @@ def test_cpu_workers_of_a_host_share_its_cores_and_a_mistake_on_one_ends_all(mon
     job = Job(functools.partial(look_then_err, tmp_path), "err", (4,))
     code, message = launch.launch(lambda platform: job, Request(num_workers="2"))
     assert (code, message) == (2, "a mistake, and its remedy.")
-    assert "Traceback" not in "".join(capfd.readouterr())
+    said = "".join(capfd.readouterr())  # Ray may have a traceback of its own there, on a machine that is too busy for it
+    assert "Ended" not in said and "and its remedy" not in said, said
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     if len(os.sched_getaffinity(0)) > 1:
         assert not set(seen[0]["cores"]) & set(seen[1]["cores"])
@@ -398,8 +399,10 @@ def one_worker(monkeypatch):
     monkeypatch.setattr(worker, "get_train_context", lambda: inner)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
     monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)  # and False again at the end, which ends its thread
     monkeypatch.setattr(worker, "LOOK", 0.01)
-    handle = SimpleNamespace(asked=SimpleNamespace(remote=desk.asked), got_on=SimpleNamespace(remote=desk.got_on))
+    handle = SimpleNamespace(asked=SimpleNamespace(remote=desk.asked), got_on=SimpleNamespace(remote=desk.got_on),
+                             begun=SimpleNamespace(remote=desk.begun), has_begun=SimpleNamespace(remote=desk.has_begun))
     return Worker(Request(), handle), inner, desk
 
 
@@ -420,6 +423,13 @@ def test_a_notice_of_preemption_is_told_once(one_worker):
     inner.preemption_context.preemption_info = "node 4 goes too"
     until(lambda: worker._notices == 2)
     assert worker.asked() == SAVE
+
+
+def test_what_a_worker_has_begun_those_that_stand_in_for_it_know(one_worker):
+    worker, _, desk = one_worker
+    assert not worker.has_begun("/run")
+    worker.begun("/run")
+    assert worker.has_begun("/run") and not worker.has_begun("/other") and desk.has_begun("/run")
 
 
 def test_what_the_driver_is_told_reaches_the_workers(one_worker):
