@@ -44,7 +44,7 @@ def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
         job = job_for(place.platform)
         fitting = place.fitting(job.batches)
         if fitting.workers[0] > place.workers[0]:  # are there hosts for so many?
-            placement(replace(request, num_workers="{}:{}".format(*fitting.workers)), alone)
+            fitting = placement(replace(request, num_workers="{}:{}".format(*fitting.workers)), alone).fitting(job.batches)
         return run_connected(job, request, fitting, alone, Host())
 
 

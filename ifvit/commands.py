@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -34,7 +35,7 @@ class ConfigArgs:
     resume: str = "auto"
     """`auto` goes on from the newest checkpoint, `never` trains anew, or a checkpoint's path"""
     seed: int | None = None
-    """of everything that is random; left out, the configuration's (0)"""
+    """of the training; `--set data_seed=N` chooses held-out fingers and generated prints [0]"""
     ppi: float | None = None
     """resolution of the prints, where neither the file nor the set tells"""
 
@@ -136,6 +137,7 @@ def run_here(command: str, flags: dict, platform: str, preset: str | None, confi
                             f"{'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver.")
         if jax.process_index():  # not Ray's rank: a TPU slice numbers its hosts itself
             sys.stdout = open(os.devnull, "w")
+            logging.getLogger().handlers.clear()
             cli.prepare_output()
         start(args, preset)
         args.train(ours, host)

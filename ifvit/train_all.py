@@ -64,6 +64,10 @@ class Args(TrainArgs):
 
         self.request()
         check_outlives_job(str(sweep), "sweep_dir")
+        given_to = [item.partition("=")[0] for item in self.set]
+        for k in COMMON:
+            if f"match.{k}" in given_to and f"dense.{k}" not in given_to:
+                raise UserError(f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too.")
         for config, name, flag in zip(tried(self.configs, self.preset), ("dense_reg", "matcher"), ("dense", "matcher")):
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
             here = checkpoint.as_writable_path(config.checkpoint_dir)

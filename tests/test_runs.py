@@ -210,7 +210,7 @@ def test_never_is_once_for_all_processes_of_a_command(module1, prints, tmp_path,
     host = Again()
     run = lambda: train_dense.run(config, "never", host)
     run()
-    assert host.noted == {str(folder)} and (folder / "before_1/dense_reg_epoch_1").is_dir()
+    assert host.noted == {str(folder / "dense_reg")} and (folder / "before_1/dense_reg_epoch_1").is_dir()
     shutil.rmtree(folder / "dense_reg_ckpt")
     capsys.readouterr()
     run()
@@ -232,6 +232,11 @@ def test_a_run_from_an_earlier_checkpoint_leaves_those_after_it_whole_and_goes_o
         train_dense.run(config, earlier, host)
         assert f"Going on from {folder / goes_on}" in capsys.readouterr().out
         assert not (folder / "before_2").exists() and same(command, folder / "dense_reg_ckpt", module1.path)
+    shutil.rmtree(folder / "dense_reg_ckpt")
+    shutil.rmtree(earlier)  # which `keep_last` no longer keeps
+    capsys.readouterr()
+    train_dense.run(config, earlier, host)
+    assert f"Going on from {folder / 'dense_reg_epoch_2'}" in capsys.readouterr().out
 
 
 def test_what_an_attempt_without_a_checkpoint_had_done_is_said(command, module1, prints, tmp_path):

@@ -516,6 +516,7 @@ def test_importance_of_a_choice_of_lists(tmp_path):
     records = record.read_all(tmp_path)
     weights = results.importance(records, found, BASE["dense"], "accuracy", True)
     assert weights["resnet_widths"] > 0.6 > weights["noise"]
+    assert [results._place(Choice((0, 1)), v) for v in (0.0, 1.0, 0.5)] == [0, 1, -1]  # whole numbers in a file
     axes = results._scatter(records, ["resnet_widths"], found, BASE["dense"], "accuracy").axes[0]
     assert sorted(set(axes.collections[0].get_offsets()[:, 0])) == [0, 1]
 

@@ -70,8 +70,8 @@ def importance(records: list[Record], space: Space, base: Config, metric: str, h
 
 def _place(choice: Choice, value) -> int:
     """Which of the choices a value is, as it came from a file or not; -1 where it is none."""
-    names = list(map(json.dumps, choice.values))
-    return names.index(json.dumps(value)) if json.dumps(value) in names else -1
+    plain = [tuple(v) if isinstance(v, list) else v for v in (*choice.values, value)]
+    return plain.index(plain[-1]) if plain[-1] in plain[:-1] else -1
 
 
 def what_next(best: Record, space: Space, base: Config) -> str:

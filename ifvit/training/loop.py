@@ -79,7 +79,8 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     # what its devices need, every leaf against its digest; one that is damaged is set aside, and 1. begins
     # again; 3. drop the metric rows that came after it; 4. read batches from its step on. Its metadata tell
     # of the best epoch so far and of the run's history. Nothing else has state.
-    again = "again" in exchange("again", "again" if resume != "auto" and host.has_begun(str(folder)) else "")
+    this = str(folder / task.name)  # both modules may have one folder
+    again = "again" in exchange("again", "again" if resume != "auto" and host.has_begun(this) else "")
     if again and resume == "never":  # this command's own processes are started again: once was asked for
         resume = "auto"
     found, history = find_resume(task, folder, resume, again, abstract, placement, FREE | may_change)
@@ -107,7 +108,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
         state, best = begin(task, placement), None
     if resume != "auto":
         exchange("begun", "")  # what was moved away is
-        host.begun(str(folder))
+        host.begun(this)
     constants = jax.device_put(task.constants, replicated(mesh))
     step = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
     first = int(state.step)
@@ -303,6 +304,8 @@ def find_resume(task: Task, folder: epath.Path, resume: str, again: bool, abstra
     """
     if resume == "never":
         return None, []
+    if again and not exchange("named", "there" if _is_there(resume) else "")[0]:
+        resume = "auto"  # what this command wrote since has taken its place
     if resume != "auto" and not checkpoint.locate(resume).is_dir():
         raise UserError(f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR.")
     named = [] if resume == "auto" else [checkpoint.locate(resume)]
@@ -329,6 +332,13 @@ def find_resume(task: Task, folder: epath.Path, resume: str, again: bool, abstra
     if aside:
         log.warning("⚠ No good checkpoint is left in %s; the training begins anew.", folder)
     return None, [{"time": now(), "set_aside": name} for name in aside]
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return bool(checkpoint.locate(path))
+    except UserError:
+        return False
 
 
 def _read_metadata(path: epath.Path) -> dict:
