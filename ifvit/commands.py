@@ -37,13 +37,13 @@ class ConfigArgs:
     seed: int | None = None
     """of the training; `--set data_seed=N` chooses held-out fingers and generated prints [0]"""
     ppi: float | None = None
-    """resolution of the prints, where neither the file nor the set tells"""
+    """resolution of all prints, whatever their files and sets tell"""
 
     command: ClassVar[str]  # the module's name
 
     def common(self) -> dict:
         """Flags that are configuration keys of both modules, those given."""
-        flags = {"seed": self.seed, "ppi": self.ppi, "dataset_root": tuple(self.dataset_root) or (SYNTHETIC,)}
+        flags = {"seed": self.seed, "ppi": self.ppi, "dataset_root": tuple(self.dataset_root) or None}
         return {k: v for k, v in flags.items() if v is not None}
 
 
@@ -139,7 +139,7 @@ def run_here(command: str, flags: dict, platform: str, preset: str | None, confi
             sys.stdout = open(os.devnull, "w")
             logging.getLogger().handlers.clear()
             cli.prepare_output()
-        start(args, preset)
+        start(args, preset, ours[0])
         args.train(ours, host)
 
     cli.prepare_output()
@@ -185,13 +185,18 @@ def tried(make, preset_name: str | None):
         return make("cpu")
 
 
-def start(args: ConfigArgs, preset_name: str | None) -> None:
+def named_roots(args: ConfigArgs, config) -> str:
+    """The folders of prints, for the first log line."""
+    generated = not args.dataset_root and config.dataset_root == (SYNTHETIC,)
+    return "synthetic (no --dataset_root given: prints are generated)" if generated else " ".join(config.dataset_root)
+
+
+def start(args: ConfigArgs, preset_name: str | None, config) -> None:
     """The first log line, and the compilation cache."""
     import jax
 
-    roots = " ".join(args.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
     devices = jax.devices()
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    print(f"{args.command.rpartition('.')[2]}: dataset_root {roots}; preset {args.preset or preset_name or default_preset()}; "
+    print(f"{args.command.rpartition('.')[2]}: dataset_root {named_roots(args, config)}; preset {args.preset or preset_name or default_preset()}; "
           f"{len(devices)} × {devices[0].device_kind}{processes}", flush=True)
     cli.use_compilation_cache(cache_dir() / "compiled")

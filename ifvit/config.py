@@ -47,7 +47,7 @@ class Config:
     # --- data
     dataset_root: tuple[str, ...] = host(("synthetic",))  # folders of prints; `synthetic` for generated ones
     ppi: float = number(0.0, 0, 5000, use=HOST)     # overrides the prints' resolution; 0: the file's, or the set's
-    held_out: float = number(0.1, 0.0, 0.9, use=HOST)  # share of fingers kept for validation
+    held_out: float = number(0.1, TINY, 0.9, use=HOST)  # share of fingers kept for validation
     data_seed: int = number(0, 0, 2**31 - 1, use=HOST)  # chooses them, and the generated prints: seeds can be compared
     synthetic_fingers: int = number(300, 2, use=HOST)  # how many generated fingers, where generated ones are used
     synthetic_impressions: int = number(8, 1, use=HOST)  # and impressions of each

@@ -38,7 +38,7 @@ class Args:
     batch_size: int = 16
     """pairs at once"""
     ppi: float | None = None
-    """resolution of the prints, where neither the file nor the set tells"""
+    """resolution of all prints, whatever their files and sets tell"""
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
@@ -50,6 +50,7 @@ class Args:
 
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
+        check_ppi(self.ppi)
         if not self.dataset_root:
             raise UserError("--dataset_root names no folder; give one or more.")
         use_cpu_cores()
@@ -61,6 +62,12 @@ class Args:
         with written_here(as_path(self.out)) as out:
             print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
         return 0
+
+
+def check_ppi(ppi: float | None) -> None:
+    """UserError for a resolution that no print has."""
+    if ppi is not None and not 0 < ppi <= 5000:  # NaN neither
+        raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500.")
 
 
 def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:
@@ -88,6 +95,11 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
                         "with two impressions or more.")
     if left_out:
         log.warning("Not evaluated, without genuine or without impostor pairs: %s", left_out)
+    if jax.process_index() == 0:  # all score, one writes
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"{out} is no folder, and a file is in the way; give another --out.") from None
     pairs = [p for p, d in zip(pairs, database) if d in databases]
     database = np.array([d for d in database if d in databases])
     genuine = np.array([p.genuine for p in pairs])
@@ -95,10 +107,9 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     rows = {name: rates.summary(scores["score"][(database == name) & genuine],
                                 scores["score"][(database == name) & ~genuine]) for name in databases}
     result = {"macro": {k: v for k, v in rates.macro(rows).items() if k in RATES}, "databases": rows}
-    if jax.process_index() > 0:  # all score, one writes
+    if jax.process_index() > 0:
         return result
 
-    out.mkdir(parents=True, exist_ok=True)
     _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, database, scores))
     plots.det(out / "det.png", {name: rates.det_curve(scores["score"][(database == name) & genuine],
                                                       scores["score"][(database == name) & ~genuine])[1:]
@@ -122,8 +133,11 @@ def _write_scores(file, prints, pairs, database, scores) -> None:
     writer = csv.writer(file)
     writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
     number = lambda name, i: f"{scores[name][i]:.9g}" if name in scores else ""
+    used = {k for pair in pairs for k in pair[:2]}
+    names = Counter((prints.prints[k].database, Path(prints.prints[k].path).name) for k in used)
+    alike = {database for (database, _), count in names.items() if count > 1}  # a folder a finger: its name belongs to it
     for i, pair in enumerate(pairs):
-        a, b = (Path(prints.prints[k].path).name for k in pair[:2])
+        a, b = ("/".join(Path(prints.prints[k].path).parts[-2 if database[i] in alike else -1:]) for k in pair[:2])
         writer.writerow([database[i], a, b, int(pair.genuine), number("score", i), number("global", i),
                          number("local", i), int(scores["matches"][i])])
 
@@ -131,7 +145,7 @@ def _write_scores(file, prints, pairs, database, scores) -> None:
 def _write(path: Path, write) -> None:
     """A file that is there whole or not at all."""
     part = path.with_name(path.name + ".part")
-    with part.open("w", newline="") as file:
+    with part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         write(file)
     os.replace(part, path)
 

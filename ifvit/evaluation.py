@@ -12,6 +12,7 @@ from ifvit.data.augment import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
+from ifvit.rates import threshold_at_fmr
 from ifvit.training.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.training.state import Network
 from ifvit.training.step import aligned_pair, registration
@@ -74,7 +75,7 @@ class Fusion:
         return 1 / (1 + np.exp(-(features(scores) @ np.asarray(self.weights) + self.bias)))
 
     def threshold(self, fmr: float) -> float:
-        """The score above which a share `fmr` of impostors lies.
+        """The lowest score that at most a share `fmr` of the impostors reaches: `score >= threshold` is a match.
 
         Below one in the number of calibration pairs the tail of the log-odds is taken as
         exponential (fitted to its highest tenth): an estimate, no measurement.
@@ -82,7 +83,7 @@ class Fusion:
         scores = np.asarray(self.impostor_scores)
         rank = fmr * len(scores)
         if rank >= 1:
-            return float(scores[min(int(rank), len(scores) - 1)])
+            return threshold_at_fmr(scores, fmr)
         odds = np.log(np.clip(scores, 1e-12, 1 - 1e-12) / (1 - np.clip(scores, 1e-12, 1 - 1e-12)))
         tail = odds[: max(2, len(odds) // 10)]
         spread = max(float((tail - tail[-1]).mean()), 1e-3)

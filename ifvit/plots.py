@@ -41,13 +41,18 @@ def det(path: str | Path, curves: Mapping[str, tuple[Float[np.ndarray, " t"], Fl
     for name, (fmr, fnmr) in curves.items():
         x, y = np.maximum(100 * fmr, floor), np.maximum(100 * fnmr, floor)
         # "pre": between two FMRs that thresholds give, only the lower one's FNMR can be had.
-        label = f"{name}: EER {100 * eer_of_curve(fmr, fnmr):.2f} %"
+        label = f"{plain(name)}: EER {100 * eer_of_curve(fmr, fnmr):.2f} %"
         axes.step(x, y, where="pre", clip_on=False, zorder=3, label=label)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter("{x:g}")
     axes.grid(which="major", alpha=0.4)
     axes.legend(fontsize="small", loc="best" if len(curves) < 6 else "lower left")
     _save(figure, path)
+
+
+def plain(text: str) -> str:
+    """A text as it stands, for Matplotlib: a dollar sign begins no formula, bytes that are not UTF-8 are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def histogram(path: str | Path, genuine: ArrayLike, impostor: ArrayLike, threshold: float | None = None) -> None:
@@ -125,7 +130,7 @@ def matches(
     figure = _figure(9.5, max(3, 8 * height / width + 0.6))
     axes = figure.add_subplot()
     axes.set_axis_off()
-    axes.set_title(title)
+    axes.set_title(plain(title))
     # Paler than it is, so that the lines stand out from dark ridges.
     axes.imshow(0.6 + 0.4 * both, cmap="gray", vmin=0, vmax=1)
 

@@ -12,6 +12,7 @@ import tyro
 
 from ifvit import cli
 from ifvit.errors import UserError
+from ifvit.evaluate import check_ppi
 from ifvit.paths import cache_dir, resolve, resolve_data
 
 
@@ -32,7 +33,7 @@ class Args:
     json: bool = False
     """print {"score", "decision", "matches"} as JSON"""
     ppi: float | None = None
-    """resolution of both prints, where the files do not tell"""
+    """resolution of both prints, whatever the files and their sets tell"""
 
     def run(self) -> int:
         from ifvit.data.pairs import Pair
@@ -40,6 +41,7 @@ class Args:
 
         if not 0 < self.fmr < 1:
             raise UserError(f"--fmr is {self.fmr}; give a rate between 0 and 1, such as 0.001.")
+        check_ppi(self.ppi)
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
         if scorer.module != "matcher" or scorer.fusion is None:
@@ -72,17 +74,19 @@ class Canvases:
 
 
 def on_canvases(paths: list[str], ppi: float | None, canvas_size: int) -> Canvases:
-    """Single files on their canvases; UserError for one that cannot be read."""
+    """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
     from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
-    from ifvit.data.sources import Print
+    from ifvit.data.sources import Print, known_ppi
 
     arrays = []
     for path in paths:
         try:
             grey, tag = decode(path)
-            arrays.append(to_canvas(grey, print_ppi(ppi, tag), canvas_size))
         except BrokenImage as e:
             raise UserError(f"{e}; give an image that can be read.") from None
+        arrays.append(to_canvas(grey, print_ppi(ppi or known_ppi(path), tag), canvas_size))
+        if not arrays[-1][1].any():
+            raise UserError(f"{path} shows no ridges: it is blank, too faint or too small; give another image, or its --ppi.")
     return Canvases(tuple(Print(p, "", str(i), "1", ppi) for i, p in enumerate(paths)), tuple(arrays))
 
 

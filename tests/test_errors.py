@@ -124,6 +124,23 @@ def test_ten_per_cent_are_not_past_it(started, twelve, tmp_path):
     assert said.code == 0 and "1 of 10 images" in said.out, said
 
 
+def test_too_few_fingers_to_hold_some_out(fails, generated, tmp_path):
+    for n in (1, 2, 3):
+        (tmp_path / f"few/{n}").mkdir(parents=True)
+        for i in (1, 2):
+            shutil.copy(generated[n, i], tmp_path / f"few/{n}/{i}.png")
+    fails(["Of 3 fingers 0 are held out", "each needs two or more"], "train_dense", "--dataset_root", tmp_path / "few", *SMOKE)
+
+
+def test_prints_of_which_none_shows_ridges(fails, tmp_path):
+    for n in range(6):
+        (tmp_path / f"blank/{n}").mkdir(parents=True)
+        image = np.full((300, 300), 230, np.uint8)
+        image[0, n] = 0  # other bytes
+        Image.fromarray(image).save(tmp_path / f"blank/{n}/1.png")
+    fails(["None of 6 prints shows ridges", "--ppi"], "train_dense", "--dataset_root", tmp_path / "blank", *SMOKE)
+
+
 # ---- sizes and values
 
 

@@ -4,12 +4,16 @@ import csv
 import functools
 import itertools
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from ifvit.evaluation import Fusion
+from ifvit.verify import on_canvases
 
 SMOKE = ("--preset", "smoke")
 RATES = {"eer", "fmr100", "fmr1000", "auc"}
@@ -194,6 +198,49 @@ def test_a_laxer_rate_never_turns_a_match_into_none(compare):
     assert lax["threshold"] < strict["threshold"] and lax["score"] == strict["score"]
     for found in (lax, strict):
         assert found["decision"] == ("match" if found["score"] >= found["threshold"] else "no match")
+
+
+@pytest.mark.parametrize("fmr", [0.02, 0.1, 0.5, 0.999])
+def test_no_more_impostors_match_than_the_rate_says(fmr):
+    impostor = np.sort(np.random.default_rng(0).random(500))[::-1]
+    threshold = Fusion((1.0, 1.0, 1.0, 1.0), 0.0, tuple(impostor)).threshold(fmr)
+    assert fmr - 1 / 500 <= (impostor >= threshold).mean() <= fmr
+
+
+@pytest.mark.parametrize("words, told", [(("--ppi", -500), "--ppi is -500"), (("--ppi", "nan"), "--ppi is nan"), ((), "shows no ridges")])
+def test_verify_refuses_a_blank_print_and_a_resolution_that_is_none(command, pipeline, generated, tmp_path, words, told):
+    blank = tmp_path / "blank.png"
+    Image.fromarray(np.full((300, 300), 230, np.uint8)).save(blank)
+    said = command("verify", blank, generated[1, 2], "--checkpoint", pipeline.module2, *words, cwd=tmp_path)
+    assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
+
+
+def test_verify_reads_a_print_at_the_resolution_of_its_set(generated, tmp_path):
+    for folder in ("FVC2002/DB2_A", "FVC2002/DB1_A"):
+        (tmp_path / folder).mkdir(parents=True)
+        shutil.copy(generated[1, 1], tmp_path / folder / "1_1.png")
+    db2, db1 = on_canvases([str(tmp_path / "FVC2002" / name / "1_1.png") for name in ("DB2_A", "DB1_A")], None, 512).arrays
+    assert db2[1].sum() == pytest.approx(db1[1].sum() * (500 / 569) ** 2, rel=0.1)
+
+
+def test_a_file_in_the_way_is_told_before_anything_is_scored(command, pipeline, prints, tmp_path, monkeypatch):
+    (tmp_path / "OUT").write_text("")
+    monkeypatch.setattr("ifvit.scorer.Scorer.score", None)
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints, "--out", "OUT", cwd=tmp_path)
+    assert said.code == 2 and "a file is in the way; give another --out" in said.err, said
+
+
+def test_scores_of_a_folder_a_finger_say_whose_they_are_whatever_the_names(command, pipeline, generated, tmp_path):
+    root = tmp_path / "a$b_$c"
+    fingers = [os.fsdecode(b"m\xfcller"), "b"]
+    for n, finger in enumerate(fingers, 1):
+        (root / finger).mkdir(parents=True)
+        for i in (1, 2):
+            shutil.copy(generated[n, i], root / finger / f"{i}.png")
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", root, "--out", "OUT", cwd=tmp_path)
+    assert said.code == 0, said
+    with (tmp_path / "OUT/scores.csv").open(newline="", encoding="utf-8") as file:
+        assert {row["a"] for row in csv.DictReader(file)} == {"b/1.png", "m\\udcfcller/1.png"}
 
 
 def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_path):

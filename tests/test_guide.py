@@ -270,6 +270,15 @@ def test_an_unknown_key_names_the_nearest():
         DENSE_CONFIG["checkpoint_dri"]
 
 
+def test_the_folders_of_prints_may_stand_in_a_config_file_and_flags_win(started, prints, tmp_path):
+    (tmp_path / "mine.toml").write_text(f'dataset_root = ["{prints}"]\n')
+    said, task, _ = started("train_dense", "--config", "mine.toml", "--preset", "smoke", cwd=tmp_path, create=False)
+    assert task.config.dataset_root == (str(prints),) and f"dataset_root {prints};" in said.out
+    said, task, _ = started("train_dense", "--config", "mine.toml", "--dataset_root", "synthetic", "--preset", "smoke", cwd=tmp_path,
+                            create=False)
+    assert task.config.dataset_root == ("synthetic",) and "dataset_root synthetic;" in said.out
+
+
 def test_module_1s_path_may_stand_in_a_config_file(started, prints, module1, tmp_path):
     (tmp_path / "mine.toml").write_text(f'dense_reg_ckpt = "{module1.folder}/dense_reg_ckpt.pkl"\n')
     said, _, _ = started(*words(TRAIN_MATCH_BY_CONFIG, data=prints), "--config", "mine.toml", cwd=tmp_path)

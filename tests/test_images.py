@@ -79,7 +79,7 @@ def test_transparency_lies_on_white(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.tif"])
-@pytest.mark.parametrize("bits, unit", [(16, 257), (12, 4095 / 255)])
+@pytest.mark.parametrize("bits, unit", [(16, 257), (14, 16383 / 255), (12, 4095 / 255), (10, 1023 / 255), (8, 1)])
 def test_sixteen_bits_become_eight(tmp_path, name, bits, unit):
     Image.fromarray(np.rint(RAMP * unit).astype(np.uint16)).save(tmp_path / name)
     np.testing.assert_array_equal(decode(tmp_path / name)[0], RAMP)

@@ -273,3 +273,15 @@ def test_an_embedding_is_a_unit_vector_of_where_the_features_lie_and_not_of_the_
     assert e.shape == (1, 6) and np.linalg.norm(e) == pytest.approx(1, abs=1e-4)
     assert abs(e - run(mirrored, mask)).max() > 0.01
     np.testing.assert_array_equal(e, run(other_background, mask))
+
+
+def test_prints_without_a_cell_in_common_are_not_alike_and_their_gradients_are_finite():
+    """Not the head's bias in place of both."""
+    head = EmbeddingHead(MATCH, rngs=nnx.Rngs(0))
+    f = np.random.default_rng(6).normal(size=(2, 16, 8)).astype(np.float32)
+    mask = np.stack([np.zeros(16, bool), np.ones(16, bool)])
+    gradients = nnx.grad(lambda head: head(f, mask).sum())(head)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(nnx.state(gradients)))
+    head.embed.bias[...] = 0.3
+    np.testing.assert_array_equal(head(f, mask)[0], 0)
+    assert np.linalg.norm(head(f, mask)[1]) == pytest.approx(1, abs=1e-4)

@@ -25,7 +25,7 @@ def grow(root: Path, *names: str) -> Path:
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(hashlib.sha256(str(path).encode()).digest())
+        path.write_bytes(hashlib.sha256(os.fsencode(path)).digest())
     return root
 
 
@@ -36,7 +36,10 @@ def only(prints: list[Print]) -> Print:
 
 @pytest.mark.parametrize("name, database, finger, impression, ppi", [
     ("FVC2004/DB1_A/12_3.tif", "DB1_A", "12", "3", None),
-    ("FVC2006/DB2_A/12_3.BMP", "DB2_A", "12", "3", None),
+    ("FVC2004/DB3_B/102_3.tif", "DB3_B", "102", "3", 512),
+    ("FVC2006/Dbs/DB1_A/12_3.bmp", "DB1_A", "12", "3", 250),
+    ("FVC2006/DB2_A/12_3.BMP", "DB2_A", "12", "3", 569),
+    ("FVC2006/DB3_A/12_3.BMP", "DB3_A", "12", "3", None),
     ("FVC2002/DB2_A/101_8.tif", "DB2_A", "101", "8", 569),
     ("fvc2002/extra/Db2_b/101_8.tif", "Db2_b", "101", "8", 569),
     ("FVC2002/DB1_B/101_8.tif", "DB1_B", "101", "8", None),
@@ -45,11 +48,11 @@ def only(prints: list[Print]) -> Print:
     ("sd04/figs_0/f0001_07.png", "sd04", "0001", "f", None),
     ("sd04/png_txt/figs_7/s1999_02.png", "sd04", "1999", "s", None),
     ("sd300a/500/png/roll/00001000_roll_500_03.png",
-     "sd300a", "00001000_03", "roll", 500),
+     "sd300", "00001000_03", "roll", 500),
     ("sd300a/1000/png/plain/00001000_plain_1000_11.png",
-     "sd300a", "00001000_01", "plain_thumb", 1000),
+     "sd300", "00001000_01", "plain_thumb", 1000),
     ("sd300a/1000/png/plain/00001000_plain_1000_12.png",
-     "sd300a", "00001000_06", "plain_thumb", 1000),
+     "sd300", "00001000_06", "plain_thumb", 1000),
     ("sd301/friction-ridge/N/500/slap-segmented/png/00002222_1_N_500_slap-segmented_07.png",
      "sd301", "00002222_07", "1_N_slap-segmented", 500),
     ("sd302/images/challengers/A/roll/png/00002222_A_roll_10.png",
@@ -69,7 +72,35 @@ def test_a_name_says_database_finger_impression_and_ppi(
 def test_the_same_file_has_the_same_identity_from_whatever_root(tmp_path):
     grow(tmp_path, "sd300a/500/png/roll/00001000_roll_500_03.png")
     below = [tmp_path / "sd300a", tmp_path / "sd300a/500", tmp_path / "sd300a/500/png/roll"]
-    assert {only(read_root(r)).identity for r in below} == {("sd300a", "00001000_03")}
+    assert {only(read_root(r)).identity for r in below} == {("sd300", "00001000_03")}
+
+
+def test_the_parts_of_a_nist_set_are_of_the_same_fingers(tmp_path):
+    grow(tmp_path, *(f"sd302a/images/challengers/{d}/roll/png/00002222_{d}_roll_{n:02d}.png" for d in "AB" for n in range(1, 11)),
+         *(f"sd302b/images/baseline/R/500/slap/png/00002222_R_500_slap-segmented_{n:02d}.png" for n in range(1, 11)))
+    count = Counter(p.identity for p in read_root(tmp_path))
+    assert len(count) == 10 and set(count.values()) == {3}
+    grow(tmp_path / "cards", "sd300a/500/png/roll/00001000_roll_500_03.png", "sd300b/1000/png/roll/00001000_roll_1000_03.png")
+    assert only(read_root(tmp_path / "cards")).ppi == 500  # one impression
+
+
+def test_links_that_lead_nowhere_are_left_out_and_one_is_named(tmp_path, caplog):
+    grow(tmp_path, "1/a.png", "2/a.png")
+    (tmp_path / "2/b.png").symlink_to(tmp_path / "annex")
+    assert len(read_root(tmp_path)) == 2
+    assert "1 links lead nowhere" in caplog.text and "b.png" in caplog.text
+
+
+def test_names_need_not_be_utf_8(tmp_path):
+    odd = os.fsdecode(b"m\xfcller")
+    grow(tmp_path, *(f"{odd}{n}/{i}.png" for n in range(4) for i in range(2)))
+    train, held = split_by_finger(read_root(tmp_path), 0.5, 0)
+    assert len(train) == len(held) == 4
+
+
+def test_a_folder_within_others_is_no_finger(tmp_path):
+    grow(tmp_path, "a/stray.png", "a/1/1.png", "a/2/1.png")
+    assert {p.finger for p in read_root(tmp_path)} == {"1", "2"}
 
 
 def test_a_persons_fingers_are_ten_identities(tmp_path):

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.cli import Failure
-from ifvit.commands import ConfigArgs, build_config, check_outlives_job, given, tried
+from ifvit.commands import ConfigArgs, build_config, check_outlives_job, given, named_roots, tried
 from ifvit.config import COMMON, Config, DenseConfig, MatchConfig, completed, config_of, read_toml, with_changes
 from ifvit.errors import UserError
 from ifvit.paths import resolve
@@ -134,11 +134,12 @@ class Args(ConfigArgs):
         from ifvit.training.match import like_module1
 
         preset = self.preset or ("cpu" if platform == "CPU" else "paper")
-        roots = " ".join(self.dataset_root) or "synthetic (no --dataset_root given: prints are generated)"
+        plans = self._plans(preset)
+        roots = named_roots(self, next(iter(plans.values()))[0])
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
         best: dict[str, Config] = {}
         trained: dict[str, str] = {}  # the best ones' checkpoints
-        for name, (config, space) in self._plans(preset).items():
+        for name, (config, space) in plans.items():
             if name == "match":
                 if trained:
                     config = config.replace(dense_reg_ckpt=finished[0])

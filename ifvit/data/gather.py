@@ -31,9 +31,10 @@ def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     train, held_out = split_by_finger(everything.prints, config.held_out, config.data_seed)
     real = [p for p in held_out if p.database != SYNTHETIC]
     held_out = real or held_out  # where there are real prints, generated ones choose nothing
-    for part in (train, held_out):
-        require_fingers(part)
     count = lambda part: len({p.identity for p in part})
+    if min(count(train), count(held_out)) < 2:
+        raise UserError(f"Of {count(everything.prints)} fingers {count(held_out)} are held out (held_out={config.held_out:g}), and {count(train)} "
+                        "are left to train on; each needs two or more. Give prints of more fingers.")
     log.info("%d prints of %d fingers to train on, %d prints of %d fingers held out",
              len(train), count(train), len(held_out), count(held_out))
     return everything, everything.subset(train), everything.subset(held_out)

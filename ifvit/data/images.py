@@ -191,9 +191,9 @@ def _grey(image: Image.Image) -> UInt8[np.ndarray, "H W"]:
 
 
 def _eight_bits(values: np.ndarray, image: Image.Image) -> UInt8[np.ndarray, "H W"]:
-    """Wider levels to 8 bits; 12 bits in 16, as sensors write them, fill the range."""
+    """Wider levels to 8 bits; 8 to 14 bits in 16, as sensors write them, fill the range."""
     values = np.nan_to_num(values.astype(np.float32))
-    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (4095.0, 65535.0)
+    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
     top = next((top for top in tops if values.max() <= top), values.max())
     grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
     white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0

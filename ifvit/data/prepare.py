@@ -59,8 +59,8 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
     Unreadable images and byte-identical files of other identities are left out and named in the
-    log. UserError when more than `max_broken` of the images are unreadable, none is readable, or
-    one has more than 20 megapixels.
+    log. UserError when more than `max_broken` of the images are unreadable, none is readable or
+    shows ridges, or one has more than 20 megapixels.
     """
     stats = [(p, os.stat(p.path)) for p in prints]
     key = hashlib.sha256(json.dumps(
@@ -78,6 +78,11 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     if dropped:
         log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
                     len(dropped), dropped[0].path)
+    masks = np.load(folder / f"{key}.mask.npy", mmap_mode="r")
+    if blank := [p.path for p in kept if not masks[rows[p.path]].any()]:
+        if len(blank) == len(kept):
+            raise UserError(f"None of {len(kept)} prints shows ridges, e.g. {blank[0]}. Give their resolution with --ppi, or other prints.")
+        log.warning("%d prints show no ridges: they are blank, too faint or too small, e.g. %s", len(blank), blank[0])
     return PrintSet(tuple(kept), tuple(rows[p.path] for p in kept), str(folder / f"{key}.canvas.npy"),
                     str(folder / f"{key}.mask.npy"))
 

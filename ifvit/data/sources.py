@@ -99,7 +99,7 @@ def split_by_finger(
     def rank(member: tuple[str, str]) -> tuple:
         # The folder's own name only: the prefix comes and goes with the other roots.
         key = f"{seed}\0{member[0].rpartition('/')[2]}\0{member[1]}"
-        return hashlib.sha256(key.encode()).digest(), member
+        return hashlib.sha256(key.encode(errors="surrogateescape")).digest(), member
 
     out = set()
     for members in groups.values():
@@ -197,11 +197,20 @@ def _read_name(path: Path) -> _Name | None:
                  "_".join(p for p in parts if p), float(ppi) or None)
 
 
+# By the competitions' tables of sensors; the others were taken at 500 ppi.
+_FVC_PPI = {("fvc2002", "db2"): 569.0, ("fvc2004", "db3"): 512.0, ("fvc2006", "db1"): 250.0, ("fvc2006", "db2"): 569.0}
+
+
 def _fvc_ppi(folder: Path) -> float | None:
-    """FVC2002's DB2 was taken at 569 ppi, by the competition's table of sensors."""
-    above = [part.lower() for part in (*folder.parts, *folder.resolve().parts)]
-    is_db2 = re.fullmatch("db2(_[ab])?", folder.name.lower())
-    return 569.0 if is_db2 and "fvc2002" in above else None
+    above = {part.lower() for part in (*folder.parts, *folder.resolve().parts)}
+    database = re.sub("_[ab]$", "", folder.name.lower())
+    return next((ppi for (year, name), ppi in _FVC_PPI.items() if name == database and year in above), None)
+
+
+def known_ppi(path: str | Path) -> float | None:
+    """The resolution in which a print of this name was taken, where it is of a known set."""
+    name = _read_name(Path(os.path.abspath(path)))
+    return name and name.ppi
 
 
 def _socofing_ppi(path: Path) -> float | None:
@@ -220,6 +229,12 @@ def _above(folder: Path, pattern: re.Pattern) -> Path:
 
 
 def _nist_anchor(folder: Path, device: str | None) -> Path:
+    """The set's folder. The parts of SD300, 301 and 302 (sd302a, sd302b …) are of the same subjects: they are one."""
+    folder = _nist_folder(folder, device)
+    return folder.with_name(re.sub(r"(sd-?30[012])[a-z]$", r"\1", folder.name, flags=re.IGNORECASE)) if folder.name else folder
+
+
+def _nist_folder(folder: Path, device: str | None) -> Path:
     tops = [i for i, part in enumerate(folder.parts) if part.lower() in _NIST_TOP]
     if tops and tops[-1] > 1:
         folder = Path(*folder.parts[: tops[-1]])
@@ -245,8 +260,9 @@ def _read_folders(root: Path, seen: set[str]) -> list[tuple[_Name, str]]:
         read += [(names[file], folder / file) for file in files if file in fits]
         misfits += [folder / file for file in files if file not in fits]
     named = {path.parent.parent for _, path in read}
+    above = {parent for folder in folders for parent in folder.parents}
     for folder, files in nameless:
-        inner = any(folder in other.parents for other in folders)
+        inner = folder in above
         if folder == root or inner or folder.parent in named:
             misfits += [folder / file for file in files]
             continue
@@ -273,7 +289,7 @@ def _walk(root: Path) -> tuple[dict[Path, list[str]], Counter]:
         raise UserError(f"There is no folder {root}. Check the path of --dataset_root.")
     if not root.is_dir():
         raise UserError(f"{root} is a file. Give --dataset_root the folder that holds it.")
-    folders, others, visited = {}, Counter(), set()
+    folders, others, visited, gone = {}, Counter(), set(), []
     for place, inner, files in os.walk(root, followlinks=True):
         if (real := os.path.realpath(place)) in visited:
             inner.clear()  # a link back to where we were
@@ -281,11 +297,16 @@ def _walk(root: Path) -> tuple[dict[Path, list[str]], Counter]:
         visited.add(real)
         inner[:] = sorted((d for d in inner if d[0] != "." and d != "__MACOSX"), key=_natural)
         files = sorted((f for f in files if f[0] != "." and f != "Thumbs.db"), key=_natural)
+        there = [f for f in files if os.path.exists(os.path.join(place, f))]
+        gone += [os.path.join(place, f) for f in files if f not in there] if len(there) < len(files) else []
+        files = there
         images = [f for f in files if Path(f).suffix.lower() in EXTENSIONS]
         others.update(Path(f).suffix.lower() or "without extension"
                       for f in set(files) - set(images))
         if images:
             folders[Path(place)] = images
+    if gone:
+        log.warning("%s: %d links lead nowhere and are left out, such as %s", root, len(gone), gone[0])
     return folders, others
 
 

@@ -36,7 +36,7 @@ class Embeddings(NamedTuple):
 
 
 class EmbeddingHead(nnx.Module):
-    """Cells -> few channels -> means over a coarse grid -> one unit vector.
+    """Cells -> few channels -> means over a coarse grid -> one unit vector, 0 where the mask is empty.
 
     The pair is aligned, so where a feature lies is part of what it says: the grid keeps it, a mean
     over the whole print would not.
@@ -53,7 +53,8 @@ class EmbeddingHead(nnx.Module):
         x = x.reshape(x.shape[0], side, side, -1)
         x = jax.image.resize(x, (x.shape[0], self.grid, self.grid, x.shape[-1]), "linear")
         x = self.embed(x.reshape(x.shape[0], -1))
-        return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-6)
+        x = jnp.where(mask.any(-1, keepdims=True), x, 0.0)  # nothing seen is like nothing, not like the bias
+        return x * jax.lax.rsqrt((x * x).sum(-1, keepdims=True) + 1e-12)
 
 
 class Matcher(nnx.Module):
