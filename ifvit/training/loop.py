@@ -82,7 +82,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     this = str(folder / task.name)  # both modules may have one folder
     again = "again" in exchange("again", "again" if resume != "auto" and host.has_begun(this) else "")
     if again and resume == "never":  # this command's own processes are started again: once was asked for
-        resume = "auto"
+        resume, again = "auto", False
     found, history = find_resume(task, folder, resume, again, abstract, placement, FREE | may_change)
     if found and found.metadata["finished"]:
         checkpoint.discard_unfinished(folder, f"{task.name}_*")
