@@ -8,9 +8,8 @@ PY := $(VENV)/bin/python
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
 
-# One process more than cores, up to four: they wait for test beds and sweeps a third of their time.
 test: $(VENV)/ready
-	$(PY) -m pytest -n $(shell $(PYTHON) -c 'import os; print(min(4, 1 + (os.cpu_count() or 1)))') --dist loadfile --no-loadscope-reorder
+	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 faults: $(VENV)/ready
 	$(PY) tests/faults/kill.py --count 50 --inside 10
