@@ -22,6 +22,14 @@ def bed(tmp_path_factory):
         yield bed
 
 
+@pytest.fixture(autouse=True)
+def both_hosts(bed):
+    """On a machine that is too busy Ray may take a host for dead, which then ends: it is started again."""
+    for i in (0, 1):
+        if not bed.processes(i, "raylet"):
+            bed.start_host(i)
+
+
 @pytest.fixture(scope="module")
 def plain(bed, tmp_path_factory):
     """A job that nothing disturbs."""
