@@ -2,13 +2,16 @@
 
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ifvit import checkpoint
+from cluster.host import Host
+from ifvit import checkpoint, train_dense
+from ifvit.commands import run_here
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -34,7 +37,7 @@ def fails(command, tmp_path):
         cwd = tmp_path / "cwd"
         cwd.mkdir()
         check(command(name, *words, cwd=cwd), *told)
-        assert checkpoints(cwd) == []
+        assert checkpoints(cwd) == [] and not (cwd / "checkpoints/matcher").exists()
 
     return call
 
@@ -366,3 +369,11 @@ def test_help_names_the_flags(command, name, flags, tmp_path):
 def test_a_terminal_that_has_no_such_sign_gets_another(process, tmp_path):
     said = process("-m", "ifvit.load_module1_weights", "--module1_ckpt", "nowhere", cwd=tmp_path, PYTHONIOENCODING="ascii")
     assert said.code == 2 and "? Module 1 checkpoint not found: nowhere" in said.out and "Traceback" not in said.err
+
+
+def test_a_jax_without_the_gpu_that_ray_gave_its_process_is_told():
+    """It would train what is meant for a GPU on its cores."""
+    args, host = train_dense.Args(preset="smoke"), Host()
+    host.name = "host 10.0.0.7, process 3"
+    code, message = run_here("ifvit.train_dense", asdict(args), "GPU", "smoke", args.configs("smoke"), host)
+    assert code == 2 and "host 10.0.0.7, process 3 has a GPU from Ray, and JAX finds none there; install" in message

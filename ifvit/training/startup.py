@@ -21,8 +21,10 @@ def check_hosts(config, host) -> None:
 
 
 def check_folder(config, host) -> None:
-    """The same, of a process alone too."""
+    """The same, of a process alone too, which leaves no folder behind that was not there."""
     folder = checkpoint.as_writable_path(config.checkpoint_dir)
+    alone = jax.process_count() == 1 and checkpoint.is_local(folder)
+    made = [p for p in (folder, *folder.parents) if not p.exists()] if alone else []
     mark = exchange("mark", uuid.uuid4().hex)[0]
     seen = folder / f".seen-by-all-{mark}"
 
@@ -48,5 +50,8 @@ def check_folder(config, host) -> None:
         if jax.process_index() == 0:
             with contextlib.suppress(OSError):
                 seen.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            for place in made:
+                place.rmdir()
 
 
