@@ -59,6 +59,11 @@ def load_module1_transformer_weights(module1_ckpt_path: str, module2_params: dic
     return params
 
 
+def check_module1(path: str) -> None:
+    """UserError where a checkpoint cannot seed Module 2, as far as its metadata and shapes tell."""
+    _Module1(path)
+
+
 def verify_module1_loading(path: str) -> bool:
     """Whether a checkpoint can seed Module 2; says what it holds, or what is wrong with it."""
     print(f"{RULE}\nVerifying Module 1 Checkpoint\n{RULE}\nSource: {resolve(str(path))}")

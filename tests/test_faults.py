@@ -14,6 +14,7 @@ from faults.damage import array_files, damage, damage_everything, flip_in_arrays
 from faults.disk import SHOWN, Disk, Unavailable, removed
 from faults.kill import default_training, kill_run
 from ifvit import checkpoint
+from ifvit.errors import UserError
 
 SMOKE = ("--preset", "smoke")
 
@@ -52,10 +53,17 @@ def flip_a_bit(path) -> str:
 
 
 def delete_arrays(path) -> str:
+    """The largest file that parameters lie in; which files hold nothing but the optimizer's state differs from run to run."""
     names = _leaves(path)
-    file = array_files(path)[0]
-    damage(file, "deleted", random.Random(0))
-    return f"{names}|{re.escape(file.name)}"
+    for file in array_files(path):
+        content = file.read_bytes()
+        file.unlink()
+        try:
+            checkpoint.load(path, parts=("state/params",))
+        except UserError:
+            return f"{names}|{re.escape(file.name)}"
+        file.write_bytes(content)
+    raise AssertionError(f"{path} has no file that its parameters need")
 
 
 def _leaves(path) -> str:

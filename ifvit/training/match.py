@@ -15,7 +15,7 @@ from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.evaluation import fit_fusion, match_scores, score_pairs
-from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights
+from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.loop import Task
 from ifvit.training.state import init_state, learning_rates, optimizer
@@ -119,6 +119,7 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
     if not config.dense_reg_ckpt:
         return None
     folder = module1_folder(config)
+    check_module1(config.dense_reg_ckpt)
     found = checkpoint.load(folder, "dense_reg", checkpoint.NETWORK)
     if found.metadata.get("foreign"):
         print(f"⚠ {folder} was made by other code: its transformer seeds Module 2, and pairs are not aligned.", flush=True)
