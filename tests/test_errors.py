@@ -1,10 +1,13 @@
 """A user's mistake ends a command with one sentence and its remedy on stderr, exit code 2, and no checkpoint."""
 
+import io
 import re
 import shutil
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -377,3 +380,14 @@ def test_a_jax_without_the_gpu_that_ray_gave_its_process_is_told():
     host.name = "host 10.0.0.7, process 3"
     code, message = run_here("ifvit.train_dense", asdict(args), "GPU", "smoke", args.configs("smoke"), host)
     assert code == 2 and "host 10.0.0.7, process 3 has a GPU from Ray, and JAX finds none there; install" in message
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_of_several_processes_jaxs_first_one_prints(monkeypatch, index):
+    """Ray's ranks are others: a TPU slice numbers its hosts itself."""
+    out, trained, args = io.StringIO(), [], train_dense.Args(preset="smoke")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(jax, "process_index", lambda: index)
+    monkeypatch.setattr(train_dense.Args, "train", lambda self, configs, host: print(trained.append(configs) or "trained"))
+    assert run_here("ifvit.train_dense", asdict(args), "", "smoke", args.configs("smoke"), Host()) == (0, "")
+    assert trained and ("trained" in out.getvalue()) == (not index) and ("train_dense: " in out.getvalue()) == (not index)

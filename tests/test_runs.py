@@ -17,7 +17,7 @@ from cluster.host import Host
 from ifvit import checkpoint, train_dense
 from ifvit.config import DenseConfig, preset
 from ifvit.data.gather import gather
-from ifvit.training.metrics import TIMES
+from ifvit.training.metrics import TIMES, read_rows
 
 SMOKE = ("--preset", "smoke")
 LONG = (*SMOKE, "--num_epochs", 10, "--set", "save_every=5")  # 20 steps
@@ -237,6 +237,17 @@ def test_a_run_from_an_earlier_checkpoint_leaves_those_after_it_whole_and_goes_o
     capsys.readouterr()
     train_dense.run(config, earlier, host)
     assert f"Going on from {folder / 'dense_reg_epoch_2'}" in capsys.readouterr().out
+
+
+def test_the_seconds_of_a_row_hold_the_checkpoint_that_it_counts(prints, tmp_path, monkeypatch):
+    """Goodput takes the one from the other."""
+    snapshot = checkpoint.snapshot
+    monkeypatch.setattr(checkpoint, "snapshot", lambda state: time.sleep(2) or snapshot(state))
+    train_dense.run(preset("smoke", DenseConfig).replace(dataset_root=(str(prints),), checkpoint_dir=str(tmp_path)), "never", Host())
+    read = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["split"] == "train"]
+    assert [row["checkpoint_seconds"] >= 2 for row in read] == [False, True]
+    for row in read:
+        assert row["seconds"] >= row["checkpoint_seconds"] + row["input_seconds"] + row["compile_seconds"]
 
 
 def test_what_an_attempt_without_a_checkpoint_had_done_is_said(command, module1, prints, tmp_path):
