@@ -3,13 +3,18 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-.PHONY: train test faults clean
+.PHONY: train test test-all faults clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
 
+TESTS := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/ready
-	$(PY) -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PY) $(TESTS) -m "not slow"
+
+test-all: $(VENV)/ready
+	$(PY) $(TESTS)
 
 faults: $(VENV)/ready
 	$(PY) tests/faults/kill.py --count 50 --inside 10
