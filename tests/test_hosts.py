@@ -75,7 +75,6 @@ def test_a_search_of_both_modules_by_job_submission_ends_in_an_evaluated_matcher
         assert checkpoint.read_metadata(ours)["digests"] == checkpoint.read_metadata(checkpoint.as_path(found))["digests"]
 
 
-@pytest.mark.slow
 def test_a_trial_may_take_both_hosts(bed, tmp_path):
     job = bed.submit(["python", "-m", "tune", "--module", "dense", "--num_samples", "1", "--trial_workers", "2", "--preset", "smoke",
                       "--dataset_root", "synthetic", "--sweep_dir", tmp_path], wait=True)

@@ -158,7 +158,6 @@ def test_a_half_written_checkpoint_is_set_aside_and_not_gone_on_from(command, mo
     assert same(command, folder / "dense_reg_ckpt", module1.path)
 
 
-@pytest.mark.slow
 def test_a_run_goes_on_sharded_to_the_same_parameters_but_for_rounding(process, module1, prints, tmp_path):
     for name, parallel in (("whole", 1), ("sharded", 2)):
         said = process("-m", "ifvit.train_dense", "--dataset_root", prints, "--checkpoint_dir", name, "--resume",
