@@ -12,6 +12,7 @@ from ifvit.data.augment import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
+from ifvit.geometry import exact
 from ifvit.rates import threshold_at_fmr
 from ifvit.training.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.training.state import Network
@@ -20,6 +21,7 @@ from ifvit.training.step import aligned_pair, registration
 
 def dense_scores(net: Network, config) -> Callable:
     """Module 1: (params, batch_stats, batch) -> `matches`, the inliers of its robust fit, as the score too."""
+    @exact
     def score(params, batch_stats, batch):
         found = registration(net, (params, batch_stats), plain_views(batch, config), config)
         return {"matches": found.count}
@@ -33,6 +35,7 @@ def match_scores(net: Network, aligner: Network | None, config) -> Callable:
     `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
     in the common frame of a genuine pair a cell is its own match.
     """
+    @exact
     def score(params, batch_stats, aligner_state, batch):
         pair, _, count = aligned_pair(aligner, aligner_state, plain_views(batch, config), config)
         e, _ = net.apply(params, batch_stats, pair, train=False)

@@ -16,6 +16,7 @@ from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.evaluation import Fusion, dense_scores, match_scores, score_pairs
+from ifvit.geometry import exact
 from ifvit.training.step import dense_network, match_network, registration
 
 
@@ -86,6 +87,7 @@ class Scorer:
         else:
             raise UserError("This matcher was trained without Module 1 and registers nothing; leave the picture out.")
 
+        @exact
         def run(state, batch):
             views = plain_views(batch, self.config)
             return views, registration(net, state, views, self.config)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from ifvit.geometry import blur, cell_centres, grid_points, local_normalise, sample
+from ifvit.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
 from ifvit.losses import IGNORE, NO_MATCH
 from ifvit.models.resnet import STRIDE
 
@@ -24,7 +24,7 @@ RIDGE = 9.0  # px at 500 ppi, a usual ridge period; windows below are given in r
 class View(NamedTuple):
     """canvas = centre + matrix · (q − window's centre) + Σ amplitude · sin(frequency · q + phase), q in view px."""
 
-    matrix: Float[Array, "2 2"]
+    matrix: Float[Array, "2 2"]     # a rotation and a scale
     centre: Float[Array, "2"]
     amplitude: Float[Array, "M 2"]
     frequency: Float[Array, "M 2"]
@@ -39,6 +39,7 @@ def plain_view(config) -> View:
     return View(jnp.eye(2) * ratio, centre, zeros, zeros, jnp.zeros(MODES))
 
 
+@exact
 def random_view(key, config, angle: Float[Array, ""], scale: float, shift: float) -> View:
     """A view turned by `angle` radians, scaled by up to 1 ± scale, moved by up to ± shift px at 500 ppi."""
     # one draw for everything: each draw is a threefry of its own, and half a second of compilation
@@ -55,16 +56,18 @@ def random_view(key, config, angle: Float[Array, ""], scale: float, shift: float
                 amplitude, frequency, jnp.pi * modes[4])
 
 
+@exact
 def to_canvas(view: View, q: Float[Array, "N 2"], image_size: int) -> Float[Array, "N 2"]:
     middle = (image_size - 1) / 2
     bend = jnp.sin(q @ view.frequency.T + view.phase) @ view.amplitude
     return view.centre + (q - middle) @ view.matrix.T + bend
 
 
+@exact
 def to_view(view: View, p: Float[Array, "N 2"], image_size: int) -> Float[Array, "N 2"]:
     """Inverse of `to_canvas`, by fixed-point iteration: distortion moves a point far less than its wave length."""
     middle = (image_size - 1) / 2
-    inverse = jnp.linalg.inv(view.matrix)
+    inverse = view.matrix.T / (view.matrix[0] ** 2).sum()  # of a rotation and a scale
     q = middle + (p - view.centre) @ inverse.T
     return jax.lax.fori_loop(0, 6, lambda _, q: q + (p - to_canvas(view, q, image_size)) @ inverse.T, q)
 

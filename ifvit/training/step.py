@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from ifvit.alignment import align, register
 from ifvit.batch_axes import batch_axes, over_batch
 from ifvit.data.augment import dense_pair, match_views, normalise
+from ifvit.geometry import exact
 from ifvit.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
 from ifvit.models.dense_reg import DenseRegistration, cell_mask
 from ifvit.models.matcher import Matcher
@@ -128,6 +129,7 @@ def dense_eval(net: Network, config, known_warp_only: bool):
 
     Only the pairs that `batch["counts"]` (B,) marks have a part in it: a last batch is filled up.
     """
+    @exact
     def evaluate(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config, cell_mask, known_warp_only)
         log_conf, _ = net.apply(params, batch_stats, *pair[:4], train=False)
