@@ -1,50 +1,96 @@
 """What a training step costs under Ray with one worker, against one in this process.
 
-    python tests/bench/ray_overhead.py --out DIR --rounds 3
+    python tests/bench/ray_overhead.py --out DIR --rounds 12
 
-A round trains Module 1 on each; ratios are of the rounds' median steps, other jobs on the machine disturb both.
+Two runs of Module 1, one under Ray, take turns of ten steps: while one trains, all processes of the other (Ray's own too)
+are stopped. So what else happens on the machine, and how fast it is in that minute, meets both. A round is a turn of each.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
+import uuid
 from pathlib import Path
+
+import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ifvit.training.metrics import in_steps, read_rows  # noqa: E402
+from ifvit.training.metrics import read_rows  # noqa: E402
+
+MARK = "RAY_OVERHEAD_RUN"  # in the environment of a run's processes
+ROW = 10  # steps
 
 
-def steps(out: Path, preset: str, count: int, *runtime: str) -> list[float]:
-    """Seconds a step, one value a row of the metrics, but for the first row, in which it was compiled."""
-    shutil.rmtree(out, ignore_errors=True)
-    subprocess.run([sys.executable, "-m", "ifvit.train_dense", "--preset", preset, "--dataset_root", "synthetic",
-                    "--checkpoint_dir", str(out), "--num_epochs", "1", "--set", f"pairs_per_epoch={16 * count}",
-                    "--set", "val_pairs=0", *runtime], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                   env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
-    rows = [r for r in read_rows(out / "metrics.jsonl") if r["split"] == "train"]
-    return [in_steps(b) / (b["step"] - a["step"]) for a, b in zip(rows, rows[1:])]
+class Run:
+    """A run that stands still but for its turns."""
+
+    def __init__(self, out: Path, flags: list[str], runtime: list[str]):
+        shutil.rmtree(out, ignore_errors=True)
+        self.rows, self.mark = out / "metrics.jsonl", uuid.uuid4().hex
+        self.log = out.with_suffix(".log").open("w")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "ifvit.train_dense", "--checkpoint_dir", str(out), *flags, *runtime], stdout=self.log,
+            stderr=self.log, env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", MARK: self.mark})
+        self.turn()
+        self.turn()
+
+    def turn(self) -> float:
+        """Seconds until the run has done ten steps more."""
+        had = len(read_rows(self.rows))
+        clock = time.perf_counter()
+        self.send(signal.SIGCONT)
+        while len(read_rows(self.rows)) == had:
+            if self.process.poll() is not None:
+                raise SystemExit(f"{self.process.args} has ended: {Path(self.log.name).read_text()[-2000:]}")
+            time.sleep(0.005)
+        seconds = time.perf_counter() - clock
+        self.send(signal.SIGSTOP)
+        return seconds
+
+    def send(self, what: int) -> None:
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == self.mark:
+                    process.send_signal(what)
+
+    def end(self) -> None:
+        self.send(signal.SIGKILL)
+        self.process.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--preset", default="cpu")
-    parser.add_argument("--steps", type=int, default=40, help="a run; a row is ten")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
-    ratios = []
-    for n in range(args.rounds):
-        pair = [("--runtime", "local"), ("--runtime", "ray", "--num_workers", "1")]
-        times = {}
-        for runtime in pair if n % 2 == 0 else pair[::-1]:
-            times[runtime[1]] = statistics.median(steps(args.out.resolve(), args.preset, args.steps, *runtime))
-        ratios.append(times["ray"] / times["local"])
-        print(f"a step: local {times['local']:.3f} s, under Ray {times['ray']:.3f} s: {ratios[-1]:.3f} times", flush=True)
-    print(f"under Ray a step takes {statistics.median(ratios):.3f} times as long [{min(ratios):.3f} … {max(ratios):.3f}]")
+    args.out.mkdir(parents=True, exist_ok=True)
+    pairs = args.batch_size * ROW * (args.rounds + 4)
+    flags = ["--preset", args.preset, "--dataset_root", "synthetic", "--batch_size", str(args.batch_size), "--num_epochs", "1",
+             "--set", f"pairs_per_epoch={pairs}", "--set", "val_pairs=0"]
+    with contextlib.ExitStack() as ends:
+        runs = {}
+        for name, runtime in (("local", ["--runtime", "local"]), ("ray", ["--runtime", "ray", "--num_workers", "1"])):
+            runs[name] = Run(args.out.resolve() / name, flags, runtime)
+            ends.callback(runs[name].end)
+        times = {name: [] for name in runs}
+        for n in range(args.rounds):
+            for name in sorted(runs, reverse=n % 2 == 1):
+                times[name].append(runs[name].turn() / ROW)
+            local, ray = times["local"][-1], times["ray"][-1]
+            print(f"a step: local {local:.3f} s, under Ray {ray:.3f} s: {ray / local:.3f} times", flush=True)
+    ratios = sorted(ray / local for local, ray in zip(times["local"], times["ray"]))
+    quarter = len(ratios) // 4
+    print(f"under Ray a step takes {statistics.median(ratios):.3f} times as long, the middle half of {len(ratios)} rounds "
+          f"{ratios[quarter]:.3f} … {ratios[-1 - quarter]:.3f}, all {ratios[0]:.3f} … {ratios[-1]:.3f}")
 
 
 if __name__ == "__main__":
