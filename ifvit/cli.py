@@ -98,6 +98,7 @@ def prepare_output() -> None:
     logging.getLogger("ifvit").setLevel(logging.INFO)
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # tracebacks of Orbax's writes that fail
+    logging.getLogger("jax").setLevel(logging.WARNING)  # in Ray's workers it would tell of every platform that is not there
     if not isinstance(sys.unraisablehook, _UnraisableHook):
         sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     for stream in (sys.stdout, sys.stderr):
@@ -127,6 +128,12 @@ def outcome(call: Callable[[], object]) -> tuple[int, str]:
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""
+    except RuntimeError as e:  # JAX's is one
+        if not str(e).startswith("RESOURCE_EXHAUSTED"):
+            raise
+        return 1, ("The memory of the device is full. --set accumulate=4 goes through a batch in four parts (in train_all "
+                   "--set dense.accumulate=4 --set match.accumulate=4), --set compute_dtype=bfloat16 or --set remat=true take "
+                   f"less of it. JAX says: {str(e).splitlines()[0][:200]}")
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise

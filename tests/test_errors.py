@@ -1,6 +1,7 @@
 """A user's mistake ends a command with one sentence and its remedy on stderr, exit code 2, and no checkpoint."""
 
 import io
+import logging
 import re
 import shutil
 import sys
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from cluster.host import Host
-from ifvit import checkpoint, train_dense
+from ifvit import checkpoint, cli, train_dense
 from ifvit.commands import run_here
 
 
@@ -391,3 +392,25 @@ def test_of_several_processes_jaxs_first_one_prints(monkeypatch, index):
     monkeypatch.setattr(train_dense.Args, "train", lambda self, configs, host: print(trained.append(configs) or "trained"))
     assert run_here("ifvit.train_dense", asdict(args), "", "smoke", args.configs("smoke"), Host()) == (0, "")
     assert trained and ("trained" in out.getvalue()) == (not index) and ("train_dense: " in out.getvalue()) == (not index)
+
+
+def test_a_device_whose_memory_is_full_is_told_with_what_helps():
+    code, message = cli.outcome(lambda: jax.block_until_ready(jax.numpy.zeros((2**24, 2**24))))
+    assert code == 1 and message.startswith("The memory of the device is full")
+    assert all(f"--set {what}" in message for what in ("accumulate=4", "compute_dtype=bfloat16", "remat=true"))
+
+
+def test_what_else_goes_wrong_in_jax_is_a_defect():
+    with pytest.raises(RuntimeError, match="INTERNAL"):
+        cli.outcome(lambda: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("INTERNAL: something")))
+
+
+def test_jax_tells_of_no_platform_that_is_not_there():
+    """Ray gives its workers' root logger INFO; then jax says on every GPU host that it found no TPU."""
+    root, before = logging.getLogger(), logging.getLogger().level
+    try:
+        root.setLevel(logging.INFO)
+        cli.prepare_output()
+        assert not logging.getLogger("jax._src.xla_bridge").isEnabledFor(logging.INFO)
+    finally:
+        root.setLevel(before)

@@ -4,6 +4,7 @@ That /kaggle is seen by this process alone: it lives in a mount namespace, under
 for it, so that the machine's own gets none (which would make a Kaggle notebook of everything else that runs on it).
 """
 
+import ast
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from ifvit import checkpoint
+from ifvit import checkpoint, train_all
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = json.loads((ROOT / "cluster/kaggle.ipynb").read_text())
@@ -268,3 +269,20 @@ def test_without_the_source_the_notebook_says_what_to_attach(new_session):
     said = new_session().run()
     assert said.returncode == 1
     assert said.stdout.splitlines()[-1].startswith("RuntimeError: The source of ifvit is not attached: add the project")
+
+
+@pytest.mark.parametrize("gpu, extra, words", [
+    (True, [], ["--set", "dense.accumulate=4", "--set", "match.accumulate=4"]),
+    (True, ["--set", "dense.num_epochs=20"], ["--set", "dense.accumulate=4", "--set", "match.accumulate=4"]),
+    (True, ["--preset", "cpu"], []),
+    (True, ["--preset=cpu"], []),
+    (True, ["--batch_size", "32"], []),
+    (True, ["--set", "dense.accumulate=2"], []),
+    (False, [], []),
+])
+def test_a_gpu_of_15_gb_gets_the_batch_in_parts(gpu, extra, words):
+    cell = ast.parse(next("".join(c["source"]) for c in NOTEBOOK["cells"] if "def fitting" in "".join(c["source"])))
+    names = {"has_gpu": lambda: gpu}
+    exec(compile(ast.Module([f for f in cell.body if isinstance(f, ast.FunctionDef) and f.name == "fitting"], []), "fitting", "exec"), names)
+    assert names["fitting"](extra) == words
+    assert [c.micro_batch for c in train_all.Args(set=tuple(words[1::2])).configs("paper")] == [32 if words else 128] * 2

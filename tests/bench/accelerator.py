@@ -1,7 +1,7 @@
 """What a GPU or TPU does with what the tests know of CPUs: repeats, scores, coordinates, seconds a step, memory.
 
     python tests/bench/accelerator.py --out DIR                      # all of it, some minutes
-    python tests/bench/accelerator.py --out DIR --only speed input   # parts: coordinates repeat scores speed input ray
+    python tests/bench/accelerator.py --out DIR --only speed input   # parts: coordinates bits repeat scores speed input ray
 
 Prints are generated. `repeat` and `scores` are of preset `smoke`, `speed` and `input` of `--preset` [paper].
 """
@@ -62,6 +62,48 @@ def points() -> None:
         print(f"coordinates {name}: at most {np.abs(np.asarray(jax.jit(f)(view, q)) - truth).max():.2g} px off", flush=True)
 
 
+def bits(args) -> None:
+    """Whether a compiled step gives the same bits twice from the same state and batch, within a process and in another one."""
+    for flags in ("", "--xla_gpu_deterministic_ops=true"):
+        digests = []
+        for _ in range(2):
+            done = subprocess.run([sys.executable, __file__, "--out", str(args.out), "--preset", "smoke", "--alone", "bits"],
+                                  stdout=subprocess.PIPE, text=True, check=True,
+                                  env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()})
+            print(done.stdout.strip(), flush=True)
+            digests.append(done.stdout.split()[-1:])
+        print(f"XLA_FLAGS '{flags}': two processes gave {'the same' if digests[0] == digests[1] else 'different'} bits", flush=True)
+
+
+def twice() -> None:
+    """Ten steps, each done twice from the same state; the first leaves that differ, and a digest of the last state."""
+    import jax
+    import numpy as np
+
+    run, state, batch, how, mesh = prepared("smoke", "dense", "float32", keep=True)[:5]
+    different: dict[str, int] = {}
+    with jax.set_mesh(mesh):
+        for n in range(10):
+            (after, out), (again, out2) = (jax.device_get(run(state, batch, *how)) for _ in range(2))
+            for (path, a), b in zip(jax.tree_util.tree_leaves_with_path((after, out)), jax.tree.leaves((again, out2))):
+                if np.asarray(a).tobytes() != np.asarray(b).tobytes():
+                    different.setdefault(jax.tree_util.keystr(path, simple=True, separator="/"), n)
+            state = jax.device_put(after, jax.tree.map(lambda x: x.sharding, state))
+    first = sorted(different.items(), key=lambda item: item[1])[:6]
+    print(f"of {len(jax.tree.leaves((after, out)))} leaves {len(different)} differed between two goes at a step"
+          + "".join(f"\n  {name}, from step {n} on" for name, n in first))
+    print("state after ten steps:", hash_of(after))
+
+
+def hash_of(state) -> str:
+    import hashlib
+
+    import jax
+    import numpy as np
+
+    return hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(state))).hexdigest()[:16]
+
+
 def repeat(args) -> None:
     """A run, and one that is stopped in its midst and goes on: equal bits?"""
     flags = ["ifvit.train_all", "--preset", "smoke", "--dataset_root", "synthetic", "--set", "dense.pairs_per_epoch=160"]
@@ -108,7 +150,8 @@ def speed(args) -> None:
         print(done.stdout.strip() or f"{module}, {dtype}: {done.stderr[-1500:]}", flush=True)
 
 
-def step(preset_name: str, module: str, dtype: str) -> None:
+def prepared(preset_name: str, module: str, dtype: str, keep: bool = False) -> tuple:
+    """(compiled step, state, batch, its other arguments, mesh, the batch on the host, seconds of compilation); `keep`: the state is not donated."""
     import jax
     import numpy as np
 
@@ -138,9 +181,19 @@ def step(preset_name: str, module: str, dtype: str) -> None:
     with jax.set_mesh(mesh):
         batch, how = put_batch(host, mesh), (np.float32(1e-3), *jax.device_put(constants, replicated(mesh)))
         clock = time.perf_counter()
-        run = jax.jit(program.step, donate_argnums=0, out_shardings=(placement, replicated(mesh))).lower(state, batch, *how).compile()
-        compiled = time.perf_counter() - clock
-        times = []
+        run = jax.jit(program.step, donate_argnums=() if keep else 0, out_shardings=(placement, replicated(mesh))).lower(
+            state, batch, *how).compile()
+        return run, state, batch, how, mesh, host, time.perf_counter() - clock
+
+
+def step(preset_name: str, module: str, dtype: str) -> None:
+    import jax
+
+    from ifvit.training.sharding import put_batch
+
+    run, state, batch, how, mesh, host, compiled = prepared(preset_name, module, dtype)
+    pairs, times = len(host["genuine"]), []
+    with jax.set_mesh(mesh):
         for _ in range(STEPS + 1):
             clock = time.perf_counter()
             state, out = run(state, batch, *how)
@@ -181,7 +234,7 @@ def on_ray(args) -> None:
     print(done.stdout[-1500:], flush=True)
 
 
-PARTS = {"coordinates": coordinates, "repeat": repeat, "scores": scores, "speed": speed, "input": pipeline, "ray": on_ray}
+PARTS = {"coordinates": coordinates, "bits": bits, "repeat": repeat, "scores": scores, "speed": speed, "input": pipeline, "ray": on_ray}
 
 
 def main() -> None:
@@ -193,7 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out.resolve()
     if args.alone:
-        return points() if args.alone == "coordinates" else step(args.preset, *args.alone.split(","))
+        return {"coordinates": points, "bits": twice}.get(args.alone, lambda: step(args.preset, *args.alone.split(",")))()
     for name in args.only:
         clock = time.perf_counter()
         PARTS[name](args)
