@@ -1,0 +1,57 @@
+"""A sweep's trials that differ in scalars: seconds from being scheduled to the first step, and the share of time outside steps.
+
+    python tests/bench/trial_times.py --out DIR --trials 4 [-- words for `python -m tune`]
+
+Trials of Module 1 at preset `cpu`, two epochs of 30 steps each, on generated prints. The first one compiles, and decodes the prints.
+"""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from ifvit.training.metrics import in_steps, read_rows  # noqa: E402
+from tune import record  # noqa: E402
+
+SCALARS = ("learning_rate", "weight_decay", "warmup", "noise", "thickness", "distortion")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--trials", type=int, default=4)
+    parser.add_argument("more", nargs="*", help="words for `python -m tune`, after --")
+    args = parser.parse_args()
+    out = args.out.resolve()
+    shutil.rmtree(out, ignore_errors=True)
+    log = out.with_suffix(".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("w") as said:
+        sweep = subprocess.Popen(
+            [sys.executable, "-m", "tune", "--module", "dense", "--preset", "cpu", "--dataset_root", "synthetic", "--sweep_dir", str(out),
+             "--num_samples", str(args.trials), "--scheduler", "none", "--search", *SCALARS, "--set", "pairs_per_epoch=480",
+             "--set", "num_epochs=2", *args.more], stdout=said, stderr=said)
+        seen: dict[str, float] = {}
+        while sweep.poll() is None:
+            for rows in out.rglob("trials/*/metrics.jsonl"):
+                if rows.parent.name not in seen and any(r["split"] == "train" for r in read_rows(rows)):
+                    seen[rows.parent.name] = time.time()
+            time.sleep(0.05)
+    if sweep.returncode:
+        raise SystemExit(f"exit code {sweep.returncode}, see {log}")
+    folder = next(out.rglob("trials")).parent
+    for trial in record.read_all(folder):
+        rows = [r for r in read_rows(record.folder_of(folder, trial.number) / "metrics.jsonl") if r["split"] == "train"]
+        scheduled = trial.end["time"] - trial.end["seconds"]
+        first = seen[f"{trial.number:03d}"] - rows[0]["seconds"] + rows[0]["input_seconds"] + rows[0]["compile_seconds"]
+        outside = 1 - sum(map(in_steps, rows)) / trial.end["seconds"]
+        print(f"trial {trial.number}: first step {first - scheduled:.1f} s after it was scheduled; {trial.steps} steps, {trial.end['seconds']:.0f} s, "
+              f"{100 * outside:.0f} % of them outside steps", flush=True)
+
+
+if __name__ == "__main__":
+    main()
