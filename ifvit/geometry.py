@@ -13,8 +13,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 IDENTITY = np.array([1.0, 0.0, 0.0, 0.0], np.float32)
-# In float32 on every device: left alone, XLA multiplies matrices in TF32 on a GPU and in bfloat16 on a TPU, which puts a
-# point of a 512 px canvas up to half a pixel off, or two, and pixels by 0.4 %. Scores are computed so too.
+# Products in float32 on every device: by default XLA multiplies in TF32 on a GPU, where a point of a canvas was 0.02 px off
+# (tests/bench/accelerator.py), and on a TPU in bfloat16, whose eight bits are four times as coarse. A decorator; scores have it too.
 exact = jax.default_matmul_precision("highest")
 SCALE_RANGE = (0.8, 1.25)  # two prints of one finger at the same ppi: skin and sensors differ by less
 
