@@ -466,7 +466,11 @@ def test_a_trial_that_is_stopped_ends_where_it_stands():
 @pytest.mark.parametrize("error, said", [
     (UserError("A batch of 3 does not divide."), (2, "A batch of 3 does not divide.")),
     (Failure("loss is nan at step 3"), (1, "loss is nan at step 3")),
-    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), (1, "RuntimeError: RESOURCE_EXHAUSTED: Out of memory")),
+    (RuntimeError("INTERNAL: a kernel failed\nmore"), (1, "RuntimeError: INTERNAL: a kernel failed")),
+    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), (1, "The memory of the device is full. --set accumulate=4 goes through a batch in "
+                                                                  "four parts (in train_all --set dense.accumulate=4 --set match.accumulate=4), "
+                                                                  "--set compute_dtype=bfloat16 or --set remat=true take less of it. JAX says: "
+                                                                  "RESOURCE_EXHAUSTED: Out of memory")),
 ])
 def test_whatever_befalls_a_trial_is_its_own_end_with_a_reason(error, said):
     def train(host):
