@@ -25,9 +25,9 @@ STEPS = 12
 VARIANTS = (("dense", "float32"), ("dense", "bfloat16"), ("match", "float32"), ("match", "bfloat16"))
 
 
-def command(*words: str, env: dict | None = None, **how) -> subprocess.CompletedProcess:
+def command(*words: str, env: dict | None = None) -> subprocess.CompletedProcess:
     done = subprocess.run([sys.executable, "-m", *words], env=os.environ | (env or {}), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, **how)
+                          stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
     return done
@@ -123,7 +123,7 @@ def repeat(args) -> None:
 
 
 def scores(args) -> None:
-    """The same checkpoint's scores here and on the CPU."""
+    """The same checkpoint's scores here and on the CPU; it says how many are different ones, since those of a poor matcher may all be alike."""
     from ifvit.config import DenseConfig, preset
     from ifvit.data.gather import generated
 
@@ -136,10 +136,12 @@ def scores(args) -> None:
             out = args.out / "scores" / platform / module.split("/")[0]
             command("ifvit.evaluate", "--checkpoint", str(args.out / "once" / module), "--dataset_root", str(prints), "--out", str(out), env=env)
             with (out / "scores.csv").open(newline="") as file:
-                found[platform, module] = [float(row["score"]) for row in csv.DictReader(file)]
-    for module in ("dense/dense_reg_ckpt", "matcher/matcher_ckpt"):
-        here, cpu = found["here", module], found["cpu", module]
-        print(f"scores of {module}: {len(here)}, at most {max(abs(a - b) for a, b in zip(here, cpu)):.2g} from the CPU's", flush=True)
+                rows = list(csv.DictReader(file))
+            for column in ("score",) if module.startswith("dense") else ("score", "global", "local"):
+                found.setdefault((module, column), []).append([float(row[column]) for row in rows])
+    for (module, column), (here, cpu) in found.items():
+        print(f"{module}, {column}: {len(here)} pairs, {len(set(here))} different values, at most {max(abs(a - b) for a, b in zip(here, cpu)):.2g} "
+              "from the CPU's", flush=True)
 
 
 def speed(args) -> None:
@@ -187,6 +189,7 @@ def prepared(preset_name: str, module: str, dtype: str, keep: bool = False) -> t
 
 
 def step(preset_name: str, module: str, dtype: str) -> None:
+    """Times it, its batch on the device."""
     import jax
 
     from ifvit.training.sharding import put_batch
@@ -223,14 +226,15 @@ def pipeline(args) -> None:
 
 
 def on_ray(args) -> None:
-    """What a worker of Ray sees, and what a step costs there."""
+    """What a worker of Ray sees, and what a step costs there: two runs at a time, which share a GPU's memory."""
     out = args.out / "ray"
     shutil.rmtree(out, ignore_errors=True)
     done = command("ifvit.train_dense", "--preset", "smoke", "--dataset_root", "synthetic", "--checkpoint_dir", str(out), "--runtime", "ray",
                    "--num_workers", "1")
     print(*[line for line in done.stdout.splitlines() if "train_dense:" in line], sep="\n", flush=True)
     done = subprocess.run([sys.executable, str(Path(__file__).parent / "ray_overhead.py"), "--out", str(args.out / "overhead"), "--preset",
-                           args.preset, "--batch_size", "128", "--rounds", "8"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                           args.preset, "--batch_size", "128", "--rounds", "8"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"})
     print(done.stdout[-1500:], flush=True)
 
 
