@@ -22,7 +22,7 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -74,6 +74,10 @@ class Trainer(DataParallelTrainer):
         how["failure_policy"] = FailurePolicy(self.run_config.failure_config, self._desk, self._max_failures)
         if self.scaling_config.elasticity_enabled:
             how["scaling_policy"] = ScalingPolicy(self.scaling_config, self._place, self._batches)
+        elif self._alone:
+            how["scaling_policy"] = WithoutAutoscaler(self.scaling_config)
+        if self._alone:  # nobody gives notice to a Ray that the run started: another process less
+            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         return super()._initialize_and_run_controller(**how)
 
 
@@ -117,6 +121,15 @@ class ScalingPolicy(ElasticScalingPolicy):
     def _count_possible_workers(self, reserved_resources) -> int:
         most = super()._count_possible_workers(reserved_resources)
         return max((n for n in range(1, most + 1) if self._place.fits(n, self._batches)), default=0)
+
+
+class WithoutAutoscaler(FixedScalingPolicy):
+    """As many workers as were asked for, of a Ray on this machine alone: no actor that would ask an autoscaler for hosts."""
+
+    def _send_resource_request(self) -> None:
+        pass
+
+    _maybe_send_resource_request = _cancel_resource_request = _send_resource_request
 
 
 def _ended(error: BaseException | None) -> Ended | None:

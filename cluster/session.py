@@ -13,6 +13,7 @@ from cluster.cores import NICENESS
 from cluster.host import ClusterError
 
 # what is set for the driver holds for its workers: their programs and caches are the same
+QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}  # of what nobody looks at without a dashboard
 PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
 
 
@@ -22,7 +23,7 @@ def session(**how) -> Iterator[bool]:
     alone = os.environ.get("RAY_ADDRESS", "local") == "local"
     if not alone:
         _answers(os.environ["RAY_ADDRESS"])
-    where = {"address": "local", "include_dashboard": False} if alone else {}
+    where = {"address": "local", "include_dashboard": False, "_system_config": QUIET} if alone else {}
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
     os.environ.setdefault(NICENESS, "0")  # of workers of a Ray that is started here
     try:

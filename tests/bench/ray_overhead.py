@@ -43,7 +43,7 @@ class Run:
 
     def turn(self) -> float:
         """Seconds until the run has done ten steps more."""
-        had = len(read_rows(self.rows))
+        had, cpu = len(read_rows(self.rows)), self.cpu_seconds()
         clock = time.perf_counter()
         self.send(signal.SIGCONT)
         while len(read_rows(self.rows)) == had:
@@ -52,13 +52,29 @@ class Run:
             time.sleep(0.005)
         seconds = time.perf_counter() - clock
         self.send(signal.SIGSTOP)
+        self.cpu = {k: v - cpu.get(k, 0) for k, v in self.cpu_seconds().items()}
         return seconds
 
-    def send(self, what: int) -> None:
+    def processes(self) -> list[psutil.Process]:
+        found = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 if process.environ().get(MARK) == self.mark:
-                    process.send_signal(what)
+                    found.append(process)
+        return found
+
+    def cpu_seconds(self) -> dict[int, float]:
+        """What each process has used, by its number."""
+        used = {}
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                used[process.pid] = sum(process.cpu_times()[:2])
+        return used
+
+    def send(self, what: int) -> None:
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                process.send_signal(what)
 
     def end(self) -> None:
         self.send(signal.SIGKILL)
@@ -86,7 +102,10 @@ def main() -> None:
             for name in sorted(runs, reverse=n % 2 == 1):
                 times[name].append(runs[name].turn() / ROW)
             local, ray = times["local"][-1], times["ray"][-1]
-            print(f"a step: local {local:.3f} s, under Ray {ray:.3f} s: {ray / local:.3f} times", flush=True)
+            used = {name: sorted(run.cpu.values()) for name, run in runs.items()}
+            print(f"a step: local {local:.3f} s, under Ray {ray:.3f} s: {ray / local:.3f} times; of the cores' time: local "
+                  f"{used['local'][-1] / ROW:.3f} s, under Ray {used['ray'][-1] / ROW:.3f} s in the worker, {sum(used['ray'][:-1]) / ROW:.3f} s "
+                  f"in {len(used['ray']) - 1} others", flush=True)
     ratios = sorted(ray / local for local, ray in zip(times["local"], times["ray"]))
     quarter = len(ratios) // 4
     print(f"under Ray a step takes {statistics.median(ratios):.3f} times as long, the middle half of {len(ratios)} rounds "
