@@ -31,7 +31,7 @@ from cluster.host import INTERRUPTED, PREEMPTED, ClusterError, Host
 from cluster.launch import Job, Request
 from cluster.placement import Placement, placement
 from cluster.session import passed_on, session
-from cluster.worker import Desk, Ended, work
+from cluster.worker import LOOK, Desk, Ended, work
 
 RESIZE = 30.0     # seconds between looks for hosts that have come, where the number of workers is a range
 
@@ -52,7 +52,6 @@ def prepare(request: Request) -> None:
     """Ray Train's settings in this process's environment."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     if request.hang_timeout:  # a worker that does not even answer
         os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
 
@@ -191,7 +190,7 @@ def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, s
             thread.start()
             going = True
             while going:
-                thread.join(0.5)
+                thread.join(LOOK)
                 going = thread.is_alive()
                 for values in ray.get(desk.news.remote()):
                     host.report(values)

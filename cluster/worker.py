@@ -14,7 +14,7 @@ from cluster import backend
 from cluster.host import SAVE, Host, watchdog
 from cluster.launch import Job, Request
 
-LOOK = 2.0  # seconds between looks for a notice of preemption, or a request to stop
+LOOK = 2.0  # seconds between looks for word from the driver, or the workers, and for a notice of preemption
 
 
 class Ended(Exception):
