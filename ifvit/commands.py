@@ -14,7 +14,7 @@ from cluster.host import ClusterError, Host
 from cluster.launch import Job, Request, launch
 from ifvit import cli
 from ifvit.config import DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
-from ifvit.data.pairs import SYNTHETIC
+from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.paths import absolute, cache_dir, resolve
 from ifvit.training.sharding import use_cpu_cores

@@ -42,7 +42,7 @@ class Args:
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
-        from ifvit.data.gather import local_root
+        from ifvit.data.gather import local_root, overlap
         from ifvit.data.prepare import prepare
         from ifvit.data.sources import read_roots, require_fingers
         from ifvit.scorer import Scorer
@@ -58,7 +58,11 @@ class Args:
         scorer = Scorer.from_checkpoint(self.checkpoint)
         prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi)
         require_fingers(prints)
-        prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir())
+        if overlap(scorer.config.dataset_root, self.dataset_root):
+            log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
+                        "known fingers say little of others. train_all's own evaluation is of those held out.",
+                        ", ".join(scorer.config.dataset_root))
+        prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
         with written_here(as_path(self.out)) as out:
             print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
         return 0

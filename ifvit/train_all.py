@@ -149,7 +149,7 @@ class Args(TrainArgs):
                     print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, here))
             except UserError as e:  # the training is done and good; single impressions, say, have no genuine pair
                 print(f"not evaluated: {e}")
-        print()
+        print("(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on prints of others, tells more.)\n")
         for what, path in (("Module 1 checkpoint", module1), ("Module 2 checkpoint", module2),
                            ("curves, Module 1", module1.parent / "curves.png"),
                            ("curves, Module 2", module2.parent / "curves.png"),

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from ifvit.data.loader import PairSource, batches, example, fixed_batches
-from ifvit.data.pairs import SYNTHETIC, DensePairs, MatchPairs, Pair, class_labels
+from ifvit.data.pairs import DensePairs, MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
-from ifvit.data.sources import Print
+from ifvit.data.sources import SYNTHETIC, Print
 
 
 def impressions(database, finger, count):

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from ifvit.data.gather import overlap
 from ifvit.data.sources import (
+    SYNTHETIC,
     Print,
     drop_duplicates,
     read_root,
@@ -43,6 +45,14 @@ def only(prints: list[Print]) -> Print:
     ("FVC2002/DB2_A/101_8.tif", "DB2_A", "101", "8", 569),
     ("fvc2002/extra/Db2_b/101_8.tif", "Db2_b", "101", "8", 569),
     ("FVC2002/DB1_B/101_8.tif", "DB1_B", "101", "8", None),
+    ("d/FVC2002_DB2_A/101_8.tif", "FVC2002_DB2_A", "101", "8", 569),
+    ("fvc2002-fingerprints/DB2_B/101_8.tif", "DB2_B", "101", "8", 569),
+    ("fvc-2006/DB1_A/images/1_8.bmp", "images", "1", "8", 250),
+    ("FVC2004/DB3_A_png/1_8.png", "DB3_A_png", "1", "8", 512),
+    ("FVC2002/DB1_A_569/1_8.png", "DB1_A_569", "1", "8", None),
+    ("PolyU_HRF/DBII/7_2_5.jpg", "DBII", "7", "2_5", 1200),
+    ("CASIA-FingerprintV5/007/L/007_L3_4.bmp", "CASIA-FingerprintV5", "007_L3", "4", None),
+    ("cross/first_session/7_1.jpg", "cross", "7", "first_session_1", None),
     ("CrossMatch/012_3_4.TIFF", "CrossMatch", "012_3", "4", None),
     ("SOCOFing/Real/7__F_Left_ring_finger.BMP", "SOCOFing", "7_left_ring", "real", 175),
     ("sd04/figs_0/f0001_07.png", "sd04", "0001", "f", None),
@@ -114,6 +124,39 @@ def test_devices_and_captures_are_impressions_of_one_finger(tmp_path):
          *(f"sd300/500/png/{c}/00001000_{c}_500_02.png" for c in ("roll", "plain")))
     count = Counter(p.identity for p in read_root(tmp_path))
     assert count == {("sd302", "00002222_02"): 3, ("sd300", "00001000_02"): 2}
+
+
+def test_sessions_and_parts_of_a_tree_hold_the_same_fingers(tmp_path):
+    grow(tmp_path, *(f"{s}_session/{f}_{i}.jpg" for s in ("first", "second") for f in "12" for i in "12"))
+    assert {k: len(v) for k, v in by_finger(read_root(tmp_path)).items()} == {"1": 4, "2": 4}
+    grow(tmp_path / "tree", *(f"{part}/{f}/{i}.png" for part in ("train", "val") for f in "12" for i in "ab"))
+    assert {k: len(v) for k, v in by_finger(read_root(tmp_path / "tree")).items()} == {"1": 4, "2": 4}
+
+
+def test_latents_beside_a_nist_set_are_no_finger_of_their_folder(tmp_path):
+    grow(tmp_path, "sd302a/images/challengers/A/roll/png/00002222_A_roll_02.png",
+         *(f"sd302e/images/latent/png/00002304/00002304_1C_R_L0{n}_BP_S22_1200PPI_8BPC_1CH_LP03_1.png" for n in "12"))
+    assert only(read_root(tmp_path)).finger == "00002222_02"
+
+
+def test_dates_are_no_fingers(tmp_path):
+    grow(tmp_path, "mine/index/20230101_120000.png", "mine/index/20230102_093000.png", "mine/thumb/20230101_120010.png")
+    assert {k: len(v) for k, v in by_finger(read_root(tmp_path)).items()} == {"index": 2, "thumb": 1}
+
+
+def test_folders_taken_for_fingers_are_told(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "ifvit"):
+        read_root(grow(tmp_path, "a/x.png", "a/y.png", "b/x.png", "@eaDir/x.png/THUMB.jpg"))
+    assert "3 files tell no finger, so each of their 2 folders" in caplog.text
+
+
+def test_a_folder_called_synthetic_is_not_taken_for_generated_prints(tmp_path):
+    grow(tmp_path / "synthetic", "1_1.png", "2_1.png")
+    assert {p.database for p in read_root(tmp_path / "synthetic")} == {f"{tmp_path.name}/synthetic"} != {SYNTHETIC}
+
+
+def by_finger(prints: list[Print]) -> dict[str, list[Print]]:
+    return {f: [p for p in prints if p.finger == f] for f in sorted({p.finger for p in prints})}
 
 
 def test_slaps_and_palms_are_left_out(tmp_path):
@@ -254,6 +297,25 @@ def test_equal_bytes_under_different_fingers_stay_once(tmp_path):
     kept, dropped = drop_duplicates(read_root(tmp_path))
     assert [(p.finger, p.impression) for p in kept] == [("1", "1"), ("1", "2"), ("2", "1")]
     assert [(p.finger, p.impression) for p in dropped] == [("2", "2")]
+
+
+def test_a_databases_prints_do_not_depend_on_copies_in_another(tmp_path):
+    grow(tmp_path, "DB/1_1.tif", "DB/2_1.tif")
+    (tmp_path / "A").mkdir()
+    (tmp_path / "A/9_9.tif").write_bytes((tmp_path / "DB/1_1.tif").read_bytes())
+    (tmp_path / "DB/3_1.tif").write_bytes((tmp_path / "DB/2_1.tif").read_bytes())
+    assert [p.finger for p in drop_duplicates(read_root(tmp_path), across=False)[1]] == ["3"]
+    assert [p.finger for p in drop_duplicates(read_root(tmp_path))[1]] == ["1", "3"]
+
+
+def test_roots_that_share_prints_are_known_whatever_their_paths(tmp_path, monkeypatch):
+    grow(tmp_path, "a/1_1.tif", "b/1_1.tif")
+    (tmp_path / "link").symlink_to("a")
+    monkeypatch.chdir(tmp_path)
+    for shared in ("a", "./a/", str(tmp_path / "a"), "link", ".", "b/../a"):
+        assert overlap(["b/none", "a"], [shared])
+    assert not overlap(["a"], ["b", SYNTHETIC]) and overlap([SYNTHETIC], ["b", SYNTHETIC])
+    assert overlap(["gs://prints/all"], ["gs://prints/all/DB1"]) and not overlap(["gs://prints/all"], ["gs://prints/al"])
 
 
 def test_one_finger_is_too_few():

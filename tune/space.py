@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from ifvit.config import PROGRAM, SCALAR, DenseConfig, MatchConfig, known_key, use_of
-from ifvit.data.pairs import SYNTHETIC
+from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 
 CONFIGS = {"dense": DenseConfig, "match": MatchConfig}

@@ -5,12 +5,12 @@ import json
 import logging
 import os
 from dataclasses import replace
+from pathlib import Path
 
 from ifvit import gcs
 from ifvit.data import synthetic
-from ifvit.data.pairs import SYNTHETIC
 from ifvit.data.prepare import PrintSet, prepare
-from ifvit.data.sources import Print, read_root, read_roots, require_fingers, split_by_finger
+from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots, require_fingers, split_by_finger
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
 from ifvit.processes import require_same, together
@@ -53,6 +53,13 @@ def read_prints(config) -> list[Print]:
     """The real prints of every root."""
     roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
     return read_roots(roots, config.ppi or None) if roots else []
+
+
+def overlap(roots, others) -> bool:
+    """Whether prints of some roots are also of others: the same folder, whatever its path, or one within the other."""
+    places = [[Path(r) if r == SYNTHETIC or "://" in r else Path(os.path.realpath(resolve_data(r))) for r in which]
+              for which in (roots, others)]
+    return any(a == b or a in b.parents or b in a.parents for a in places[0] for b in places[1])
 
 
 def listing(prints: list[Print]) -> str:

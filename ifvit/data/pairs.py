@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ifvit.data.sources import Print
+from ifvit.data.sources import SYNTHETIC, Print
 
 
 class Pair(NamedTuple):
@@ -67,9 +67,6 @@ class MatchPairs(_Pools):
             return Pair(impressions[0], impressions[0], True)
         i, j = rng.choice(len(impressions), 2, replace=False)
         return Pair(impressions[i], impressions[j], True)
-
-
-SYNTHETIC = "synthetic"  # database of the generated prints
 
 
 def _by_finger(prints) -> dict[tuple[str, str], list[int]]:

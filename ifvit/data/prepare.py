@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
+from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, to_canvas
 from ifvit.data.sources import Print, drop_duplicates
 from ifvit.errors import UserError
 
@@ -55,11 +55,11 @@ class PrintSet:
         return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
 
 
-def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path) -> PrintSet:
+def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False) -> PrintSet:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
     Unreadable images and byte-identical files of other identities are left out and named in the
-    log. UserError when more than `max_broken` of the images are unreadable, none is readable or
+    log; `apart`: of other identities of the same database, whose results then do not depend on its neighbours. UserError when more than `max_broken` of the images are unreadable, none is readable or
     shows ridges, or one has more than 20 megapixels.
     """
     stats = [(p, os.stat(p.path)) for p in prints]
@@ -74,7 +74,10 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     broken = {name for name, _ in report["broken"]}
     readable = [p for p in prints if p.path not in broken]
     rows = {p.path: i for i, p in enumerate(readable)}
-    kept, dropped = drop_duplicates(readable)
+    if assumed := report.get("assumed"):
+        log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
+                 len(assumed), CANVAS_PPI, assumed[0])
+    kept, dropped = drop_duplicates(readable, across=not apart)
     if dropped:
         log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
                     len(dropped), dropped[0].path)
@@ -94,11 +97,13 @@ def _decode_all(prints, canvas_size, folder, key):
     def one(p: Print):
         try:
             grey, tag = decode(p.path)
+            if not (p.ppi or tag):
+                assumed.append(p.path)
             return to_canvas(grey, print_ppi(p.ppi, tag), canvas_size)
         except BrokenImage as e:
             return str(e)
 
-    broken, count = [], 0
+    broken, assumed, count = [], [], 0
     mine = uuid.uuid4().hex  # another process, of another host that shares the cache, may be at it too
     parts = [folder / f"{key}.{kind}.npy.{mine}" for kind in ("canvas", "mask")]
     try:
@@ -118,7 +123,7 @@ def _decode_all(prints, canvas_size, folder, key):
         for part in parts:
             part.unlink(missing_ok=True)
     record = folder / f"{key}.json.{mine}"  # last: its presence says that the rest is whole
-    record.write_text(json.dumps({"broken": broken}))
+    record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed)}))
     os.replace(record, folder / f"{key}.json")
 
 

@@ -1,7 +1,7 @@
 """Which prints a folder holds: the file, the finger it is of, the ppi it is at.
 
-Sets are known by their files' names: FVC, CrossMatch, SOCOFing, NIST SD4, SD300, SD301
-and SD302. Names that carry no finger are read as `DATABASE/FINGER/IMPRESSION.ext`.
+Sets are known by their files' names: FVC, CrossMatch, PolyU HRF, CASIA, SOCOFing, NIST SD4,
+SD300, SD301 and SD302. Names that carry no finger are read as `DATABASE/FINGER/IMPRESSION.ext`.
 """
 
 import hashlib
@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from ifvit.errors import UserError
 
+SYNTHETIC = "synthetic"  # database of the generated prints
 EXTENSIONS = {".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".wsq"}
 
 log = logging.getLogger("ifvit")
@@ -110,16 +111,16 @@ def split_by_finger(
     return train, [p for p in prints if p.identity in out]
 
 
-def drop_duplicates(prints: Sequence[Print]) -> tuple[list[Print], list[Print]]:
+def drop_duplicates(prints: Sequence[Print], across: bool = True) -> tuple[list[Print], list[Print]]:
     """Kept and dropped: of files equal to the byte under different fingers, the first stays.
 
-    They would be a genuine pair that is labelled impostor.
+    They would be a genuine pair that is labelled impostor. `across`: databases; else a copy in another one does not count.
     """
-    owner: dict[bytes, tuple[str, str]] = {}
+    owner: dict[tuple, tuple[str, str]] = {}
     kept, dropped = [], []
     for p in prints:
         digest = hashlib.sha256(Path(p.path).read_bytes()).digest()
-        same_finger = owner.setdefault(digest, p.identity) == p.identity
+        same_finger = owner.setdefault((digest, None if across else p.database), p.identity) == p.identity
         (kept if same_finger else dropped).append(p)
     return kept, dropped
 
@@ -152,8 +153,9 @@ class _Name(NamedTuple):
 
 _CAPTURES = "roll|plain|slap-segmented|[a-z-]*slap[a-z-]*|[a-z-]*palm[a-z-]*"
 _PATTERNS = {
-    "FVC": r"(?P<finger>\d+)_(?P<impression>\d+)",
+    "FVC": r"(?!(?:19|20)\d{6}_\d{6}$)(?P<finger>\d+)_(?P<impression>\d+)",  # and no date and time
     "CrossMatch": r"(?P<finger>\d+_\d+)_(?P<impression>\d+)",
+    "CASIA": r"(?P<finger>\d+_[LR]\d)_(?P<impression>\d+)",
     "SOCOFing": r"(?P<finger>\d+__[MF]_(?:Left|Right)_[a-z]+)_finger(?:_(?P<change>CR|Obl|Zcut))?",
     "SD4": r"(?P<impression>[fs])(?P<finger>\d{4})_\d{2}",
     "SD300": rf"(?P<subject>\d+)_(?P<capture>{_CAPTURES})_(?P<ppi>\d+)_(?P<frgp>\d\d)",
@@ -161,6 +163,7 @@ _PATTERNS = {
              rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
     "SD301": r"(?P<subject>\d+)_(?P<encounter>[^_]+)_(?P<device>[^_]+)_(?P<ppi>\d+)_"
              rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
+    "latent": r"\d+_\w+_\d+PPI_\d+BPC_\d+CH_\w+",  # of SD301 and SD302: of which finger, the name does not tell
 }
 _PATTERNS = {layout: re.compile(p, re.IGNORECASE) for layout, p in _PATTERNS.items()}
 
@@ -177,14 +180,23 @@ def _read_name(path: Path) -> _Name | None:
     folder = path.parent
     if m is None:
         return None
+    if layout == "CrossMatch" and any(_POLYU_HRF.fullmatch(part) for part in folder.parts):
+        finger, session, impression = path.stem.split("_")
+        return _Name("PolyU HRF", folder, finger, f"{session}_{impression}", 1200.0)
     if layout in ("FVC", "CrossMatch"):
-        return _Name(layout, folder, m["finger"], m["impression"], _fvc_ppi(folder))
+        anchor, session = _without_session(folder)
+        return _Name(layout, anchor, m["finger"], session + m["impression"], _fvc_ppi(folder))
+    if layout == "CASIA":
+        anchor = _above(folder, re.compile(r"[LR]|\d+", re.IGNORECASE))
+        return _Name(layout, anchor, m["finger"].upper(), m["impression"])
     if layout == "SOCOFing":
         finger = re.sub("__[mf]", "", m["finger"].lower())
         anchor = _above(folder, re.compile(r"real|altered(-\w+)?", re.IGNORECASE))
         impression = f"{folder.name}_{m['change']}".lower() if m["change"] else "real"
         return _Name(layout, anchor, finger, impression, _socofing_ppi(path), bool(m["change"]))
     anchor = _nist_anchor(folder, m.groupdict().get("device"))
+    if layout == "latent":
+        return _Name(layout, anchor, None)
     if layout == "SD4":
         return _Name(layout, anchor, m["finger"], m["impression"].lower())
     frgp = {11: 1, 12: 6}.get(int(m["frgp"]), int(m["frgp"]))
@@ -202,9 +214,26 @@ _FVC_PPI = {("fvc2002", "db2"): 569.0, ("fvc2004", "db3"): 512.0, ("fvc2006", "d
 
 
 def _fvc_ppi(folder: Path) -> float | None:
-    above = {part.lower() for part in (*folder.parts, *folder.resolve().parts)}
-    database = re.sub("_[ab]$", "", folder.name.lower())
-    return next((ppi for (year, name), ppi in _FVC_PPI.items() if name == database and year in above), None)
+    """By year and number of the database, wherever the path tells them: FVC2002/DB2_A, fvc-2002/DB2_A_png, FVC2002_DB2_A."""
+    for path in (folder, folder.resolve()):
+        parts = [part.lower() for part in path.parts[::-1]]  # the nearest tells
+        year = next((m[1] for part in parts if (m := re.search(r"fvc[-_ ]?(200[0246])(?!\d)", part))), None)
+        number = next((m[1] for part in parts if (m := re.search(r"(?<![a-z])db[-_ ]?([1-4])(?!\d)", part))), None)
+        if year and number:
+            return _FVC_PPI.get((f"fvc{year}", f"db{number}"))
+    return None
+
+
+# PolyU's high-resolution prints, of pores: SUBJECT_SESSION_IMPRESSION under DBI and DBII, one finger a number.
+_POLYU_HRF = re.compile(r".*polyu.*hrf.*|hrf|dbii?([-_ ].*)?", re.IGNORECASE)
+_SESSION = re.compile(r"(first|second|third)[-_ ]?session|session[-_ ]?\d+", re.IGNORECASE)
+_PART = re.compile(rf"train(ing)?|val(id|idation)?|test(ing)?|{_SESSION.pattern}", re.IGNORECASE)
+
+
+def _without_session(folder: Path, pattern: re.Pattern = _SESSION) -> tuple[Path, str]:
+    """The database's folder, and what its impressions' names begin with: the folders of sessions hold the same fingers."""
+    anchor = _above(folder, pattern)
+    return anchor, "".join(f"{part}_" for part in folder.parts[len(anchor.parts):])
 
 
 def known_ppi(path: str | Path) -> float | None:
@@ -247,7 +276,7 @@ def _nist_folder(folder: Path, device: str | None) -> Path:
 def _read_folders(root: Path, seen: set[str]) -> list[tuple[_Name, str]]:
     """Every print under `root` that is not in `seen` (real paths), which it adds to."""
     folders, others = _walk(root)
-    read, nameless, misfits = [], [], []
+    read, nameless, by_folder, misfits = [], [], [], []
     for folder, files in folders.items():
         place = Path(os.path.abspath(folder))
         names = {file: _read_name(place / file) for file in files}
@@ -267,8 +296,14 @@ def _read_folders(root: Path, seen: set[str]) -> list[tuple[_Name, str]]:
             misfits += [folder / file for file in files]
             continue
         place = Path(os.path.abspath(folder))
-        read += [(_Name("folders", place.parent, place.name, Path(file).stem),
-                  folder / file) for file in files]
+        anchor, part = _without_session(place.parent, _PART)  # train/7 and val/7 are of one finger
+        by_folder += [(_Name("folders", anchor, place.name, part + Path(file).stem),
+                       folder / file) for file in files]
+    if by_folder:
+        fingers = dict.fromkeys((name.anchor, name.finger) for name, _ in by_folder)
+        log.info("%s: the names of %d files tell no finger, so each of their %d folders is taken for one, such as %s",
+                 root, len(by_folder), len(fingers), by_folder[0][1].parent)
+    read += by_folder
     kept = [(name, path) for name, path in read if name.finger is not None]
     if not kept:
         raise UserError(_nothing_known(root, others, misfits + [p for _, p in read]))
@@ -295,7 +330,7 @@ def _walk(root: Path) -> tuple[dict[Path, list[str]], Counter]:
             inner.clear()  # a link back to where we were
             continue
         visited.add(real)
-        inner[:] = sorted((d for d in inner if d[0] != "." and d != "__MACOSX"), key=_natural)
+        inner[:] = sorted((d for d in inner if d[0] != "." and d not in ("__MACOSX", "@eaDir")), key=_natural)
         files = sorted((f for f in files if f[0] != "." and f != "Thumbs.db"), key=_natural)
         there = [f for f in files if os.path.exists(os.path.join(place, f))]
         gone += [os.path.join(place, f) for f in files if f not in there] if len(there) < len(files) else []
@@ -330,7 +365,7 @@ def _database_names(anchors: set[Path]) -> dict[Path, str]:
         names = {a: "/".join(a.parts[-depth[a]:]) for a in anchors}
         count = Counter(names.values())
         # Neighbours of one that needs its parent's name get it too: FVC2002/DB4_B.
-        crowded = {a.parent for a in anchors if count[names[a]] > 1}
+        crowded = {a.parent for a in anchors if count[names[a]] > 1 or names[a] == SYNTHETIC}  # that is the generated prints'
         if not crowded:
             return names
         for anchor in anchors:

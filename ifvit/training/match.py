@@ -10,6 +10,7 @@ from etils import epath
 
 from ifvit import checkpoint, rates
 from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, with_changes
+from ifvit.data.gather import overlap
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
@@ -136,7 +137,7 @@ def warn_of_seen_fingers(config, module1: checkpoint.Checkpoint) -> None:
     """Says so where Module 1 was trained on fingers of the same prints that Module 2 holds out."""
     theirs = completed(DenseConfig, module1.metadata["config"])
     seen = theirs["data_seed"] != config.data_seed or theirs["held_out"] < config.held_out
-    if seen and set(theirs["dataset_root"]) & set(config.dataset_root):
+    if seen and overlap(theirs["dataset_root"], config.dataset_root):
         print(f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, data_seed={theirs['data_seed']}): "
               "it was trained on some that validate Module 2; give both the same.", flush=True)
 
