@@ -20,6 +20,7 @@ from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
@@ -33,6 +34,7 @@ from cluster.placement import Placement, placement
 from cluster.session import passed_on, session
 from cluster.worker import LOOK, Desk, Ended, work
 
+START_FAILURES = (RayTaskError, WorkerGroupStartupFailedError)  # of JAX's processes, of Ray's
 RESIZE = 30.0     # seconds between looks for hosts that have come, where the number of workers is a range
 
 
@@ -95,12 +97,17 @@ class FailurePolicy(DefaultFailurePolicy):
     def make_decision(self, training_failed_error) -> FailureDecision:
         if _ended(training_failed_error):
             return FailureDecision.RAISE
-        start_failed = (isinstance(training_failed_error, ControllerError)  # of JAX's processes
-                        and isinstance(training_failed_error.controller_failure, RayTaskError))
+        cause = getattr(training_failed_error, "controller_failure", None)
+        start_failed = isinstance(cause, START_FAILURES)
         decision = FailureDecision.RETRY if start_failed else super().make_decision(training_failed_error)
+        if isinstance(cause, WorkerGroupStartupTimeoutError):
+            free = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "TPU"))
+            print(f"The cluster has no room for {cause.num_workers} workers at present (free: {free or 'nothing'}); the run waits for it.", flush=True)
         for rank, error in getattr(training_failed_error, "worker_failures", {}).items():
             print(f"⚠ Process {rank} has failed: {_first_line(error)}", flush=True)
         if start_failed or isinstance(training_failed_error, WorkerGroupError):
+            if start_failed:
+                print(f"⚠ The workers could not be started: {_first_line(cause)}", flush=True)
             furthest = ray.get(self._desk.furthest.remote())
             self._in_vain = 1 if furthest > self._furthest else self._in_vain + 1
             self._furthest = furthest
@@ -162,7 +169,7 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
                 scaling_config=ScalingConfig(
                     num_workers=high if low == high else (low, high), resources_per_worker=place.resources,
                     use_gpu=place.platform == "GPU", use_tpu=place.platform == "TPU", topology=place.topology,
-                    accelerator_type=place.accelerator, elastic_resize_monitor_interval_s=RESIZE),
+                    accelerator_type=place.accelerator, placement_strategy=_strategy(place, request, alone), elastic_resize_monitor_interval_s=RESIZE),
                 run_config=RunConfig(name=f"{job.name}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
                                      failure_config=FailureConfig(max_failures=-1),
                                      logging_config=LoggingConfig(log_level="WARNING"),
@@ -170,6 +177,11 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
         except ValueError as e:  # a TPU slice that cannot be had in this number of workers
             raise ClusterError(f"Ray refuses {high} workers on {place.platform}: {e}; ask for another --num_workers.") from None
         return _wait(trainer, desk, request.max_failures, host)
+
+
+def _strategy(place: Placement, request: Request, alone: bool) -> str:
+    """Ray's, of placement: where each host is to have one worker a large one does not get two. A slice has its own."""
+    return "SPREAD" if request.workers_per_host <= 1 and not alone and place.platform != "TPU" else "PACK"
 
 
 def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, str]:
@@ -211,5 +223,7 @@ def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, s
         return ended.code, ended.message
     if not isinstance(error, TrainingFailedError):
         raise error
+    if (cause := getattr(error, "controller_failure", None)) and not isinstance(cause, START_FAILURES):
+        return 1, f"Ray could not run it: {_first_line(cause)}. Its checkpoints, if there are any, are whole."
     return 1, (f"The run has failed {max_failures + 1} times without getting on, last with: "
                f"{_first_line(error)}. Its checkpoints are whole; the same command goes on from them.")

@@ -3,14 +3,17 @@
 import contextlib
 import logging
 import os
+import signal
 import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator
 
 import ray
 
 from cluster.cores import NICENESS
-from cluster.host import ClusterError
+from cluster.host import PREEMPTED, ClusterError
 
 # what is set for the driver holds for its workers: their programs and caches are the same
 QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}  # of what nobody looks at without a dashboard
@@ -26,15 +29,30 @@ def session(**how) -> Iterator[bool]:
     where = {"address": "local", "include_dashboard": False, "_system_config": QUIET} if alone else {}
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
     os.environ.setdefault(NICENESS, "0")  # of workers of a Ray that is started here
+    main = threading.current_thread() is threading.main_thread()
+    before = main and signal.getsignal(signal.SIGTERM)  # Ray sets its own
     try:
         ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
     except (ConnectionError, ValueError) as e:
         raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
                            f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
+    except (RuntimeError, ray.exceptions.AuthenticationError) as e:  # another version of Ray or Python, or no token
+        why = " ".join(line.strip() for line in str(e).splitlines() if line.strip())
+        raise ClusterError(f"Ray at {os.environ.get('RAY_ADDRESS', 'this machine')} refuses this process: {why[:500]}") from None
+    if main:
+        signal.signal(signal.SIGTERM, _stop)
     try:
         yield alone
     finally:
         ray.shutdown()
+        if main:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _stop(number, frame):
+    """SIGTERM where nothing trains yet, or no more."""
+    print("Stopped before there was anything to save; the same command goes on.", flush=True)
+    sys.exit(PREEMPTED)
 
 
 def passed_on() -> dict[str, str]:

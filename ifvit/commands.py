@@ -13,7 +13,7 @@ import tyro
 from cluster.host import ClusterError, Host
 from cluster.launch import Job, Request, launch
 from ifvit import cli
-from ifvit.config import DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
+from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.paths import absolute, cache_dir, resolve
@@ -115,6 +115,23 @@ def check_outlives_job(path: str, what: str) -> None:
                         "all hosts share.")
 
 
+def check_common(items: tuple[str, ...]) -> None:
+    """UserError for a `--set match.KEY=…` of a setting that a search takes from Module 1, unless Module 1 is given one too."""
+    keys = [item.partition("=")[0] for item in items]
+    for k in COMMON:
+        if f"match.{k}" in keys and f"dense.{k}" not in keys:
+            raise UserError(f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too.")
+
+
+def check_backend(platform: str, name: str) -> None:
+    """UserError where Ray has given this process, `name`, devices that JAX does not find; `platform`: GPU, TPU or CPU, '' without Ray."""
+    import jax
+
+    if platform not in ("", "CPU") and jax.default_backend() == "cpu":
+        raise UserError(f"{name or 'This process'} has a {platform} from Ray, and JAX finds none there; install the project with the "
+                        f"extra {'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver.")
+
+
 def given(**flags) -> dict:
     """The flags that were given."""
     return {k: v for k, v in flags.items() if v is not None}
@@ -132,9 +149,7 @@ def run_here(command: str, flags: dict, platform: str, preset: str | None, confi
 
         use_cpu_cores()
         ours = configs or args.configs(preset)
-        if platform not in ("", "CPU") and jax.default_backend() == "cpu":
-            raise UserError(f"{host.name} has a {platform} from Ray, and JAX finds none there; install the project with the extra "
-                            f"{'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver.")
+        check_backend(platform, host.name)
         if jax.process_index():  # not Ray's rank: a TPU slice numbers its hosts itself
             sys.stdout = open(os.devnull, "w")
             logging.getLogger().handlers.clear()

@@ -14,8 +14,10 @@ from typing import ClassVar
 
 from etils import epath
 
+from cluster.host import PREEMPTED
+from cluster.launch import Request
 from ifvit import cli
-from ifvit.commands import TrainArgs, build_config, check_outlives_job, given, tried
+from ifvit.commands import TrainArgs, build_config, check_common, check_outlives_job, given, tried
 from ifvit.config import COMMON, DenseConfig, MatchConfig, read_toml
 from ifvit.errors import UserError
 from ifvit.paths import resolve
@@ -64,10 +66,11 @@ class Args(TrainArgs):
 
         self.request()
         check_outlives_job(str(sweep), "sweep_dir")
-        given_to = [item.partition("=")[0] for item in self.set]
-        for k in COMMON:
-            if f"match.{k}" in given_to and f"dense.{k}" not in given_to:
-                raise UserError(f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too.")
+        for name, where in (("num_workers", "--trial_workers"), ("workers_per_host", "--trial_workers"), ("devices", "--trial_accelerators")):
+            if getattr(self, name) != getattr(Request, name):
+                raise UserError(f"--{name} does not go with --tune: its trials take what the cluster has. Search with python -m tune "
+                                f"and {where}, then train with --config best.toml and --{name}.")
+        check_common(self.set)
         for config, name, flag in zip(tried(self.configs, self.preset), ("dense_reg", "matcher"), ("dense", "matcher")):
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
             here = checkpoint.as_writable_path(config.checkpoint_dir)
@@ -91,12 +94,16 @@ class Args(TrainArgs):
                                  env=os.environ | {PARENT: str(os.getpid())})
         before = signal.signal(signal.SIGTERM, lambda *_: sweep.terminate())
         try:
-            return sweep.wait()
-        except KeyboardInterrupt:  # a terminal has told the sweep too, others have not
-            sweep.send_signal(signal.SIGINT)
-            return sweep.wait()
+            code = sweep.wait()
+        except KeyboardInterrupt:
+            try:
+                code = sweep.wait(10)  # a terminal has told the sweep too
+            except subprocess.TimeoutExpired:  # others have not
+                sweep.send_signal(signal.SIGINT)
+                code = sweep.wait()
         finally:
             signal.signal(signal.SIGTERM, before)
+        return PREEMPTED if code == -signal.SIGTERM else code  # it had not begun yet
 
     def configs(self, preset: str | None) -> tuple[DenseConfig, MatchConfig]:
         if self.resume not in ("auto", "never"):

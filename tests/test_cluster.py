@@ -17,6 +17,7 @@ import pytest
 import ray
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, ScalingConfig
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
@@ -88,7 +89,36 @@ def test_an_address_where_nobody_answers_is_said():
     session._answers("auto")  # Ray looks for it
 
 
+@pytest.mark.parametrize("error", [RuntimeError("Version mismatch:\n  Ray: 2.60.0\n  Ray: 2.9.0"),
+                                   ray.exceptions.AuthenticationError("Version mismatch: Ray: 2.60.0 Ray: 2.9.0")])
+def test_a_cluster_that_refuses_this_process_is_said(monkeypatch, error):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(error))
+    with pytest.raises(ClusterError, match="refuses this process: Version mismatch: Ray: 2.60.0 Ray: 2.9.0"), session.session():
+        raise AssertionError("it is not connected")
+
+
+def test_sigterm_before_there_is_anything_to_save_ends_a_session_with_75(monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))  # as it does
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as e, session.session():
+        signal.raise_signal(signal.SIGTERM)
+    assert e.value.code == 75 and "the same command goes on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 # ---- where workers go
+
+
+@pytest.mark.parametrize("platform, request_, alone, strategy", [
+    ("CPU", Request(), False, "SPREAD"), ("GPU", Request(workers_per_host=1), False, "SPREAD"),
+    ("GPU", Request(workers_per_host=4), False, "PACK"), ("CPU", Request(), True, "PACK"), ("TPU", Request(), False, "PACK"),
+])
+def test_a_large_host_does_not_get_two_workers_where_each_host_is_to_have_one(platform, request_, alone, strategy):
+    place = Placement(platform, {"CPU": 1.0, platform: 2.0}, (2, 2), True)
+    assert on_ray._strategy(place, request_, alone) == strategy
 
 
 def node(**resources):
@@ -242,6 +272,17 @@ def test_a_jobs_own_end_is_not_tried_again(policy):
 def test_a_start_of_jaxs_processes_that_failed_is_tried_again(policy):
     error = ControllerError(RayTaskError("_start", "timed out", TimeoutError()))
     assert policy[0].make_decision(error) == FailureDecision.RETRY
+
+
+def test_workers_that_do_not_start_are_not_tried_for_ever_and_room_is_waited_for(policy, monkeypatch, capsys):
+    policy, desk = policy
+    monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 5e9})
+    full = ControllerError(WorkerGroupStartupTimeoutError(4))
+    assert [policy.make_decision(full) for _ in range(9)] == [FailureDecision.RETRY] * 9
+    assert capsys.readouterr().out.count("no room for 4 workers at present (free: 1 CPU)") == 9
+    dead = ControllerError(WorkerGroupStartupFailedError("the worker died"))
+    assert [policy.make_decision(dead) for _ in range(3)] == [FailureDecision.RETRY] * 2 + [FailureDecision.RAISE]
+    assert "could not be started: the worker died" in capsys.readouterr().out
 
 
 # ---- JAX's processes

@@ -13,14 +13,14 @@ import numpy as np
 import pytest
 from ray.tune.experiment import Trial as Tried
 
-from cluster.host import PREEMPTED, ClusterError
+from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
 from ifvit.cli import Failure, Interrupted
 from ifvit.config import HOST, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, preset, use_of
 from ifvit.errors import UserError
 from ifvit.training.dense import dense_program
-from tune import record, results, space, sweep
-from tune.__main__ import Args
+from tune import record, results, space, sweep, trial
+from tune.__main__ import Args, _with_module1
 from tune.samples import Optuna, Random, Samples
 from tune.space import Choice, Range
 from tune.trial import Loop, Plan
@@ -199,6 +199,7 @@ def test_a_users_file_narrows_adds_and_fixes():
     ("[desne]\nnoise = 1", "did you mean dense"),
     ("dense = 3", "write [dense]"),
     ("[dense.num_epochs]\nlow = 1\nhigh = 3", "num_epochs cannot be searched"),
+    ("[match]\ntransformer = ['loftr', 'siamese']", "search it in the table [dense]"),
     ("[dense]\nseed = [1, 2]", "seed cannot be searched"),
 ])
 def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
@@ -223,6 +224,9 @@ def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
     (["--joint", "--scheduler", "pbt"], "give another --scheduler"),
     (["--max_concurrent", "2", "--scheduler", "pbt"], "leave --max_concurrent"),
     (["--trial_workers", "2", "--scheduler", "pbt"], "give another --scheduler"),
+    (["--searcher", "optuna", "--scheduler", "pbt"], "leave --searcher out"),
+    (["--scheduler", "pbt", "--search", "batch_size"], "batch_size cannot change while a trial runs"),
+    (["--set", "match.image_size=128"], "give --set dense.image_size=… too"),
     (["--sweep_dir", "/tmp/ray/working_dir_files/x"], "which Ray removes"),
     (["--num_sampels", "3"], "did you mean --num_samples"),
 ])
@@ -364,6 +368,29 @@ def test_a_round_of_a_population_ends_where_its_last_member_fails(monkeypatch):
     assert sorted(cloned)[0] == ("0", False, True) and sorted(cloned)[2] == ("2", True, False)
 
 
+def test_a_population_that_goes_on_from_epochs_of_an_earlier_attempt_goes_on_to_its_end(monkeypatch):
+    """Ray's rounds begin at epoch 1; the members' first reports are of epoch 4."""
+    monkeypatch.setattr(Tried, "get_trainable_cls", lambda self: None)
+    pbt = sweep.Population(metric="accuracy", mode="max", time_attr="epoch", synch=True, perturbation_interval=1,
+                           hyperparam_mutations={"noise": lambda: 0.5})
+    members = [Tried("stub", trial_id=str(n), config={"noise": 0.1}, stub=True) for n in range(3)]
+    controller = SimpleNamespace(get_trials=lambda: members, get_live_trials=lambda: members, search_alg=None)
+    monkeypatch.setattr(pbt, "_checkpoint_or_exploit", lambda *_: None)
+    epochs = dict.fromkeys(members, 3)
+    for t in members:
+        pbt.on_trial_add(controller, t)
+        t.set_status(Tried.PENDING)
+    while any(epoch < 8 for epoch in epochs.values()):
+        t = pbt.choose_trial_to_run(controller)
+        assert t is not None, epochs  # else Tune waits for ever
+        epochs[t] += 1
+        t.set_status(Tried.RUNNING)
+        t.run_metadata.last_result = {"epoch": epochs[t], "accuracy": 0.5}
+        assert pbt.on_trial_result(controller, t, t.last_result) in ("PAUSE", "NOOP")
+        t.set_status(Tried.PAUSED)
+    assert set(epochs.values()) == {8}
+
+
 def test_where_the_best_trial_fails_when_trained_to_its_end_the_next_is_taken(monkeypatch, tmp_path, capsys):
     from tune import __main__ as command
 
@@ -418,6 +445,26 @@ def test_a_trial_of_several_workers_takes_whole_hosts(monkeypatch, tmp_path):
     assert (placed.workers, placed.at_once, placed.platform) == (2, 2, "GPU") and "GPU" not in placed.resources
     with pytest.raises(ClusterError, match="1 GPU on each of 6 hosts"):
         sweep.placed(plan(tmp_path), sweep.Request(8, workers=6))
+
+
+def test_hosts_for_trials_that_are_still_to_come_are_asked_for_and_waited_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    hosts, called = [{"CPU": 2.0}], []
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
+    monkeypatch.setattr(sweep, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
+    monkeypatch.setattr(sweep, "remove_placement_group", called.append)
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: hosts.append({"CPU": 8.0, "GPU": 1.0}))
+    assert sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1)).platform == "GPU"
+    assert called == [([{"CPU": 1, "GPU": 1}], "STRICT_SPREAD"), "group"]
+    called.clear(), hosts.pop()
+    with pytest.raises(ClusterError):
+        sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1, wait_for_hosts=0))
+    assert not called
+
+
+def test_a_trial_whose_jax_has_no_gpu_says_so(tmp_path):
+    with pytest.raises(UserError, match="has a GPU from Ray, and JAX finds none there"):
+        trial._run(dataclasses.replace(plan(tmp_path), platform="GPU"), plan(tmp_path).base, "auto", Host())
 
 
 def test_a_trial_that_fits_nowhere_is_told_with_what_there_is(monkeypatch, tmp_path):
@@ -680,3 +727,16 @@ def test_a_directory_with_a_run_of_its_own_is_told_before_the_search(command, mo
     said = command("train_all", "--tune", 2, "--preset", "smoke", cwd=module1.cwd)
     assert said.code == 2 and "holds a run already" in said.err and "--dense_checkpoint_dir" in said.err
     assert not (module1.cwd / "checkpoints/sweep").exists()
+
+
+@pytest.mark.parametrize("words", [("--num_workers", "4"), ("--devices", "gpu"), ("--workers_per_host", "2")])
+def test_a_flag_that_a_search_could_not_heed_is_refused(words, command, tmp_path):
+    said = command("train_all", "--tune", 2, "--preset", "smoke", *words, cwd=tmp_path)
+    assert said.code == 2 and f"{words[0]} does not go with --tune" in said.err and not any(tmp_path.iterdir())
+
+
+def test_what_module_2_has_in_common_with_its_module_1_cannot_be_set_for_it_alone(module1):
+    config = BASE["match"].replace(dense_reg_ckpt=str(module1.path), transformer="siamese")
+    assert _with_module1(config, ()).transformer == BASE["dense"].transformer != "siamese"
+    with pytest.raises(UserError, match="transformer is .* of Module 1 .* leave that out"):
+        _with_module1(config, ("match.transformer=siamese",))

@@ -22,7 +22,7 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.cli import Failure
-from ifvit.commands import ConfigArgs, build_config, check_outlives_job, given, named_roots, tried
+from ifvit.commands import ConfigArgs, build_config, check_common, check_outlives_job, given, named_roots, tried
 from ifvit.config import COMMON, Config, DenseConfig, MatchConfig, completed, config_of, read_toml, with_changes
 from ifvit.errors import UserError
 from ifvit.paths import resolve
@@ -94,6 +94,8 @@ class Args(ConfigArgs):
             raise UserError(f"--metric names {len(self.metric)} metrics; give one for each module that is searched.")
         if "://" in self.sweep_dir:
             raise UserError(f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path.")
+        if self.searcher == "optuna" and self.scheduler == "pbt":
+            raise UserError("Population-based training draws its settings itself; leave --searcher out, or give another --scheduler.")
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
         if self.joint and self.scheduler == "pbt":
@@ -131,9 +133,8 @@ class Args(ConfigArgs):
 
     def _sweeps(self, out: Path, platform: str) -> None:
         from ifvit import checkpoint
-        from ifvit.training.match import like_module1
 
-        preset = self.preset or ("cpu" if platform == "CPU" else "paper")
+        preset = self.preset or ("cpu" if platform == "CPU" and not self.trial_accelerators else "paper")  # they may be still to come
         plans = self._plans(preset)
         roots = named_roots(self, next(iter(plans.values()))[0])
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
@@ -143,7 +144,7 @@ class Args(ConfigArgs):
             if name == "match":
                 if trained:
                     config = config.replace(dense_reg_ckpt=finished[0])
-                config = like_module1(config)
+                config = _with_module1(config, self.set)
                 if self.joint and len(finished) > 1:
                     space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned", in_turn=True)
                 if trained and _noted(out / name).get("module1") not in (None, _modules1(config, space)):
@@ -162,6 +163,8 @@ class Args(ConfigArgs):
     def _plans(self, preset: str) -> dict[str, tuple[Config, spaces.Space]]:
         """Of each module that is searched, the configuration to begin with, and the space. UserError for what is wrong with them."""
         names = {"dense": ("dense",), "matcher": ("match",), "both": ("dense", "match")}[self.module]
+        if self.module == "both":
+            check_common(self.set)
         table = spaces.read_space(read_toml(self.space)) if self.space else {"dense": {}, "match": {}}
         spaces.check_names(self.search, names, table)
         plans = {}
@@ -172,8 +175,16 @@ class Args(ConfigArgs):
             config = with_changes(config, spaces.fixed(table[name]))
             items = [item.partition("=")[0].rpartition(".") for item in self.set]
             asked = {key for of, _, key in items if of == prefix}  # is not searched
+            if name == "match" and (theirs := [k for k in COMMON if k in table[name]]):
+                raise UserError(f"{theirs[0]} of Module 2 is that of its Module 1; search it in the table [dense].")
             space = spaces.space_for(name, config, table[name], self.search, asked)
-            plans[name] = config, spaces.changeable(space) if self.scheduler == "pbt" else space
+            if self.scheduler == "pbt":
+                kept = spaces.changeable(space)
+                if lost := [k for k in (*self.search, *table[name]) if k in space and k not in kept]:
+                    raise UserError(f"{lost[0]} cannot change while a trial runs, as population-based training would have it; leave it out, "
+                                    "or give another --scheduler.")
+                space = kept
+            plans[name] = config, space
         return plans
 
     def _sweep(self, name: str, full: Config, space: spaces.Space, out: Path) -> tuple[Config, list[str]]:
@@ -219,6 +230,17 @@ class Args(ConfigArgs):
             folders = [folder]
         chosen = plan.config(best.values, best.number).replace(num_epochs=full.num_epochs)
         return chosen, [str(folder / f"{RUNS[name]}_ckpt") for folder in folders]
+
+
+def _with_module1(config: MatchConfig, given: tuple[str, ...]) -> MatchConfig:
+    """With what Module 2 has in common with its Module 1; UserError where another value was given."""
+    from ifvit.training.match import like_module1
+
+    found = like_module1(config)
+    for k in COMMON:
+        if found[k] != config[k] and any(item.startswith((f"{k}=", f"match.{k}=")) for item in given):
+            raise UserError(f"{k} is {found[k]} of Module 1 ({config.dense_reg_ckpt}), and --set gives Module 2 {config[k]}; leave that out.")
+    return found
 
 
 def _to_its_end(plan, full: Config, space: spaces.Space, request, ends: list):

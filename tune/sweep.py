@@ -18,6 +18,7 @@ from ray.tune import CheckpointConfig, FailureConfig, RunConfig
 from ray.tune.experiment import Trial as Tried
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
 from cluster.session import passed_on
@@ -140,6 +141,9 @@ class Population(PopulationBasedTraining):
                 state.last_train_time = max(state.last_train_time, self._next_perturbation_sync)
             self.on_trial_result(tune_controller, waiting[-1], waiting[-1].last_result)  # as if it were the round's last
             chosen = super().choose_trial_to_run(tune_controller)
+            if chosen is None:  # members of an earlier attempt are at the end of this round already
+                self._next_perturbation_sync += self._perturbation_interval
+                chosen = super().choose_trial_to_run(tune_controller)
         return chosen
 
 
@@ -248,6 +252,7 @@ def placed(plan: Plan, request: Request) -> Plan:
     A trial of several workers takes as many whole hosts, by way of Ray Train; here it only holds its place.
     """
     until = time.monotonic() + (request.wait_for_hosts if "RAY_ADDRESS" in os.environ else 0)
+    called = None
     while True:
         hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
         every = sum(int(h.get("CPU", 0)) for h in hosts)
@@ -263,9 +268,15 @@ def placed(plan: Plan, request: Request) -> Plan:
             wanted = {"CPU": request.cpus or max(1, int(beside * share)), kind: share}
         room = sum(all(h.get(k, 0) >= v for k, v in wanted.items()) for h in hosts)
         if room >= request.workers:
+            if called:
+                remove_placement_group(called)
             plan = dataclasses.replace(plan, platform=kind, resources=wanted, workers=request.workers)
             return dataclasses.replace(plan, resources={"memory": 1}, at_once=room // request.workers) if request.workers > 1 else plan
+        if time.monotonic() < until and not called:  # an autoscaler brings what somebody asks for
+            called = placement_group([wanted] * request.workers, strategy="STRICT_SPREAD")
         if time.monotonic() > until:
+            if called:
+                remove_placement_group(called)
             asked = " and ".join(f"{v:g} {k}" for k, v in wanted.items())
             there = ", ".join(" and ".join(f"{h.get(k, 0):g} {k}" for k in wanted) for h in hosts)
             where = f"on each of {request.workers} hosts" if request.workers > 1 else "on one host"

@@ -24,6 +24,7 @@ from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
 from ifvit.checkpoint_places import duplicate
 from ifvit.cli import Interrupted
+from ifvit.commands import check_backend
 from ifvit.config import Config, with_changes
 from ifvit.paths import cache_dir
 from ifvit.training.match import like_module1
@@ -150,6 +151,7 @@ class Trial(tune.Trainable):
 
 
 def _run(plan: Plan, config: Config, resume: str, host: Host) -> None:
+    check_backend(plan.platform, host.name)
     if plan.module == "dense":
         train_dense.run(config, resume, host, plan.changing, validation=plan.base)
     else:
