@@ -38,12 +38,14 @@ class ConfigArgs:
     """of the training; `--set data_seed=N` chooses held-out fingers and generated prints [0]"""
     ppi: float | None = None
     """resolution of all prints, whatever their files and sets tell"""
+    ridges: Literal["dark", "light"] | None = None
+    """in the prints' images; `light` of sensors that show them white on black [dark]"""
 
     command: ClassVar[str]  # the module's name
 
     def common(self) -> dict:
         """Flags that are configuration keys of both modules, those given."""
-        flags = {"seed": self.seed, "ppi": self.ppi, "dataset_root": tuple(self.dataset_root) or None}
+        flags = {"seed": self.seed, "ppi": self.ppi, "ridges": self.ridges, "dataset_root": tuple(self.dataset_root) or None}
         return {k: v for k, v in flags.items() if v is not None}
 
 

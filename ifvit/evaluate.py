@@ -39,6 +39,8 @@ class Args:
     """pairs at once"""
     ppi: float | None = None
     """resolution of all prints, whatever their files and sets tell"""
+    ridges: Literal["dark", "light"] = "dark"
+    """in the prints' images; `light` of sensors that show them white on black"""
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
@@ -56,7 +58,7 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi)
+        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges)
         require_fingers(prints)
         if overlap(scorer.config.dataset_root, self.dataset_root):
             log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "

@@ -6,7 +6,7 @@
 import json
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -34,6 +34,8 @@ class Args:
     """print {"score", "decision", "matches"} as JSON"""
     ppi: float | None = None
     """resolution of both prints, whatever the files and their sets tell"""
+    ridges: Literal["dark", "light"] = "dark"
+    """in both images; `light` of sensors that show them white on black"""
 
     def run(self) -> int:
         from ifvit.data.pairs import Pair
@@ -47,7 +49,7 @@ class Args:
         if scorer.module != "matcher" or scorer.fusion is None:
             raise UserError(f"{self.checkpoint} has no calibrated score; give Module 2's final checkpoint "
                             "(matcher_ckpt).")
-        prints = on_canvases([resolve_data(self.a), resolve_data(self.b)], self.ppi, scorer.config.canvas_size)
+        prints = on_canvases([resolve_data(self.a), resolve_data(self.b)], self.ppi, scorer.config.canvas_size, self.ridges)
         pair = Pair(0, 1, False)
         found = scorer.score(prints, [pair], 1)
         score, threshold = float(found["score"][0]), scorer.fusion.threshold(self.fmr)
@@ -73,7 +75,7 @@ class Canvases:
         return self.arrays[i]
 
 
-def on_canvases(paths: list[str], ppi: float | None, canvas_size: int) -> Canvases:
+def on_canvases(paths: list[str], ppi: float | None, canvas_size: int, ridges: str = "dark") -> Canvases:
     """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
     from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
     from ifvit.data.sources import Print, known_ppi
@@ -84,7 +86,7 @@ def on_canvases(paths: list[str], ppi: float | None, canvas_size: int) -> Canvas
             grey, tag = decode(path)
         except BrokenImage as e:
             raise UserError(f"{e}; give an image that can be read.") from None
-        arrays.append(to_canvas(grey, print_ppi(ppi or known_ppi(path), tag), canvas_size))
+        arrays.append(to_canvas(255 - grey if ridges == "light" else grey, print_ppi(ppi or known_ppi(path), tag), canvas_size))
         if not arrays[-1][1].any():
             raise UserError(f"{path} shows no ridges: it is blank, too faint or too small; give another image, or its --ppi.")
     return Canvases(tuple(Print(p, "", str(i), "1", ppi) for i, p in enumerate(paths)), tuple(arrays))

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import logging
 import os
 import shutil
 from types import SimpleNamespace
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ifvit.data.prepare import prepare
+from ifvit.data.sources import read_roots
 from ifvit.evaluation import Fusion
 from ifvit.verify import on_canvases
 
@@ -221,6 +224,44 @@ def test_verify_reads_a_print_at_the_resolution_of_its_set(generated, tmp_path):
         shutil.copy(generated[1, 1], tmp_path / folder / "1_1.png")
     db2, db1 = on_canvases([str(tmp_path / "FVC2002" / name / "1_1.png") for name in ("DB2_A", "DB1_A")], None, 512).arrays
     assert db2[1].sum() == pytest.approx(db1[1].sum() * (500 / 569) ** 2, rel=0.1)
+
+
+def test_prints_with_light_ridges_are_told_and_read_as_dark_ones_are(prints, tmp_path, caplog):
+    for file in prints.glob("DB1/*.png"):
+        Image.fromarray(255 - np.asarray(Image.open(file).convert("L"))).save(tmp_path / file.name)
+    dark = prepare(read_roots([prints / "DB1"]), 512, 0.0, tmp_path / "cache")
+    assert "--ridges" not in caplog.text
+    light = prepare(read_roots([tmp_path], ridges="light"), 512, 0.0, tmp_path / "cache")
+    assert "--ridges" not in caplog.text
+    for i in range(len(dark)):
+        np.testing.assert_array_equal(dark.canvas(i)[0], light.canvas(i)[0])
+    prepare(read_roots([tmp_path]), 512, 0.0, tmp_path / "cache")
+    assert "give --ridges light" in caplog.text
+    prepare(read_roots([prints / "DB1"], ridges="light"), 512, 0.0, tmp_path / "cache")
+    assert "give --ridges dark" in caplog.text
+    one = dark.prints[0]
+    verified = on_canvases([one.path, str(tmp_path / f"{one.finger}_{one.impression}.png")], None, 512).arrays
+    inverted = on_canvases([str(tmp_path / f"{one.finger}_{one.impression}.png")], None, 512, "light").arrays
+    np.testing.assert_array_equal(verified[0][0], inverted[0][0])
+    assert (verified[1][0] != inverted[0][0]).any()
+
+
+def test_prints_that_tell_no_resolution_are_counted(prints, tmp_path, caplog):
+    for file in prints.glob("DB1/*.png"):  # those have a tag
+        Image.fromarray(np.asarray(Image.open(file))).save(tmp_path / file.name)
+    with caplog.at_level(logging.INFO, "ifvit"):
+        for _ in range(2):  # decoded, and found decoded
+            prepare(read_roots([prints]), 512, 0.0, tmp_path / "cache")
+            prepare(read_roots([tmp_path]), 512, 0.0, tmp_path / "cache")
+            prepare(read_roots([tmp_path], 500.0), 512, 0.0, tmp_path / "cache")
+    assert caplog.text.count("9 prints tell no resolution and are read at 500 ppi") == 2
+
+
+def test_prints_that_the_checkpoint_was_trained_on_are_told(command, module1, prints, tmp_path):
+    told = "The checkpoint was trained on prints of"
+    assert told in command("evaluate", "--checkpoint", module1.path, "--dataset_root", prints / "DB1", "--out", "OUT", cwd=tmp_path).out
+    shutil.copytree(prints / "DB1", tmp_path / "others")
+    assert told not in command("evaluate", "--checkpoint", module1.path, "--dataset_root", "others", "--out", "OUT2", cwd=tmp_path).out
 
 
 def test_a_file_in_the_way_is_told_before_anything_is_scored(command, pipeline, prints, tmp_path, monkeypatch):

@@ -52,7 +52,7 @@ def _prepared(config, real: list[Print]) -> PrintSet:
 def read_prints(config) -> list[Print]:
     """The real prints of every root."""
     roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
-    return read_roots(roots, config.ppi or None) if roots else []
+    return read_roots(roots, config.ppi or None, config.ridges) if roots else []
 
 
 def overlap(roots, others) -> bool:

@@ -77,6 +77,20 @@ def believable_ppi(x: float, y: float) -> float | None:
     return None
 
 
+def seems_light(grey: UInt8[np.ndarray, "H W"], ppi: float) -> bool:
+    """Whether the ridges seem to be light: around the print it is dark, as dark as the print's own darker lines.
+
+    What touches no sensor looks as the valleys do. A print that was cut out and laid on black is darker around than any of
+    its lines, mostly; one that fills the image tells nothing: False.
+    """
+    mask = foreground(grey, ppi)
+    if not mask.any() or (~mask).mean() < 0.1:
+        return False
+    low, middle, high = np.percentile(grey[mask], [10, 50, 90])
+    ground = np.median(grey[~mask])
+    return bool(ground < middle and abs(ground - low) < 0.15 * (high - low))
+
+
 def print_ppi(known: float | None, tag: float | None) -> float:
     """The ppi to read a print at: the set's, else the file's tag, else 500."""
     return known or tag or CANVAS_PPI

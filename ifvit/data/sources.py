@@ -33,6 +33,7 @@ class Print:
     impression: str
     ppi: float | None  # None: the file's tag where it can be believed, else 500
     altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
+    light: bool = False  # its ridges, and its valleys dark
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -44,13 +45,13 @@ def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
     return read_roots([root], ppi)
 
 
-def read_roots(roots: Iterable[str | Path], ppi: float | None = None) -> list[Print]:
+def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark") -> list[Print]:
     """The prints under some folders, by database, finger and impression in natural order.
 
     A file that is reached twice counts once. A database is named by its folder; where
     two have one name, they and their neighbours get the parent folder's before it. Files
     that fit no known set, beside ones that do, are left out with a warning. `ppi`
-    overrides what is known of a set.
+    overrides what is known of a set; `ridges`: dark or light, in the images.
 
     Raises: UserError for a root that is missing, a file, empty, or holds no print known.
     """
@@ -69,7 +70,7 @@ def read_roots(roots: Iterable[str | Path], ppi: float | None = None) -> list[Pr
         log.warning("%d files left out: further copies of an impression, at another ppi "
                     "or in another format", len(found) - len(best))
     prints = [
-        Print(path, names[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered)
+        Print(path, names[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered, ridges == "light")
         for n, path in best.values()
     ]
     return sorted(prints, key=lambda p: [
