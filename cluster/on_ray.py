@@ -102,7 +102,8 @@ class FailurePolicy(DefaultFailurePolicy):
         decision = FailureDecision.RETRY if start_failed else super().make_decision(training_failed_error)
         if isinstance(cause, WorkerGroupStartupTimeoutError):
             free = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "TPU"))
-            print(f"The cluster has no room for {cause.num_workers} workers at present (free: {free or 'nothing'}); the run waits for it.", flush=True)
+            print(f"The cluster has no room for {cause.num_workers} workers at present (free: {free or 'nothing'}); "
+                  "the run waits for it.", flush=True)
         for rank, error in getattr(training_failed_error, "worker_failures", {}).items():
             print(f"⚠ Process {rank} has failed: {_first_line(error)}", flush=True)
         if start_failed or isinstance(training_failed_error, WorkerGroupError):
@@ -169,7 +170,8 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
                 scaling_config=ScalingConfig(
                     num_workers=high if low == high else (low, high), resources_per_worker=place.resources,
                     use_gpu=place.platform == "GPU", use_tpu=place.platform == "TPU", topology=place.topology,
-                    accelerator_type=place.accelerator, placement_strategy=_strategy(place, request, alone), elastic_resize_monitor_interval_s=RESIZE),
+                    accelerator_type=place.accelerator, placement_strategy=_strategy(place, request, alone),
+                    elastic_resize_monitor_interval_s=RESIZE),
                 run_config=RunConfig(name=f"{job.name}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
                                      failure_config=FailureConfig(max_failures=-1),
                                      logging_config=LoggingConfig(log_level="WARNING"),

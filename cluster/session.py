@@ -15,8 +15,8 @@ import ray
 from cluster.cores import NICENESS
 from cluster.host import PREEMPTED, ClusterError
 
+QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}  # of a Ray without a dashboard
 # what is set for the driver holds for its workers: their programs and caches are the same
-QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}  # of what nobody looks at without a dashboard
 PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
 
 
