@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from typing import NoReturn
 
 import ray
 
@@ -36,22 +37,28 @@ def session(**how) -> Iterator[bool]:
     except (ConnectionError, ValueError) as e:
         raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
                            f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
+    except SystemExit:  # Ray's own answer to SIGTERM
+        _stop()
     except (RuntimeError, ray.exceptions.AuthenticationError) as e:  # another version of Ray or Python, or no token
+        if alone:
+            raise
         why = " ".join(line.strip() for line in str(e).splitlines() if line.strip())
-        raise ClusterError(f"Ray at {os.environ.get('RAY_ADDRESS', 'this machine')} refuses this process: {why[:500]}") from None
+        raise ClusterError(f"Ray at {os.environ['RAY_ADDRESS']} refuses this process: {why[:500]}") from None
     if main:
         signal.signal(signal.SIGTERM, _stop)
     try:
         yield alone
     finally:
+        if main:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
         ray.shutdown()
         if main:
             signal.signal(signal.SIGTERM, before)
 
 
-def _stop(number, frame):
-    """SIGTERM where nothing trains yet, or no more."""
-    print("Stopped before there was anything to save; the same command goes on.", flush=True)
+def _stop(*_) -> NoReturn:
+    """SIGTERM where nothing trains."""
+    print("Stopped; the same command goes on.", flush=True)
     sys.exit(PREEMPTED)
 
 

@@ -118,11 +118,11 @@ def check_outlives_job(path: str, what: str) -> None:
 
 
 def check_common(items: tuple[str, ...]) -> None:
-    """UserError for a `--set match.KEY=…` of a setting that a search takes from Module 1, unless Module 1 is given one too."""
-    keys = [item.partition("=")[0] for item in items]
+    """UserError for a `--set match.KEY=…` of a setting that a search takes from Module 1, unless that is given the same."""
+    values = {key: value for key, _, value in (item.partition("=") for item in items)}
     for k in COMMON:
-        if f"match.{k}" in keys and f"dense.{k}" not in keys:
-            raise UserError(f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too.")
+        if f"match.{k}" in values and values[f"match.{k}"] != values.get(f"dense.{k}"):
+            raise UserError(f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too, the same.")
 
 
 def check_backend(platform: str, name: str) -> None:

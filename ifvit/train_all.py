@@ -152,11 +152,14 @@ class Args(TrainArgs):
                                    ("Module 2, fused score", module2, out / "matcher")):
             print(f"\n{name}")
             try:
+                scorer = Scorer.from_checkpoint(ckpt)
                 with written_here(folder) as here:
-                    print_table(evaluate(Scorer.from_checkpoint(ckpt), held_out, here))
+                    print_table(evaluate(scorer, held_out, here))
+                if scorer.module == "matcher" and scorer.fusion:
+                    print("(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on prints of others, tells more.)")
             except UserError as e:  # the training is done and good; single impressions, say, have no genuine pair
                 print(f"not evaluated: {e}")
-        print("(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on prints of others, tells more.)\n")
+        print()
         for what, path in (("Module 1 checkpoint", module1), ("Module 2 checkpoint", module2),
                            ("curves, Module 1", module1.parent / "curves.png"),
                            ("curves, Module 2", module2.parent / "curves.png"),

@@ -92,13 +92,28 @@ def test_an_address_where_nobody_answers_is_said():
 @pytest.mark.parametrize("error", [RuntimeError("Version mismatch:\n  Ray: 2.60.0\n  Ray: 2.9.0"),
                                    ray.exceptions.AuthenticationError("Version mismatch: Ray: 2.60.0 Ray: 2.9.0")])
 def test_a_cluster_that_refuses_this_process_is_said(monkeypatch, error):
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    monkeypatch.setattr(session, "_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(error))
     with pytest.raises(ClusterError, match="refuses this process: Version mismatch: Ray: 2.60.0 Ray: 2.9.0"), session.session():
         raise AssertionError("it is not connected")
 
 
-def test_sigterm_before_there_is_anything_to_save_ends_a_session_with_75(monkeypatch, capsys):
+def test_sigterm_while_ray_starts_or_stops(monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ray, "shutdown", lambda: signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(ray, "init", lambda **_: None)
+    with session.session():
+        pass  # its end is the run's, whatever comes then
+    monkeypatch.setattr(ray, "init", lambda **_: sys.exit(15))  # as its handler does
+    with pytest.raises(SystemExit) as e, session.session():
+        raise AssertionError("it is not connected")
+    assert e.value.code == 75 and "the same command goes on" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_sigterm_where_nothing_trains_ends_a_session_with_75(monkeypatch, capsys):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", lambda **_: signal.signal(signal.SIGTERM, lambda *_: sys.exit(15)))  # as it does
     monkeypatch.setattr(ray, "shutdown", lambda: None)

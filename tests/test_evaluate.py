@@ -236,9 +236,12 @@ def test_prints_with_light_ridges_are_told_and_read_as_dark_ones_are(prints, tmp
     for i in range(len(dark)):
         np.testing.assert_array_equal(dark.canvas(i)[0], light.canvas(i)[0])
     prepare(read_roots([tmp_path]), 512, 0.0, tmp_path / "cache")
-    assert "give --ridges light" in caplog.text
+    assert f"ridges of {tmp_path.name} seem to be light" in caplog.text
     prepare(read_roots([prints / "DB1"], ridges="light"), 512, 0.0, tmp_path / "cache")
-    assert "give --ridges dark" in caplog.text
+    assert "ridges of DB1 seem to be dark" in caplog.text
+    caplog.clear()
+    prepare(read_roots([prints, tmp_path]), 512, 0.0, tmp_path / "cache")  # each database for itself
+    assert caplog.text.count("seem to be light") == 1 and f"ridges of {tmp_path.name} seem" in caplog.text
     one = dark.prints[0]
     verified = on_canvases([one.path, str(tmp_path / f"{one.finger}_{one.impression}.png")], None, 512).arrays
     inverted = on_canvases([str(tmp_path / f"{one.finger}_{one.impression}.png")], None, 512, "light").arrays

@@ -49,7 +49,7 @@ def only(prints: list[Print]) -> Print:
     ("fvc2002-fingerprints/DB2_B/101_8.tif", "DB2_B", "101", "8", 569),
     ("fvc-2006/DB1_A/images/1_8.bmp", "images", "1", "8", 250),
     ("FVC2004/DB3_A_png/1_8.png", "DB3_A_png", "1", "8", 512),
-    ("FVC2002/DB1_A_569/1_8.png", "DB1_A_569", "1", "8", None),
+    ("FVC2002/DB2_A_500ppi/1_8.png", "DB2_A_500ppi", "1", "8", None),
     ("PolyU_HRF/DBII/7_2_5.jpg", "DBII", "7", "2_5", 1200),
     ("CASIA-FingerprintV5/007/L/007_L3_4.bmp", "CASIA-FingerprintV5", "007_L3", "4", None),
     ("cross/first_session/7_1.jpg", "cross", "7", "first_session_1", None),
@@ -132,6 +132,9 @@ def test_sessions_and_parts_of_a_tree_hold_the_same_fingers(tmp_path):
     assert {k: len(v) for k, v in by_finger(read_root(tmp_path)).items()} == {"1": 4, "2": 4}
     grow(tmp_path / "tree", *(f"{part}/{f}/{i}.png" for part in ("train", "val") for f in "12" for i in "ab"))
     assert {k: len(v) for k, v in by_finger(read_root(tmp_path / "tree")).items()} == {"1": 4, "2": 4}
+    assert {p.database for p in read_root(tmp_path / "tree/val")} == {"val"}  # a root has its own name
+    grow(tmp_path / "below", *(f"7/session{s}/{i}.png" for s in "12" for i in "ab"), "8/session1/a.png")
+    assert {k: len(v) for k, v in by_finger(read_root(tmp_path / "below")).items()} == {"7": 4, "8": 1}
 
 
 def test_latents_beside_a_nist_set_are_no_finger_of_their_folder(tmp_path):

@@ -199,7 +199,7 @@ def test_a_users_file_narrows_adds_and_fixes():
     ("[desne]\nnoise = 1", "did you mean dense"),
     ("dense = 3", "write [dense]"),
     ("[dense.num_epochs]\nlow = 1\nhigh = 3", "num_epochs cannot be searched"),
-    ("[match]\ntransformer = ['loftr', 'siamese']", "search it in the table [dense]"),
+    ("[match]\ntransformer = ['loftr', 'siamese']", "leave it out of [match]"),
     ("[dense]\nseed = [1, 2]", "seed cannot be searched"),
 ])
 def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
@@ -227,6 +227,7 @@ def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
     (["--searcher", "optuna", "--scheduler", "pbt"], "leave --searcher out"),
     (["--scheduler", "pbt", "--search", "batch_size"], "batch_size cannot change while a trial runs"),
     (["--set", "match.image_size=128"], "give --set dense.image_size=… too"),
+    (["--set", "match.image_size=128", "--set", "dense.image_size=96"], "give --set dense.image_size=… too, the same"),
     (["--sweep_dir", "/tmp/ray/working_dir_files/x"], "which Ray removes"),
     (["--num_sampels", "3"], "did you mean --num_samples"),
 ])

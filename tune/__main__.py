@@ -176,7 +176,7 @@ class Args(ConfigArgs):
             items = [item.partition("=")[0].rpartition(".") for item in self.set]
             asked = {key for of, _, key in items if of == prefix}  # is not searched
             if name == "match" and (theirs := [k for k in COMMON if k in table[name]]):
-                raise UserError(f"{theirs[0]} of Module 2 is that of its Module 1; search it in the table [dense].")
+                raise UserError(f"{theirs[0]} of Module 2 is that of its Module 1; leave it out of [match].")
             space = spaces.space_for(name, config, table[name], self.search, asked)
             if self.scheduler == "pbt":
                 kept = spaces.changeable(space)

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import uuid
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,10 +14,10 @@ from pathlib import Path
 import numpy as np
 
 from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, seems_light, to_canvas
-from ifvit.data.sources import Print, drop_duplicates
+from ifvit.data.sources import SYNTHETIC, Print, drop_duplicates
 from ifvit.errors import UserError
 
-SAMPLE = 50  # prints that are looked at for the colour of their ridges
+SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
 VERSION = 1  # to be raised when a canvas changes
 log = logging.getLogger("ifvit")
 
@@ -78,9 +79,9 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     if assumed := report.get("assumed"):
         log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
                  len(assumed), CANVAS_PPI, assumed[0])
-    if (light := report.get("light", ())) and len(light) > report["looked_at"] / 4:
-        log.warning("⚠ The ridges of these prints seem to be %s, e.g. of %s; if they are, give --ridges %s.",
-                    *(("dark", light[0], "dark") if prints[0].light else ("light", light[0], "light")))
+    for name, example in report.get("light", {}).items():
+        seem = "dark" if prints[0].light else "light"
+        log.warning("⚠ The ridges of %s seem to be %s, e.g. of %s; --ridges %s reads all prints so.", name, seem, example, seem)
     kept, dropped = drop_duplicates(readable, across=not apart)
     if dropped:
         log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
@@ -106,13 +107,16 @@ def _decode_all(prints, canvas_size, folder, key):
             if p.light:
                 grey = 255 - grey
             if p in sample and seems_light(grey, print_ppi(p.ppi, tag)):
-                light.append(p.path)
+                light[p.database].append(p.path)
             return to_canvas(grey, print_ppi(p.ppi, tag), canvas_size)
         except BrokenImage as e:
             return str(e)
 
-    broken, assumed, light, count = [], [], [], 0
-    sample = frozenset(prints[:: -(-len(prints) // SAMPLE)])
+    broken, assumed, light, count = [], [], defaultdict(list), 0
+    databases = defaultdict(list)
+    for p in prints:
+        databases[p.database].append(p)
+    sample = {p for name, some in databases.items() if name != SYNTHETIC for p in some[:: -(-len(some) // SAMPLE)]}
     mine = uuid.uuid4().hex  # another process, of another host that shares the cache, may be at it too
     parts = [folder / f"{key}.{kind}.npy.{mine}" for kind in ("canvas", "mask")]
     try:
@@ -132,7 +136,8 @@ def _decode_all(prints, canvas_size, folder, key):
         for part in parts:
             part.unlink(missing_ok=True)
     record = folder / f"{key}.json.{mine}"  # last: its presence says that the rest is whole
-    record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed), "light": sorted(light), "looked_at": len(sample)}))
+    record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed), "light": {
+        name: min(some) for name, some in light.items() if len(some) > sum(p.database == name for p in sample) / 4}}))
     os.replace(record, folder / f"{key}.json")
 
 

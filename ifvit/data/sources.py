@@ -219,9 +219,9 @@ def _fvc_ppi(folder: Path) -> float | None:
     for path in (folder, folder.resolve()):
         parts = [part.lower() for part in path.parts[::-1]]  # the nearest tells
         year = next((m[1] for part in parts if (m := re.search(r"fvc[-_ ]?(200[0246])(?!\d)", part))), None)
-        number = next((m[1] for part in parts if (m := re.search(r"(?<![a-z])db[-_ ]?([1-4])(?!\d)", part))), None)
-        if year and number:
-            return _FVC_PPI.get((f"fvc{year}", f"db{number}"))
+        number = next((m for part in parts if (m := re.search(r"(?<![a-z])db[-_ ]?([1-4])(?!\d)", part))), None)
+        if year and number and not re.search(r"\d{3}", number.string[number.end():]):  # DB2_A_500ppi has been resampled
+            return _FVC_PPI.get((f"fvc{year}", f"db{number[1]}"))
     return None
 
 
@@ -231,9 +231,9 @@ _SESSION = re.compile(r"(first|second|third)[-_ ]?session|session[-_ ]?\d+", re.
 _PART = re.compile(rf"train(ing)?|val(id|idation)?|test(ing)?|{_SESSION.pattern}", re.IGNORECASE)
 
 
-def _without_session(folder: Path, pattern: re.Pattern = _SESSION) -> tuple[Path, str]:
-    """The database's folder, and what its impressions' names begin with: the folders of sessions hold the same fingers."""
-    anchor = _above(folder, pattern)
+def _without_session(folder: Path, pattern: re.Pattern = _SESSION, root: Path | None = None) -> tuple[Path, str]:
+    """The folder above those of sessions, not above `root`, and what the impressions' names begin with: the fingers are the same."""
+    anchor = _above(folder, pattern, root)
     return anchor, "".join(f"{part}_" for part in folder.parts[len(anchor.parts):])
 
 
@@ -252,8 +252,8 @@ def _socofing_ppi(path: Path) -> float | None:
     return 175.0
 
 
-def _above(folder: Path, pattern: re.Pattern) -> Path:
-    while pattern.fullmatch(folder.name) and folder.parent.name:
+def _above(folder: Path, pattern: re.Pattern, root: Path | None = None) -> Path:
+    while folder != root and pattern.fullmatch(folder.name) and folder.parent.name:
         folder = folder.parent
     return folder
 
@@ -297,8 +297,9 @@ def _read_folders(root: Path, seen: set[str]) -> list[tuple[_Name, str]]:
             misfits += [folder / file for file in files]
             continue
         place = Path(os.path.abspath(folder))
-        anchor, part = _without_session(place.parent, _PART)  # train/7 and val/7 are of one finger
-        by_folder += [(_Name("folders", anchor, place.name, part + Path(file).stem),
+        finger, session = _without_session(place)
+        anchor, part = _without_session(finger.parent, _PART, Path(os.path.abspath(root)))  # train/7 and val/7 are of one finger
+        by_folder += [(_Name("folders", anchor, finger.name, part + session + Path(file).stem),
                        folder / file) for file in files]
     if by_folder:
         fingers = dict.fromkeys((name.anchor, name.finger) for name, _ in by_folder)
