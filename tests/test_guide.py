@@ -17,6 +17,7 @@ from ifvit import checkpoint, paths
 from ifvit.config import DENSE_CONFIG, MATCH_CONFIG
 from ifvit.errors import UserError
 from ifvit.load_module1_weights import load_module1_transformer_weights, verify_module1_loading
+from ifvit.training.metrics import read_rows
 
 # What the guide says that `train_match` logs. Its X,XXX,XXX is the number of the transformer's parameters. A layer of
 # LoFTR of width C has query, key, value and merge (4 C²), two linear maps without bias (2C·2C + 2C·C) and two norms
@@ -252,6 +253,8 @@ def test_without_module_1_the_guides_warning_and_a_random_start(command, prints,
     assert "Loading Module 1" not in said.out
     found = checkpoint.load(tmp_path / "checkpoints/matcher/matcher_ckpt.pkl")
     assert found.aligner is None
+    rows = [r for r in read_rows(tmp_path / "checkpoints/matcher/metrics.jsonl") if r["split"] == "train"]
+    assert rows and {r["l_d"] for r in rows} == {0.0}  # no pair is aligned; impostors alone would teach that nothing matches
     assert found.metadata["num_classes"] == 3  # 6 fingers, a third of them held out and at least ceil(0.34 · 6)
 
 
@@ -283,6 +286,14 @@ def test_module_1s_path_may_stand_in_a_config_file(started, prints, module1, tmp
     (tmp_path / "mine.toml").write_text(f'dense_reg_ckpt = "{module1.folder}/dense_reg_ckpt.pkl"\n')
     said, _, _ = started(*words(TRAIN_MATCH_BY_CONFIG, data=prints), "--config", "mine.toml", cwd=tmp_path)
     assert LOG.format(source=f"{module1.folder}/dense_reg_ckpt.pkl", count="5,248") in said.out
+
+
+def test_a_matcher_does_not_go_on_with_another_module_1(command, prints, module2, pipeline):
+    words = ["--dataset_root", prints, "--checkpoint_dir", "./checkpoints/matcher", "--num_classes", 100, "--preset", "smoke"]
+    said = command("train_match", *words, "--pretrained_ckpt", pipeline.module1, cwd=module2.cwd)
+    assert said.code == 2 and f"was trained with another Module 1 than {pipeline.module1}; give that one" in said.err, said
+    said = command("train_match", *words, "--pretrained_ckpt", module2.cwd / "checkpoints/dense_reg/dense_reg_ckpt", cwd=module2.cwd)
+    assert said.code == 0 and "is finished" in said.out, said  # the same one by another path
 
 
 # ---- train_all

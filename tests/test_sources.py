@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ifvit.data.gather import overlap
+from cluster.host import Host
+from ifvit.config import MatchConfig, preset
+from ifvit.data.gather import gather, overlap
 from ifvit.data.sources import (
     SYNTHETIC,
     Print,
@@ -157,6 +159,12 @@ def test_folders_taken_for_fingers_are_told(tmp_path, caplog):
 def test_a_folder_called_synthetic_is_not_taken_for_generated_prints(tmp_path):
     grow(tmp_path / "synthetic", "1_1.png", "2_1.png")
     assert {p.database for p in read_root(tmp_path / "synthetic")} == {f"{tmp_path.name}/synthetic"} != {SYNTHETIC}
+
+
+def test_generated_prints_of_which_no_pair_would_be_drawn_are_refused(tmp_path):
+    config = preset("smoke", MatchConfig).replace(dataset_root=(SYNTHETIC, str(grow(tmp_path, "1_1.png", "2_1.png"))))
+    with pytest.raises(UserError, match="synthetic_share is 0"):
+        gather(config, Host())
 
 
 def by_finger(prints: list[Print]) -> dict[str, list[Print]]:

@@ -42,6 +42,9 @@ def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
 
 def _prepared(config, real: list[Print]) -> PrintSet:
     """Decoded; with generated ones, which are made once, into the cache: alone, or mixed into real ones (`synthetic_share`)."""
+    if real and SYNTHETIC in config.dataset_root and not config.synthetic_share:
+        raise UserError("--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share is 0. "
+                        "Give it a share (--set synthetic_share=0.25; in train_all of dense. and match.), or leave `synthetic` out.")
     prints = real + (generated(config) if SYNTHETIC in config.dataset_root or config.synthetic_share > 0 else [])
     require_fingers(prints)
     everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())

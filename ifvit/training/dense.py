@@ -93,6 +93,8 @@ def with_loftr(params: dict, config) -> dict:
     name = f"{config.transformer}_transformer"
     path = resolve(config.loftr_ckpt)
     loaded = loftr.load_loftr(path, params[name])
+    if config.temp_bug_fix:
+        print("⚠ The weights that LoFTR's authors published (outdoor_ds.ckpt) know another position encoding: they want --set temp_bug_fix=false.")
     print(f"LoFTR's transformer loaded from {path}: {sum(x.size for x in jax.tree.leaves(loaded)):,} parameters")
     return {**params, name: loaded}
 

@@ -18,6 +18,7 @@ from flax import serialization
 from ifvit import checkpoint, plots, progress
 from ifvit.cli import Failure, Interrupted
 from ifvit.config import completed
+from ifvit.digest import digest
 from ifvit.errors import UserError
 from ifvit.processes import exchange
 from ifvit.training import saving
@@ -371,6 +372,10 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
     if metadata["data"] != task.data_digest:
         raise UserError(f"{path} was trained on other prints than this run has; give the same --dataset_root, or "
                         "--resume never, or another checkpoint directory.")
+    aligner = checkpoint.leaves({"aligner": task.aligner}) if task.aligner else {}
+    if {n: digest(x) for n, x in aligner.items()} != {n: d for n, d in metadata["digests"].items() if n.startswith("aligner/")}:
+        raise UserError(f"{path} was trained with another Module 1 than {task.config.dense_reg_ckpt or 'none'}; give that one, or --resume never, or "
+                        "another checkpoint directory.")
     want = {n: checkpoint.kind(x.dtype, x.shape) for n, x in checkpoint.leaves({"state": saved_tree(abstract, task)}).items()}
     have = {n: d.split(":")[0] for n, d in metadata["digests"].items() if n.startswith("state/")}
     wrong = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]

@@ -174,6 +174,8 @@ def match_step(net: Network, aligner: Network | None, config, tx, schedule):
         # in the common frame a genuine cell matches itself; a failed alignment teaches nothing
         same = jnp.where(aligned[:, None], jnp.arange(e.cells.shape[1]), IGNORE)
         labels = jnp.where(e.cells, jnp.where(genuine[:, None], same, NO_MATCH), IGNORE)
+        if aligner is None:  # no pair is aligned: impostors alone would teach that nothing matches
+            labels = jnp.full_like(labels, IGNORE)
         l_d = DENSE_LOSSES[config.dense_loss](e.log_conf, labels, e.cells, e.cells)
         branches = ((e.global0, e.global1, params["arcface_global"]), (e.local0, e.local1, params["arcface_local"]))
         l_e = sum(cosine_embedding_loss(a, b, genuine, config.embedding_margin) for a, b, _ in branches) / 2
