@@ -8,14 +8,17 @@ import subprocess
 import sys
 import zipfile
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from ifvit.config import DenseConfig, preset
 from ifvit.errors import UserError
 from ifvit.loftr import load_loftr, loftr_from_transformer, transformer_from_loftr
 from ifvit.torch_file import read_state_dict
+from ifvit.training.dense import with_loftr
 
 # --- torch files, written by hand: the opcodes of pickle protocol 2, as torch.save emits them ---
 
@@ -354,6 +357,15 @@ def test_all_80_arrays_arrive_transposed_where_torch_has_out_by_in(tmp_path):
     loaded = flatten_dict(load_loftr(path, target), sep="/")
     assert loaded.keys() == flat.keys()
     assert all(np.array_equal(array, flat[key]) for key, array in loaded.items())
+
+
+@pytest.mark.parametrize("fix, told", [(True, 1), (False, 0)])
+def test_the_position_encoding_that_published_weights_want_is_told(tmp_path, capsys, fix, told):
+    path = write_torch(tmp_path / "outdoor_ds.ckpt", loftr_state(), unwrap=True)
+    target = jax.tree.map(np.zeros_like, transformer_from_loftr(path))
+    config = preset("smoke", DenseConfig).replace(loftr_ckpt=str(path), temp_bug_fix=fix)
+    with_loftr({"loftr_transformer": target}, config)
+    assert capsys.readouterr().out.count("--set temp_bug_fix=false") == told
 
 
 @pytest.mark.parametrize("prefix", ["matcher.", ""])
