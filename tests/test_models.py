@@ -13,7 +13,7 @@ from ifvit.config import DenseConfig, MatchConfig
 from ifvit.models import transformer
 from ifvit.models.dense_reg import DenseRegistration, cell_mask
 from ifvit.models.matcher import Aligned, EmbeddingHead, Matcher
-from ifvit.models.resnet import STRIDE, ResNet18
+from ifvit.models.resnet import STRIDE, ConvBN, ResNet18
 from ifvit.models.transformer import EncoderLayer, Transformer, position_encoding
 
 linear_attention, softmax_attention = jax.jit(transformer.linear_attention), jax.jit(transformer.softmax_attention)
@@ -204,6 +204,16 @@ def test_the_feature_map_has_one_cell_for_8_by_8_px_whatever_the_stages(widths):
 
 
 # --- Module 1 -------------------------------------------------------------------------------------
+
+
+def test_running_statistics_are_float32_whatever_is_computed_in():
+    """bfloat16 has 8 bits: a mean of 10.03 would be 10."""
+    layer = ConvBN(1, 1, 1, 1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    layer.conv.kernel[...] = jnp.ones((1, 1, 1, 1))
+    layer.bn.mean[...], layer.bn.var[...] = jnp.array([10.03]), jnp.array([0.01])
+    out = layer(jnp.full((1, 2, 2, 1), 10.0), train=False)
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(out, np.float32), -0.03 / math.sqrt(0.01 + 1e-5), rtol=0.01)
 
 
 def test_a_cell_is_foreground_when_half_of_its_pixels_are():

@@ -29,7 +29,8 @@ class ConvBN(nnx.Module):
         init = jax.nn.initializers.he_normal()
         self.conv = nnx.Conv(cin, cout, (kernel, kernel), strides=stride, padding="SAME",
                              use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
-        self.bn = BatchNorm(cout, momentum=0.95, epsilon=1e-5, dtype=dtype, rngs=rngs)  # statistics: float32 always
+        # statistics, scale and shift are float32 in every compute dtype: flax would round the running ones
+        self.bn = BatchNorm(cout, momentum=0.95, epsilon=1e-5, dtype=dtype, promote_dtype=lambda arrays, dtype: arrays, rngs=rngs)
 
     def __call__(self, x, train: bool):
         return self.bn(self.conv(x), use_running_average=not train)
