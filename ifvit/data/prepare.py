@@ -79,7 +79,7 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     if assumed := report.get("assumed"):
         log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
                  len(assumed), CANVAS_PPI, assumed[0])
-    for name, example in report.get("light", {}).items():
+    for name, example in report.get("seem_light", {}).items():
         seem = "dark" if prints[0].light else "light"
         log.warning("⚠ The ridges of %s seem to be %s, e.g. of %s; --ridges %s reads all prints so.", name, seem, example, seem)
     kept, dropped = drop_duplicates(readable, across=not apart)
@@ -136,7 +136,7 @@ def _decode_all(prints, canvas_size, folder, key):
         for part in parts:
             part.unlink(missing_ok=True)
     record = folder / f"{key}.json.{mine}"  # last: its presence says that the rest is whole
-    record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed), "light": {
+    record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed), "seem_light": {
         name: min(some) for name, some in light.items() if len(some) > sum(p.database == name for p in sample) / 4}}))
     os.replace(record, folder / f"{key}.json")
 
