@@ -126,7 +126,8 @@ class ScalingPolicy(ElasticScalingPolicy):
         self._place, self._batches = place, batches
 
     def _count_possible_workers(self, reserved_resources) -> int:
-        most = super()._count_possible_workers(reserved_resources)
+        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}  # of hosts Ray's coordinator has a view that is up to 20 s old
+        most = super()._count_possible_workers({node: r for node, r in reserved_resources.items() if node in alive})
         return max((n for n in range(1, most + 1) if self._place.fits(n, self._batches)), default=0)
 
 

@@ -247,9 +247,11 @@ def test_as_many_workers_as_divide_the_batch_or_a_mistake_where_another_number_w
 
 def test_a_range_takes_the_most_that_divide_the_batch(monkeypatch):
     policy = on_ray.ScalingPolicy(ScalingConfig(num_workers=(1, 8)), Placement("CPU", {"CPU": 1.0}, (1, 8), True), (16,))
-    there = lambda cpus: policy._count_possible_workers([{"CPU": 1.0}] * cpus)
+    monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": str(n), "Alive": n < 8} for n in range(20)])
+    there = lambda hosts: policy._count_possible_workers({str(n): {"CPU": 1.0} for n in range(hosts)})
     monkeypatch.setattr(on_ray.ElasticScalingPolicy, "_count_possible_workers", lambda self, hosts: len(hosts))
     assert [there(n) for n in range(9)] == [0, 1, 2, 2, 4, 4, 4, 4, 8]
+    assert there(20) == 8  # twelve of them are gone
 
 
 # ---- what is tried again
