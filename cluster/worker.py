@@ -8,7 +8,7 @@ import time
 
 import ray
 import ray.train
-from ray.train.v2._internal.execution.context import get_train_context
+from ray.train.v2._internal.execution import context as train_context
 
 from cluster import backend
 from cluster.host import SAVE, Host, watchdog
@@ -71,7 +71,7 @@ class Worker(Host):
         self.first_here = context.get_local_rank() == 0
         self.name = f"host {ray.util.get_node_ip_address()}, process {self.rank}"
         self._hang_timeout = request.hang_timeout if self.world > 1 else 0
-        self._context = get_train_context()  # the public get_preemption_info is a barrier over all workers
+        self._context = train_context.get_train_context()  # the public get_preemption_info is a barrier over all workers
         self._notices, self._told = 0, 0
         self._desk = desk
         threading.Thread(target=self._look, args=(desk,), daemon=True, name="notices").start()
@@ -119,7 +119,8 @@ def work(config: dict) -> None:
     """Ray Train's training function: the job's, on this worker. Raises Ended unless it ends well."""
     if backend.problem:
         raise Ended(2, backend.problem)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # else it repeats what is reported to it, on every worker
+    for name in ("ray.train", train_context.__file__):  # the other is named by its file
+        logging.getLogger(name).setLevel(logging.WARNING)  # else it repeats what is reported to it, on every worker
     job: Job = config["job"]
     with contextlib.suppress(OSError):  # relative paths mean what they mean where the job was started, if that is here
         os.chdir(config["cwd"])

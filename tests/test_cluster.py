@@ -454,7 +454,7 @@ def one_worker(monkeypatch):
     inner = SimpleNamespace(preemption_context=SimpleNamespace(preemption_info=None))
     desk = Desk()
     monkeypatch.setattr(ray.train, "get_context", lambda: context)
-    monkeypatch.setattr(worker, "get_train_context", lambda: inner)
+    monkeypatch.setattr(worker.train_context, "get_train_context", lambda: inner)
     monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
     monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)  # and False again at the end, which ends its thread

@@ -40,6 +40,7 @@ def plain(bed, tmp_path_factory):
 
 def test_a_submitted_job_trains_on_both_hosts_to_the_end(plain, bed):
     assert "Ray: 2 workers, each with 1 CPU" in plain.said and plain.said.count("2 × cpu in 2 processes") == 1
+    assert "TrainingReport" not in plain.said  # Ray's own words of each epoch
     hosts = next(r["host"] for r in read_rows(plain.folder / "metrics.jsonl") if r["split"] == "hosts")
     assert sorted(h.split()[1].rstrip(",") for h in hosts) == sorted(bed.addresses)
     found = checkpoint.load(plain.folder / "dense_reg_ckpt")
