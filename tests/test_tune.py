@@ -348,12 +348,17 @@ def test_asha_knows_what_trials_of_an_earlier_attempt_have_reached(tmp_path):
     assert decide(record.read_all(tmp_path)) == "STOP" and decide([]) == "CONTINUE"
 
 
-def test_a_round_of_a_population_ends_where_its_last_member_fails(monkeypatch):
+def population(count: int, monkeypatch):
+    """The scheduler, its members, and what it asks of Tune."""
     monkeypatch.setattr(Tried, "get_trainable_cls", lambda self: None)
     pbt = sweep.Population(metric="accuracy", mode="max", time_attr="epoch", synch=True, perturbation_interval=1,
                            hyperparam_mutations={"noise": lambda: 0.5})
-    members = [Tried("stub", trial_id=str(n), config={"noise": 0.1}, stub=True) for n in range(4)]
-    controller = SimpleNamespace(get_trials=lambda: members, get_live_trials=lambda: members, search_alg=None)
+    members = [Tried("stub", trial_id=str(n), config={"noise": 0.1}, stub=True) for n in range(count)]
+    return pbt, members, SimpleNamespace(get_trials=lambda: members, get_live_trials=lambda: members, search_alg=None)
+
+
+def test_a_round_of_a_population_ends_where_its_last_member_fails(monkeypatch):
+    pbt, members, controller = population(4, monkeypatch)
     cloned = []
     monkeypatch.setattr(pbt, "_checkpoint_or_exploit", lambda t, _, upper, lower: cloned.append((t.trial_id, t in upper, t in lower)))
     for t in members:
@@ -371,11 +376,7 @@ def test_a_round_of_a_population_ends_where_its_last_member_fails(monkeypatch):
 
 def test_a_population_that_goes_on_from_epochs_of_an_earlier_attempt_goes_on_to_its_end(monkeypatch):
     """Ray's rounds begin at epoch 1; the members' first reports are of epoch 4."""
-    monkeypatch.setattr(Tried, "get_trainable_cls", lambda self: None)
-    pbt = sweep.Population(metric="accuracy", mode="max", time_attr="epoch", synch=True, perturbation_interval=1,
-                           hyperparam_mutations={"noise": lambda: 0.5})
-    members = [Tried("stub", trial_id=str(n), config={"noise": 0.1}, stub=True) for n in range(3)]
-    controller = SimpleNamespace(get_trials=lambda: members, get_live_trials=lambda: members, search_alg=None)
+    pbt, members, controller = population(3, monkeypatch)
     monkeypatch.setattr(pbt, "_checkpoint_or_exploit", lambda *_: None)
     epochs = dict.fromkeys(members, 3)
     for t in members:

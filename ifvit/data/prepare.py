@@ -61,7 +61,8 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
     Unreadable images and byte-identical files of other identities are left out and named in the
-    log; `apart`: of other identities of the same database, whose results then do not depend on its neighbours. UserError when more than `max_broken` of the images are unreadable, none is readable or
+    log; `apart`: of other identities of the same database, whose results then do not depend on its
+    neighbours. UserError when more than `max_broken` of the images are unreadable, none is readable or
     shows ridges, or one has more than 20 megapixels.
     """
     stats = [(p, os.stat(p.path)) for p in prints]
