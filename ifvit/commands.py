@@ -17,7 +17,7 @@ from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, parse
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.paths import absolute, cache_dir, resolve
-from ifvit.training.sharding import use_cpu_cores
+from ifvit.devices.sharding import use_cpu_cores
 
 
 @dataclass(frozen=True)

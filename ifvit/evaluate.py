@@ -43,12 +43,12 @@ class Args:
     """in the prints' images; `light` of sensors that show them white on black"""
 
     def run(self) -> int:
-        from ifvit.checkpoint_places import as_path, written_here
+        from ifvit.checkpoint.places import as_path, written_here
         from ifvit.data.gather import local_root, overlap
         from ifvit.data.prepare import prepare
         from ifvit.data.sources import read_roots, require_fingers
-        from ifvit.scorer import Scorer
-        from ifvit.training.sharding import use_cpu_cores
+        from ifvit.scoring.scorer import Scorer
+        from ifvit.devices.sharding import use_cpu_cores
 
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
@@ -84,7 +84,7 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     """
     import jax
 
-    from ifvit import plots, rates
+    from ifvit.scoring import plots, rates
     from ifvit.data.pairs import Pair
 
     wanted = {"fvc": rates.pairs_fvc, "all": rates.pairs_all}[protocol](prints.prints)

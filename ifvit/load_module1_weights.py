@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
-from ifvit import checkpoint, cli, legacy_transformer
+from ifvit import checkpoint, cli
+from ifvit.foreign import legacy_transformer
 from ifvit.errors import UserError
 from ifvit.paths import resolve
 

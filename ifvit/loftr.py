@@ -13,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ifvit.errors import UserError
-from ifvit.torch_file import read_state_dict
+from ifvit.foreign.torch_file import read_state_dict
 
 _OURS = {
     "q_proj.weight": "q_proj/kernel",

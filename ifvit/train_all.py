@@ -136,10 +136,10 @@ class Args(TrainArgs):
 
     def report(self, match: MatchConfig, module1: epath.Path, module2: epath.Path, host) -> None:
         """Evaluates both modules on the held-out fingers; prints the table and where everything lies."""
-        from ifvit.checkpoint_places import written_here
+        from ifvit.checkpoint.places import written_here
         from ifvit.data.gather import gather
         from ifvit.evaluate import evaluate, print_table
-        from ifvit.scorer import Scorer
+        from ifvit.scoring.scorer import Scorer
         from ifvit.training.metrics import read_rows
 
         _, _, held_out = gather(match, host)
@@ -186,7 +186,7 @@ def adopt(ckpt: str, folder: str, name: str, resume: str, sweep: Path) -> None:
     One that was adopted from the sweep before gives way where the sweep has found a better one since.
     """
     from ifvit import checkpoint
-    from ifvit.checkpoint_places import duplicate
+    from ifvit.checkpoint.places import duplicate
     from ifvit.training import saving
 
     here = checkpoint.as_writable_path(folder)

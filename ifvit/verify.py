@@ -39,7 +39,7 @@ class Args:
 
     def run(self) -> int:
         from ifvit.data.pairs import Pair
-        from ifvit.scorer import Scorer
+        from ifvit.scoring.scorer import Scorer
 
         if not 0 < self.fmr < 1:
             raise UserError(f"--fmr is {self.fmr}; give a rate between 0 and 1, such as 0.001.")

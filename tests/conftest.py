@@ -56,7 +56,7 @@ def command():
     def call(name: str, *words, cwd) -> Said:
         from ifvit import cli
 
-        module = importlib.import_module(f"ifvit.{'checkpoint_commands' if name == 'checkpoint' else name}")
+        module = importlib.import_module(f"ifvit.{'checkpoint.__main__' if name == 'checkpoint' else name}")
         words = [str(w) for w in words]
         out, err = io.StringIO(), io.StringIO()
         log = logging.StreamHandler(out)  # pytest's own handler keeps the command from making one
@@ -154,7 +154,8 @@ def started(monkeypatch, command):
 
     import jax
 
-    from ifvit.training import loop, sharding
+    from ifvit.devices import sharding
+    from ifvit.training import loop
 
     def call(name: str, *words, cwd, create=True):
         made = {}

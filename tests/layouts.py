@@ -31,11 +31,13 @@ from jax.sharding import Mesh, NamedSharding  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 from orbax.checkpoint._src.multihost import multihost  # noqa: E402
 
-from ifvit import checkpoint, checkpoint_reading, checkpoint_writing  # noqa: E402
+from ifvit import checkpoint  # noqa: E402
+from ifvit.errors import UserError  # noqa: E402
+from ifvit.checkpoint import reading, writing  # noqa: E402
 from ifvit.config import DenseConfig, preset  # noqa: E402
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
 from ifvit.training.loop import saved_tree  # noqa: E402
-from ifvit.training.sharding import put_whole_batch, shardings  # noqa: E402
+from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402
 from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
 from ifvit.training.step import dense_network, dense_step  # noqa: E402
 
@@ -110,7 +112,7 @@ def restored(path: Path, layout: str, names=LEAVES) -> tuple[dict, list[str]]:
     wanted = placement(layout, names)
     try:
         state = restore(path, wanted).state
-    except checkpoint.UserError as e:
+    except UserError as e:
         return {}, [str(e)]
     flat = checkpoint.leaves({"state": state})
     wrong = [f"{n} is {'here' if n in flat else 'there'} alone" for n in flat.keys() ^ wanted.keys()]
@@ -212,10 +214,10 @@ def asked(folder: Path) -> dict:
             elements[self.name] = elements.get(self.name, 0) + int(np.prod(self.store.shape))
             return into(self.store)
 
-    reader, into = checkpoint_reading._Reader, checkpoint_reading._into_memory
+    reader, into = reading._Reader, reading._into_memory
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader, "open", lambda self, name, checked, plain=reader.open: Counting(plain(self, name, checked), name))
-        patch.setattr(checkpoint_reading, "_into_memory", lambda counting: counting.read(into))
+        patch.setattr(reading, "_into_memory", lambda counting: counting.read(into))
         flat, _ = restored(folder / "of one/some/1x2", "1x4", one_of_each_kind())
     return {n: [elements[n], x.size, x.sharding.is_fully_replicated] for n, x in flat.items()}
 
@@ -247,7 +249,7 @@ def with_aligner(folder: Path) -> list[str]:
     checkpoint.save(folder / "matcher", "matcher", {"params": {"w": w}}, META, aligner)
     try:
         found = restore(folder / "matcher", {"state/params/w": w.sharding})
-    except checkpoint.UserError as e:
+    except UserError as e:
         return [str(e)]
     return list(checkpoint.difference(found.aligner, aligner))
 
@@ -288,7 +290,7 @@ def failing(folder: Path, names: list[str]) -> dict:
     for where, method, rank in FAILURES:
         with pytest.MonkeyPatch.context() as patch:
             if jax.process_index() == rank:
-                patch.setattr(checkpoint_writing.MetadataHandler, method, full)
+                patch.setattr(writing.MetadataHandler, method, full)
             first = attempt(path, names)
         together(f"{where}: failed")
         before = restored(path, "1x4", names)[1]

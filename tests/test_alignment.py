@@ -4,9 +4,9 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit.alignment import align, enhance, register
+from ifvit.pixels.alignment import align, enhance, register
 from ifvit.config import PRESETS, MatchConfig
-from ifvit.geometry import cell_centres, grid_points
+from ifvit.pixels.geometry import cell_centres, grid_points
 
 CONFIG = MatchConfig(**PRESETS["smoke"][1]).replace(image_size=128, match_threshold=0.2, alignment_samples=128,
                                                     alignment_matches=128, min_matches=6)

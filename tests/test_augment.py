@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from ifvit.config import PRESETS, DenseConfig
-from ifvit.data import augment
-from ifvit.data.augment import (View, corrupt, dense_pair, match_views, normalise, plain_view, plain_views, random_view,
+from ifvit.pixels import views
+from ifvit.pixels.views import (View, corrupt, dense_pair, match_views, normalise, plain_view, plain_views, random_view,
                                 take_view, to_canvas, to_view, truth)
-from ifvit.losses import IGNORE, NO_MATCH
+from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.models.dense_reg import cell_mask
 from ifvit.training.step import pair_keys
 
@@ -55,7 +55,7 @@ def test_a_pixel_of_a_view_shows_its_place_on_the_canvas():
     """Canvases whose grey level is x, and y: at 500 ppi the view reads its own coordinates off them."""
     y, x = np.mgrid[:256, :256].astype(np.uint8)
     view = posed(25, 10, -6, 0.9)
-    xy = np.asarray(to_canvas(view, augment.grid_points(128), 128))
+    xy = np.asarray(to_canvas(view, views.grid_points(128), 128))
     for canvas, expected in ((x, xy[:, 0]), (y, xy[:, 1])):
         pixels, inside = take_view(canvas, np.ones((32, 32), bool), view, WIDE)
         assert inside.all()
@@ -190,8 +190,8 @@ def test_the_filters_take_the_least_and_the_greatest_of_five_pixels():
     image = np.random.default_rng(6).random((5, 6))
     p = np.pad(image, 1, mode="edge")
     cross = np.stack([p[1:-1, 1:-1], p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
-    np.testing.assert_allclose(augment._neighbours(jnp.asarray(image), jnp.minimum), cross.min(0), rtol=1e-6)
-    np.testing.assert_allclose(augment._neighbours(jnp.asarray(image), jnp.maximum), cross.max(0), rtol=1e-6)
+    np.testing.assert_allclose(views._neighbours(jnp.asarray(image), jnp.minimum), cross.min(0), rtol=1e-6)
+    np.testing.assert_allclose(views._neighbours(jnp.asarray(image), jnp.maximum), cross.max(0), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

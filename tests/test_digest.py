@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ifvit import digest
+from ifvit.checkpoint import digest
 
 DTYPES = [np.float32, np.float64, ml_dtypes.bfloat16, np.int8, np.bool_, np.int64, np.complex64]
 SHAPES = [(), (0,), (3, 0, 2), (1,), (7,), (5, 6), (4, 3, 2, 5), (3, 4097), (200_000,), (2, 70_001), (70_000, 3)]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
-from ifvit.evaluation import Fusion
+from ifvit.scoring.scores import Fusion
 from ifvit.verify import on_canvases
 
 SMOKE = ("--preset", "smoke")
@@ -138,8 +138,8 @@ def unscored(monkeypatch):
         assert len(set(pairs)) == len(pairs)
         return {"score": np.arange(len(pairs), dtype=float), "matches": np.zeros(len(pairs), int)}
 
-    monkeypatch.setattr("ifvit.scorer.Scorer.score", score)
-    monkeypatch.setattr("ifvit.scorer.Scorer.picture", lambda *_: None)
+    monkeypatch.setattr("ifvit.scoring.scorer.Scorer.score", score)
+    monkeypatch.setattr("ifvit.scoring.scorer.Scorer.picture", lambda *_: None)
 
 
 def test_protocol_all_compares_every_pair(unscored, command, pipeline, prints, tmp_path):
@@ -269,7 +269,7 @@ def test_prints_that_the_checkpoint_was_trained_on_are_told(command, module1, pr
 
 def test_a_file_in_the_way_is_told_before_anything_is_scored(command, pipeline, prints, tmp_path, monkeypatch):
     (tmp_path / "OUT").write_text("")
-    monkeypatch.setattr("ifvit.scorer.Scorer.score", None)
+    monkeypatch.setattr("ifvit.scoring.scorer.Scorer.score", None)
     said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints, "--out", "OUT", cwd=tmp_path)
     assert said.code == 2 and "a file is in the way; give another --out" in said.err, said
 

@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit import geometry
-from ifvit.geometry import cell_centres, grid_points
+from ifvit.pixels import geometry
+from ifvit.pixels.geometry import cell_centres, grid_points
 
 apply_similarity, invert_similarity, fit_similarity, sample = (jax.jit(f) for f in (
     geometry.apply_similarity, geometry.invert_similarity, geometry.fit_similarity, geometry.sample))

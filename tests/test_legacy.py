@@ -25,7 +25,8 @@ from flax.core import freeze
 from flax.traverse_util import flatten_dict
 from flax.training.train_state import TrainState
 
-from ifvit import legacy, legacy_transformer
+from ifvit import legacy
+from ifvit.foreign import legacy_transformer
 from ifvit.errors import UserError
 from ifvit.models.transformer import Transformer
 from ifvit.training.loop import _without_empty

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ifvit.config import DenseConfig, preset
 from ifvit.errors import UserError
 from ifvit.loftr import load_loftr, loftr_from_transformer, transformer_from_loftr
-from ifvit.torch_file import read_state_dict
+from ifvit.foreign.torch_file import read_state_dict
 from ifvit.training.dense import with_loftr
 
 # --- torch files, written by hand: the opcodes of pickle protocol 2, as torch.save emits them ---
@@ -435,7 +435,7 @@ def test_a_hostile_pickle_neither_ends_the_process_nor_fills_the_memory(body, ho
     code = """if True:
         import resource, sys
         from ifvit.errors import UserError
-        from ifvit.torch_file import read_state_dict
+        from ifvit.foreign.torch_file import read_state_dict
         memory = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000
         before = memory()
         try:

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit import losses
-from ifvit.losses import IGNORE, NO_MATCH
+from ifvit.models import losses
+from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.models.matching import log_dual_softmax
 
 focal_loss, nll_loss, arcface_loss = (jax.jit(f) for f in (losses.focal_loss, losses.nll_loss, losses.arcface_loss))

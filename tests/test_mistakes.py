@@ -26,10 +26,10 @@ from flax import nnx
 
 from cluster.host import Host
 from ifvit import checkpoint, train_dense, train_match
-from ifvit.batch_axes import over_batch
+from ifvit.devices.batch_axes import over_batch
 from ifvit.config import (DENSE_CONFIG, MATCH_CONFIG, PRESETS, DenseConfig, MatchConfig, parse_value, preset,
                           with_changes)
-from ifvit.data.augment import plain_view, truth
+from ifvit.pixels.views import plain_view, truth
 from ifvit.data.prepare import PrintSet
 from ifvit.data.sources import Print
 from ifvit.errors import UserError

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ifvit import checkpoint
-from ifvit.checkpoint_places import replace
+from ifvit.checkpoint.places import replace
 from ifvit.config import DenseConfig, preset
 from ifvit.errors import UserError
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights, verify_module1_loading

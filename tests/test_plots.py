@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ifvit import plots
+from ifvit.scoring import plots
 from ifvit.errors import UserError
-from ifvit.rates import det_curve
+from ifvit.scoring.rates import det_curve
 
 
 def picture(path):

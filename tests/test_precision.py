@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from ifvit.alignment import align, register
+from ifvit.pixels.alignment import align, register
 from ifvit.config import PRESETS, DenseConfig, MatchConfig
-from ifvit.data.augment import dense_pair, match_views, plain_views
-from ifvit.evaluation import dense_scores, match_scores
+from ifvit.pixels.views import dense_pair, match_views, plain_views
+from ifvit.scoring.scores import dense_scores, match_scores
 from ifvit.models.dense_reg import cell_mask
 from ifvit.training.state import init_state
 from ifvit.training.step import dense_eval, dense_network, match_network, pair_keys

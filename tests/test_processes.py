@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from ifvit import checkpoint
-from ifvit.training.hosts import slow
+from ifvit.training.pace import slow
 from ifvit.training.loop import lost
 from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from ifvit import rates
+from ifvit.scoring import rates
 from ifvit.errors import UserError
 
 

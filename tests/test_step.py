@@ -11,18 +11,18 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit.batch_axes import batch_axes, over_batch
+from ifvit.devices.batch_axes import batch_axes, over_batch
 from ifvit.config import DenseConfig, preset
 from ifvit.data.loader import PairSource
 from ifvit.errors import UserError
-from ifvit.training.sharding import arranged, make_mesh, put_batch
+from ifvit.devices.sharding import arranged, make_mesh, put_batch
 
 WORKER = """
 import json, sys
 import jax, numpy as np
 from jax.sharding import Mesh
 from ifvit.config import DenseConfig, MatchConfig, preset
-from ifvit.training.sharding import put_batch, replicated, shardings
+from ifvit.devices.sharding import put_batch, replicated, shardings
 from ifvit.training.state import init_state, learning_rate, optimizer
 from ifvit.training.step import dense_network, dense_step, match_network, match_step
 

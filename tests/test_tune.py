@@ -697,7 +697,7 @@ def test_what_is_found_wins_over_a_users_file_which_keeps_a_runs_own_affairs(tmp
 
 
 def test_a_sweeps_best_is_taken_over_anew_when_it_is_another_and_no_other_run_gives_way(tmp_path, module1):
-    from ifvit.checkpoint_places import duplicate
+    from ifvit.checkpoint.places import duplicate
     from ifvit.train_all import adopt
 
     def run(folder, of, bit=0):

@@ -22,13 +22,13 @@ from ray import tune
 from cluster.cores import as_important_as_others, claim
 from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
-from ifvit.checkpoint_places import duplicate
+from ifvit.checkpoint.places import duplicate
 from ifvit.cli import Interrupted
 from ifvit.commands import check_backend
 from ifvit.config import Config, with_changes
 from ifvit.paths import cache_dir
 from ifvit.training.match import like_module1
-from ifvit.training.sharding import use_cpu_cores
+from ifvit.devices.sharding import use_cpu_cores
 from tune import record
 from tune.space import RUNS
 

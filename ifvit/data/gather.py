@@ -13,7 +13,7 @@ from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots, require_fingers, split_by_finger
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
-from ifvit.processes import require_same, together
+from ifvit.devices.processes import require_same, together
 
 log = logging.getLogger("ifvit")
 

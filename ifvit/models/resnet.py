@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from ifvit.batch_axes import batch_axes
+from ifvit.devices.batch_axes import batch_axes
 
 STRIDE = 8  # px of the input for one cell of the feature map; everything that counts cells reads it here
 

@@ -15,16 +15,18 @@ import numpy as np
 from etils import epath
 from flax import serialization
 
-from ifvit import checkpoint, plots, progress
+from ifvit import checkpoint
+from ifvit.devices import progress
+from ifvit.scoring import plots
 from ifvit.cli import Failure, Interrupted
 from ifvit.config import completed
-from ifvit.digest import digest
+from ifvit.checkpoint.digest import digest
 from ifvit.errors import UserError
-from ifvit.processes import exchange
+from ifvit.devices.processes import exchange
 from ifvit.training import saving
-from ifvit.training.hosts import Pace
+from ifvit.training.pace import Pace
 from ifvit.training.metrics import ATTEMPTS, Metrics, one_by_one, read_rows
-from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
+from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
 from ifvit.training.state import TrainState
 
 log = logging.getLogger("ifvit")

@@ -8,14 +8,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from ifvit import checkpoint, rates
+from ifvit import checkpoint
+from ifvit.scoring import rates
 from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, with_changes
 from ifvit.data.gather import overlap
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
-from ifvit.evaluation import fit_fusion, match_scores, score_pairs
+from ifvit.scoring.scores import fit_fusion, match_scores, score_pairs
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.loop import Task

@@ -8,7 +8,7 @@ from pathlib import Path
 from etils import epath
 
 from ifvit import gcs
-from ifvit.checkpoint_places import is_local
+from ifvit.checkpoint.places import is_local
 
 log = logging.getLogger("ifvit")
 

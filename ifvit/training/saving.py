@@ -14,8 +14,9 @@ import jax
 from etils import epath
 
 from ifvit import checkpoint
-from ifvit.checkpoint_places import duplicate, remove, written_here
-from ifvit.processes import exchange
+from ifvit.errors import UserError
+from ifvit.checkpoint.places import duplicate, remove, written_here
+from ifvit.devices.processes import exchange
 
 log = logging.getLogger("ifvit")
 
@@ -201,14 +202,14 @@ def _already_there(folder: epath.Path, module: str, steps_per_epoch: int) -> Ite
 def _value_of(folder: epath.Path) -> float | None:
     try:
         return checkpoint.read_metadata(folder)["value"]
-    except checkpoint.UserError:
+    except UserError:
         return None
 
 
 def _step_of(folder: epath.Path) -> int:
     try:
         return checkpoint.read_metadata(folder)["step"]
-    except checkpoint.UserError:
+    except UserError:
         return -1
 
 

@@ -8,7 +8,7 @@ import jax
 
 from ifvit import checkpoint
 from ifvit.errors import UserError
-from ifvit.processes import exchange, together
+from ifvit.devices.processes import exchange, together
 from ifvit.training import saving
 
 PATIENCE = 15.0  # seconds that a shared file system gets to show one host's file to another

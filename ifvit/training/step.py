@@ -8,14 +8,14 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
-from ifvit.alignment import align, register
-from ifvit.batch_axes import batch_axes, over_batch
-from ifvit.data.augment import dense_pair, match_views, normalise
-from ifvit.geometry import exact
-from ifvit.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
+from ifvit.pixels.alignment import align, register
+from ifvit.devices.batch_axes import batch_axes, over_batch
+from ifvit.pixels.views import dense_pair, match_views, normalise
+from ifvit.pixels.geometry import exact
+from ifvit.models.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
 from ifvit.models.dense_reg import DenseRegistration, cell_mask
 from ifvit.models.matcher import Matcher
-from ifvit.training.sharding import batch_spec, gathered
+from ifvit.devices.sharding import batch_spec, gathered
 from ifvit.training.state import Network, TrainState, network
 
 

@@ -49,8 +49,8 @@ def points() -> None:
     import numpy as np
 
     from ifvit.config import DenseConfig
-    from ifvit.data.augment import random_view, to_canvas
-    from ifvit.geometry import grid_points
+    from ifvit.pixels.views import random_view, to_canvas
+    from ifvit.pixels.geometry import grid_points
 
     config = DenseConfig()
     q = grid_points(config.image_size)
@@ -162,7 +162,7 @@ def prepared(preset_name: str, module: str, dtype: str, keep: bool = False) -> t
     from ifvit.paths import cache_dir
     from ifvit.training.dense import dense_program
     from ifvit.training.match import match_program
-    from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
+    from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
 
     use_compilation_cache(cache_dir() / "compiled")
     dense = preset(preset_name, DenseConfig).replace(compute_dtype=dtype)
@@ -192,7 +192,7 @@ def step(preset_name: str, module: str, dtype: str) -> None:
     """Times it, its batch on the device."""
     import jax
 
-    from ifvit.training.sharding import put_batch
+    from ifvit.devices.sharding import put_batch
 
     run, state, batch, how, mesh, host, compiled = prepared(preset_name, module, dtype)
     pairs, times = len(host["genuine"]), []

@@ -20,9 +20,9 @@ from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.evaluate import evaluate
 from ifvit.paths import cache_dir
-from ifvit.scorer import Scorer
+from ifvit.scoring.scorer import Scorer
 from ifvit.training.metrics import read_rows
-from ifvit.training.sharding import use_cpu_cores
+from ifvit.devices.sharding import use_cpu_cores
 
 
 def main() -> None:

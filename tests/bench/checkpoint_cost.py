@@ -20,11 +20,12 @@ import jax
 import numpy as np
 from etils import epath
 
-from ifvit import checkpoint, digest
+from ifvit import checkpoint
+from ifvit.checkpoint import digest
 from ifvit.cli import use_huge_pages
 from ifvit.config import DenseConfig, preset
 from ifvit.training import saving
-from ifvit.training.sharding import use_cpu_cores
+from ifvit.devices.sharding import use_cpu_cores
 
 META = {"epoch": 1, "config": {}, "step": 1, "finished": False, "best": None, "value": None}
 
@@ -111,7 +112,7 @@ def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
     """Trains on random pixels; every third step is followed by a save, as soon as the one before is done."""
     from ifvit.training import loop
     from ifvit.training.dense import dense_program
-    from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
+    from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
 
     config = preset(name, DenseConfig)
     program = dense_program(config.program())

@@ -31,7 +31,7 @@ def worker(pairs: int, rank: int, processes: int, port: int, name: str, sets: li
 
     from ifvit.config import DenseConfig, parse_value, preset
     from ifvit.training import loop
-    from ifvit.training.sharding import make_mesh, put_batch, replicated, shardings
+    from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
     from ifvit.training.dense import dense_program
 
     changes = {k: parse_value(DenseConfig, k, v) for k, v in (s.split("=") for s in sets)}

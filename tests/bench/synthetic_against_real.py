@@ -21,7 +21,7 @@ from ifvit.data.sources import read_roots
 from ifvit.paths import cache_dir
 from ifvit.train_dense import run
 from ifvit.training.dense import warp_metrics
-from ifvit.training.sharding import use_cpu_cores
+from ifvit.devices.sharding import use_cpu_cores
 from ifvit.training.step import dense_eval, dense_network
 
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from typing import Annotated
@@ -11,7 +12,8 @@ import numpy as np
 import tyro
 from etils import epath
 
-from ifvit import checkpoint, gcs, legacy, legacy_transformer
+from ifvit import checkpoint, cli, gcs, legacy
+from ifvit.foreign import legacy_transformer
 from ifvit.errors import UserError
 
 
@@ -191,3 +193,7 @@ class Export:
 
 
 COMMANDS = {"verify": Verify, "inspect": Inspect, "diff": Diff, "import": Import, "export": Export}
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main_with_commands(COMMANDS, "ifvit.checkpoint"))

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ifvit.data.augment import CANVAS_PPI, RIDGE, normalise
-from ifvit.geometry import (IDENTITY, RobustFit, apply_similarity, blur, cell_centres, grid_points, invert_similarity,
+from ifvit.pixels.views import CANVAS_PPI, RIDGE, normalise
+from ifvit.pixels.geometry import (IDENTITY, RobustFit, apply_similarity, blur, cell_centres, grid_points, invert_similarity,
                             ridge_overlap, robust_similarity, sample)
 from ifvit.models.matcher import Aligned
 from ifvit.models.matching import Matches, mutual_matches

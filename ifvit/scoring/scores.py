@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ifvit.data.augment import plain_views
+from ifvit.pixels.views import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
-from ifvit.geometry import exact
-from ifvit.rates import threshold_at_fmr
-from ifvit.training.sharding import fetch, make_mesh, put_whole_batch
+from ifvit.pixels.geometry import exact
+from ifvit.scoring.rates import threshold_at_fmr
+from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.training.state import Network
 from ifvit.training.step import aligned_pair, registration
 

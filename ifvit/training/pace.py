@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ifvit.processes import exchange
+from ifvit.devices.processes import exchange
 
 log = logging.getLogger("ifvit")
 

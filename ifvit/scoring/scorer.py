@@ -8,15 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from ifvit import checkpoint, plots
+from ifvit import checkpoint
+from ifvit.scoring import plots
 from ifvit.config import DenseConfig, MatchConfig, config_of
-from ifvit.data.augment import plain_views
+from ifvit.pixels.views import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
-from ifvit.evaluation import Fusion, dense_scores, match_scores, score_pairs
-from ifvit.geometry import exact
+from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
+from ifvit.pixels.geometry import exact
 from ifvit.training.step import dense_network, match_network, registration
 
 

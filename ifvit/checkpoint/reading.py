@@ -9,9 +9,10 @@ import tensorstore as ts
 from etils import epath
 from jax.experimental import multihost_utils
 
-from ifvit import digest, gcs
-from ifvit.checkpoint_metadata import FORBIDDEN, Damaged, check_access, first_line, is_forbidden
-from ifvit.checkpoint_places import kvstore_of
+from ifvit import gcs
+from ifvit.checkpoint import digest
+from ifvit.checkpoint.metadata import FORBIDDEN, Damaged, check_access, first_line, is_forbidden
+from ifvit.checkpoint.places import kvstore_of
 from ifvit.errors import UserError
 
 

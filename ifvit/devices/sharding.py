@@ -10,7 +10,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ifvit import progress
+from ifvit.devices import progress
 from ifvit.errors import UserError
 
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from ifvit.batch_axes import over_batch
+from ifvit.devices.batch_axes import over_batch
 
 NO_MATCH = -1
 IGNORE = -2

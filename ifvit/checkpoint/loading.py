@@ -1,40 +1,16 @@
-"""Checkpoints: Orbax directories that exist whole or not at all, every leaf with a digest.
+"""A checkpoint read whole, or put on devices: nothing is handed on before its digests have been compared."""
 
-A checkpoint holds `state` (params, batch_stats, opt_state, step), all nested dictionaries with
-string keys, JSON `metadata`, and for a matcher `aligner` (Module 1's params and batch_stats).
-Orbax writes them, every process its own shards, while training goes on (`checkpoint_writing`); TensorStore
-reads them, every process what its devices need, on any mesh (`checkpoint_reading`); they lie in directories or
-in buckets, gs:// URLs (`checkpoint_places`). Nothing is handed on before its digests have been compared.
-
-    python -m ifvit.checkpoint verify DIR           every leaf against its digest; DIR may be a whole run
-    python -m ifvit.checkpoint inspect DIR          tree, shapes, types, shardings, sizes, metadata, history
-    python -m ifvit.checkpoint diff A B             exit 0 where every leaf of `state` is equal to the bit
-    python -m ifvit.checkpoint import FILE.pkl DIR  the legacy format, read without running anything in it
-    python -m ifvit.checkpoint export DIR FILE.pkl
-"""
-
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from etils import epath
 
-from ifvit import cli, legacy
-from ifvit.checkpoint_metadata import (  # noqa: F401: what others know as checkpoint.X
-    Damaged,
-    check_module,
-    check_ours,
-    complete,
-    read_metadata,
-    reason,
-    sound,
-    versions,
-)
-from ifvit.checkpoint_places import OLD, UNFINISHED, as_path, as_writable_path, discard_unfinished, has_name, is_local, locate  # noqa: F401
-from ifvit.checkpoint_reading import read_leaves, shapes  # noqa: F401
-from ifvit.checkpoint_tree import difference, kind, leaves, nested  # noqa: F401
-from ifvit.checkpoint_writing import BARRIER_MS, save, snapshot  # noqa: F401
+from ifvit import legacy
+from ifvit.checkpoint.metadata import check_module, read_metadata, sound
+from ifvit.checkpoint.places import locate
+from ifvit.checkpoint.reading import read_leaves
+from ifvit.checkpoint.tree import leaves, nested
 from ifvit.errors import UserError
 
 NETWORK = ("state/params", "state/batch_stats", "aligner")  # what it takes to run a trained network
@@ -110,9 +86,3 @@ def from_legacy(file: epath.Path) -> Checkpoint:
     if found.timestamp:
         metadata["timestamp"] = found.timestamp
     return Checkpoint(file, state, metadata if ours else metadata | {"foreign": True}, aligner)
-
-
-if __name__ == "__main__":
-    from ifvit.checkpoint_commands import COMMANDS
-
-    sys.exit(cli.main_with_commands(COMMANDS, "ifvit.checkpoint"))

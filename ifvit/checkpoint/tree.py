@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from ifvit import digest
+from ifvit.checkpoint import digest
 
 
 def leaves(tree: dict) -> dict:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from ifvit.errors import UserError
-from ifvit.rates import eer_of_curve
+from ifvit.scoring.rates import eer_of_curve
 
 _GENUINE, _IMPOSTOR = "tab:blue", "tab:orange"
 _GAP = 16  # px of white between two prints

@@ -18,12 +18,12 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ifvit import checkpoint_places as places
-from ifvit import digest
-from ifvit.checkpoint_metadata import digest_of, reason, versions
-from ifvit.checkpoint_places import UNFINISHED, as_writable_path, discard_unfinished, is_local
-from ifvit.checkpoint_tree import leaves
-from ifvit.processes import exchange
+from ifvit.checkpoint import places
+from ifvit.checkpoint import digest
+from ifvit.checkpoint.metadata import digest_of, reason, versions
+from ifvit.checkpoint.places import UNFINISHED, as_writable_path, discard_unfinished, is_local
+from ifvit.checkpoint.tree import leaves
+from ifvit.devices.processes import exchange
 
 BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
 

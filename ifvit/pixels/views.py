@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from ifvit.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
-from ifvit.losses import IGNORE, NO_MATCH
+from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
+from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.models.resnet import STRIDE
 
 CANVAS_PPI = 500

@@ -1,0 +1,28 @@
+"""Checkpoints: Orbax directories that exist whole or not at all, every leaf with a digest.
+
+A checkpoint holds `state` (params, batch_stats, opt_state, step), all nested dictionaries with
+string keys, JSON `metadata`, and for a matcher `aligner` (Module 1's params and batch_stats).
+Orbax writes them, every process its own shards, while training goes on (`writing`); TensorStore
+reads them, every process what its devices need, on any mesh (`reading`); they lie in directories or
+in buckets, gs:// URLs (`places`). Nothing is handed on before its digests have been compared.
+
+    python -m ifvit.checkpoint verify DIR           every leaf against its digest; DIR may be a whole run
+    python -m ifvit.checkpoint inspect DIR          tree, shapes, types, shardings, sizes, metadata, history
+    python -m ifvit.checkpoint diff A B             exit 0 where every leaf of `state` is equal to the bit
+    python -m ifvit.checkpoint import FILE.pkl DIR  the legacy format, read without running anything in it
+    python -m ifvit.checkpoint export DIR FILE.pkl
+"""
+
+from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, restore
+from ifvit.checkpoint.metadata import Damaged, check_module, check_ours, complete, read_metadata, reason, sound, versions
+from ifvit.checkpoint.places import OLD, UNFINISHED, as_path, as_writable_path, discard_unfinished, has_name, is_local, locate
+from ifvit.checkpoint.reading import read_leaves, shapes
+from ifvit.checkpoint.tree import difference, kind, leaves, nested
+from ifvit.checkpoint.writing import BARRIER_MS, save, snapshot
+
+__all__ = [
+    "BARRIER_MS", "NETWORK", "OLD", "UNFINISHED", "Checkpoint", "Damaged", "as_path", "as_writable_path", "check_module",
+    "check_ours", "complete", "difference", "discard_unfinished", "from_legacy", "has_name", "is_local", "kind", "leaves",
+    "load", "locate", "nested", "read_leaves", "read_metadata", "reason", "restore", "save", "shapes", "snapshot", "sound",
+    "versions",
+]
