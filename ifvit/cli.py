@@ -17,19 +17,7 @@ from pathlib import Path
 
 import tyro
 
-from ifvit.errors import UserError
-
-
-class Interrupted(Exception):
-    """A signal stopped the run after it was saved; `code` is the exit code."""
-
-    def __init__(self, message: str, code: int):
-        super().__init__(message)
-        self.code = code
-
-
-class Failure(Exception):
-    """The run itself failed, e.g. the loss is NaN: exit code 1, no traceback."""
+from ifvit.errors import Failure, Interrupted, UserError
 
 
 def parse(cls, name: str, argv: list[str]):

@@ -230,6 +230,10 @@ def use_of(f: dataclasses.Field) -> str:
 COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
           "image_size", "similarity", "temp_bug_fix")
 
+# what a run may change and still be the same run
+FREE = {"checkpoint_dir", "dataset_root", "input_workers", "max_broken", "dense_reg_ckpt", "loftr_ckpt",
+        "save_every", "save_steps", "keep_last", "keep_best", "model_parallel", "remat"}
+
 
 def completed(cls, saved: dict) -> dict:
     """A saved configuration with the keys that are newer than it, at what was in effect then: defaults; `data_seed` was `seed`."""

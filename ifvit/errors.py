@@ -1,4 +1,4 @@
-"""A user's mistake, told in one sentence with its remedy."""
+"""How a command ends otherwise than well; `cli` turns each into a sentence and an exit code."""
 
 
 class UserError(Exception):
@@ -6,3 +6,15 @@ class UserError(Exception):
 
     The message is one sentence that says what is wrong, then the remedy.
     """
+
+
+class Failure(Exception):
+    """The run itself failed, e.g. the loss is NaN: exit code 1, no traceback."""
+
+
+class Interrupted(Exception):
+    """A signal stopped the run after it was saved; `code` is the exit code."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code

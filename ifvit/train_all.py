@@ -62,7 +62,7 @@ class Args(TrainArgs):
     def _check(self, sweep: Path) -> None:
         """UserError for what would show after the search only."""
         from ifvit import checkpoint
-        from ifvit.training import saving
+        from ifvit.training import run_folder
 
         self.request()
         check_outlives_job(str(sweep), "sweep_dir")
@@ -74,7 +74,7 @@ class Args(TrainArgs):
         for config, name, flag in zip(tried(self.configs, self.preset), ("dense_reg", "matcher"), ("dense", "matcher")):
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
             here = checkpoint.as_writable_path(config.checkpoint_dir)
-            if self.resume == "auto" and not (sweep / "dense/sweep.json").exists() and saving.candidates(here, name, 1):
+            if self.resume == "auto" and not (sweep / "dense/sweep.json").exists() and run_folder.candidates(here, name, 1):
                 raise UserError(f"{here} holds a run already, and the search would end in another one; give another "
                                 f"--{flag}_checkpoint_dir, or --resume never.")
 
@@ -187,13 +187,13 @@ def adopt(ckpt: str, folder: str, name: str, resume: str, sweep: Path) -> None:
     """
     from ifvit import checkpoint
     from ifvit.checkpoint.places import duplicate
-    from ifvit.training import saving
+    from ifvit.training import run_folder
 
     here = checkpoint.as_writable_path(folder)
     if resume == "never":
-        saving.move_away(here, name)
+        run_folder.move_away(here, name)
     source = checkpoint.locate(ckpt)
-    if there := saving.candidates(here, name, 1):
+    if there := run_folder.candidates(here, name, 1):
         try:
             theirs = checkpoint.read_metadata(there[0])
         except UserError:  # training sets a damaged one aside
@@ -201,7 +201,7 @@ def adopt(ckpt: str, folder: str, name: str, resume: str, sweep: Path) -> None:
         if not (Path(theirs["config"]["checkpoint_dir"]).is_relative_to(sweep)
                 and theirs["digests"] != checkpoint.read_metadata(source)["digests"]):
             return
-        saving.move_away(here, name)
+        run_folder.move_away(here, name)
     here.mkdir(parents=True, exist_ok=True)
     for file in ("metrics.jsonl", "curves.png", "config.json"):
         if (source.parent / file).exists():

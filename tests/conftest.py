@@ -155,7 +155,7 @@ def started(monkeypatch, command):
     import jax
 
     from ifvit.devices import sharding
-    from ifvit.training import loop
+    from ifvit.training.resume import begin
 
     def call(name: str, *words, cwd, create=True):
         made = {}
@@ -164,7 +164,7 @@ def started(monkeypatch, command):
             made.update(task=task)
             if create:
                 mesh = sharding.make_mesh(task.config.micro_batch)
-                made.update(state=loop.begin(task, sharding.shardings(jax.eval_shape(task.init, 0), mesh)))
+                made.update(state=begin(task, sharding.shardings(jax.eval_shape(task.init, 0), mesh)))
             return Path("nowhere")
 
         monkeypatch.setattr("ifvit.training.loop.train", train)

@@ -19,7 +19,7 @@ from ifvit.checkpoint import writing
 from ifvit.config import DENSE_CONFIG, MATCH_CONFIG
 from ifvit.errors import UserError
 from ifvit.load_module1_weights import load_module1_transformer_weights, verify_module1_loading
-from ifvit.training import saving
+from ifvit.training import run_folder
 from ifvit.training.match import checkpoint_of_module1
 
 BRANCHES = ("loftr_transformer_global", "loftr_transformer_local")
@@ -317,7 +317,7 @@ def test_half_an_upload_is_not_taken_for_a_checkpoint_and_is_cleared_away(store,
     uploaded = [c.removeprefix("+prints/") for c in store.changed]
     for name in uploaded[left:]:
         del store.buckets["prints"][name]
-    assert saving.candidates(gcs.GcsPath("gs://prints/new"), "dense_reg", 4) == []
+    assert run_folder.candidates(gcs.GcsPath("gs://prints/new"), "dense_reg", 4) == []
     with pytest.raises(UserError, match="not a whole checkpoint"):
         checkpoint.load(NEW)
     checkpoint.discard_unfinished(gcs.GcsPath("gs://prints/new"), "dense_reg_*")
@@ -343,7 +343,7 @@ def test_whenever_a_replacement_is_cut_off_one_of_the_two_is_found(store, hasty)
         checkpoint.discard_unfinished(gcs.GcsPath("gs://prints/new"), "dense_reg_*")
         found = bits({k: v for k, v in checkpoint.load(NEW).state.items() if k != "opt_state"})
         assert found == both["new" if count == len(changes) else "old"] or found in both.values() and count > len(changes) / 2
-        assert [p.name for p in saving.candidates(gcs.GcsPath("gs://prints/new"), "dense_reg", 4)]
+        assert [p.name for p in run_folder.candidates(gcs.GcsPath("gs://prints/new"), "dense_reg", 4)]
 
 
 def test_a_renamed_one_is_whole_under_one_of_its_names_at_any_time(store, hasty):

@@ -29,7 +29,7 @@ from ifvit import legacy
 from ifvit.foreign import legacy_transformer
 from ifvit.errors import UserError
 from ifvit.models.transformer import Transformer
-from ifvit.training.loop import _without_empty
+from ifvit.training.saved import _without_empty
 
 PROTOCOLS = range(6)
 PARAMS = {"dense": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}

@@ -36,7 +36,8 @@ from ifvit.errors import UserError
 from ifvit.models import matcher
 from ifvit.models.resnet import ConvBN
 from ifvit.training.dense import steps_per_epoch, warp_metrics
-from ifvit.training.loop import Task, train
+from ifvit.training.loop import train
+from ifvit.training.task import Task
 from ifvit.training.state import Network, TrainState, learning_rate, learning_rates, optimizer
 from ifvit.training.step import dense_eval, dense_network, dense_step, match_network, match_step, train_step
 

@@ -14,7 +14,7 @@ import pytest
 
 from ifvit import checkpoint
 from ifvit.training.pace import slow
-from ifvit.training.loop import lost
+from ifvit.training.resume import lost
 from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 
 WORKER = '''
@@ -28,7 +28,7 @@ from cluster import backend
 backend._cache_every_process()
 from cluster.host import Host, SAVE
 from ifvit import processes, train_dense
-from ifvit.cli import Failure, Interrupted
+from ifvit.errors import Failure, Interrupted
 from ifvit.data import gather
 from ifvit.errors import UserError
 from ifvit.training import startup

@@ -15,7 +15,9 @@ from etils import epath
 from ifvit import checkpoint
 from ifvit.checkpoint import writing
 from ifvit.errors import UserError
-from ifvit.training.saving import OWNER, Saved, Saver, candidates, doomed, move_away, ranked, set_aside, step_of_name
+from ifvit.training.policy import Saved, doomed, ranked
+from ifvit.training.run_folder import candidates, move_away, set_aside, step_of_name
+from ifvit.training.saver import OWNER, Saver
 
 STEPS = 4  # an epoch
 

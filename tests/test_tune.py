@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial as Tried
 
 from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
-from ifvit.cli import Failure, Interrupted
+from ifvit.errors import Failure, Interrupted
 from ifvit.config import HOST, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, preset, use_of
 from ifvit.errors import UserError
 from ifvit.training.dense import dense_program

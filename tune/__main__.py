@@ -21,7 +21,7 @@ from typing import ClassVar, Literal
 
 from cluster.host import ClusterError, Host
 from ifvit import cli
-from ifvit.cli import Failure
+from ifvit.errors import Failure
 from ifvit.commands import ConfigArgs, build_config, check_common, check_outlives_job, given, named_roots, tried
 from ifvit.config import COMMON, Config, DenseConfig, MatchConfig, completed, config_of, read_toml, with_changes
 from ifvit.errors import UserError
@@ -304,7 +304,7 @@ def _noted(out: Path) -> dict:
 
 def _check_same_sweep(out: Path, plan, space, data: str) -> None:
     """Notes what the sweep is; UserError where the folder holds another one. `data`: digest of the prints."""
-    from ifvit.training.loop import FREE
+    from ifvit.config import FREE
 
     base = {k: v for k, v in plan.base.to_dict().items() if k not in FREE}
     ours = json.loads(json.dumps({"metric": plan.metric, "configuration": base, "data": data,

@@ -22,7 +22,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
 from cluster.session import passed_on
-from ifvit.cli import Failure, Interrupted
+from ifvit.errors import Failure, Interrupted
 from tune import record
 from tune.samples import Optuna, Random, Samples
 from tune.space import Range, Space

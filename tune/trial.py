@@ -23,7 +23,7 @@ from cluster.cores import as_important_as_others, claim
 from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
 from ifvit.checkpoint.places import duplicate
-from ifvit.cli import Interrupted
+from ifvit.errors import Interrupted
 from ifvit.commands import check_backend
 from ifvit.config import Config, with_changes
 from ifvit.paths import cache_dir

@@ -14,7 +14,7 @@ from ifvit.data.pairs import DensePairs
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.paths import resolve
-from ifvit.training.loop import Task
+from ifvit.training.task import Task
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.training.state import Network, init_state, learning_rates, optimizer
 from ifvit.training.step import dense_eval, dense_network, dense_step

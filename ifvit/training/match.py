@@ -19,7 +19,7 @@ from ifvit.errors import UserError
 from ifvit.scoring.scores import fit_fusion, match_scores, score_pairs
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
-from ifvit.training.loop import Task
+from ifvit.training.task import Task
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_network, match_network, match_step
 

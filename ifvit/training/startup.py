@@ -9,7 +9,7 @@ import jax
 from ifvit import checkpoint
 from ifvit.errors import UserError
 from ifvit.devices.processes import exchange, together
-from ifvit.training import saving
+from ifvit.training import run_folder
 
 PATIENCE = 15.0  # seconds that a shared file system gets to show one host's file to another
 
@@ -29,7 +29,7 @@ def check_folder(config, host) -> None:
     seen = folder / f".seen-by-all-{mark}"
 
     def write():
-        if why := saving.writable(folder):
+        if why := run_folder.writable(folder):
             raise UserError(f"Checkpoints cannot be written to {folder} ({why}); give a directory that "
                             + ("all hosts share and may write to." if jax.process_count() > 1 else "may be written to."))
         if jax.process_index() == 0:

@@ -24,7 +24,8 @@ from ifvit import checkpoint
 from ifvit.checkpoint import digest
 from ifvit.cli import use_huge_pages
 from ifvit.config import DenseConfig, preset
-from ifvit.training import saving
+from ifvit.training.policy import Saved
+from ifvit.training.saver import Saver
 from ifvit.devices.sharding import use_cpu_cores
 
 META = {"epoch": 1, "config": {}, "step": 1, "finished": False, "best": None, "value": None}
@@ -110,14 +111,16 @@ def large_state(out: Path, gigabytes: float, rounds: int) -> None:
 
 def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
     """Trains on random pixels; every third step is followed by a save, as soon as the one before is done."""
-    from ifvit.training import loop
+    from ifvit.training.resume import begin
+    from ifvit.training.task import Task
+    from ifvit.training.saved import saved_tree
     from ifvit.training.dense import dense_program
     from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
 
     config = preset(name, DenseConfig)
     program = dense_program(config.program())
     mesh = make_mesh(config.batch_size)
-    task = loop.Task("dense_reg", config, 100, "", program.init, program.step, None, (), None, None, "accuracy", True, {})
+    task = Task("dense_reg", config, 100, "", program.init, program.step, None, (), None, None, "accuracy", True, {})
     placement = shardings(jax.eval_shape(task.init, 0), mesh)
     jitted = jax.jit(task.step, donate_argnums=0, out_shardings=(placement, replicated(mesh)))
     step = lambda state, batch: jitted(state, batch, np.float32(1e-3), config.scalars())
@@ -126,8 +129,8 @@ def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
     host = {"canvas0": canvas(), "canvas1": canvas(), "mask0": canvas() > 20, "mask1": canvas() > 20,
             "genuine": np.ones(config.batch_size, bool), "label0": np.zeros(config.batch_size, np.int32),
             "label1": np.zeros(config.batch_size, np.int32)}
-    state = loop.begin(task, placement)
-    saver = saving.Saver(epath.Path(out / "run"), "dense_reg", config, 100, True)
+    state = begin(task, placement)
+    saver = Saver(epath.Path(out / "run"), "dense_reg", config, 100, True)
     waits, alone, beside, writes = [], [], [], []
     with jax.set_mesh(mesh):
         state, _ = jax.block_until_ready(step(state, put_batch(host, mesh)))
@@ -137,7 +140,7 @@ def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
             (beside if n % 3 == 1 and n > 1 else alone).append(time.perf_counter() - clock)
             if n % 3 == 0:
                 saver.blocked = 0.0
-                saver.start(saving.Saved(f"dense_reg_step_{n}", n, None, None), loop.saved_tree(state, task), META, None)
+                saver.start(Saved(f"dense_reg_step_{n}", n, None, None), saved_tree(state, task), META, None)
                 waits.append(saver.blocked)
             elif n % 3 == 2:
                 writes.append(timed(saver.settle))

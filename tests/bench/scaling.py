@@ -30,7 +30,8 @@ def worker(pairs: int, rank: int, processes: int, port: int, name: str, sets: li
     import numpy as np
 
     from ifvit.config import DenseConfig, parse_value, preset
-    from ifvit.training import loop
+    from ifvit.training.resume import begin
+    from ifvit.training.task import Task
     from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
     from ifvit.training.dense import dense_program
 
@@ -38,14 +39,14 @@ def worker(pairs: int, rank: int, processes: int, port: int, name: str, sets: li
     config = preset(name, DenseConfig).replace(batch_size=pairs * processes, **changes)
     program = dense_program(config.program())
     mesh = make_mesh(config.micro_batch)
-    task = loop.Task("dense_reg", config, 100, "", program.init, program.step, None, (), None, None, "accuracy", True, {})
+    task = Task("dense_reg", config, 100, "", program.init, program.step, None, (), None, None, "accuracy", True, {})
     placement = shardings(jax.eval_shape(task.init, 0), mesh)
     rng = np.random.default_rng(rank)
     canvas = lambda: rng.integers(0, 255, (pairs, config.canvas_size, config.canvas_size), np.uint8)
     mask = np.ones((pairs, config.canvas_size // 8, config.canvas_size // 8), bool)
     host = {"canvas0": canvas(), "canvas1": canvas(), "mask0": mask, "mask1": mask, "genuine": np.ones(pairs, bool),
             "label0": np.zeros(pairs, np.int32), "label1": np.zeros(pairs, np.int32)}
-    state = loop.begin(task, placement)
+    state = begin(task, placement)
     how = np.float32(1e-3), config.scalars()
     times = []
     with jax.set_mesh(mesh):

@@ -1,22 +1,20 @@
-"""The checkpoints of a run: written while it trains, kept by policy, found again when it resumes."""
+"""Writes the checkpoints of a run while it trains."""
 
 import logging
-import math
-import re
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
 
 import jax
 from etils import epath
 
 from ifvit import checkpoint
 from ifvit.errors import UserError
-from ifvit.checkpoint.places import duplicate, remove, written_here
+from ifvit.checkpoint.places import duplicate, remove
 from ifvit.devices.processes import exchange
+from ifvit.training.run_folder import candidates, set_aside, write_beside
+from ifvit.training.policy import Saved, doomed, ranked
 
 log = logging.getLogger("ifvit")
 
@@ -25,16 +23,6 @@ OWNER = "owner"  # in a run's folder: which attempt may write there, the one tha
 
 class TakenOver(Exception):
     """Another run was started on this run's folder."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint of the run, as far as the policy is concerned."""
-
-    name: str
-    step: int
-    epoch: int | None     # None: within an epoch
-    value: float | None   # of the validation metric
 
 
 class Saver:
@@ -141,56 +129,6 @@ class Saver:
         remove(self.folder / name)
 
 
-def ranked(saved: list[Saved], higher_is_better: bool) -> list[Saved]:
-    """Epochs with a validation value, best first, of equals the earlier one."""
-    valued = [s for s in saved if s.value is not None]
-    return sorted(valued, key=lambda s: (-s.value if higher_is_better else s.value, s.step))
-
-
-def doomed(saved: list[Saved], module: str, config, higher_is_better: bool) -> list[str]:
-    """Names that no rule keeps: the final one; every `save_every` epochs; the newest `keep_last`; the best `keep_best`."""
-    final = f"{module}_ckpt"
-    kept = {s.name for s in saved if s.name == final or (s.epoch and s.epoch % config.save_every == 0)}
-    if config.keep_best > 1:  # of the best alone `NAME_best` is a copy
-        best = ranked(saved, higher_is_better)
-        steps = list(dict.fromkeys(s.step for s in best))[: config.keep_best]  # the final one and its epoch's are one
-        kept |= {s.name for s in best if s.step in steps}
-    if final not in kept:  # a finished run needs no others to go on from
-        kept |= {s.name for s in sorted(saved, key=lambda s: s.step)[-config.keep_last :]}
-    return [s.name for s in saved if s.name not in kept]
-
-
-def candidates(folder: epath.Path, module: str, steps_per_epoch: int, beyond: int = -1) -> list[epath.Path]:
-    """The run's checkpoints to go on from, of steps after `beyond`, the furthest first; one that was being replaced counts by
-    its name."""
-    found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
-        step = step_of_name(path.name.removesuffix(checkpoint.OLD), module, steps_per_epoch)
-        if step is not None and step > beyond and checkpoint.has_name(path):
-            found.append((step, not path.name.endswith(checkpoint.OLD), path))
-    return [path for *_, path in sorted(found, key=lambda f: f[:2], reverse=True)]
-
-
-def step_of_name(name: str, module: str, steps_per_epoch: int) -> float | None:
-    """How far a checkpoint of this name is: the final one furthest; None where the name is not one to go on from."""
-    match = re.fullmatch(rf"{module}_(?:ckpt|epoch_(\d+)|step_(\d+))", name)
-    if not match:
-        return None
-    epoch, step = match.groups()
-    return int(epoch) * steps_per_epoch if epoch else int(step) if step else math.inf
-
-
-def set_aside(path: epath.Path) -> epath.Path:
-    """Renames a bad checkpoint to `NAME.damaged`, or `.damaged.2` and so on: it is never deleted."""
-    name = path.name.removesuffix(checkpoint.OLD) + ".damaged"
-    n = 1
-    while (aside := path.with_name(name if n == 1 else f"{name}.{n}")).exists():
-        n += 1
-    if jax.process_index() == 0:
-        path.rename(aside)
-    return aside
-
-
 def _already_there(folder: epath.Path, module: str, steps_per_epoch: int) -> Iterator[Saved]:
     for path in candidates(folder, module, steps_per_epoch):
         if not path.name.endswith(checkpoint.OLD) and checkpoint.complete(path):
@@ -204,46 +142,3 @@ def _value_of(folder: epath.Path) -> float | None:
         return checkpoint.read_metadata(folder)["value"]
     except UserError:
         return None
-
-
-def _step_of(folder: epath.Path) -> int:
-    try:
-        return checkpoint.read_metadata(folder)["step"]
-    except UserError:
-        return -1
-
-
-def move_away(folder: epath.Path, module: str, steps_per_epoch: int = 1, beyond: int = -1) -> None:
-    """A run that begins anew, or from an earlier step, leaves the checkpoints after that whole, under `before_N`."""
-    best = folder / f"{module}_best"
-    old = candidates(folder, module, steps_per_epoch, beyond)
-    old += [best] if checkpoint.has_name(best) and (beyond < 0 or _step_of(best) > beyond) else []
-    n = 1
-    while (aside := folder / f"before_{n}").exists():
-        n += 1
-    if old and jax.process_index() == 0:
-        aside.mkdir()
-        for path in old:
-            path.rename(aside / path.name)
-
-
-def write_beside(file: epath.Path, write: Callable[[Path], None]) -> None:
-    """A file beside the checkpoints, by the first process; that it cannot be written is said, and no reason to stop."""
-    if jax.process_index() == 0:
-        try:
-            with written_here(file) as here:
-                write(here)
-        except OSError as e:
-            log.warning("⚠ %s could not be written (%s).", file, e.strerror)
-
-
-def writable(folder: epath.Path) -> str | None:
-    """Why checkpoints cannot be written to a folder; None where they can."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".probe-{uuid.uuid4().hex}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as e:
-        return e.strerror
-    return None
