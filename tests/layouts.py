@@ -39,7 +39,8 @@ from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weight
 from ifvit.training.saved import saved_tree  # noqa: E402
 from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402
 from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
-from ifvit.training.step import dense_network, dense_step  # noqa: E402
+from ifvit.models.networks import dense_network  # noqa: E402
+from ifvit.training.step import dense_step  # noqa: E402
 
 ONE = ["1x1", "2x1", "1x2", "4x1", "2x2", "1x4", "8x1", "4x2", "2x4", "1x8"]  # data × model
 WHOLE = ["1x1", "8x1", "1x8", "2x4", "2x2"]  # under which all leaves are saved; under the others one of each kind

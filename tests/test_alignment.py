@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit.pixels.alignment import align, enhance, register
+from ifvit.pixels.alignment import align, enhance
+from ifvit.pixels.registration import register
 from ifvit.config import PRESETS, MatchConfig
 from ifvit.pixels.geometry import cell_centres, grid_points
 

@@ -9,10 +9,9 @@ import pytest
 
 from ifvit.config import PRESETS, DenseConfig
 from ifvit.pixels import views
-from ifvit.pixels.views import (View, corrupt, dense_pair, match_views, normalise, plain_view, plain_views, random_view,
-                                take_view, to_canvas, to_view, truth)
+from ifvit.pixels.corruption import corrupt
+from ifvit.pixels.views import View, dense_pair, match_views, normalise, plain_view, plain_views, random_view, take_view, to_canvas, to_view, truth
 from ifvit.models.losses import IGNORE, NO_MATCH
-from ifvit.models.dense_reg import cell_mask
 from ifvit.training.step import pair_keys
 
 SMOKE = DenseConfig(**PRESETS["smoke"][0])  # 200 ppi, window of 64 px, canvas of 256
@@ -208,7 +207,7 @@ def ridges_and_background():
 
 @pytest.fixture(scope="module")
 def make_pair(ridges_and_background):
-    run = quickly(lambda keys: dense_pair(keys, ridges_and_background, SMOKE, cell_mask))
+    run = quickly(lambda keys: dense_pair(keys, ridges_and_background, SMOKE))
     return lambda step: jax.tree.map(np.asarray, run(pair_keys(0, step, (2,))))
 
 

@@ -22,7 +22,7 @@ from ifvit.errors import UserError
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights, verify_module1_loading
 from ifvit.training.match import checkpoint_of_module1
 from ifvit.training.state import init_state, learning_rate, optimizer
-from ifvit.training.step import dense_network
+from ifvit.models.networks import dense_network
 from test_guide import LOG
 
 WIDTH, LAYERS = 64, 2 * 2  # self and cross

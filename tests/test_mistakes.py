@@ -38,8 +38,11 @@ from ifvit.models.resnet import ConvBN
 from ifvit.training.dense import steps_per_epoch, warp_metrics
 from ifvit.training.loop import train
 from ifvit.training.task import Task
-from ifvit.training.state import Network, TrainState, learning_rate, learning_rates, optimizer
-from ifvit.training.step import dense_eval, dense_network, dense_step, match_network, match_step, train_step
+from ifvit.models.networks import Network
+from ifvit.training.state import TrainState, learning_rate, learning_rates, optimizer
+from ifvit.models.networks import dense_network, match_network
+from ifvit.scoring.known_warps import dense_eval
+from ifvit.training.step import dense_step, match_step, train_step
 
 TINY = dict(PRESETS["smoke"][0], image_size=32, resnet_widths=(2, 2, 2), transformer_width=8, input_ppi=400.0,
             canvas_size=64, batch_size=2, partial=0.0)
@@ -350,7 +353,7 @@ def test_a_pair_that_fills_a_batch_up_has_no_part_in_the_metrics(batch):
     """Of a network that matches every cell to itself with confidence 1/2."""
     log_conf = np.log(np.broadcast_to(0.5 * np.eye(16) + 1e-9, (2, 16, 16)))
     half = Network(None, lambda params, stats, *inputs, train: (jnp.asarray(log_conf), stats))
-    evaluate = quickly(dense_eval(half, DENSE, known_warp_only=True))
+    evaluate = quickly(dense_eval(half, DENSE.replace(partial=0.0)))
     keys = jax.random.split(jax.random.key(0), 2)
     both, first, second = (evaluate({}, {}, batch | {"counts": np.array(c)}, keys)
                            for c in ([True, True], [True, False], [False, True]))

@@ -11,9 +11,11 @@ from flax.traverse_util import flatten_dict
 
 from ifvit.config import DenseConfig, MatchConfig
 from ifvit.models import transformer
-from ifvit.models.dense_reg import DenseRegistration, cell_mask
+from ifvit.models.cells import cell_mask
+from ifvit.models.dense_reg import DenseRegistration
 from ifvit.models.matcher import Aligned, EmbeddingHead, Matcher
-from ifvit.models.resnet import STRIDE, ConvBN, ResNet18
+from ifvit.constants import STRIDE
+from ifvit.models.resnet import ConvBN, ResNet18
 from ifvit.models.transformer import EncoderLayer, Transformer, position_encoding
 
 linear_attention, softmax_attention = jax.jit(transformer.linear_attention), jax.jit(transformer.softmax_attention)

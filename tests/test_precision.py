@@ -10,13 +10,15 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from ifvit.pixels.alignment import align, register
+from ifvit.pixels.alignment import align
+from ifvit.pixels.registration import register
 from ifvit.config import PRESETS, DenseConfig, MatchConfig
 from ifvit.pixels.views import dense_pair, match_views, plain_views
 from ifvit.scoring.scores import dense_scores, match_scores
-from ifvit.models.dense_reg import cell_mask
 from ifvit.training.state import init_state
-from ifvit.training.step import dense_eval, dense_network, match_network, pair_keys
+from ifvit.models.networks import dense_network, match_network
+from ifvit.scoring.known_warps import dense_eval
+from ifvit.training.step import pair_keys
 
 DENSE, MATCH = DenseConfig(**PRESETS["smoke"][0]), MatchConfig(**PRESETS["smoke"][1])
 PAIRS, CANVAS, SIZE = 2, DENSE.canvas_size, DENSE.image_size
@@ -57,7 +59,7 @@ def programs() -> dict:
     views = jax.eval_shape(lambda b: plain_views(b, MATCH), batch())
     dense, match = dense_network(DENSE), match_network(MATCH, 3)
     return {
-        "Module 1's pairs and their truth": (lambda k, b: dense_pair(k, b, DENSE, cell_mask), keys(), batch()),
+        "Module 1's pairs and their truth": (lambda k, b: dense_pair(k, b, DENSE), keys(), batch()),
         "Module 2's views": (lambda k, b: match_views(k, b, MATCH), keys(), batch()),
         "the alignment": (aligned, views, jax.ShapeDtypeStruct((PAIRS, cells, cells), jnp.float32)),
         "Module 1's score": (dense_scores(dense, DENSE), *weights(dense), batch()),

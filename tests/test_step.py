@@ -24,7 +24,8 @@ from jax.sharding import Mesh
 from ifvit.config import DenseConfig, MatchConfig, preset
 from ifvit.devices.sharding import put_batch, replicated, shardings
 from ifvit.training.state import init_state, learning_rate, optimizer
-from ifvit.training.step import dense_network, dense_step, match_network, match_step
+from ifvit.models.networks import dense_network, match_network
+from ifvit.training.step import dense_step, match_step
 
 PAIRS = 8
 SMALL = dict(batch_size=PAIRS, warmup=0.0, image_size=32, roi_size=16, canvas_size=128, input_ppi=300.0)

@@ -5,15 +5,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ifvit.models.matching import log_dual_softmax, similarity
-from ifvit.models.resnet import STRIDE, ResNet18
+from ifvit.models.cells import cell_mask
+from ifvit.models.resnet import ResNet18
 from ifvit.models.transformer import Transformer, position_encoding
-
-
-def cell_mask(mask: Bool[Array, "N H W"]) -> Bool[Array, "N L"]:
-    """Cells of STRIDE × STRIDE px of which at least half is foreground, flattened."""
-    n, h, w = mask.shape
-    blocks = mask.reshape(n, h // STRIDE, STRIDE, w // STRIDE, STRIDE).mean(axis=(2, 4))
-    return (blocks >= 0.5).reshape(n, -1)
 
 
 class DenseRegistration(nnx.Module):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from ifvit.models.dense_reg import cell_mask
+from ifvit.constants import STRIDE
+from ifvit.models.cells import cell_mask
 from ifvit.models.matching import log_dual_softmax, similarity
 from ifvit.models.resnet import ResNet18
 from ifvit.models.transformer import Transformer, position_encoding
@@ -94,7 +95,7 @@ class Matcher(nnx.Module):
 
     def _features(self, resnet, transformer, image0, image1, mask, train):
         batch, size = image0.shape[:2]
-        pad = -size % 8  # a window of 90 px has 12 cells a side, the last of them partly empty
+        pad = -size % STRIDE  # a window of 90 px has 12 cells a side, the last of them partly empty
         image0, image1 = (jnp.pad(i, ((0, 0), (0, pad), (0, pad), (0, 0))) for i in (image0, image1))
         cells = cell_mask(jnp.pad(mask, ((0, 0), (0, pad), (0, pad))))
         x = resnet(jnp.stack([image0, image1], axis=1).reshape(2 * batch, *image0.shape[1:]), train)

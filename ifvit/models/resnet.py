@@ -7,7 +7,6 @@ from jaxtyping import Array, Float
 
 from ifvit.devices.batch_axes import batch_axes
 
-STRIDE = 8  # px of the input for one cell of the feature map; everything that counts cells reads it here
 
 
 class BatchNorm(nnx.BatchNorm):

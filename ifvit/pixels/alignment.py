@@ -1,44 +1,16 @@
-"""From Module 1's confidences to an aligned pair: matches, robust similarity, warp, overlap, region of interest."""
-
-from typing import NamedTuple
+"""From a registration to an aligned pair: warp, overlap, region of interest."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from ifvit.pixels.views import CANVAS_PPI, RIDGE, normalise
-from ifvit.pixels.geometry import (IDENTITY, RobustFit, apply_similarity, blur, cell_centres, grid_points, invert_similarity,
-                            ridge_overlap, robust_similarity, sample)
+from ifvit.constants import CANVAS_PPI, RIDGE
 from ifvit.models.matcher import Aligned
-from ifvit.models.matching import Matches, mutual_matches
-from ifvit.models.resnet import STRIDE
-
-
-class Registration(NamedTuple):
-    """Module 1's answer on a pair: similarity from print 0 to print 1 in window px, and what supports it."""
-
-    similarity: Float[Array, "B 4"]
-    aligned: Bool[Array, "B"]       # at least `min_matches` inliers
-    count: Int[Array, "B"]          # inliers
-    matches: Matches
-    inliers: Bool[Array, "B K"]
-    points0: Float[Array, "B K 2"]  # window px of the matches in print 0, and in print 1
-    points1: Float[Array, "B K 2"]
-
-
-def register(log_conf: Float[Array, "B L L"], image_size: int, config) -> Registration:
-    """Mutual matches of Module 1's confidences and the similarity that most of them agree on."""
-    side = image_size // STRIDE
-    matches = mutual_matches(log_conf, config.alignment_matches, config.match_threshold, config.match_border,
-                             (side, side))
-    centres = jnp.asarray(cell_centres(image_size, STRIDE))
-    p0, p1 = centres[matches.cell0], centres[matches.cell1]
-    fit: RobustFit = robust_similarity(p0, p1, matches.valid, config.alignment_samples,
-                                       config.inlier_radius * STRIDE)
-    aligned = fit.count >= config.min_matches
-    similarity = jnp.where(aligned[:, None], fit.similarity, jnp.asarray(IDENTITY))
-    return Registration(similarity, aligned, fit.count, matches, fit.inliers, p0, p1)
+from ifvit.models.networks import Network
+from ifvit.pixels.geometry import IDENTITY, apply_similarity, blur, grid_points, invert_similarity, ridge_overlap, sample
+from ifvit.pixels.registration import registration
+from ifvit.pixels.views import Views, normalise
 
 
 def align(image0: Float[Array, "B S S"], image1: Float[Array, "B S S"], mask0: Bool[Array, "B S S"],
@@ -81,3 +53,16 @@ def _roi_corner(overlap: Bool[Array, "B S S"], roi: int) -> Int[Array, "B 2"]:
     x = (overlap.sum(1) * along).sum(1) / total
     y = (overlap.sum(2) * along).sum(1) / total
     return jnp.clip(jnp.round(jnp.stack([x, y], -1) - roi / 2).astype(jnp.int32), 0, size - roi)
+
+
+def aligned_pair(aligner: Network | None, aligner_state: tuple, views: Views, config,
+                 ) -> tuple[Aligned, Bool[Array, "B"], Int[Array, "B"]]:
+    """Views -> inputs of Module 2, which pairs are aligned, and their registered matches."""
+    image0, mask0, image1, mask1 = views
+    found = registration(aligner, aligner_state, views, config)
+    if found is None:
+        batch = image0.shape[0]
+        none = jnp.zeros(batch, jnp.int32)
+        identity = jnp.broadcast_to(jnp.asarray(IDENTITY), (batch, 4))
+        return align(image0, image1, mask0, mask1, identity, config), none > 0, none
+    return align(image0, image1, mask0, mask1, found.similarity, config), found.aligned, found.count

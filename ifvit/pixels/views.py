@@ -1,4 +1,4 @@
-"""Prints on the device: views (pose, distortion), corruption, normalisation, ground truth.
+"""Prints on the device: poses and distortion, what the networks see, and the truth between two views.
 
 Everything here is per print, under `vmap`, inside the jitted step. A view maps each of its pixels
 to the 500 ppi canvas analytically, so that the truth between two views of a print is exact.
@@ -9,16 +9,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
+from ifvit.constants import CANVAS_PPI, MASK_CELL, RIDGE, STRIDE
+from ifvit.models.cells import cell_mask
 from ifvit.models.losses import IGNORE, NO_MATCH
-from ifvit.models.resnet import STRIDE
+from ifvit.pixels.corruption import corrupt
+from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
 
-CANVAS_PPI = 500
 MODES = 5  # sine modes of a distortion field
-RIDGE = 9.0  # px at 500 ppi, a usual ridge period; windows below are given in ridges
 
 
 class View(NamedTuple):
@@ -82,7 +81,7 @@ def take_view(canvas: UInt8[Array, "C C"], mask8: Bool[Array, "C/8 C/8"], view: 
         background = image[0, 0]
         image = blur(image - background, 0.45 * math.sqrt(ratio**2 - 1)) + background
     pixels = sample(image, xy, image[0, 0])
-    inside = sample(mask8.astype(jnp.float32), (xy - 3.5) / 8, 0.0) > 0.5
+    inside = sample(mask8.astype(jnp.float32), (xy - (MASK_CELL - 1) / 2) / MASK_CELL, 0.0) > 0.5
     return pixels.reshape(size, size), inside.reshape(size, size)
 
 
@@ -104,46 +103,21 @@ def truth(view0: View, view1: View, m0: Bool[Array, "L"], m1: Bool[Array, "L"], 
     return jnp.where(~m0, IGNORE, jnp.where(mutual, j, jnp.where(seen, IGNORE, NO_MATCH)))
 
 
-def corrupt(key, image: Float[Array, "S S"], mask: Bool[Array, "S S"], config, strength: float,
-            ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
-    """Dryness or over-pressure, sensor noise, uneven contact and contrast; sometimes a partial contact.
-
-    Ridges are dark: a minimum filter thickens them (over-pressure), a maximum filter thins them (dryness).
-    """
-    size = image.shape[0]
-    ridge = RIDGE * config.input_ppi / CANVAS_PPI
-    k_uniform, k_normal = jax.random.split(key)
-    u = jax.random.uniform(k_uniform, (12,))
-    octaves = [0.6 * ridge, 1.5 * ridge, 4 * ridge, 0.3 * ridge, 3 * ridge, 4 * ridge]
-    perlin0, perlin1, perlin2, pores, contrast, ragged, white = _noises(k_normal, size, octaves)
-    x = local_normalise(image, mask, 2 * ridge)
-
-    thick = config.thickness * strength * (2 * u[0] - 1)
-    x = x + jnp.abs(thick) * (jnp.where(thick > 0, _neighbours(x, jnp.minimum), _neighbours(x, jnp.maximum)) - x)
-    x = x - 0.5 * thick  # what a local threshold would then call ridge
-
-    amount = config.noise * strength * u[1:5] ** 2
-    x = x + 0.7 * amount[0] * (perlin0 + perlin1 + perlin2) + 0.8 * amount[1] * white
-    x = x + 2.0 * amount[2] * jax.nn.relu(pores - 0.8)  # bright specks, on ridges where it is dry
-    x = x * jnp.exp(0.8 * amount[3] * contrast)
-
-    # partial contact: an ellipse of the finger, its border ragged
-    yx = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij"), axis=-1) / size - 0.5
-    axes, place = 0.25 + 0.3 * u[5:7], 0.4 * u[7:9] - 0.2
-    contact = (((yx - place) / axes) ** 2).sum(-1) < 1 + 0.25 * ragged
-    kept = mask & (contact | (u[9] > 0.7 * config.partial))
-    mask = jnp.where(kept.mean() > 0.08, kept, mask)
-
-    soft = jnp.where(u[10] < 0.3, u[11] * strength, 0.0)
-    return (1 - soft) * x + soft * blur(x, 0.18 * ridge), mask
-
-
 def normalise(images: Float[Array, "B S S"], masks: Bool[Array, "B S S"], config) -> Float[Array, "B S S 1"]:
     """What both networks see: local mean and deviation over a ridge, nothing outside the foreground.
 
     The background becomes 0 everywhere, so no corner gives away how a print was turned.
     """
     return local_normalise(images, masks, 0.9 * RIDGE * config.input_ppi / CANVAS_PPI)[..., None]
+
+
+class Views(NamedTuple):
+    """Both windows of each pair, before normalisation, and their foreground."""
+
+    image0: Float[Array, "B S S"]
+    mask0: Bool[Array, "B S S"]
+    image1: Float[Array, "B S S"]
+    mask1: Bool[Array, "B S S"]
 
 
 class DensePair(NamedTuple):
@@ -154,12 +128,11 @@ class DensePair(NamedTuple):
     labels: Int[Array, "B L"]
 
 
-def dense_pair(keys, batch: dict, config, cell_mask, known_warp_only: bool = False) -> DensePair:
+def dense_pair(keys, batch: dict, config) -> DensePair:
     """Module 1's input: two views of print a with their truth, or of a and b, where nothing matches.
 
     `keys` (B,); `batch` has `canvas0`, `canvas1` (B C C) uint8, `mask0`, `mask1` (B C/8 C/8) bool and
-    `genuine` (B,) bool; a genuine pair has the same print twice. With `known_warp_only` views are
-    not corrupted: pose and distortion alone.
+    `genuine` (B,) bool; a genuine pair has the same print twice.
     """
     rotation = jnp.radians(config.rotation)
     # of view 0 and view 1: the second is turned, scaled, moved and corrupted more
@@ -173,7 +146,7 @@ def dense_pair(keys, batch: dict, config, cell_mask, known_warp_only: bool = Fal
             k_view, k_corrupt = jax.random.split(key)
             v = random_view(k_view, config, angle, scale, shift)
             x, m = take_view(canvas, mask, v, config)
-            return v, *((x, m) if known_warp_only else corrupt(k_corrupt, x, m, config, strength))
+            return v, *corrupt(k_corrupt, x, m, config, strength)
 
         views, x, m = jax.vmap(view)(jax.random.split(k_views), canvases, masks, jnp.cumsum(turn), scale, shift,
                                      strength)
@@ -187,8 +160,8 @@ def dense_pair(keys, batch: dict, config, cell_mask, known_warp_only: bool = Fal
     return DensePair(image0, image1, m[:, 0], m[:, 1], labels)
 
 
-def match_views(keys, batch: dict, config):
-    """Module 2's prints before alignment, each turned, moved and corrupted on its own: images, masks (B S S)."""
+def match_views(keys, batch: dict, config) -> Views:
+    """Module 2's prints before alignment, each turned, moved and corrupted on its own."""
     def view(key, canvas, mask):
         k_angle, k_view, k_corrupt = jax.random.split(key, 3)
         angle = _uniform(k_angle, -1, 1) * jnp.radians(config.rotation)
@@ -197,14 +170,14 @@ def match_views(keys, batch: dict, config):
 
     keys = jax.vmap(jax.random.split)(keys)
     x, m = jax.vmap(jax.vmap(view))(keys, *_stacked(batch))
-    return x[:, 0], m[:, 0], x[:, 1], m[:, 1]
+    return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
 
 
-def plain_views(batch: dict, config):
-    """Both prints of each pair as they are: images, masks (B S S), in the order of `match_views`."""
+def plain_views(batch: dict, config) -> Views:
+    """Both prints of each pair as they are."""
     view = plain_view(config)
     x, m = jax.vmap(jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config)))(*_stacked(batch))
-    return x[:, 0], m[:, 0], x[:, 1], m[:, 1]
+    return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
 
 
 def _stacked(batch: dict):
@@ -215,21 +188,3 @@ def _stacked(batch: dict):
 
 def _uniform(key, lo, hi):
     return jax.random.uniform(key, minval=lo, maxval=hi)
-
-
-def _neighbours(x, pick):
-    """`pick` (minimum or maximum) over the 3 × 3 cross."""
-    p = jnp.pad(x, 1, mode="edge")
-    return pick(pick(pick(p[:-2, 1:-1], p[2:, 1:-1]), pick(p[1:-1, :-2], p[1:-1, 2:])), x)
-
-
-def _noises(key, size: int, lengths: list[float]) -> list[Float[Array, "S S"]]:
-    """Lattice noise of unit variance (Perlin 1985) with each of `lengths` px between lattice points; last, white noise.
-
-    One draw for all, as in `random_view`.
-    """
-    sides = [max(2, int(np.ceil(size / length))) for length in lengths]
-    ends = np.cumsum([n * n for n in sides])
-    z = jax.random.normal(key, (int(ends[-1]) + size * size,))
-    lattices = [z[end - n * n : end].reshape(n, n) for n, end in zip(sides, ends)]
-    return [jax.image.resize(x, (size, size), "cubic") for x in lattices] + [z[ends[-1] :].reshape(size, size)]

@@ -18,7 +18,8 @@ from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 from ifvit.pixels.geometry import exact
-from ifvit.training.step import dense_network, match_network, registration
+from ifvit.models.networks import dense_network, match_network
+from ifvit.pixels.registration import registration
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ from ifvit.data.prepare import PrintSet
 from ifvit.pixels.geometry import exact
 from ifvit.scoring.rates import threshold_at_fmr
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
-from ifvit.training.state import Network
-from ifvit.training.step import aligned_pair, registration
+from ifvit.models.networks import Network
+from ifvit.pixels.alignment import aligned_pair
+from ifvit.pixels.registration import registration
 
 
 def dense_scores(net: Network, config) -> Callable:

@@ -16,8 +16,11 @@ from ifvit.errors import UserError
 from ifvit.paths import resolve
 from ifvit.training.task import Task
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
-from ifvit.training.state import Network, init_state, learning_rates, optimizer
-from ifvit.training.step import dense_eval, dense_network, dense_step
+from ifvit.models.networks import Network
+from ifvit.training.state import init_state, learning_rates, optimizer
+from ifvit.models.networks import dense_network
+from ifvit.scoring.known_warps import dense_eval
+from ifvit.training.step import dense_step
 
 VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
 
@@ -42,7 +45,7 @@ def dense_program(config) -> Program:
         return dense_step(net, ours, optimizer(ours, schedule), schedule)(state, batch)
 
     def evaluate(params, batch_stats, scalars, batch, keys):
-        return dense_eval(net, Traced(config, scalars), known_warp_only=False)(params, batch_stats, batch, keys)
+        return dense_eval(net, Traced(config, scalars))(params, batch_stats, batch, keys)
 
     return Program(net, lambda seed: init_state(net, optimizer(config, lambda _: 0.0), seed), step, jax.jit(evaluate))
 

@@ -21,7 +21,8 @@ from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_tra
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.task import Task
 from ifvit.training.state import init_state, learning_rates, optimizer
-from ifvit.training.step import dense_network, match_network, match_step
+from ifvit.models.networks import dense_network, match_network
+from ifvit.training.step import match_step
 
 log = logging.getLogger("ifvit")
 

@@ -6,6 +6,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from pathlib import Path
+
 import jax
 from etils import epath
 

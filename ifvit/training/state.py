@@ -1,13 +1,14 @@
 """The training state, a pytree of nested dictionaries, and the models as pure functions of it."""
 
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Float
+
+from ifvit.models.networks import Network
 
 
 class TrainState(NamedTuple):
@@ -15,33 +16,6 @@ class TrainState(NamedTuple):
     batch_stats: dict
     opt_state: Any
     step: jax.Array  # int32, optimiser steps done
-
-
-class Network(NamedTuple):
-    """A model as data: `apply(params, batch_stats, *inputs, train)` -> (output, new batch_stats)."""
-
-    init: Callable[[jax.Array], tuple[dict, dict]]
-    apply: Callable
-
-
-def network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
-    """The module that `make` builds, as pure functions; parameters are nested dictionaries of arrays."""
-    abstract = nnx.eval_shape(lambda: make(nnx.Rngs(0)))
-    graphdef, params_spec, stats_spec = nnx.split(abstract, nnx.Param, nnx.BatchStat)
-
-    def init(key):
-        _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
-        return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
-
-    def apply(params, batch_stats, *inputs, train: bool):
-        spec_p, spec_s = jax.tree.map(lambda x: x, params_spec), jax.tree.map(lambda x: x, stats_spec)
-        nnx.replace_by_pure_dict(spec_p, params)
-        nnx.replace_by_pure_dict(spec_s, batch_stats)
-        model = nnx.merge(graphdef, spec_p, spec_s, copy=True)
-        out = model(*inputs, train=train)
-        return out, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
-
-    return Network(init, apply)
 
 
 def optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:

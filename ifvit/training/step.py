@@ -1,6 +1,6 @@
 """The two training steps, pure functions (state, batch) -> (state, metrics), and what they have in common."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,23 +8,15 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
 
-from ifvit.pixels.alignment import align, register
 from ifvit.devices.batch_axes import batch_axes, over_batch
-from ifvit.pixels.views import dense_pair, match_views, normalise
-from ifvit.pixels.geometry import exact
-from ifvit.models.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
-from ifvit.models.dense_reg import DenseRegistration, cell_mask
-from ifvit.models.matcher import Matcher
 from ifvit.devices.sharding import batch_spec, gathered
-from ifvit.training.state import Network, TrainState, network
-
-
-def dense_network(config) -> Network:
-    return network(lambda rngs: DenseRegistration(config, rngs=rngs))
-
-
-def match_network(config, num_classes: int) -> Network:
-    return network(lambda rngs: Matcher(config, num_classes, rngs=rngs))
+from ifvit.models.cells import cell_mask
+from ifvit.models.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
+from ifvit.models.networks import Network
+from ifvit.pixels.alignment import aligned_pair
+from ifvit.pixels.views import dense_pair, match_views
+from ifvit.scoring.known_warps import warp_accuracy
+from ifvit.training.state import TrainState
 
 
 def pair_keys(seed: int, step, shape: tuple[int, ...]):
@@ -108,61 +100,12 @@ def _own(x):
 def dense_step(net: Network, config, tx, schedule):
     """Module 1: two views of a print with known truth, or two fingers; L_D alone."""
     def loss(params, batch_stats, batch, keys):
-        pair = dense_pair(keys, batch, config, cell_mask)
+        pair = dense_pair(keys, batch, config)
         log_conf, stats = net.apply(params, batch_stats, *pair[:4], train=True)
         value = DENSE_LOSSES[config.dense_loss](log_conf, pair.labels, cell_mask(pair.mask0), cell_mask(pair.mask1))
         return value, (stats, {"accuracy": warp_accuracy(log_conf, pair.labels)})
 
     return train_step(loss, config, tx, schedule)
-
-
-def warp_accuracy(log_conf, labels):
-    """Share of the cells with a known match whose most confident cell lies within one cell of it, per batch."""
-    side = round(log_conf.shape[2] ** 0.5)
-    found = log_conf.argmax(axis=2)
-    near = (jnp.abs(found // side - labels // side) <= 1) & (jnp.abs(found % side - labels % side) <= 1)
-    return mean_where(near.astype(jnp.float32), labels >= 0)
-
-
-def dense_eval(net: Network, config, known_warp_only: bool):
-    """(params, batch_stats, batch, keys) -> correct and known cells, summed, and the confidence given to impostors.
-
-    Only the pairs that `batch["counts"]` (B,) marks have a part in it: a last batch is filled up.
-    """
-    @exact
-    def evaluate(params, batch_stats, batch, keys):
-        pair = dense_pair(keys, batch, config, cell_mask, known_warp_only)
-        log_conf, _ = net.apply(params, batch_stats, *pair[:4], train=False)
-        labels = jnp.where(batch["counts"][:, None], pair.labels, IGNORE)
-        known = (labels >= 0).sum()
-        top = jnp.exp(log_conf.max(axis=2)) * cell_mask(pair.mask0)
-        return {"correct": warp_accuracy(log_conf, labels) * known, "known": known,
-                "impostor_confidence": (top.max(axis=1) * (batch["counts"] & ~batch["genuine"])).sum()}
-
-    return evaluate
-
-
-def registration(aligner: Network | None, aligner_state, views, config):
-    """Module 1, frozen, on a batch of views; None (no aligner) where Module 2 runs unaligned."""
-    if aligner is None:
-        return None
-    image0, mask0, image1, mask1 = views
-    params, stats = jax.lax.stop_gradient(aligner_state)
-    log_conf, _ = aligner.apply(params, stats, normalise(image0, mask0, config), normalise(image1, mask1, config),
-                                mask0, mask1, train=False)
-    return register(log_conf, config.image_size, config)
-
-
-def aligned_pair(aligner, aligner_state, views, config):
-    """Views -> (inputs of Module 2, aligned (B,) bool, number of registered matches (B,))."""
-    image0, mask0, image1, mask1 = views
-    found = registration(aligner, aligner_state, views, config)
-    if found is None:
-        batch = image0.shape[0]
-        none = jnp.zeros(batch, jnp.int32)
-        identity = jnp.broadcast_to(jnp.array([1.0, 0, 0, 0]), (batch, 4))
-        return align(image0, image1, mask0, mask1, identity, config), none > 0, none
-    return align(image0, image1, mask0, mask1, found.similarity, config), found.aligned, found.count
 
 
 def match_step(net: Network, aligner: Network | None, config, tx, schedule):

@@ -22,7 +22,8 @@ from ifvit.paths import cache_dir
 from ifvit.train_dense import run
 from ifvit.training.dense import warp_metrics
 from ifvit.devices.sharding import use_cpu_cores
-from ifvit.training.step import dense_eval, dense_network
+from ifvit.models.networks import dense_network
+from ifvit.scoring.known_warps import dense_eval
 
 
 @dataclass(frozen=True)

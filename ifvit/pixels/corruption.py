@@ -1,0 +1,61 @@
+"""What sensors and fingers do to a print: noise, dryness, pressure, uneven and partial contact."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from ifvit.constants import CANVAS_PPI, RIDGE
+from ifvit.pixels.geometry import blur, local_normalise
+
+
+def corrupt(key, image: Float[Array, "S S"], mask: Bool[Array, "S S"], config, strength: float,
+            ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
+    """Dryness or over-pressure, sensor noise, uneven contact and contrast; sometimes a partial contact.
+
+    Ridges are dark: a minimum filter thickens them (over-pressure), a maximum filter thins them (dryness).
+    """
+    size = image.shape[0]
+    ridge = RIDGE * config.input_ppi / CANVAS_PPI
+    k_uniform, k_normal = jax.random.split(key)
+    u = jax.random.uniform(k_uniform, (12,))
+    octaves = [0.6 * ridge, 1.5 * ridge, 4 * ridge, 0.3 * ridge, 3 * ridge, 4 * ridge]
+    perlin0, perlin1, perlin2, pores, contrast, ragged, white = _noises(k_normal, size, octaves)
+    x = local_normalise(image, mask, 2 * ridge)
+
+    thick = config.thickness * strength * (2 * u[0] - 1)
+    x = x + jnp.abs(thick) * (jnp.where(thick > 0, _neighbours(x, jnp.minimum), _neighbours(x, jnp.maximum)) - x)
+    x = x - 0.5 * thick  # what a local threshold would then call ridge
+
+    amount = config.noise * strength * u[1:5] ** 2
+    x = x + 0.7 * amount[0] * (perlin0 + perlin1 + perlin2) + 0.8 * amount[1] * white
+    x = x + 2.0 * amount[2] * jax.nn.relu(pores - 0.8)  # bright specks, on ridges where it is dry
+    x = x * jnp.exp(0.8 * amount[3] * contrast)
+
+    # partial contact: an ellipse of the finger, its border ragged
+    yx = jnp.stack(jnp.meshgrid(jnp.arange(size), jnp.arange(size), indexing="ij"), axis=-1) / size - 0.5
+    axes, place = 0.25 + 0.3 * u[5:7], 0.4 * u[7:9] - 0.2
+    contact = (((yx - place) / axes) ** 2).sum(-1) < 1 + 0.25 * ragged
+    kept = mask & (contact | (u[9] > 0.7 * config.partial))
+    mask = jnp.where(kept.mean() > 0.08, kept, mask)
+
+    soft = jnp.where(u[10] < 0.3, u[11] * strength, 0.0)
+    return (1 - soft) * x + soft * blur(x, 0.18 * ridge), mask
+
+
+def _neighbours(x, pick):
+    """`pick` (minimum or maximum) over the 3 × 3 cross."""
+    p = jnp.pad(x, 1, mode="edge")
+    return pick(pick(pick(p[:-2, 1:-1], p[2:, 1:-1]), pick(p[1:-1, :-2], p[1:-1, 2:])), x)
+
+
+def _noises(key, size: int, lengths: list[float]) -> list[Float[Array, "S S"]]:
+    """Lattice noise of unit variance (Perlin 1985) with each of `lengths` px between lattice points; last, white noise.
+
+    One draw for all, as in `views.random_view`.
+    """
+    sides = [max(2, int(np.ceil(size / length))) for length in lengths]
+    ends = np.cumsum([n * n for n in sides])
+    z = jax.random.normal(key, (int(ends[-1]) + size * size,))
+    lattices = [z[end - n * n : end].reshape(n, n) for n, end in zip(sides, ends)]
+    return [jax.image.resize(x, (size, size), "cubic") for x in lattices] + [z[ends[-1] :].reshape(size, size)]
