@@ -26,7 +26,8 @@ jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
 from cluster import backend
 backend._cache_every_process()
 from cluster.host import Host, SAVE
-from ifvit import processes, train_dense
+from ifvit import train_dense
+from ifvit.devices import processes
 from ifvit.errors import Failure, Interrupted
 from ifvit.data import gather
 from ifvit.errors import UserError
