@@ -21,7 +21,7 @@ from ifvit.config import DenseConfig, MatchConfig, preset
 from ifvit.errors import UserError
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights, verify_module1_loading
 from ifvit.training.match import checkpoint_of_module1
-from ifvit.training.state import init_state, learning_rate, optimizer
+from ifvit.training.state import init_state, optimizer
 from ifvit.models.networks import dense_network
 from test_guide import LOG
 
@@ -39,7 +39,7 @@ def drawn(tree, seed: int = 0):
 @pytest.fixture(scope="module")
 def state():
     """Module 1's, moments and all, as a checkpoint has it."""
-    tx = optimizer(CONFIG, learning_rate(CONFIG, 10))
+    tx = optimizer(CONFIG, 0.0)
     net = dense_network(CONFIG)
     made = drawn(jax.eval_shape(lambda: init_state(net, tx, 0)))
     return layouts.saved_tree(made, layouts.TASK) | {"step": np.int32(7)}

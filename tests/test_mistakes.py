@@ -92,12 +92,12 @@ def dense_steps(batch):
         return jnp.broadcast_to(jax.nn.log_sigmoid(params["table"]), (2, 16, 16)), {"passes": stats["passes"] + train}
 
     schedule = learning_rate(DENSE.replace(warmup=0.0), 10)
-    tx = optimizer(DENSE.replace(warmup=0.0), schedule)
+    tx = optimizer(DENSE, 0.0)
     params = {"table": np.random.default_rng(2).normal(-4, 0.5, (16, 16)).astype(np.float32)}
     start = TrainState(params, {"passes": np.zeros(1)}, tx.init(params), jnp.int32(0))
-    step = quickly(dense_step(Network(None, table), DENSE, tx, schedule))
+    step = quickly(dense_step(Network(None, table), DENSE))
     impostors = batch | {"genuine": np.array([False, False])}
-    return start, [jax.device_get(step(start._replace(step=jnp.int32(s)), b)) for s, b in
+    return start, [jax.device_get(step(start._replace(step=jnp.int32(s)), b, schedule(s))) for s, b in
                    ((0, batch), (1, batch), (0, impostors))]
 
 
@@ -119,14 +119,14 @@ def match_steps(batch):
         return jnp.broadcast_to(jnp.where(jnp.eye(16, dtype=bool), -0.1, -9.0), (2, 16, 16)), stats
 
     schedule = learning_rate(MATCH.replace(warmup=0.0), 10)
-    tx = optimizer(MATCH.replace(warmup=0.0), schedule)
+    tx = optimizer(MATCH, 0.0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matcher, "ResNet18", OneLayer)
         net = match_network(MATCH, CLASSES)
         start = drawn_state(net, tx)
-    step = quickly(match_step(net, Network(None, sure), MATCH, tx, schedule))
-    once, _ = step(start, batch, ({}, {}))  # the schedule's first rate is 0: the second step is the first that moves
-    return jax.device_get(once), *jax.device_get(step(once, batch, ({}, {})))
+    step = quickly(match_step(net, Network(None, sure), MATCH))
+    once, _ = step(start, batch, schedule(0), ({}, {}))  # the schedule's first rate is 0: the second step is the first that moves
+    return jax.device_get(once), *jax.device_get(step(once, batch, schedule(1), ({}, {})))
 
 
 # --- 3. stride ------------------------------------------------------------------------------------
@@ -271,8 +271,7 @@ def small_task(folder, validated):
     """Three epochs of a line that follows its batches; `validated` notes the epochs of validation."""
     pairs = 2 * jax.device_count()
     config = DENSE.replace(checkpoint_dir=str(folder), num_epochs=3, save_every=1, seed=7, batch_size=pairs)
-    schedule = learning_rate(config, 3 * STEPS)
-    tx = optimizer(config, schedule)
+    tx = optimizer(config, 0.0)
 
     def create(seed):
         params = {"w": jnp.arange(6.0).reshape(2, 3)}
@@ -290,8 +289,7 @@ def small_task(folder, validated):
         validated.append((epoch, int(state.step)))
         return {"eer": 1 / epoch}
 
-    step = train_step(loss, config, tx, schedule)
-    return Task("dense_reg", config, STEPS, "digest", create, lambda state, batch, rate: step(state, batch),
+    return Task("dense_reg", config, STEPS, "digest", create, train_step(loss, config),
                 learning_rates(config, 3 * STEPS), (), read, validate, "eer", False, {})
 
 

@@ -335,9 +335,9 @@ def test_nan_stops_the_run_and_names_the_step(command, prints, tmp_path, monkeyp
 
     from ifvit.training import dense
 
-    def dense_step(net, config, tx, schedule):
+    def dense_step(net, config):
         """Counts, and loses its way in step 3."""
-        def step(state, batch):
+        def step(state, batch, rate):
             return state._replace(step=state.step + 1), {"loss": jnp.where(state.step == 2, jnp.nan, 1.0)}
 
         return step

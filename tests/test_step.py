@@ -44,23 +44,22 @@ def run(module, layout, **changes):
     cls = DenseConfig if module == "dense" else MatchConfig
     small = {k: v for k, v in SMALL.items() if module == "match" or k != "roi_size"}
     config = preset("smoke", cls).replace(**small, **changes)
-    schedule = learning_rate(config, 10)
-    tx = optimizer(config, schedule)
+    rate = learning_rate(config, 10)(0)
     if module == "dense":
         net, constants = dense_network(config), ()
-        step = dense_step(net, config, tx, schedule)
+        step = dense_step(net, config)
     else:
         net, aligner = match_network(config, 4), dense_network(config)
         constants = (aligner.init(jax.random.key(3)),)
-        step = match_step(net, aligner, config, tx, schedule)
-    init = lambda: init_state(net, tx, 0)
+        step = match_step(net, aligner, config)
+    init = lambda: init_state(net, optimizer(config, 0.0), 0)
     mesh = Mesh(np.array(jax.devices()[: layout[0] * layout[1]]).reshape(layout), ("data", "model"))
     place = shardings(jax.eval_shape(init), mesh)
     state = jax.jit(init, out_shardings=place)()
     step = jax.jit(step, donate_argnums=0, out_shardings=(place, replicated(mesh)))
     constants = jax.device_put(constants, replicated(mesh))
     with jax.set_mesh(mesh):
-        state, metrics = step(state, put_batch(prints(config.canvas_size), mesh, config.accumulate), *constants)
+        state, metrics = step(state, put_batch(prints(config.canvas_size), mesh, config.accumulate), rate, *constants)
     return jax.device_get(state), {k: float(v) for k, v in metrics.items()}
 
 

@@ -40,14 +40,12 @@ def dense_program(config) -> Program:
     net = dense_network(config)
 
     def step(state, batch, rate, scalars):
-        ours = Traced(config, scalars)
-        schedule = lambda _: rate
-        return dense_step(net, ours, optimizer(ours, schedule), schedule)(state, batch)
+        return dense_step(net, Traced(config, scalars))(state, batch, rate)
 
     def evaluate(params, batch_stats, scalars, batch, keys):
         return dense_eval(net, Traced(config, scalars))(params, batch_stats, batch, keys)
 
-    return Program(net, lambda seed: init_state(net, optimizer(config, lambda _: 0.0), seed), step, jax.jit(evaluate))
+    return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, jax.jit(evaluate))
 
 
 def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> Task:

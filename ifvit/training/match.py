@@ -33,14 +33,12 @@ def match_program(config, aligner_config, num_classes: int) -> Program:
     net, aligner = match_network(config, num_classes), aligner_config and dense_network(aligner_config)
 
     def step(state, batch, rate, scalars, aligner_state):
-        ours = Traced(config, scalars)
-        schedule = lambda _: rate
-        return match_step(net, aligner, ours, optimizer(ours, schedule), schedule)(state, batch, aligner_state)
+        return match_step(net, aligner, Traced(config, scalars))(state, batch, rate, aligner_state)
 
     def score(params, batch_stats, aligner_state, scalars, batch):
         return match_scores(net, aligner, Traced(config, scalars))(params, batch_stats, aligner_state, batch)
 
-    return Program(net, lambda seed: init_state(net, optimizer(config, lambda _: 0.0), seed), step, jax.jit(score))
+    return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, jax.jit(score))
 
 
 def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:

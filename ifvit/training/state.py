@@ -18,12 +18,13 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, optimiser steps done
 
 
-def optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """AdamW with a clipped global norm. Vectors and scalars (norms, biases, the learned scale) are not decayed."""
+def optimizer(config, rate: float | jax.Array) -> optax.GradientTransformation:
+    """AdamW at a learning rate, with a clipped global norm. Vectors and scalars (norms, biases, the learned scale) are not decayed."""
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
+    # The rate is a function for optax, whose state then has the same leaves whatever the schedule.
     # b2 of 0.99: at a thousand steps 0.999 would still average over all of them
     return optax.chain(optax.clip_by_global_norm(config.grad_clip),
-                       optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decays))
+                       optax.adamw(lambda _: rate, b2=0.99, weight_decay=config.weight_decay, mask=decays))
 
 
 def learning_rate(config, total_steps: int) -> optax.Schedule:

@@ -16,7 +16,7 @@ from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
 from ifvit.pixels.views import dense_pair, match_views
 from ifvit.scoring.known_warps import warp_accuracy
-from ifvit.training.state import TrainState
+from ifvit.training.state import TrainState, optimizer
 
 
 def pair_keys(seed: int, step, shape: tuple[int, ...]):
@@ -24,8 +24,8 @@ def pair_keys(seed: int, step, shape: tuple[int, ...]):
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), shape)
 
 
-def train_step(loss: Callable, config, tx: optax.GradientTransformation, schedule):
-    """(state, batch, *constants) -> (state, metrics): one optimiser step.
+def train_step(loss: Callable, config) -> Callable:
+    """(state, batch, rate, *constants) -> (state, metrics): one optimiser step at a learning rate.
 
     `loss(params, batch_stats, batch, keys, *constants)` -> (value, (batch_stats, metrics)) sees one device's
     pairs and gives its share of the global batch's loss and metrics: shares are added up. With
@@ -33,15 +33,15 @@ def train_step(loss: Callable, config, tx: optax.GradientTransformation, schedul
     BatchNorm sees each micro-batch whole. What a process is asked (`asked` in the batch, the same for each of its
     pairs) comes back as the greatest of all, in the same step everywhere.
     """
-    def step(state: TrainState, batch: dict, *constants):
+    def step(state: TrainState, batch: dict, rate: jax.Array, *constants) -> tuple[TrainState, dict]:
         batch = dict(batch)
         asked = {"asked": batch.pop("asked").max()} if "asked" in batch else {}
         keys = pair_keys(config.seed, state.step, batch["genuine"].shape)
         grads, value, stats, metrics = over_devices(_gradient(loss, config.accumulate))(
             gathered(state.params), state.batch_stats, batch, keys, constants)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer(config, rate).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=schedule(state.step))
+        metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=rate)
         return TrainState(params, stats, opt_state, state.step + 1), metrics | asked
 
     return step
@@ -97,7 +97,7 @@ def _own(x):
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
-def dense_step(net: Network, config, tx, schedule):
+def dense_step(net: Network, config) -> Callable:
     """Module 1: two views of a print with known truth, or two fingers; L_D alone."""
     def loss(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config)
@@ -105,11 +105,11 @@ def dense_step(net: Network, config, tx, schedule):
         value = DENSE_LOSSES[config.dense_loss](log_conf, pair.labels, cell_mask(pair.mask0), cell_mask(pair.mask1))
         return value, (stats, {"accuracy": warp_accuracy(log_conf, pair.labels)})
 
-    return train_step(loss, config, tx, schedule)
+    return train_step(loss, config)
 
 
-def match_step(net: Network, aligner: Network | None, config, tx, schedule):
-    """Module 2: (state, batch, aligner_state) -> (state, metrics); 0.5 L_D + 0.1 L_E + 1.0 L_A by default."""
+def match_step(net: Network, aligner: Network | None, config) -> Callable:
+    """Module 2: (state, batch, rate, aligner_state) -> (state, metrics); 0.5 L_D + 0.1 L_E + 1.0 L_A by default."""
     def loss(params, batch_stats, batch, keys, aligner_state):
         genuine = batch["genuine"]
         pair, aligned, count = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
@@ -128,4 +128,4 @@ def match_step(net: Network, aligner: Network | None, config, tx, schedule):
         return value, (stats, {"l_d": l_d, "l_e": l_e, "l_a": l_a,
                                "aligned": mean_where(aligned.astype(jnp.float32), genuine)})
 
-    return train_step(loss, config, tx, schedule)
+    return train_step(loss, config)
