@@ -41,12 +41,15 @@ class Args:
     """resolution of all prints, whatever their files and sets tell"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
+    names: str = ""
+    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
         from ifvit.data.gather import local_root, overlap
         from ifvit.data.prepare import prepare
-        from ifvit.data.sources import read_roots, require_fingers
+        from ifvit.data.sources import read_roots
+        from ifvit.data.split import require_fingers
         from ifvit.scorer import Scorer
         from ifvit.training.sharding import use_cpu_cores
 
@@ -58,7 +61,7 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges)
+        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges, self.names)
         require_fingers(prints)
         if overlap(scorer.config.dataset_root, self.dataset_root):
             log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "

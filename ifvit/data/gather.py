@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ifvit import gcs
 from ifvit.data import synthetic
+from ifvit.data.contents import in_order_of_contents
 from ifvit.data.prepare import PrintSet, prepare
-from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots, require_fingers, split_by_finger
+from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots
+from ifvit.data.split import require_fingers, split_by_finger
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
 from ifvit.processes import require_same, together
@@ -53,9 +55,9 @@ def _prepared(config, real: list[Print]) -> PrintSet:
 
 
 def read_prints(config) -> list[Print]:
-    """The real prints of every root."""
+    """The real prints of every root, in an order that folders' names do not change."""
     roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
-    return read_roots(roots, config.ppi or None, config.ridges) if roots else []
+    return in_order_of_contents(read_roots(roots, config.ppi or None, config.ridges, config.names)) if roots else []
 
 
 def overlap(roots, others) -> bool:
