@@ -46,6 +46,7 @@ class Args:
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
+        from ifvit.data.contents import known
         from ifvit.data.gather import local_root, overlap
         from ifvit.data.prepare import prepare
         from ifvit.data.sources import read_roots
@@ -63,7 +64,7 @@ class Args:
         scorer = Scorer.from_checkpoint(self.checkpoint)
         prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges, self.names)
         require_fingers(prints)
-        if overlap(scorer.config.dataset_root, self.dataset_root):
+        if overlap(scorer.config.dataset_root, self.dataset_root) or known(scorer.trained_on, prints):
             log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
                         "known fingers say little of others. train_all's own evaluation is of those held out.",
                         ", ".join(scorer.config.dataset_root))

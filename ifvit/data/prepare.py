@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ifvit.data.contents import data_digest
+from ifvit.data.contents import data_digest, sample
 from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, seems_light, to_canvas
 from ifvit.data.sources import SYNTHETIC, Print
 from ifvit.data.split import drop_duplicates
@@ -56,6 +56,10 @@ class PrintSet:
     def digest(self) -> str:
         """Of files and fingers, not of places: the same data on another host, moved or renamed, is the same."""
         return data_digest(self.prints)
+
+    def sample(self) -> list[str]:
+        """Digests of some files, by which a checkpoint tells later that it was trained on them."""
+        return sample(self.prints)
 
 
 def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False) -> PrintSet:

@@ -128,7 +128,7 @@ def _by_pattern(root: Path, met: Walk, pattern: Pattern) -> tuple[list[Found], l
             raise UserError(_nothing_known(root, met, []))
         example = Path(misfits[0].path).relative_to(root).with_suffix("").as_posix()
         raise UserError(f"--names '{pattern.text}' fits none of the {len(misfits)} images under {root}; a path below it is '{example}'. "
-                        "Give a pattern of such paths, without the extension.")
+                        "Give a pattern of such paths, without the extension; **/ stands for any folders.")
     if misfits:
         log.warning("%s: %d files left out, they do not fit --names '%s', such as %s", root, len(misfits), pattern.text, misfits[0].path)
     return found, misfits
@@ -225,9 +225,10 @@ def _nothing_known(root: Path, met: Walk, images: list[Path]) -> str:
         return f"{root} is empty. Give --dataset_root a folder that holds prints." if not refused else f"{root} holds no print: {refused}"
     kinds = ", ".join(f"{n} {e}" for e, n in counts.most_common())
     example = f", with names such as {images[0].name}" if images else ""
+    unpack = " Unpack the archives." if any("archive" in x.reason for x in met.left_out) else ""
     return (
         f"{root} holds no print that is known, only {counts.total()} files: {kinds}"
-        f"{example}. Name prints FINGER_IMPRESSION.ext, put them in one folder a finger, or say how their names are to be read, such as "
+        f"{example}.{unpack} Name prints FINGER_IMPRESSION.ext, put them in one folder a finger, or say how their names are to be read, such as "
         f"--names '{{finger}}-{{impression}}'; images end in {' '.join(sorted(EXTENSIONS))}."
     )
 
