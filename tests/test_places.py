@@ -1,4 +1,4 @@
-"""A finger is one finger, on one side of the split and of one database, wherever in a tree its prints lie and however it is spelled."""
+"""A finger is one finger, of one database and on one side of the split, wherever its prints lie and however spelled."""
 
 import shutil
 import unicodedata
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ifvit.data.places import kind_of
+from ifvit.data.parts import kind_of
 from ifvit.data.sources import read, read_root, read_roots
 from ifvit.data.split import split_by_finger
 from ifvit.errors import UserError
@@ -87,6 +87,12 @@ def test_names_are_compared_in_one_normal_form_and_opened_as_they_are(tmp_path):
     assert fingers(prints) == {"Zürich": dict.fromkeys(names, 2)}
     assert all(Path(p.path).is_file() for p in prints)
     assert len({p.path for p in prints}) == 6
+
+
+def test_a_file_is_looked_into_by_the_name_that_it_has_on_the_disk(tmp_path):
+    folder = unicodedata.normalize("NFD", "é")
+    prints = read_root(grow(tmp_path, f"{folder}/Real/7__F_Left_ring_finger.BMP", f"{folder}/Real/8__F_Left_ring_finger.BMP"))
+    assert fingers(prints) == {"é": {"7_left_ring": 1, "8_left_ring": 1}}
 
 
 def test_a_folder_and_its_other_spelling_hold_different_prints_of_a_finger(tmp_path, caplog):
