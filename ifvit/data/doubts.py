@@ -30,8 +30,8 @@ def _sensors(anchor: Path, found: list[Found]) -> list[str]:
                 fingers[word].add(f.finger)
     shared = set.intersection(*fingers.values()) if len(fingers) > 1 else set()
     return [
-        f"{anchor}: {' and '.join(sorted(fingers))} are taken for sensors that took the same fingers, such as {finger}; "
-        f"{_REMEDY}"
+        f"{anchor}: {' and '.join(sorted(fingers))} are taken for sensors that took the same fingers, such as "
+        f"{finger}; {_REMEDY}"
         for finger in sorted(shared)[:1]
     ]
 
@@ -62,7 +62,7 @@ def _spellings(anchor: Path, found: list[Found]) -> list[str]:
         spelled[re.sub(r"\d+", lambda m: str(int(m[0])), unicodedata.normalize("NFKC", finger).casefold())].add(finger)
     twice = [sorted(s) for s in spelled.values() if len(s) > 1]
     return [
-        f"{anchor}: {' and '.join(names)} are taken for different fingers ({len(twice)} such names differ in case or zeros "
-        "alone); where they are one, rename the folders or files."
+        f"{anchor}: {' and '.join(names)} are taken for different fingers ({len(twice)} such names differ in case or "
+        "zeros alone); where they are one, rename the folders or files."
         for names in sorted(twice)[:1]
     ]

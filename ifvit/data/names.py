@@ -139,7 +139,7 @@ def _words(text: str) -> list[str]:
 
 
 def hand_and_finger(text: str) -> tuple[str, list[str], list[str]]:
-    """The finger that words name, such as `left_index`, and the words before and after; '' and all where there is none."""
+    """The finger that words name, such as `left_index`, and the words before and after; '' and all of them else."""
     words = _words(text)
     lower = [w.lower() for w in words]
     fingers = [k for k, w in enumerate(lower) if w in _FINGER]
@@ -170,7 +170,7 @@ _POLYU_HRF = re.compile(r".*polyu.*hrf.*|hrf|dbii?([-_ ].*)?", re.IGNORECASE)
 
 @functools.lru_cache(maxsize=4096)
 def fvc_ppi(folder: Path) -> float | None:
-    """By year and number of the database, wherever a path tells them: FVC2002/DB2_A, fvc-2002/DB2_A_png, FVC2002_DB2."""
+    """By year and number of the database, wherever a path tells: FVC2002/DB2_A, fvc-2002/DB2_A_png, FVC2002_DB2."""
     for path in (folder, folder.resolve()):
         parts = [part.lower() for part in path.parts[::-1]]  # the nearest tells
         year = next((m[1] for part in parts if (m := re.search(r"fvc[-_ ]?(200[0246])(?!\d)", part))), None)

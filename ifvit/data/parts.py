@@ -12,16 +12,17 @@ from ifvit.data.names import nfc
 _SETS = r"[-_ ]?(?:sets?|data|images?|imgs?|prints?|fingerprints?|split|part)?[-_ ]?\d*"
 _KINDS = {
     "part": r"(?:images?|imgs?|prints?|fingerprints?|data)?[-_ ]?"
-    r"(?:train(?:ing)?|val(?:id|idation)?|dev|test(?:ing)?|eval(?:uation)?|gallery|galleries|probes?|query|queries|"
-    r"enrol(?:l|led|ment|lment|ments|lments)?|verif(?:y|ication)|references?|templates?)"
+    r"(?:train(?:ing)?|val(?:id|idation)?|dev|test(?:ing)?|eval(?:uation)?|gallery|galleries|probes?|query|"
+    r"queries|enrol(?:l|led|ment|lment|ments|lments)?|verif(?:y|ication)|references?|templates?)"
     rf"{_SETS}|(?:fold|split)[-_ ]?\d+",
     "session": r"(?:first|second|third|fourth|fifth|\d(?:st|nd|rd|th))[-_ ]?(?:session|visit|day|round)"
     r"|(?:session|sess|visit|day|round|week|month)[-_ ]?(?:\d+|[a-d])",
-    "condition": r"(?:very[-_ ]?)?(?:wet|dry|normal|moist|oily|greasy|dirty|dusty|clean|latents?|humid|cold|warm|sweaty|"
-    r"natural|distorted|indoors?|outdoors?|(?:low|light|medium|normal|high|heavy|strong)[-_ ]?pressure|"
-    r"(?:low|medium|high|good|bad|poor)[-_ ]?quality)(?:[-_ ]?(?:fingers?|skin|condition|prints?|fingerprints?|images?))?",
-    "sensor": r"(?:device|sensor|scanner|reader|camera|phone)[-_ ]?(?:\d+|[a-z])|optical|capacitive|thermal|ultrasonic|"
-    r"ultrasound|swipe|(?:touch|contact)(?:less|[-_ ]?based)?|smart[-_ ]?phone|mobile|webcam",
+    "condition": r"(?:very[-_ ]?)?(?:wet|dry|normal|moist|oily|greasy|dirty|dusty|clean|latents?|humid|cold|warm|"
+    r"sweaty|natural|distorted|indoors?|outdoors?|(?:low|light|medium|normal|high|heavy|strong)[-_ ]?pressure|"
+    r"(?:low|medium|high|good|bad|poor)[-_ ]?quality)"
+    r"(?:[-_ ]?(?:fingers?|skin|condition|prints?|fingerprints?|images?))?",
+    "sensor": r"(?:device|sensor|scanner|reader|camera|phone)[-_ ]?(?:\d+|[a-z])|optical|capacitive|thermal|"
+    r"ultrasonic|ultrasound|swipe|(?:touch|contact)(?:less|[-_ ]?based)?|smart[-_ ]?phone|mobile|webcam",
 }
 _KINDS = {kind: re.compile(p, re.IGNORECASE) for kind, p in _KINDS.items()}
 
@@ -46,10 +47,10 @@ def common_top(roots: list[Path]) -> Path:
 
 
 def without_parts(folder: Path, top: Path) -> tuple[Path, tuple[tuple[str, str], ...]]:
-    """`folder`, which is `top` or lies in it, without the folders that hold the same fingers again; and those, from above.
+    """`folder`, which is `top` or lies in it, without the folders that hold the same fingers again; and those.
 
-    Of `top` itself the last ones count, those that follow one another: nobody's set belongs to the folder `test` in which
-    they keep everything.
+    Of `top` itself the last ones count, those that follow one another: nobody's set belongs to the folder `test` in
+    which they keep everything.
     """
     keep, parts = list(top.parts), []
     while len(keep) > 2 and (kind := kind_of(keep[-1])):

@@ -50,7 +50,7 @@ class Pattern:
         self._expression = re.compile(expression)
 
     def fit(self, path: str) -> tuple[str, str, str] | None:
-        """(database or '', finger, impression) of a path below the root, without extension; None where it does not fit."""
+        """(database or '', finger, impression) of a path below the root, without extension; None if it does not fit."""
         m = self._expression.fullmatch(path)
         if not m:
             return None

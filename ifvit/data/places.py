@@ -133,18 +133,18 @@ def _folders_of_numbers(found: list[Found], floor: Path, told: list[str]) -> Non
             pass  # a number a folder, and no number twice
         elif single and (alike or len(places) > 2):
             told.append(
-                f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for a folder a finger, the number "
-                "before the _ for none, since every folder has one alone; where folders are persons or databases, say so "
-                "with --names, e.g. --names '{database}/{finger}_{impression}'."
+                f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for a folder a finger, the "
+                "number before the _ for none, since every folder has one alone; where folders are persons or "
+                "databases, say so with --names, e.g. --names '{database}/{finger}_{impression}'."
             )
             for place, some in places.items():
                 for f in some:
                     f.finger, f.impression = place.name, nfc(f.path.stem)
         elif alike and all(n.isdecimal() and int(n) <= 10 for n in set.union(*numbers.values())):
             told.append(
-                f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for PERSON/FINGER_IMPRESSION; where a "
-                "folder is one finger, say so with --names '{finger}/{impression}', where it is a database with --names "
-                "'{database}/{finger}_{impression}'."
+                f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for PERSON/FINGER_IMPRESSION; "
+                "where a folder is one finger, say so with --names '{finger}/{impression}', where it is a database "
+                "with --names '{database}/{finger}_{impression}'."
             )
             for place, some in places.items():
                 for f in some:
@@ -181,8 +181,8 @@ def _folders_of_fingers(found: list[Found], floor: Path, told: list[str]) -> Non
             continue
         example = next(iter(places.values()))[0].path
         told.append(
-            f"{parent}: places such as {'/'.join(example.parts[-3:])} are taken for PERSON/FINGER/IMPRESSION; where the "
-            "first folder is a database, say so with --names '{database}/{finger}/{impression}'."
+            f"{parent}: places such as {'/'.join(example.parts[-3:])} are taken for PERSON/FINGER/IMPRESSION; where "
+            "the first folder is a database, say so with --names '{database}/{finger}/{impression}'."
         )
         for place, some in places.items():
             for f in some:
@@ -218,8 +218,8 @@ def _hands(found: list[Found], floor: Path, told: list[str]) -> None:
     example = found[0]
     told.append(
         f"{example.path.parent}: names tell hand and finger, such as {example.path.name}, which is taken for finger "
-        f"{example.finger}, impression {example.impression}; {len(persons)} persons in all. Where that is wrong, say what "
-        "is what with --names, e.g. --names '{subject}/{finger}_{impression}'."
+        f"{example.finger}, impression {example.impression}; {len(persons)} persons in all. Where that is wrong, say "
+        "what is what with --names, e.g. --names '{subject}/{finger}_{impression}'."
     )
 
 

@@ -101,8 +101,8 @@ def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "d
     left_out += [LeftOut(str(f.path), COPY) for f in copies]
     if apart:
         log.warning(
-            "%d files are named as another impression of their finger and are not the same, such as %s and %s: they are "
-            "taken for further impressions. Where they are of other fingers, say so with --names.",
+            "%d files are named as another impression of their finger and are not the same, such as %s and %s: they "
+            "are taken for further impressions. Where they are of other fingers, say so with --names.",
             len(apart),
             *(f.path for f in apart[0]),
         )
@@ -279,8 +279,9 @@ def _nothing_known(root: Path, met: Walk, images: list[Path]) -> str:
     unpack = " Unpack the archives." if any("archive" in x.reason for x in met.left_out) else ""
     return (
         f"{root} holds no print that is known, only {counts.total()} files: {kinds}"
-        f"{example}.{unpack} Name prints FINGER_IMPRESSION.ext, put them in one folder a finger, or say how their names are "
-        f"to be read, such as --names '{{finger}}-{{impression}}'; images end in {' '.join(sorted(EXTENSIONS))}."
+        f"{example}.{unpack} Name prints FINGER_IMPRESSION.ext, put them in one folder a finger, or say how their "
+        f"names are to be read, such as --names '{{finger}}-{{impression}}'; images end in "
+        f"{' '.join(sorted(EXTENSIONS))}."
     )
 
 

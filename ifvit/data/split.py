@@ -27,7 +27,7 @@ def split_by_finger(prints: Sequence[Print], held_out: float, seed: int) -> tupl
     for p in prints:
         databases[p.database].append((p.finger, p.impression))
     groups = defaultdict(list)  # of members (database, finger) and what they are ranked by
-    # Small databases may have fingers of the same name. They take turns; in which order, their own names decide at last only.
+    # Small databases may have fingers of the same name. They take turns; their own names decide the order at last only.
     turns = defaultdict(itertools.count)
     for database in sorted(databases, key=lambda d: (sorted(databases[d]), d.rpartition("/")[2], d)):
         members = {finger for finger, _ in databases[database]}

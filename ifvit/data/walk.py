@@ -20,10 +20,12 @@ _ARCHIVES = {f".{kind}" for kind in "zip tar tgz gz bz2 xz zst 7z rar iso".split
 # What lies beside prints and is none: texts, tables, minutiae, checksums, code.
 _DOCUMENTS = {
     f".{kind}"
-    for kind in "txt md rst html htm pdf doc docx rtf odt csv tsv xls xlsx json jsonl xml yaml yml toml ini cfg log lst "
-    "list xyt min mnt md5 sha1 sha256 py ipynb m sh bat ps1 c h cpp java db bib tex license".split()
+    for kind in "txt md rst html htm pdf doc docx rtf odt csv tsv xls xlsx json jsonl xml yaml yml toml ini cfg log "
+    "lst list xyt min mnt md5 sha1 sha256 py ipynb m sh bat ps1 c h cpp java db bib tex license".split()
 }
-_DOCUMENT_NAMES = re.compile(r"readme|licen[sc]e|changelog|notice|authors|citation|makefile|md5sums?|sha\d+sums?", re.IGNORECASE)
+_DOCUMENT_NAMES = re.compile(
+    r"readme|licen[sc]e|changelog|notice|authors|citation|makefile|md5sums?|sha\d+sums?", re.IGNORECASE
+)
 
 UNLISTED = "folder cannot be listed"
 UNREAD = "file cannot be read"
@@ -60,8 +62,8 @@ def walk(root: Path) -> Walk:
 
     def unlisted(error: OSError) -> None:
         if Path(error.filename) == root:
-            raise UserError(f"{root} cannot be listed ({error.strerror}). Ask for the right to read it, or give another "
-                            "--dataset_root.")
+            raise UserError(f"{root} cannot be listed ({error.strerror}). Ask for the right to read it, or give "
+                            "another --dataset_root.")
         met.left_out.append(LeftOut(str(error.filename), UNLISTED))
 
     for place, inner, files in os.walk(root, followlinks=True, onerror=unlisted):
