@@ -41,14 +41,17 @@ class Args:
     """resolution of all prints, whatever their files and sets tell"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
+    names: str = ""
+    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
 
     def run(self) -> int:
         from ifvit.checkpoint.places import as_path, written_here
-        from ifvit.data.gather import local_root, overlap
+        from ifvit.data.gather import local_root
         from ifvit.data.prepare import prepare
-        from ifvit.data.sources import read_roots, require_fingers
+        from ifvit.data.sources import read_roots
         from ifvit.scoring.scorer import Scorer
         from ifvit.devices.sharding import use_cpu_cores
+        from ifvit.data.split import require_fingers
 
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
@@ -58,16 +61,23 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges)
+        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges, self.names)
         require_fingers(prints)
-        if overlap(scorer.config.dataset_root, self.dataset_root):
-            log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
-                        "known fingers say little of others. train_all's own evaluation is of those held out.",
-                        ", ".join(scorer.config.dataset_root))
+        warn_of_known_prints(scorer.config.dataset_root, scorer.trained_on, self.dataset_root, prints)
         prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
         with written_here(as_path(self.out)) as out:
             print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
         return 0
+
+
+def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
+    """Says so where prints are of folders that a checkpoint was trained on, or are files of its `contents.sample` in others."""
+    from ifvit.data.contents import known
+    from ifvit.data.gather import overlap
+
+    if overlap(trained_roots, roots) or known(trained_on, prints):
+        log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
+                    "known fingers say little of others. train_all's own evaluation is of those held out.", ", ".join(trained_roots))
 
 
 def check_ppi(ppi: float | None) -> None:

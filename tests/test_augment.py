@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ifvit.config import PRESETS, DenseConfig
-from ifvit.pixels import views
+from ifvit.pixels import corruption, views
 from ifvit.pixels.corruption import corrupt
 from ifvit.pixels.views import View, dense_pair, match_views, normalise, plain_view, plain_views, random_view, take_view, to_canvas, to_view, truth
 from ifvit.models.losses import IGNORE, NO_MATCH
@@ -189,8 +189,8 @@ def test_the_filters_take_the_least_and_the_greatest_of_five_pixels():
     image = np.random.default_rng(6).random((5, 6))
     p = np.pad(image, 1, mode="edge")
     cross = np.stack([p[1:-1, 1:-1], p[:-2, 1:-1], p[2:, 1:-1], p[1:-1, :-2], p[1:-1, 2:]])
-    np.testing.assert_allclose(views._neighbours(jnp.asarray(image), jnp.minimum), cross.min(0), rtol=1e-6)
-    np.testing.assert_allclose(views._neighbours(jnp.asarray(image), jnp.maximum), cross.max(0), rtol=1e-6)
+    np.testing.assert_allclose(corruption._neighbours(jnp.asarray(image), jnp.minimum), cross.min(0), rtol=1e-6)
+    np.testing.assert_allclose(corruption._neighbours(jnp.asarray(image), jnp.maximum), cross.max(0), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from ifvit import gcs
 from ifvit.data import synthetic
+from ifvit.data.contents import in_order_of_contents
 from ifvit.data.prepare import PrintSet, prepare
-from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots, require_fingers, split_by_finger
+from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots
+from ifvit.data.split import require_fingers, split_by_finger
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
 from ifvit.devices.processes import require_same, together
@@ -53,9 +55,11 @@ def _prepared(config, real: list[Print]) -> PrintSet:
 
 
 def read_prints(config) -> list[Print]:
-    """The real prints of every root."""
+    """The real prints of every root, in an order that folders' names do not change."""
     roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
-    return read_roots(roots, config.ppi or None, config.ridges) if roots else []
+    if config.names and not roots:
+        raise UserError(f"--names '{config.names}' tells how names are to be read, and all prints are generated; give a --dataset_root, or leave it out.")
+    return in_order_of_contents(read_roots(roots, config.ppi or None, config.ridges, config.names)) if roots else []
 
 
 def overlap(roots, others) -> bool:
@@ -66,8 +70,12 @@ def overlap(roots, others) -> bool:
 
 
 def listing(prints: list[Print]) -> str:
-    """A hash of the prints and their files' sizes: what hosts that see the same data have in common."""
-    names = sorted((p.database, p.finger, p.impression, os.stat(p.path).st_size) for p in prints)
+    """A hash of the prints, in their order, and their files' sizes: what hosts that see the same data have in common.
+
+    Where one host has it under another name is its own affair: databases count by their place in the order.
+    """
+    order = {database: k for k, database in enumerate(dict.fromkeys(p.database for p in prints))}
+    names = [(order[p.database], p.finger, p.impression, os.stat(p.path).st_size) for p in prints]
     return f"{len(names)} prints, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from ifvit.data.contents import data_digest, sample
 from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, seems_light, to_canvas
-from ifvit.data.sources import SYNTHETIC, Print, drop_duplicates
+from ifvit.data.sources import SYNTHETIC, Print
+from ifvit.data.split import drop_duplicates
 from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
@@ -52,9 +54,12 @@ class PrintSet:
         return PrintSet(tuple(prints), tuple(row[p] for p in prints), self.canvas_file, self.mask_file)
 
     def digest(self) -> str:
-        """Of names and identities, not of places: the same data on another host, or moved, is the same."""
-        names = sorted((p.database, p.finger, p.impression) for p in self.prints)
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        """Of files and fingers, not of places: the same data on another host, moved or renamed, is the same."""
+        return data_digest(self.prints)
+
+    def sample(self) -> list[str]:
+        """Digests of some files, by which a checkpoint tells later that it was trained on them."""
+        return sample(self.prints)
 
 
 def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False) -> PrintSet:
