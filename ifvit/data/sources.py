@@ -10,7 +10,7 @@ import math
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -112,15 +112,16 @@ def split_by_finger(
     return train, [p for p in prints if p.identity in out]
 
 
-def drop_duplicates(prints: Sequence[Print], across: bool = True) -> tuple[list[Print], list[Print]]:
+def drop_duplicates(prints: Sequence[Print], across: bool = True, digests: Mapping[Print, str] | None = None) -> tuple[list[Print], list[Print]]:
     """Kept and dropped: of files equal to the byte under different fingers, the first stays.
 
     They would be a genuine pair that is labelled impostor. `across`: databases; else a copy in another one does not count.
+    `digests`: of the files' bytes, where they are known.
     """
     owner: dict[tuple, tuple[str, str]] = {}
     kept, dropped = [], []
     for p in prints:
-        digest = hashlib.sha256(Path(p.path).read_bytes()).digest()
+        digest = digests[p] if digests else hashlib.sha256(Path(p.path).read_bytes()).hexdigest()
         same_finger = owner.setdefault((digest, None if across else p.database), p.identity) == p.identity
         (kept if same_finger else dropped).append(p)
     return kept, dropped
