@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -118,7 +119,7 @@ def writing_to(cache: Path, needed: int = 0) -> Iterator[None]:
         raise UserError(f"The cache {cache} is no folder, a file is in the way. Set IFVIT_CACHE to a folder.") from None
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
-            size = f", and {needed / 1e6:,.0f} MB are needed" if needed else ""
+            size = f", and {math.ceil(needed / 1e6):,} MB are needed" if needed else ""
             raise UserError(f"The disk of the cache {cache} is full ({e.strerror}){size}. {remedy}, or free some.") from e
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
             raise
