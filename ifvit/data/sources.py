@@ -40,12 +40,34 @@ class Print:
         return self.database, self.finger
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """A file or a folder that is not read."""
+
+    path: str
+    reason: str  # a short phrase that can be counted, such as "a slap or a palm"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What some folders are read as."""
+
+    prints: list[Print]  # by database, finger and impression in natural order
+    left_out: tuple[LeftOut, ...]
+    layouts: dict[str, str]  # of each database: which names it was known by
+
+
 def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
     """The prints under one folder. See `read_roots`."""
     return read_roots([root], ppi)
 
 
-def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark") -> list[Print]:
+def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark", names: str = "") -> list[Print]:
+    """The prints under some folders. See `read`."""
+    return read(roots, ppi, ridges, names).prints
+
+
+def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark", names: str = "") -> Reading:
     """The prints under some folders, by database, finger and impression in natural order.
 
     A file that is reached twice counts once. A database is named by its folder; where
@@ -59,7 +81,7 @@ def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: st
     seen: set[str] = set()
     for root in roots:
         found += _read_folders(Path(root), seen)
-    names = _database_names({name.anchor for name, _ in found})
+    databases = _database_names({name.anchor for name, _ in found})
     best = {}
     for name, path in found:
         key = (name.anchor, name.finger, name.impression)
@@ -70,11 +92,11 @@ def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: st
         log.warning("%d files left out: further copies of an impression, at another ppi "
                     "or in another format", len(found) - len(best))
     prints = [
-        Print(path, names[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered, ridges == "light")
+        Print(path, databases[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered, ridges == "light")
         for n, path in best.values()
     ]
-    return sorted(prints, key=lambda p: [
-        _natural(v) for v in (p.database, p.finger, p.impression, p.path)])
+    prints.sort(key=lambda p: [_natural(v) for v in (p.database, p.finger, p.impression, p.path)])
+    return Reading(prints, (), {databases[n.anchor]: n.layout for n, _ in best.values()})
 
 
 def split_by_finger(
