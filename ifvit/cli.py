@@ -165,9 +165,14 @@ def use_huge_pages() -> None:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compiled steps outlive the process; a second run starts training in seconds."""
+    """Compiled steps outlive the process; a second run starts training in seconds. Where there is no room for them it does without."""
     import jax
 
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        logging.getLogger("ifvit").warning("Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
+                                           "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -116,7 +116,7 @@ def writing_to(cache: Path, needed: int = 0) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"The cache {cache} is no folder, a file is in the way. Set IFVIT_CACHE to a folder.") from None
+        raise UserError(f"The cache {cache} cannot be made, a file is in the way. Set IFVIT_CACHE to a folder.") from None
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             size = f", and {math.ceil(needed / 1e6):,} MB are needed" if needed else ""
