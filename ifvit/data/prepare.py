@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import uuid
-from collections import defaultdict
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, seems_light, to_canvas
+from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, seems_light, to_canvas
+from ifvit.data.ridges import ridge_period
 from ifvit.data.sources import SYNTHETIC, Print, drop_duplicates
 from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
-VERSION = 1  # to be raised when a canvas changes
+VERSION = 2  # to be raised when a canvas or the record changes
 log = logging.getLogger("ifvit")
 
 
@@ -77,10 +78,10 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     broken = {name for name, _ in report["broken"]}
     readable = [p for p in prints if p.path not in broken]
     rows = {p.path: i for i, p in enumerate(readable)}
-    if assumed := report.get("assumed"):
+    if assumed := [seen["path"] for seen in report["prints"] if seen["ppi_from"] == "assumed"]:
         log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
-                 len(assumed), CANVAS_PPI, assumed[0])
-    for name, example in report.get("seem_light", {}).items():
+                 len(assumed), CANVAS_PPI, min(assumed))
+    for name, example in _seem_light(report["prints"], {p.path: p.database for p in prints}).items():
         seem = "dark" if prints[0].light else "light"
         log.warning("⚠ The ridges of %s seem to be %s, e.g. of %s; --ridges %s reads all prints so.", name, seem, example, seem)
     kept, dropped = drop_duplicates(readable, across=not apart)
@@ -97,23 +98,28 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
 
 
 def _decode_all(prints, canvas_size, folder, key):
+    """Writes the canvases, the masks, and the record: `broken` [(path, why)], and `prints`, in the canvases' order a dict each.
+
+    Of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi", "the set",
+    "file's tag", "assumed"); period, px from ridge to ridge in the file (None: no ridges seen); light, whether
+    its ridges seem light as it is read (None: not looked at).
+    """
     log.info("Preparing %d prints", len(prints))
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(p: Print):
         try:
             grey, tag = decode(p.path)
-            if not (p.ppi or tag):
-                assumed.append(p.path)
-            if p.light:
-                grey = 255 - grey
-            if p in sample and seems_light(grey, print_ppi(p.ppi, tag)):
-                light[p.database].append(p.path)
-            return to_canvas(grey, print_ppi(p.ppi, tag), canvas_size)
         except BrokenImage as e:
             return str(e)
+        if p.light:
+            grey = 255 - grey
+        ppi, ppi_from = _resolution(p, tag)
+        seen = {"path": p.path, "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from,
+                "period": ridge_period(grey), "light": seems_light(grey, ppi) if p in sample else None}
+        return seen, to_canvas(grey, ppi, canvas_size)
 
-    broken, assumed, light, count = [], [], defaultdict(list), 0
+    broken, seen = [], []
     databases = defaultdict(list)
     for p in prints:
         databases[p.database].append(p)
@@ -128,8 +134,8 @@ def _decode_all(prints, canvas_size, folder, key):
                 if isinstance(result, str):
                     broken.append((p.path, result))
                 else:
-                    canvases[count], masks[count] = result
-                    count += 1
+                    canvases[len(seen)], masks[len(seen)] = result[1]
+                    seen.append(result[0])
         canvases.flush(), masks.flush()
         os.replace(parts[0], folder / f"{key}.canvas.npy")
         os.replace(parts[1], folder / f"{key}.mask.npy")
@@ -137,9 +143,25 @@ def _decode_all(prints, canvas_size, folder, key):
         for part in parts:
             part.unlink(missing_ok=True)
     record = folder / f"{key}.json.{mine}"  # last: its presence says that the rest is whole
-    record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed), "seem_light": {
-        name: min(some) for name, some in light.items() if len(some) > sum(p.database == name for p in sample) / 4}}))
+    record.write_text(json.dumps({"broken": broken, "prints": seen}))
     os.replace(record, folder / f"{key}.json")
+
+
+def _resolution(p: Print, tag: float | None) -> tuple[float, str]:
+    """The ppi to read a print at, and what tells it."""
+    if p.ppi:
+        return p.ppi, p.ppi_from
+    return (tag, "file's tag") if tag else (CANVAS_PPI, "assumed")
+
+
+def _seem_light(seen: list[dict], database: dict[str, str]) -> dict[str, str]:
+    """Databases of whose prints, those looked at, more than a quarter seem to have light ridges; and one such print."""
+    looked = Counter(database[s["path"]] for s in seen if s["light"] is not None)
+    light = defaultdict(list)
+    for s in seen:
+        if s["light"]:
+            light[database[s["path"]]].append(s["path"])
+    return {name: min(some) for name, some in light.items() if len(some) > looked[name] / 4}
 
 
 def _report_broken(broken, total, max_broken):
