@@ -18,7 +18,8 @@ from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
 from ifvit.data import canvases
-from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, seems_light, to_canvas
+from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, seems_light, to_canvas
+from ifvit.data.ridges import ridge_period
 from ifvit.data.sources import SYNTHETIC, Print, drop_duplicates
 from ifvit.errors import UserError
 
@@ -155,7 +156,7 @@ def decoded(prints: list[Print], canvas_size: int, cache_dir: str | Path) -> Dec
 def _key(prints: list[Print], canvas_size: int) -> str:
     """Of what the canvases and records of a database depend on: files, and how they are read."""
     try:
-        stats = [(os.path.abspath(p.path), s.st_size, s.st_mtime_ns, p.ppi, p.light, p.database == SYNTHETIC)
+        stats = [(os.path.abspath(p.path), s.st_size, s.st_mtime_ns, p.ppi, p.ppi_from, p.light, p.database == SYNTHETIC)
                  for p in prints for s in [os.stat(p.path)]]
     except OSError as e:
         raise UserError(f"{e.filename} cannot be read: {e.strerror}. Check the path and its rights.") from e
@@ -163,7 +164,13 @@ def _key(prints: list[Print], canvas_size: int) -> str:
 
 
 def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
-    """Canvas, mask and record of each print of a database, in order; of one that cannot be read an empty canvas."""
+    """Canvas, mask and record of each print of a database, in order; of one that cannot be read an empty canvas.
+
+    The record of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi",
+    "the set", "file's tag", "assumed"); period, px from ridge to ridge in the file (None: no ridges seen); light, whether
+    its ridges seem light as it is read (None: not looked at); blank, whether its mask is empty; digest, of the file's
+    bytes. Of one that cannot be read: path; broken, the reason.
+    """
     sample = set() if prints[0].database == SYNTHETIC else set(prints[:: -(-len(prints) // SAMPLE)])
     empty = [np.zeros(shape[1:], kind) for shape, kind in zip(canvases.shapes(1, canvas_size), (np.uint8, bool))]
 
@@ -175,18 +182,24 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
             return *empty, record | {"broken": str(e)}
         if p.light:
             grey = 255 - grey
-        ppi = print_ppi(p.ppi, tag)
+        ppi, ppi_from = _resolution(p, tag)
         canvas, mask = to_canvas(grey, ppi, canvas_size)
         return canvas, mask, record | {
-            "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi,
-            "ppi_from": "set" if p.ppi else "file" if tag else "assumed", "period": None,
-            "light": seems_light(grey, ppi) if p in sample else None, "blank": not mask.any(),
+            "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from, "period": ridge_period(grey),
+            "light": seems_light(grey, ppi) if p in sample else None, "blank": bool(not mask.any()),
             "digest": hashlib.sha256(Path(p.path).read_bytes()).hexdigest()}
 
     for at in range(0, len(prints), AHEAD):
         for row in pool.map(one, prints[at : at + AHEAD]):
             bar.update()
             yield row
+
+
+def _resolution(p: Print, tag: float | None) -> tuple[float, str]:
+    """The ppi to read a print at, and what tells it."""
+    if p.ppi:
+        return p.ppi, p.ppi_from
+    return (tag, "file's tag") if tag else (CANVAS_PPI, "assumed")
 
 
 def _report_broken(broken, total, max_broken):

@@ -11,7 +11,7 @@ import os
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -34,6 +34,7 @@ class Print:
     ppi: float | None  # None: the file's tag where it can be believed, else 500
     altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
     light: bool = False  # its ridges, and its valleys dark
+    ppi_from: str = field(default="the set", compare=False)  # what tells `ppi`: "the set" or "--ppi"
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -92,7 +93,8 @@ def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "d
         log.warning("%d files left out: further copies of an impression, at another ppi "
                     "or in another format", len(found) - len(best))
     prints = [
-        Print(path, databases[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered, ridges == "light")
+        Print(path, databases[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered, ridges == "light",
+              "--ppi" if ppi else "the set")
         for n, path in best.values()
     ]
     prints.sort(key=lambda p: [_natural(v) for v in (p.database, p.finger, p.impression, p.path)])

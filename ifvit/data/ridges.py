@@ -1,0 +1,92 @@
+"""How far apart a print's ridges are, measured on its pixels: the check of a resolution that a file or a user tells.
+
+Each window's power spectrum has a peak where the ridges are; the print's period is the median over windows.
+"""
+
+import numpy as np
+import scipy.fft
+from jaxtyping import Float, UInt8
+
+WINDOW = 64         # px, side of a window of the first look
+WINDOWS = 48        # that many are looked at, spread over those with contrast
+SHORTEST, LONGEST = 2.2, 25.0  # px, ridge periods that the first look knows
+PERIODS = 6         # that many fit in a window of the second look
+PEAK_SHARE = 0.2    # of a window's power that its peak holds, where there are ridges
+
+
+def ridge_period(grey: UInt8[np.ndarray, "H W"]) -> float | None:
+    """The distance from ridge to ridge in pixels of the image, the median over its windows; None where no ridges are seen.
+
+    Nothing need be known of the resolution: a first look with windows of 64 px finds the period roughly, a
+    second one measures it with windows of six periods. Large images are halved or more before.
+    """
+    height, width = grey.shape
+    shrink = max(1, round(min(height, width) / 700))
+    if shrink > 1:
+        whole = grey[: height // shrink * shrink, : width // shrink * shrink]
+        grey = whole.reshape(height // shrink, shrink, width // shrink, shrink).mean((1, 3), dtype=np.float32)
+    side = min(grey.shape)
+    rough = _median_period(grey, min(WINDOW, side), max(1 / LONGEST, 2.5 / side), 1 / SHORTEST)
+    if rough is None:
+        return None
+    window = min(max(16, 2 * round(PERIODS * rough / 2)), 2 * WINDOW, side)
+    fine = _median_period(grey, window, 1 / (1.6 * rough), min(1.6 / rough, 0.48))
+    return float(shrink * (fine or rough))
+
+
+def _median_period(grey: np.ndarray, window: int, low: float, high: float) -> float | None:
+    """The median over windows of `window` px of 1 / frequency at the peak between `low` and `high`, in cycles a pixel."""
+    if window < 12 or low >= high:
+        return None
+    power = _spectra(grey, window)
+    size = power.shape[1]
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    band = (frequency >= low) & (frequency <= high)
+    # Times the frequency: pressure and light change slowly over a print, and their power falls off with it.
+    peak = (power * (frequency * band)).reshape(len(power), -1).argmax(1)
+    row, column = np.unravel_index(peak, frequency.shape)
+    at, share = _peak_frequency(power, row, column, (power * (frequency >= low)).sum((1, 2)))
+    ridges = share > PEAK_SHARE
+    if ridges.sum() < max(1, 0.1 * len(ridges)):
+        return None
+    order = np.argsort(at[ridges])
+    weight = np.cumsum(share[ridges][order])
+    return 1 / at[ridges][order][np.searchsorted(weight, weight[-1] / 2)]
+
+
+def _spectra(grey: np.ndarray, window: int) -> Float[np.ndarray, "N F F/2+1"]:
+    """The power spectra of windows that overlap by half, at most `WINDOWS` of those with contrast."""
+    starts = [np.linspace(0, n - window, max(1, 2 * n // window - 1)).astype(int) for n in grey.shape]
+    windows = np.lib.stride_tricks.sliding_window_view(grey, (window, window))[np.ix_(*starts)].reshape(-1, window, window)
+    contrast = windows[:, ::2, ::2].astype(np.float32).var((1, 2))
+    there = np.flatnonzero(contrast >= 0.3 * np.percentile(contrast, 80))
+    if len(there) > WINDOWS:
+        there = there[np.linspace(0, len(there) - 1, WINDOWS).astype(int)]
+    levels = windows[there].astype(np.float32)
+    levels -= levels.mean((1, 2), keepdims=True)
+    taper = np.hanning(window + 2)[1:-1].astype(np.float32)
+    size = scipy.fft.next_fast_len(window, real=True)
+    return np.abs(scipy.fft.rfft2(levels * (taper[:, None] * taper), (size, size))) ** 2
+
+
+def _peak_frequency(power, row, column, total) -> tuple[np.ndarray, np.ndarray]:
+    """In each spectrum the peak's frequency by a parabola through the logarithms, and the share of `total` around it."""
+    size, last = power.shape[1], power.shape[2] - 1
+    each = np.arange(len(power))
+
+    def around(down: int, across: int) -> np.ndarray:
+        r, c = row + down, column + across
+        beyond = (c < 0) | (c > last)  # the other half of the plane is this one turned by 180°
+        c = np.where(c < 0, -c, np.where(c > last, size - c, c))
+        return power[each, np.where(beyond, -r, r) % size, c]
+
+    def vertex(before: np.ndarray, here: np.ndarray, after: np.ndarray) -> np.ndarray:
+        before, here, after = (np.log(p + 1e-6) for p in (before, here, after))
+        bend = before - 2 * here + after
+        return np.where(bend < -1e-6, 0.5 * (before - after) / np.minimum(bend, -1e-6), 0).clip(-0.5, 0.5)
+
+    here = around(0, 0)
+    y = np.where(row > size // 2, row - size, row) + vertex(around(-1, 0), here, around(1, 0))
+    x = column + vertex(around(0, -1), here, around(0, 1))
+    near = sum(around(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1))
+    return np.hypot(y, x) / size, near / np.maximum(total, 1e-6)
