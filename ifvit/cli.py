@@ -106,6 +106,14 @@ def prepare_output() -> None:
             stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
 
 
+def log_to_stderr() -> None:
+    """For commands whose stdout is for programs to read."""
+    for name in ("", "ifvit"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(sys.stderr)
+
+
 def tell(code: int, message: str) -> None:
     """Says on stderr how a command ended."""
     if message:

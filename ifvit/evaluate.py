@@ -45,8 +45,9 @@ class Args:
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
         from ifvit.data.gather import local_root, overlap
-        from ifvit.data.prepare import prepare
-        from ifvit.data.sources import read_roots, require_fingers
+        from ifvit.data.prepare import decoded, prepare
+        from ifvit.data.sources import read, require_fingers
+        from ifvit.data.summary import summarise
         from ifvit.scorer import Scorer
         from ifvit.training.sharding import use_cpu_cores
 
@@ -58,13 +59,16 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges)
-        require_fingers(prints)
+        reading = read([local_root(r) for r in self.dataset_root], self.ppi, self.ridges)
+        require_fingers(reading.prints)
         if overlap(scorer.config.dataset_root, self.dataset_root):
             log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
                         "known fingers say little of others. train_all's own evaluation is of those held out.",
                         ", ".join(scorer.config.dataset_root))
-        prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
+        prints = prepare(reading.prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
+        found = decoded(reading.prints, scorer.config.canvas_size, cache_dir())
+        for line in summarise(reading, found, prints.prints).lines():
+            log.info("%s", line)
         with written_here(as_path(self.out)) as out:
             print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
         return 0

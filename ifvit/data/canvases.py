@@ -121,7 +121,7 @@ def writing_to(cache: Path, needed: int = 0) -> Iterator[None]:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             size = f", and {math.ceil(needed / 1e6):,} MB are needed" if needed else ""
             raise UserError(f"The disk of the cache {cache} is full ({e.strerror}){size}. {remedy}, or free some.") from e
-        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO):
+        if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG):
             raise
         raise UserError(f"The cache {cache} cannot be written ({e.strerror}). {remedy}.") from e
 

@@ -68,7 +68,7 @@ class Decoded:
     """All prints that were found, those that cannot be read too, and what is known of each."""
 
     everything: PrintSet
-    records: tuple[dict, ...]  # what `_read` tells of each print
+    records: tuple[dict, ...]  # of each print, as `_decode_all` has it
 
     @property
     def broken(self) -> list[tuple[Print, str]]:
@@ -97,19 +97,33 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     if assumed := sorted(p.path for p, r in found.readable if r["ppi_from"] == "assumed"):
         log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
                  len(assumed), CANVAS_PPI, assumed[0])
-    for name, example in seem_light(found).items():
-        seem = "dark" if prints[0].light else "light"
-        log.warning("⚠ The ridges of %s seem to be %s, e.g. of %s; --ridges %s reads all prints so.", name, seem, example, seem)
     kept, dropped = found.without_copies(across=not apart)
     if dropped:
         log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
                     len(dropped), dropped[0].path)
-    blank = {p for p, r in found.readable if r["blank"]}
-    if none := [p.path for p in kept if p in blank]:
-        if len(none) == len(kept):
-            raise UserError(f"None of {len(kept)} prints shows ridges, e.g. {none[0]}. Give their resolution with --ppi, or other prints.")
-        log.warning("%d prints show no ridges: they are blank, too faint or too small, e.g. %s", len(none), none[0])
+    for remark in remarks(found, kept):
+        log.warning("%s", remark)
+    blank = blank_ones(found, kept)
+    if len(blank) == len(kept):
+        raise UserError(f"None of {len(kept)} prints shows ridges, e.g. {blank[0]}. Give their resolution with --ppi, or other prints.")
     return found.everything.subset(kept)
+
+
+def remarks(found: Decoded, kept: list[Print]) -> list[str]:
+    """What looks wrong with prints that can be read, each with a remedy."""
+    said = []
+    for name, example in seem_light(found).items():
+        seem = "dark" if found.everything.prints[0].light else "light"
+        said.append(f"⚠ The ridges of {name} seem to be {seem}, e.g. of {example}; --ridges {seem} reads all prints so.")
+    if blank := blank_ones(found, kept):
+        said.append(f"{len(blank)} prints show no ridges: they are blank, too faint or too small, e.g. {blank[0]}")
+    return said
+
+
+def blank_ones(found: Decoded, kept: list[Print]) -> list[str]:
+    """The paths of those prints that show no ridges."""
+    blank = {p for p, r in found.readable if r["blank"]}
+    return [p.path for p in kept if p in blank]
 
 
 def seem_light(found: Decoded) -> dict[str, str]:

@@ -45,12 +45,17 @@ class Database:
         return f"{ppi:g} ({told}{rest})"
 
 
+    def distance(self) -> str:
+        """Of the ridges."""
+        return f"{self.period:.1f}" + (f" ({self.blank} blank)" if self.blank else "") if self.period else "?"
+
+
 @dataclass(frozen=True)
 class Summary:
     databases: tuple[Database, ...]
     left_out: tuple[tuple[str, int, str], ...]  # reason, how many files or folders, one of them; the commonest first
     copies: tuple[tuple[str, str], ...]  # of files that are left out: path, and the equal file of another finger
-    training: tuple[int, int] | None  # prints and fingers; None where nothing is split
+    training: tuple[int, int] | None  # prints and fingers to train on; None where nothing is split
     held_out: tuple[int, int] | None
 
     @property
@@ -64,22 +69,31 @@ class Summary:
     def lines(self) -> list[str]:
         """Three lines for a run's log: what there is, at which scale, what is missing."""
         several = f" in {len(self.databases)} databases" if len(self.databases) > 1 else ""
-        scale = [f"{d.name} {d.size()} px at {d.resolution()} ppi" + (f", ridges {d.period:.1f} px apart" if d.period else "")
-                 for d in self.databases]
-        split = ""
-        if self.training:
-            split = " {} prints of {} fingers to train on, {} prints of {} fingers held out".format(*self.training, *self.held_out)
+        scale = [f"{d.name} {d.size()} px, ppi {d.resolution()}, ridges {d.distance()} px apart" for d in self.databases]
         return [f"Prints: {self.prints} of {self.fingers} fingers{several}: "
                 + _some([f"{d.name} {d.counts()}" for d in self.databases], ", "),
                 f"Scale: {_some(scale, '; ')}",
-                f"Left out: {self.missing() or 'nothing'}.{split}"]
+                f"Left out: {'; '.join(self.missing()) or 'nothing'}" + (f". {self.split()}" if self.training else "")]
 
-    def missing(self) -> str:
-        """What is left out, counted by reason, each with an example; '' where nothing is."""
+    def table(self) -> list[str]:
+        """A line a database, then what is left out, and the split."""
+        rows = [("database", "fingers × impressions", "prints", "size, px", "ppi", "ridges, px", "names", "held out")]
+        rows += [(d.name, d.counts(), str(d.prints), d.size(), d.resolution(), d.distance(), d.layout, str(len(d.held_out)))
+                 for d in self.databases]
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return [*("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows), "",
+                f"{self.prints} prints of {self.fingers} fingers", *(f"left out: {what}" for what in self.missing()), self.split()]
+
+    def split(self) -> str:
+        return "{} prints of {} fingers to train on, {} prints of {} fingers held out".format(*self.training, *self.held_out)
+
+    def missing(self) -> list[str]:
+        """What is left out, counted by reason, each with an example."""
         parts = [f"{count} {reason}, such as {example}" for reason, count, example in self.left_out]
         if self.copies:
-            parts.append(f"{len(self.copies)} equal to the byte to prints of other fingers, such as {self.copies[0][0]} (as {self.copies[0][1]})")
-        return "; ".join(parts)
+            path, other = self.copies[0]
+            parts.append(f"{len(self.copies)} equal to the byte to prints of other fingers, such as {path} (the same as {other})")
+        return parts
 
     def to_json(self) -> dict:
         """The same as plain values."""
