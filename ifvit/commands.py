@@ -40,12 +40,14 @@ class ConfigArgs:
     """resolution of all prints, whatever their files and sets tell"""
     ridges: Literal["dark", "light"] | None = None
     """in the prints' images; `light` of sensors that show them white on black [dark]"""
+    names: str | None = None
+    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
 
     command: ClassVar[str]  # the module's name
 
     def common(self) -> dict:
         """Flags that are configuration keys of both modules, those given."""
-        flags = {"seed": self.seed, "ppi": self.ppi, "ridges": self.ridges, "dataset_root": tuple(self.dataset_root) or None}
+        flags = {"seed": self.seed, "ppi": self.ppi, "ridges": self.ridges, "names": self.names, "dataset_root": tuple(self.dataset_root) or None}
         return {k: v for k, v in flags.items() if v is not None}
 
 

@@ -48,6 +48,7 @@ class Config:
     dataset_root: tuple[str, ...] = host(("synthetic",))  # folders of prints; `synthetic` for generated ones
     ppi: float = number(0.0, 0, 5000, use=HOST)     # overrides the prints' resolution; 0: the file's, or the set's
     ridges: str = choice("dark", "dark", "light", use=HOST)  # of the prints' images: lighter than the valleys, of some sensors
+    names: str = host("")                           # how prints' names are to be read, as --names; '': as known sets' are
     held_out: float = number(0.1, TINY, 0.9, use=HOST)  # share of fingers kept for validation
     data_seed: int = number(0, 0, 2**31 - 1, use=HOST)  # chooses them, and the generated prints: seeds can be compared
     synthetic_fingers: int = number(300, 2, use=HOST)  # how many generated fingers, where generated ones are used

@@ -41,12 +41,16 @@ class Args:
     """resolution of all prints, whatever their files and sets tell"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
+    names: str = ""
+    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
+        from ifvit.data.contents import known
         from ifvit.data.gather import local_root, overlap
         from ifvit.data.prepare import decoded, prepare
-        from ifvit.data.sources import read, require_fingers
+        from ifvit.data.sources import read
+        from ifvit.data.split import require_fingers
         from ifvit.data.summary import summarise
         from ifvit.scorer import Scorer
         from ifvit.training.sharding import use_cpu_cores
@@ -59,9 +63,9 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        reading = read([local_root(r) for r in self.dataset_root], self.ppi, self.ridges)
+        reading = read([local_root(r) for r in self.dataset_root], self.ppi, self.ridges, self.names)
         require_fingers(reading.prints)
-        if overlap(scorer.config.dataset_root, self.dataset_root):
+        if overlap(scorer.config.dataset_root, self.dataset_root) or known(scorer.trained_on, reading.prints):
             log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
                         "known fingers say little of others. train_all's own evaluation is of those held out.",
                         ", ".join(scorer.config.dataset_root))

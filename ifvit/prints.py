@@ -30,6 +30,8 @@ class Args:
     """resolution of all prints, whatever their files and sets tell"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
+    names: str = ""
+    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
     held_out: float = DenseConfig.held_out
     """share of fingers that training keeps for validation"""
     data_seed: int = DenseConfig.data_seed
@@ -40,10 +42,9 @@ class Args:
     """print the same as JSON"""
 
     def run(self) -> int:
-        from ifvit.data.gather import local_root, split
+        from ifvit.data.gather import read_folders, split
         from ifvit.data.prepare import decoded, remarks
         from ifvit.data.sheet import contact_sheet
-        from ifvit.data.sources import read
         from ifvit.data.summary import summarise
 
         if self.json:
@@ -53,7 +54,7 @@ class Args:
             raise UserError("No folder is named; give one or more, such as python -m ifvit.prints DIR.")
         if not 0 < self.held_out < 1:
             raise UserError(f"--held_out is {self.held_out}; give a share of the fingers between 0 and 1, such as 0.1.")
-        reading = read([local_root(r) for r in self.roots], self.ppi, self.ridges)
+        reading = read_folders(self.roots, self.ppi, self.ridges, self.names)
         found = decoded(reading.prints, DenseConfig.canvas_size, cache_dir())
         used, _ = found.without_copies(across=True)
         if not used:

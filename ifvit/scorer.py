@@ -32,6 +32,7 @@ class Scorer:
     aligner_config: DenseConfig | None
     num_classes: int
     fusion: Fusion | None         # None: Module 1, or a matcher's checkpoint from before the end of training
+    trained_on: tuple[str, ...] = ()  # a sample of its training prints, by `contents.known`
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> "Scorer":
@@ -41,7 +42,7 @@ class Scorer:
         checkpoint.check_ours(found.path, meta)
         if found.module == "dense_reg":
             config = config_of(DenseConfig, meta["config"])
-            return cls("dense_reg", config, state["params"], state["batch_stats"], None, None, 0, None)
+            return cls("dense_reg", config, state["params"], state["batch_stats"], None, None, 0, None, tuple(meta.get("sample", ())))
         config = config_of(MatchConfig, meta["config"])
         aligner = found.aligner and (found.aligner["params"], found.aligner["batch_stats"])
         params = dict(state["params"])
@@ -50,7 +51,8 @@ class Scorer:
         fusion = meta.get("fusion") and Fusion(**{k: tuple(v) if isinstance(v, list) else v
                                                   for k, v in meta["fusion"].items()})
         return cls("matcher", config, params, state["batch_stats"], aligner,
-                   aligner and config_of(DenseConfig, meta["aligner_config"]), meta["num_classes"], fusion)
+                   aligner and config_of(DenseConfig, meta["aligner_config"]), meta["num_classes"], fusion,
+                   tuple(meta.get("sample", ())))
 
     @cached_property
     def _aligner_network(self):

@@ -82,7 +82,7 @@ class Args(TrainArgs):
         """The sweep, in a process of its own: it must not hold the accelerators of this one. Its exit code."""
         from tune.__main__ import PARENT
 
-        flags = {"preset": self.preset, "config": self.config, "resume": self.resume, "seed": self.seed, "ppi": self.ppi, "ridges": self.ridges,
+        flags = {"preset": self.preset, "config": self.config, "resume": self.resume, "seed": self.seed, "ppi": self.ppi, "ridges": self.ridges, "names": self.names,
                  "num_samples": self.tune, "sweep_dir": self.sweep_dir, "wait_for_hosts": self.wait_for_hosts}
         fixed = {"dense.batch_size": self.batch_size, "match.batch_size": self.batch_size,
                  "match.num_classes": self.num_classes, "dense.loftr_ckpt": self.loftr_ckpt}

@@ -78,7 +78,8 @@ class Canvases:
 def on_canvases(paths: list[str], ppi: float | None, canvas_size: int, ridges: str = "dark") -> Canvases:
     """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
     from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
-    from ifvit.data.sources import Print, known_ppi
+    from ifvit.data.names import known_ppi
+    from ifvit.data.sources import Print
 
     arrays = []
     for path in paths:

@@ -15,12 +15,10 @@ from ifvit.data.gather import gather, overlap
 from ifvit.data.sources import (
     SYNTHETIC,
     Print,
-    drop_duplicates,
     read_root,
     read_roots,
-    require_fingers,
-    split_by_finger,
 )
+from ifvit.data.split import drop_duplicates, require_fingers, split_by_finger
 from ifvit.errors import UserError
 
 
@@ -134,7 +132,7 @@ def test_sessions_and_parts_of_a_tree_hold_the_same_fingers(tmp_path):
     assert {k: len(v) for k, v in by_finger(read_root(tmp_path)).items()} == {"1": 4, "2": 4}
     grow(tmp_path / "tree", *(f"{part}/{f}/{i}.png" for part in ("train", "val") for f in "12" for i in "ab"))
     assert {k: len(v) for k, v in by_finger(read_root(tmp_path / "tree")).items()} == {"1": 4, "2": 4}
-    assert {p.database for p in read_root(tmp_path / "tree/val")} == {"val"}  # a root has its own name
+    assert {p.database for p in read_root(tmp_path / "tree/val")} == {"tree"}  # from whatever root
     grow(tmp_path / "below", *(f"7/session{s}/{i}.png" for s in "12" for i in "ab"), "8/session1/a.png")
     assert {k: len(v) for k, v in by_finger(read_root(tmp_path / "below")).items()} == {"7": 4, "8": 1}
 
@@ -344,6 +342,8 @@ def test_the_sets_at_hand_are_read_as_their_readme_counts_them():
     count = Counter(p.database for p in prints)
     fingers = Counter(database for database, _ in {p.identity for p in prints})
     fvc = [f"FVC2000/DB{n}_B" for n in (1, 2, 3)] + [f"FVC2002/DB{n}_B" for n in (1, 2, 3, 4)]
-    assert fingers == dict.fromkeys(fvc, 10) | {"CrossMatch": 51, "SOCOFing": 500, "SFinGe": 10}
-    assert count == dict.fromkeys(fvc, 80) | {"CrossMatch": 408, "SOCOFing": 500, "SFinGe": 100}
+    assert fingers == dict.fromkeys(fvc, 10) | {
+        "CrossMatch": 51, "SOCOFing": 500, "SFinGe": 10, "FVC2000_DB4_B": 10, "S155": 153, "Small40": 40, "Ten5": 10, "UareU": 26}
+    assert count == dict.fromkeys(fvc, 80) | {
+        "CrossMatch": 408, "SOCOFing": 500, "SFinGe": 100, "FVC2000_DB4_B": 80, "S155": 1208, "Small40": 80, "Ten5": 50, "UareU": 208}
     assert {p.ppi for p in prints if p.database == "FVC2002/DB2_B"} == {569}

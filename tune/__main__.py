@@ -202,9 +202,9 @@ class Args(ConfigArgs):
         pbt = self.scheduler == "pbt"
         base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)
         samples = self.num_samples if space else 1
-        _, prints, _ = gather(base, Host())  # read and generated once, and what is wrong with them shows here
+        _, prints, held_out = gather(base, Host())  # read and generated once, and what is wrong with them shows here
         if name == "match" and (module1 := checkpoint_of_module1(base)):
-            warn_of_seen_fingers(base, module1)
+            warn_of_seen_fingers(base, module1, held_out)
         plan = Plan(name, base, str(out), metric, higher, frozenset(space) if pbt else frozenset(), os.getcwd(), "", {})
         _check_same_sweep(out, plan, space, prints.digest())
         print(f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings", flush=True)

@@ -71,7 +71,7 @@ class Choice:
 Space = dict[str, Range | Choice]
 
 # a run's own affairs: no settings to hand on
-OF_THE_RUN = {"dataset_root", "ppi", "ridges", "checkpoint_dir", "dense_reg_ckpt", "loftr_ckpt", "seed", "num_classes", "input_workers",
+OF_THE_RUN = {"dataset_root", "ppi", "ridges", "names", "checkpoint_dir", "dense_reg_ckpt", "loftr_ckpt", "seed", "num_classes", "input_workers",
               "model_parallel", "save_every", "save_steps", "keep_last", "keep_best"}
 # what has to be the same for all trials, or they could not be compared
 OF_THE_SWEEP = {"num_epochs", "patience", "held_out", "data_seed", "val_pairs"}

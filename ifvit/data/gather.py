@@ -10,8 +10,10 @@ from pathlib import Path
 
 from ifvit import gcs
 from ifvit.data import synthetic
+from ifvit.data.contents import in_order_of_contents
 from ifvit.data.prepare import Decoded, PrintSet, decoded, prepare
-from ifvit.data.sources import SYNTHETIC, Print, Reading, read, read_root, require_fingers, split_by_finger
+from ifvit.data.sources import SYNTHETIC, Print, Reading, read, read_root
+from ifvit.data.split import require_fingers, split_by_finger
 from ifvit.data.summary import summarise
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
@@ -59,9 +61,17 @@ def _prepared(config, real: list[Print]) -> tuple[PrintSet, Decoded]:
 
 
 def read_prints(config) -> Reading:
-    """The real prints of every root, and what is left out there."""
-    roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
-    return read(roots, config.ppi or None, config.ridges) if roots else Reading([], (), {})
+    """The real prints of every root."""
+    roots = [r for r in config.dataset_root if r != SYNTHETIC]
+    if config.names and not roots:
+        raise UserError(f"--names '{config.names}' tells how names are to be read, and all prints are generated; give a --dataset_root, or leave it out.")
+    return read_folders(roots, config.ppi or None, config.ridges, config.names) if roots else Reading([], (), {})
+
+
+def read_folders(roots: Sequence[str], ppi: float | None, ridges: str, names: str) -> Reading:
+    """What some folders, or buckets, are read as, in an order that their names do not change."""
+    reading = read([local_root(r) for r in roots], ppi, ridges, names)
+    return replace(reading, prints=in_order_of_contents(reading.prints))
 
 
 def overlap(roots, others) -> bool:
@@ -72,8 +82,12 @@ def overlap(roots, others) -> bool:
 
 
 def listing(prints: list[Print]) -> str:
-    """A hash of the prints and their files' sizes: what hosts that see the same data have in common."""
-    names = sorted((p.database, p.finger, p.impression, os.stat(p.path).st_size) for p in prints)
+    """A hash of the prints, in their order, and their files' sizes: what hosts that see the same data have in common.
+
+    Where one host has it under another name is its own affair: databases count by their place in the order.
+    """
+    order = {database: k for k, database in enumerate(dict.fromkeys(p.database for p in prints))}
+    names = [(order[p.database], p.finger, p.impression, os.stat(p.path).st_size) for p in prints]
     return f"{len(names)} prints, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
 
 

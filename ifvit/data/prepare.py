@@ -18,9 +18,11 @@ from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
 from ifvit.data import canvases
+from ifvit.data.contents import data_digest, sample
 from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, seems_light, to_canvas
 from ifvit.data.ridges import ridge_period
-from ifvit.data.sources import SYNTHETIC, Print, drop_duplicates
+from ifvit.data.sources import SYNTHETIC, Print
+from ifvit.data.split import drop_duplicates
 from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
@@ -58,9 +60,12 @@ class PrintSet:
         return PrintSet(tuple(prints), tuple(row[p] for p in prints), self.files)
 
     def digest(self) -> str:
-        """Of names and identities, not of places: the same data on another host, or moved, is the same."""
-        names = sorted((p.database, p.finger, p.impression) for p in self.prints)
-        return hashlib.sha256(json.dumps(names).encode()).hexdigest()[:16]
+        """Of files and fingers, not of places: the same data on another host, moved or renamed, is the same."""
+        return data_digest(self.prints)
+
+    def sample(self) -> list[str]:
+        """Digests of some files, by which a checkpoint tells later that it was trained on them."""
+        return sample(self.prints)
 
 
 @dataclass(frozen=True)
@@ -81,7 +86,7 @@ class Decoded:
 
     def without_copies(self, across: bool) -> tuple[list[Print], list[Print]]:
         """Readable prints, and those of them that are files equal to the byte to ones of other fingers. See `drop_duplicates`."""
-        return drop_duplicates([p for p, _ in self.readable], across, {p: r["digest"] for p, r in self.readable})
+        return drop_duplicates([p for p, _ in self.readable], across)
 
 
 def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False) -> PrintSet:
@@ -182,10 +187,10 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
 
     The record of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi",
     "the set", "file's tag", "assumed"); period, px from ridge to ridge in the file (None: no ridges seen); light, whether
-    its ridges seem light as it is read (None: not looked at); blank, whether its mask is empty; digest, of the file's
-    bytes. Of one that cannot be read: path; broken, the reason.
+    its ridges seem light as it is read (None: not looked at); blank, whether its mask is empty. Of one that
+    cannot be read: path; broken, the reason.
     """
-    sample = set() if prints[0].database == SYNTHETIC else set(prints[:: -(-len(prints) // SAMPLE)])
+    looked_at = set() if prints[0].database == SYNTHETIC else set(prints[:: -(-len(prints) // SAMPLE)])
     empty = [np.zeros(shape[1:], kind) for shape, kind in zip(canvases.shapes(1, canvas_size), (np.uint8, bool))]
 
     def one(p: Print):
@@ -200,8 +205,7 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
         canvas, mask = to_canvas(grey, ppi, canvas_size)
         return canvas, mask, record | {
             "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from, "period": ridge_period(grey),
-            "light": seems_light(grey, ppi) if p in sample else None, "blank": bool(not mask.any()),
-            "digest": hashlib.sha256(Path(p.path).read_bytes()).hexdigest()}
+            "light": seems_light(grey, ppi) if p in looked_at else None, "blank": bool(not mask.any())}
 
     for at in range(0, len(prints), AHEAD):
         for row in pool.map(one, prints[at : at + AHEAD]):

@@ -1,24 +1,25 @@
-"""Which prints a folder holds: the file, the finger it is of, the ppi it is at.
+"""Which prints some folders hold: the file, the finger it is of, the ppi it is at.
 
-Sets are known by their files' names: FVC, CrossMatch, PolyU HRF, CASIA, SOCOFing, NIST SD4,
-SD300, SD301 and SD302. Names that carry no finger are read as `DATABASE/FINGER/IMPRESSION.ext`.
+Sets are known by their files' names (`ifvit.data.names`). Names that carry no finger are read as
+`DATABASE/FINGER/IMPRESSION.ext`; `names` tells how others are to be read (`ifvit.data.pattern`).
 """
 
-import hashlib
 import logging
-import math
 import os
-import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
+from ifvit.data import places
+from ifvit.data.names import FOLDERS, LATENT, SLAP, Name, hand_and_finger, in_words, nfc, read_name
+from ifvit.data.pattern import Pattern
+from ifvit.data.places import Found, absolute, common_top, settle, without_parts
+from ifvit.data.walk import EXTENSIONS, LeftOut, Walk, file_digest, natural, walk, warnings
 from ifvit.errors import UserError
 
 SYNTHETIC = "synthetic"  # database of the generated prints
-EXTENSIONS = {".tif", ".tiff", ".png", ".bmp", ".jpg", ".jpeg", ".wsq"}
+MISFIT, COPY, UNFIT = "no known set's name", "further copy of an impression", "does not fit --names"
 
 log = logging.getLogger("ifvit")
 
@@ -42,14 +43,6 @@ class Print:
 
 
 @dataclass(frozen=True)
-class LeftOut:
-    """A file or a folder that is not read."""
-
-    path: str
-    reason: str  # a short phrase that can be counted, such as "a slap or a palm"
-
-
-@dataclass(frozen=True)
 class Reading:
     """What some folders are read as."""
 
@@ -59,7 +52,7 @@ class Reading:
 
 
 def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
-    """The prints under one folder. See `read_roots`."""
+    """The prints under one folder. See `read`."""
     return read_roots([root], ppi)
 
 
@@ -74,314 +67,170 @@ def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "d
     A file that is reached twice counts once. A database is named by its folder; where
     two have one name, they and their neighbours get the parent folder's before it. Files
     that fit no known set, beside ones that do, are left out with a warning. `ppi`
-    overrides what is known of a set; `ridges`: dark or light, in the images.
+    overrides what is known of a set; `ridges`: dark or light, in the images; `names`: a
+    pattern in place of all that is known.
 
-    Raises: UserError for a root that is missing, a file, empty, or holds no print known.
+    Raises: UserError for a root that is missing, a file, empty, or holds no print known;
+    for a pattern that is none, fits nothing or makes one finger of all.
     """
-    found: list[tuple[_Name, str]] = []
+    roots = [Path(root) for root in roots]
+    pattern = Pattern(names) if names else None
+    top = common_top(roots)
+    found: list[Found] = []
+    left_out: list[LeftOut] = []
     seen: set[str] = set()
     for root in roots:
-        found += _read_folders(Path(root), seen)
-    databases = _database_names({name.anchor for name, _ in found})
-    best = {}
-    for name, path in found:
-        key = (name.anchor, name.finger, name.impression)
-        if key not in best or name.off_500 < best[key][0].off_500:
-            best[key] = name, path
-    if len(best) < len(found):
+        met = walk(root)
+        kept, misfits = _by_pattern(root, met, pattern) if pattern else _by_name(root, met, top)
+        for line in warnings(root, met.left_out):
+            log.warning("%s", line)
+        left_out += met.left_out + misfits
+        for f in kept:
+            if (real := os.path.realpath(f.path)) not in seen:
+                seen.add(real)
+                found.append(f)
+    told = [] if pattern else settle(found, top)
+    best, copies = _best(found)
+    if copies:
         # A card scanned at three ppi, or a print stored as tif and png, is one impression.
         log.warning("%d files left out: further copies of an impression, at another ppi "
-                    "or in another format", len(found) - len(best))
-    prints = [
-        Print(path, databases[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered, ridges == "light",
-              "--ppi" if ppi else "the set")
-        for n, path in best.values()
-    ]
-    prints.sort(key=lambda p: [_natural(v) for v in (p.database, p.finger, p.impression, p.path)])
-    return Reading(prints, (), {databases[n.anchor]: n.layout for n, _ in best.values()})
+                    "or in another format", len(copies))
+    left_out += [LeftOut(str(f.path), COPY) for f in copies]
+    if not pattern:
+        told += places.doubts(best)
+    for line in told:
+        log.warning("%s", line)
+    databases = _database_names({f.anchor for f in best})
+    prints = [Print(str(f.path), databases[f.anchor], f.finger, f.impression, ppi or f.name.ppi, f.name.altered, ridges == "light",
+                    "--ppi" if ppi else "the set") for f in best]
+    prints.sort(key=lambda p: [natural(v) for v in (p.database, p.finger, p.impression, p.path)])
+    if pattern and len(prints) > 1 and len({p.identity for p in prints}) == 1:
+        raise UserError(f"By --names '{names}' all {len(prints)} prints are of one finger, {prints[0].finger!r}, such as {prints[0].path} and "
+                        f"{prints[-1].path}. Put {{finger}} where they differ.")
+    return Reading(prints, tuple(left_out), {databases[f.anchor]: f.name.layout for f in best})
 
 
-def split_by_finger(
-    prints: Sequence[Print], held_out: float, seed: int
-) -> tuple[list[Print], list[Print]]:
-    """Training prints and held-out ones; no finger is in both.
-
-    In every database the fingers are ranked by a digest of (seed, identity) and the
-    first ceil(held_out * n) held out, at least two so that there are impostor pairs, and
-    at least two left. Databases of fewer than four fingers are ranked together. So a larger
-    database's split does not change when others are added.
-
-    Raises: ValueError unless 0 <= held_out < 1.
-    """
-    if not 0 <= held_out < 1:
-        raise ValueError(f"held_out is {held_out}, a fraction in [0, 1) is needed")
-    fingers = defaultdict(set)
-    for p in prints:
-        fingers[p.database].add(p.finger)
-    groups = defaultdict(list)
-    for database, members in fingers.items():
-        groups[database if len(members) >= 4 else None] += [(database, f) for f in members]
-
-    def rank(member: tuple[str, str]) -> tuple:
-        # The folder's own name only: the prefix comes and goes with the other roots.
-        key = f"{seed}\0{member[0].rpartition('/')[2]}\0{member[1]}"
-        return hashlib.sha256(key.encode(errors="surrogateescape")).digest(), member
-
-    out = set()
-    for members in groups.values():
-        if held_out and len(members) >= 4:
-            count = min(max(2, math.ceil(held_out * len(members))), len(members) - 2)
-            out.update(sorted(members, key=rank)[:count])
-    train = [p for p in prints if p.identity not in out]
-    return train, [p for p in prints if p.identity in out]
+def _by_pattern(root: Path, met: Walk, pattern: Pattern) -> tuple[list[Found], list[LeftOut]]:
+    """Every image that fits, and the others."""
+    found, misfits = [], []
+    base, _ = without_parts(absolute(root), absolute(root))
+    for folder, files in met.images.items():
+        for file in files:
+            path = folder / file
+            if fit := pattern.fit(nfc(path.relative_to(root).with_suffix("").as_posix())):
+                database, finger, impression = fit
+                known = read_name(absolute(folder) / file)
+                name = Name("--names", finger, impression, known and known.ppi, bool(known and known.altered))
+                found.append(Found(path, name, Path(os.sep, database) if database else base, finger, impression))
+            else:
+                misfits.append(LeftOut(str(path), UNFIT))
+    if not found:
+        if not misfits:
+            raise UserError(_nothing_known(root, met, []))
+        example = Path(misfits[0].path).relative_to(root).with_suffix("").as_posix()
+        raise UserError(f"--names '{pattern.text}' fits none of the {len(misfits)} images under {root}; a path below it is '{example}'. "
+                        "Give a pattern of such paths, without the extension; **/ stands for any folders.")
+    if misfits:
+        log.warning("%s: %d files left out, they do not fit --names '%s', such as %s", root, len(misfits), pattern.text, misfits[0].path)
+    return found, misfits
 
 
-def drop_duplicates(prints: Sequence[Print], across: bool = True, digests: Mapping[Print, str] | None = None) -> tuple[list[Print], list[Print]]:
-    """Kept and dropped: of files equal to the byte under different fingers, the first stays.
-
-    They would be a genuine pair that is labelled impostor. `across`: databases; else a copy in another one does not count.
-    `digests`: of the files' bytes, where they are known.
-    """
-    owner: dict[tuple, tuple[str, str]] = {}
-    kept, dropped = [], []
-    for p in prints:
-        digest = digests[p] if digests else hashlib.sha256(Path(p.path).read_bytes()).hexdigest()
-        same_finger = owner.setdefault((digest, None if across else p.database), p.identity) == p.identity
-        (kept if same_finger else dropped).append(p)
-    return kept, dropped
-
-
-def require_fingers(prints: Sequence[Print]) -> None:
-    """Raises UserError unless there are two fingers: one has no impostor."""
-    fingers = {p.identity for p in prints}
-    if len(fingers) < 2:
-        which = f"one finger, {'/'.join(fingers.pop())}" if fingers else "no finger"
-        raise UserError(
-            f"The prints are of {which}, and training and evaluation need two or more. "
-            "Give --dataset_root a folder with prints of several fingers."
-        )
-
-
-class _Name(NamedTuple):
-    """What a file's place and name say."""
-
-    layout: str
-    anchor: Path  # the database's folder
-    finger: str | None  # None: a slap or a palm, known and left out
-    impression: str = ""
-    ppi: float | None = None
-    altered: bool = False
-
-    @property
-    def off_500(self) -> float:
-        return abs((self.ppi or 500) - 500)
-
-
-_CAPTURES = "roll|plain|slap-segmented|[a-z-]*slap[a-z-]*|[a-z-]*palm[a-z-]*"
-_PATTERNS = {
-    "FVC": r"(?!(?:19|20)\d{6}_\d{6}$)(?P<finger>\d+)_(?P<impression>\d+)",  # and no date and time
-    "CrossMatch": r"(?P<finger>\d+_\d+)_(?P<impression>\d+)",
-    "CASIA": r"(?P<finger>\d+_[LR]\d)_(?P<impression>\d+)",
-    "SOCOFing": r"(?P<finger>\d+__[MF]_(?:Left|Right)_[a-z]+)_finger(?:_(?P<change>CR|Obl|Zcut))?",
-    "SD4": r"(?P<impression>[fs])(?P<finger>\d{4})_\d{2}",
-    "SD300": rf"(?P<subject>\d+)_(?P<capture>{_CAPTURES})_(?P<ppi>\d+)_(?P<frgp>\d\d)",
-    "SD302": r"(?P<subject>\d+)_(?P<device>[^_]+)_(?:(?P<ppi>\d+)_)?"
-             rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
-    "SD301": r"(?P<subject>\d+)_(?P<encounter>[^_]+)_(?P<device>[^_]+)_(?P<ppi>\d+)_"
-             rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
-    "latent": r"\d+_\w+_\d+PPI_\d+BPC_\d+CH_\w+",  # of SD301 and SD302: of which finger, the name does not tell
-}
-_PATTERNS = {layout: re.compile(p, re.IGNORECASE) for layout, p in _PATTERNS.items()}
-
-# Folders between a NIST set's own and its files; the set's folder is the database, so
-# that a finger's rolled and plain prints share an identity.
-_NIST_FOLDER = re.compile(rf"figs_\d+|images|png\w*|\d+|{_CAPTURES}", re.IGNORECASE)
-_NIST_TOP = {"friction-ridge", "challengers", "baseline"}
-
-
-def _read_name(path: Path) -> _Name | None:
-    """What the absolute path says, None where no known set's name looks so."""
-    matches = ((layout, p.fullmatch(path.stem)) for layout, p in _PATTERNS.items())
-    layout, m = next(((layout, m) for layout, m in matches if m), (None, None))
-    folder = path.parent
-    if m is None:
-        return None
-    if layout == "CrossMatch" and any(_POLYU_HRF.fullmatch(part) for part in folder.parts):
-        finger, session, impression = path.stem.split("_")
-        return _Name("PolyU HRF", folder, finger, f"{session}_{impression}", 1200.0)
-    if layout in ("FVC", "CrossMatch"):
-        anchor, session = _without_session(folder)
-        return _Name(layout, anchor, m["finger"], session + m["impression"], _fvc_ppi(folder))
-    if layout == "CASIA":
-        anchor = _above(folder, re.compile(r"[LR]|\d+", re.IGNORECASE))
-        return _Name(layout, anchor, m["finger"].upper(), m["impression"])
-    if layout == "SOCOFing":
-        finger = re.sub("__[mf]", "", m["finger"].lower())
-        anchor = _above(folder, re.compile(r"real|altered(-\w+)?", re.IGNORECASE))
-        impression = f"{folder.name}_{m['change']}".lower() if m["change"] else "real"
-        return _Name(layout, anchor, finger, impression, _socofing_ppi(path), bool(m["change"]))
-    anchor = _nist_anchor(folder, m.groupdict().get("device"))
-    if layout == "latent":
-        return _Name(layout, anchor, None)
-    if layout == "SD4":
-        return _Name(layout, anchor, m["finger"], m["impression"].lower())
-    frgp = {11: 1, 12: 6}.get(int(m["frgp"]), int(m["frgp"]))
-    if not 1 <= frgp <= 10 or m["capture"].lower() not in ("roll", "plain", "slap-segmented"):
-        return _Name(layout, anchor, None)
-    parts = [m.groupdict().get(k) for k in ("encounter", "device", "capture")]
-    parts += ["thumb"] if int(m["frgp"]) != frgp else []
-    ppi = m["ppi"] or next((p for p in folder.parts[::-1] if p in ("500", "1000", "2000")), 0)
-    return _Name(layout, anchor, f"{m['subject']}_{frgp:02d}",
-                 "_".join(p for p in parts if p), float(ppi) or None)
-
-
-# By the competitions' tables of sensors; the others were taken at 500 ppi.
-_FVC_PPI = {("fvc2002", "db2"): 569.0, ("fvc2004", "db3"): 512.0, ("fvc2006", "db1"): 250.0, ("fvc2006", "db2"): 569.0}
-
-
-def _fvc_ppi(folder: Path) -> float | None:
-    """By year and number of the database, wherever the path tells them: FVC2002/DB2_A, fvc-2002/DB2_A_png, FVC2002_DB2_A."""
-    for path in (folder, folder.resolve()):
-        parts = [part.lower() for part in path.parts[::-1]]  # the nearest tells
-        year = next((m[1] for part in parts if (m := re.search(r"fvc[-_ ]?(200[0246])(?!\d)", part))), None)
-        number = next((m for part in parts if (m := re.search(r"(?<![a-z])db[-_ ]?([1-4])(?!\d)", part))), None)
-        if year and number and not re.search(r"\d{3}", number.string[number.end():]):  # DB2_A_500ppi has been resampled
-            return _FVC_PPI.get((f"fvc{year}", f"db{number[1]}"))
-    return None
-
-
-# PolyU's high-resolution prints, of pores: SUBJECT_SESSION_IMPRESSION under DBI and DBII, one finger a number.
-_POLYU_HRF = re.compile(r".*polyu.*hrf.*|hrf|dbii?([-_ ].*)?", re.IGNORECASE)
-_SESSION = re.compile(r"(first|second|third)[-_ ]?session|session[-_ ]?\d+", re.IGNORECASE)
-_PART = re.compile(rf"train(ing)?|val(id|idation)?|test(ing)?|{_SESSION.pattern}", re.IGNORECASE)
-
-
-def _without_session(folder: Path, pattern: re.Pattern = _SESSION, root: Path | None = None) -> tuple[Path, str]:
-    """The folder above those of sessions, not above `root`, and what the impressions' names begin with: the fingers are the same."""
-    anchor = _above(folder, pattern, root)
-    return anchor, "".join(f"{part}_" for part in folder.parts[len(anchor.parts):])
-
-
-def known_ppi(path: str | Path) -> float | None:
-    """The resolution in which a print of this name was taken, where it is of a known set."""
-    name = _read_name(Path(os.path.abspath(path)))
-    return name and name.ppi
-
-
-def _socofing_ppi(path: Path) -> float | None:
-    """Most are shrunk to 96 x 103, ridges 3.2 px apart; a few are 241 wide, unshrunk."""
-    with open(path, "rb") as file:
-        head = file.read(22)
-    if head[:2] == b"BM" and int.from_bytes(head[18:22], "little") > 200:
-        return None
-    return 175.0
-
-
-def _above(folder: Path, pattern: re.Pattern, root: Path | None = None) -> Path:
-    while folder != root and pattern.fullmatch(folder.name) and folder.parent.name:
-        folder = folder.parent
-    return folder
-
-
-def _nist_anchor(folder: Path, device: str | None) -> Path:
-    """The set's folder. The parts of SD300, 301 and 302 (sd302a, sd302b …) are of the same subjects: they are one."""
-    folder = _nist_folder(folder, device)
-    return folder.with_name(re.sub(r"(sd-?30[012])[a-z]$", r"\1", folder.name, flags=re.IGNORECASE)) if folder.name else folder
-
-
-def _nist_folder(folder: Path, device: str | None) -> Path:
-    tops = [i for i, part in enumerate(folder.parts) if part.lower() in _NIST_TOP]
-    if tops and tops[-1] > 1:
-        folder = Path(*folder.parts[: tops[-1]])
-    elif device:
-        words = re.compile(rf"{re.escape(device)}|{_NIST_FOLDER.pattern}", re.IGNORECASE)
-        return _above(folder, words)
-    return _above(folder, _NIST_FOLDER)
-
-
-def _read_folders(root: Path, seen: set[str]) -> list[tuple[_Name, str]]:
-    """Every print under `root` that is not in `seen` (real paths), which it adds to."""
-    folders, others = _walk(root)
-    read, nameless, by_folder, misfits = [], [], [], []
-    for folder, files in folders.items():
-        place = Path(os.path.abspath(folder))
-        names = {file: _read_name(place / file) for file in files}
-        layouts = Counter(name.layout for name in names.values() if name)
-        if not layouts:
+def _by_name(root: Path, met: Walk, top: Path) -> tuple[list[Found], list[LeftOut]]:
+    """Every print under `root` by the names of known sets, or by folders; and what is left out."""
+    read, nameless, misfits, unfit = [], [], [], []
+    for folder, files in met.images.items():
+        layout, names = _names_in(folder, files)
+        if layout == FOLDERS:
             nameless.append((folder, files))
             continue
-        layout = layouts.most_common(1)[0][0]
-        fits = {file for file, name in names.items() if name and name.layout == layout}
-        read += [(names[file], folder / file) for file in files if file in fits]
-        misfits += [folder / file for file in files if file not in fits]
-    named = {path.parent.parent for _, path in read}
-    above = {parent for folder in folders for parent in folder.parents}
+        for file in files:
+            if names[file] and names[file].layout == layout:
+                read.append(Found(folder / file, names[file]))
+            else:
+                misfits.append(folder / file)
+    short = {folder: without_parts(absolute(folder), top)[0] for folder in met.images}
+    floor = without_parts(top, top)[0]
+    named = {short[f.path.parent].parent for f in read}
+    above = {parent for place in short.values() for parent in place.parents}
+    by_folder = []
     for folder, files in nameless:
-        inner = folder in above
-        if folder == root or inner or folder.parent in named:
+        place = short[folder]
+        if place == floor or place in above or place.parent in named:  # no finger's folder
             misfits += [folder / file for file in files]
-            continue
-        place = Path(os.path.abspath(folder))
-        finger, session = _without_session(place)
-        anchor, part = _without_session(finger.parent, _PART, Path(os.path.abspath(root)))  # train/7 and val/7 are of one finger
-        by_folder += [(_Name("folders", anchor, finger.name, part + session + Path(file).stem),
-                       folder / file) for file in files]
+        else:
+            by_folder += [Found(folder / file, Name(FOLDERS, None, nfc(Path(file).stem))) for file in files]
     if by_folder:
-        fingers = dict.fromkeys((name.anchor, name.finger) for name, _ in by_folder)
+        fingers = {short[f.path.parent] for f in by_folder}
         log.info("%s: the names of %d files tell no finger, so each of their %d folders is taken for one, such as %s",
-                 root, len(by_folder), len(fingers), by_folder[0][1].parent)
-    read += by_folder
-    kept = [(name, path) for name, path in read if name.finger is not None]
+                 root, len(by_folder), len(fingers), by_folder[0].path.parent)
+    for f in read:
+        if f.name.finger is None:
+            unfit.append(LeftOut(str(f.path), f.name.why))
+    kept = [f for f in read if f.name.finger is not None] + by_folder
     if not kept:
-        raise UserError(_nothing_known(root, others, misfits + [p for _, p in read]))
+        raise UserError(_nothing_known(root, met, misfits + [f.path for f in read]))
+    for why in (SLAP, LATENT):
+        if paths := [x.path for x in unfit if x.reason == why]:
+            log.info("%s: %d files left out, each %s, such as %s", root, len(paths), why, paths[0])
     if misfits:
         log.warning("%s: %d files left out, their names fit no known set, such as %s",
                     root, len(misfits), misfits[0])
-    fresh = []
-    for name, path in kept:
-        if (real := os.path.realpath(path)) not in seen:
-            seen.add(real)
-            fresh.append((name, str(path)))
-    return fresh
+    return kept, unfit + [LeftOut(str(path), MISFIT) for path in misfits]
 
 
-def _walk(root: Path) -> tuple[dict[Path, list[str]], Counter]:
-    """Each folder's image files, sorted, and a count of the other files' extensions."""
-    if not root.exists():
-        raise UserError(f"There is no folder {root}. Check the path of --dataset_root.")
-    if not root.is_dir():
-        raise UserError(f"{root} is a file. Give --dataset_root the folder that holds it.")
-    folders, others, visited, gone = {}, Counter(), set(), []
-    for place, inner, files in os.walk(root, followlinks=True):
-        if (real := os.path.realpath(place)) in visited:
-            inner.clear()  # a link back to where we were
-            continue
-        visited.add(real)
-        inner[:] = sorted((d for d in inner if d[0] != "." and d not in ("__MACOSX", "@eaDir")), key=_natural)
-        files = sorted((f for f in files if f[0] != "." and f != "Thumbs.db"), key=_natural)
-        there = [f for f in files if os.path.exists(os.path.join(place, f))]
-        gone += [os.path.join(place, f) for f in files if f not in there] if len(there) < len(files) else []
-        files = there
-        images = [f for f in files if Path(f).suffix.lower() in EXTENSIONS]
-        others.update(Path(f).suffix.lower() or "without extension"
-                      for f in set(files) - set(images))
-        if images:
-            folders[Path(place)] = images
-    if gone:
-        log.warning("%s: %d links lead nowhere and are left out, such as %s", root, len(gone), gone[0])
-    return folders, others
+def _names_in(folder: Path, files: list[str]) -> tuple[str, dict[str, Name | None]]:
+    """The layout that most of a folder's files have, and what each file's name says."""
+    place = absolute(folder)
+    names = {file: read_name(place / file) for file in files}
+    layouts = Counter(name.layout for name in names.values() if name)
+    if not layouts:
+        words = {file: in_words(Path(file).stem) for file in files}
+        fingers = {name.finger for name in words.values() if name}
+        whole = any("_" in finger for finger in fingers)  # hand and finger
+        if (whole or len(fingers) > 1) and fingers != {hand_and_finger(place.name)[0]}:
+            names, layouts = words, Counter(name.layout for name in words.values() if name)
+    return (layouts.most_common(1)[0][0] if layouts else FOLDERS), names
 
 
-def _nothing_known(root: Path, others: Counter, images: list[Path]) -> str:
-    counts = others + Counter(p.suffix.lower() for p in images)
+def _best(found: list[Found]) -> tuple[list[Found], list[Found]]:
+    """Of each impression the file that is nearest to 500 ppi, the first of such; and the further ones.
+
+    A file that lies in two parts of a set, the same to the byte, is one impression too.
+    """
+    off_500 = lambda f: abs((f.name.ppi or 500) - 500)
+    best: dict[tuple, Found] = {}
+    copies = []
+    for f in found:
+        key = f.anchor, f.finger, f.impression
+        if key in best and off_500(f) >= off_500(best[key]):
+            copies.append(f)
+        else:
+            copies += [best[key]] if key in best else []
+            best[key] = f
+    once: dict[tuple, Found] = {}
+    alike = defaultdict(list)
+    for f in best.values():
+        alike[f.anchor, f.finger, nfc(f.path.name)].append(f)
+    for key, some in alike.items():
+        for f in some:
+            same = (*key, file_digest(f.path) if len(some) > 1 else "")
+            if once.setdefault(same, f) is not f:
+                copies.append(f)
+    return list(once.values()), copies
+
+
+def _nothing_known(root: Path, met: Walk, images: list[Path]) -> str:
+    counts = met.others + Counter(p.suffix.lower() for p in images)
+    refused = "; ".join(warnings(root, met.left_out))
     if not counts:
-        return f"{root} is empty. Give --dataset_root a folder that holds prints."
+        return f"{root} is empty. Give --dataset_root a folder that holds prints." if not refused else f"{root} holds no print: {refused}"
     kinds = ", ".join(f"{n} {e}" for e, n in counts.most_common())
     example = f", with names such as {images[0].name}" if images else ""
+    unpack = " Unpack the archives." if any("archive" in x.reason for x in met.left_out) else ""
     return (
         f"{root} holds no print that is known, only {counts.total()} files: {kinds}"
-        f"{example}. Name prints FINGER_IMPRESSION.ext, or put them in one folder a finger; "
-        f"images end in {' '.join(sorted(EXTENSIONS))}."
+        f"{example}.{unpack} Name prints FINGER_IMPRESSION.ext, put them in one folder a finger, or say how their names are to be read, such as "
+        f"--names '{{finger}}-{{impression}}'; images end in {' '.join(sorted(EXTENSIONS))}."
     )
 
 
@@ -397,9 +246,3 @@ def _database_names(anchors: set[Path]) -> dict[Path, str]:
             return names
         for anchor in anchors:
             depth[anchor] += anchor.parent in crowded
-
-
-def _natural(text: str) -> list[tuple[int, int | str, str]]:
-    """A sort key by which 2 comes before 10."""
-    return [(0, int(part), part) if part.isdecimal() else (1, part, "")
-            for part in re.split(r"(\d+)", text) if part]

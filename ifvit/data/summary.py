@@ -3,12 +3,12 @@
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import groupby
 
 import numpy as np
 
 from ifvit.data.prepare import Decoded, seem_light
-from ifvit.data.sources import LeftOut, Print, Reading
+from ifvit.data.sources import Print, Reading
+from ifvit.data.walk import LeftOut, file_digest, natural
 
 SHOWN = 8  # databases that a log line names
 
@@ -123,17 +123,17 @@ def summarise(reading: Reading, found: Decoded, used: Sequence[Print], split: tu
     owners, copies = {}, []
     kept = set(used)
     for p in used:
-        owners.setdefault(record[p]["digest"], p)
-    for p, r in found.readable:
+        owners.setdefault(file_digest(p.path), p)
+    for p, _ in found.readable:
         if p not in kept:
-            copies.append((p.path, owners[r["digest"]].path))
+            copies.append((p.path, owners[file_digest(p.path)].path))
     gone = [*reading.left_out, *(LeftOut(p.path, "images that cannot be read") for p, _ in found.broken)]
     reasons = Counter(out.reason for out in gone)
     example = {out.reason: out.path for out in reversed(gone)}
     count = lambda part: (len(part), len({p.identity for p in part}))
     return Summary(
         tuple(_database(name, reading.layouts.get(name, "generated"), some, [record[p] for p in some], name in other, tuple(held_out[name]))
-              for name, some in databases.items()),
+              for name, some in sorted(databases.items(), key=lambda item: natural(item[0]))),
         tuple((reason, n, example[reason]) for reason, n in reasons.most_common()), tuple(copies),
         *(map(count, split) if split else (None, None)))
 

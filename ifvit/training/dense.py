@@ -68,7 +68,8 @@ def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> 
                             config.replace(impostor_share=seen.impostor_share, val_pairs=seen.val_pairs))
 
     return Task("dense_reg", config, steps, train.digest(), program.init, program.step,
-                learning_rates(config, steps * config.num_epochs), (config.scalars(),), host_batches, validate, "accuracy", True, {},
+                learning_rates(config, steps * config.num_epochs), (config.scalars(),), host_batches, validate, "accuracy", True,
+                {"sample": train.sample()},
                 seed_from=lambda params, stats: (with_loftr(with_scale(params, config), config), stats))
 
 

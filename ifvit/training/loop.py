@@ -32,7 +32,7 @@ log = logging.getLogger("ifvit")
 SAVE_NOW = 1  # `host.asked()`: this host will go soon. Greater: save and end with that exit code
 
 # what a run may change and still be the same run
-FREE = {"checkpoint_dir", "dataset_root", "input_workers", "max_broken", "dense_reg_ckpt", "loftr_ckpt",
+FREE = {"checkpoint_dir", "dataset_root", "names", "input_workers", "max_broken", "dense_reg_ckpt", "loftr_ckpt",
         "save_every", "save_steps", "keep_last", "keep_best", "model_parallel", "remat"}
 
 

@@ -10,6 +10,7 @@ from etils import epath
 
 from ifvit import checkpoint, rates
 from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, with_changes
+from ifvit.data.contents import known
 from ifvit.data.gather import overlap
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
@@ -51,7 +52,7 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     module1 = checkpoint_of_module1(config)
     aligner_config = module1 and config_of(DenseConfig, module1.metadata["config"])
     if module1:
-        warn_of_seen_fingers(config, module1)
+        warn_of_seen_fingers(config, module1, held_out)
     aligner_tree = module1 and {k: module1.state[k] for k in ("params", "batch_stats")}
     aligner_state = (aligner_tree["params"], aligner_tree["batch_stats"]) if module1 else ({}, {})
 
@@ -107,7 +108,7 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
     tied = config.share_global_local
     return Task("matcher", config, steps, train.digest(), program.init, program.step,
                 learning_rates(config, steps * config.num_epochs), (scalars, aligner_state), host_batches, validate, "eer", False,
-                {"num_classes": num_classes, "aligner_config": module1 and module1.metadata["config"]},
+                {"num_classes": num_classes, "aligner_config": module1 and module1.metadata["config"], "sample": train.sample()},
                 with_both if tied else lambda p: p, with_one if tied else lambda p: p, aligner_tree, finish,
                 seed_from_module1)
 
@@ -133,11 +134,11 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
     return found
 
 
-def warn_of_seen_fingers(config, module1: checkpoint.Checkpoint) -> None:
-    """Says so where Module 1 was trained on fingers of the same prints that Module 2 holds out."""
+def warn_of_seen_fingers(config, module1: checkpoint.Checkpoint, held_out: PrintSet) -> None:
+    """Says so where Module 1 was trained on fingers that Module 2 holds out: of the same folders, or of the same files in others."""
     theirs = completed(DenseConfig, module1.metadata["config"])
     seen = theirs["data_seed"] != config.data_seed or theirs["held_out"] < config.held_out
-    if seen and overlap(theirs["dataset_root"], config.dataset_root):
+    if (seen and overlap(theirs["dataset_root"], config.dataset_root)) or known(module1.metadata.get("sample", ()), held_out.prints):
         print(f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, data_seed={theirs['data_seed']}): "
               "it was trained on some that validate Module 2; give both the same.", flush=True)
 
