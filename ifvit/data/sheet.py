@@ -44,7 +44,8 @@ def contact_sheet(path: str | Path, prints: PrintSet, captions: Sequence[str]) -
     except OSError as e:
         raise UserError(f"The sheet {path} cannot be written: {e.strerror}. Give --sheet a path that can.") from e
     finally:
-        part.unlink(missing_ok=True)
+        if part.exists():
+            part.unlink()
 
 
 def spread(databases: Sequence[str], most: int) -> list[int]:

@@ -10,6 +10,7 @@ from ifvit.data.prepare import Decoded, seem_light
 from ifvit.data.sources import Print, Reading
 from ifvit.data.walk import LeftOut, file_digest, natural
 
+UNREADABLE = "an image that cannot be read"
 SHOWN = 8  # databases that a log line names
 
 
@@ -37,7 +38,7 @@ class Database:
         return f"{self.fingers} × {low}" if low == high else f"{self.fingers} × {low} to {high}"
 
     def size(self) -> str:
-        return self.sizes[0][0] + (f" and {len(self.sizes) - 1} other sizes" if len(self.sizes) > 1 else "")
+        return self.sizes[0][0] + (f" and {len(self.sizes) - 1} other size{'s' * (len(self.sizes) > 2)}" if len(self.sizes) > 1 else "")
 
     def resolution(self) -> str:
         ppi, told, count = self.ppi[0]
@@ -89,10 +90,10 @@ class Summary:
 
     def missing(self) -> list[str]:
         """What is left out, counted by reason, each with an example."""
-        parts = [f"{count} {reason}, such as {example}" for reason, count, example in self.left_out]
+        parts = [f"{reason}: {count}, such as {example}" for reason, count, example in self.left_out]
         if self.copies:
             path, other = self.copies[0]
-            parts.append(f"{len(self.copies)} equal to the byte to prints of other fingers, such as {path} (the same as {other})")
+            parts.append(f"equal to the byte to a print of another finger: {len(self.copies)}, such as {path} (as {other})")
         return parts
 
     def to_json(self) -> dict:
@@ -127,7 +128,7 @@ def summarise(reading: Reading, found: Decoded, used: Sequence[Print], split: tu
     for p, _ in found.readable:
         if p not in kept:
             copies.append((p.path, owners[file_digest(p.path)].path))
-    gone = [*reading.left_out, *(LeftOut(p.path, "images that cannot be read") for p, _ in found.broken)]
+    gone = [*reading.left_out, *(LeftOut(p.path, UNREADABLE) for p, _ in found.broken)]
     reasons = Counter(out.reason for out in gone)
     example = {out.reason: out.path for out in reversed(gone)}
     count = lambda part: (len(part), len({p.identity for p in part}))
@@ -142,7 +143,7 @@ def _database(name: str, layout: str, prints: list[Print], records: list[dict], 
     impressions = Counter(p.finger for p in prints)
     periods = [r["period"] for r in records if r["period"]]
     sizes = Counter(f"{r['width']} × {r['height']}" for r in records).most_common()
-    resolutions = Counter((r["ppi"], r["ppi_from"]) for r in records).most_common()
+    resolutions = Counter((round(r["ppi"], 1), r["ppi_from"]) for r in records).most_common()
     light = prints[0].light
     colours = ("light", "dark") if light else ("dark", "light")
     return Database(name, layout, len(impressions), (min(impressions.values()), max(impressions.values())), len(prints), tuple(sizes),
