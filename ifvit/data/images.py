@@ -8,6 +8,7 @@ import io
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -64,7 +65,8 @@ def read_picture(path: str | Path, max_megapixels: float = 20) -> Picture:
     if head[:2] == b"\xff\xa0":
         _need_wsq(path)
     try:
-        return _read(path, path, max_megapixels)
+        with open(path, "rb") as file:  # not by its name: Pillow maps such a file, and a TIFF that lies on its side wrongly
+            return _read(file, path, max_megapixels)
     except UserError:
         raise
     except Exception as error:  # Pillow's readers raise anything on a broken file
@@ -172,7 +174,7 @@ def _need_wsq(path: str | Path) -> None:
 _NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"}
 
 
-def _open(file: str | Path | io.BytesIO) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     """Pillow's open, header only, without its own limit: ours has a sentence to it."""
     Image.init()
     with _BOMB_LOCK:
@@ -183,12 +185,13 @@ def _open(file: str | Path | io.BytesIO) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(file: str | Path | io.BytesIO, path: str | Path, max_megapixels: float) -> Picture:
+def _read(file: BinaryIO, path: str | Path, max_megapixels: float) -> Picture:
     """The picture in `file`, which is that of `path`, or its copy."""
     with _open(file) as image:
         several = to_largest_page(image)
-        if image.format == "TIFF" and 330 in image.tag_v2 and isinstance(file, str | Path):
-            if larger := larger_sub_picture(Path(file).read_bytes(), image.width * image.height):
+        if image.format == "TIFF" and 330 in image.tag_v2:
+            file.seek(0)
+            if larger := larger_sub_picture(file.read(), image.width * image.height):
                 return _read(io.BytesIO(larger), path, max_megapixels)
         width, height = image.size
         if width * height > max_megapixels * 1e6:
