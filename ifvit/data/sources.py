@@ -90,12 +90,15 @@ def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "d
                 seen.add(real)
                 found.append(f)
     told = [] if pattern else settle(found, top)
-    best, copies = _best(found)
+    best, copies, apart = _best(found)
     if copies:
         # A card scanned at three ppi, or a print stored as tif and png, is one impression.
         log.warning("%d files left out: further copies of an impression, at another ppi "
                     "or in another format", len(copies))
     left_out += [LeftOut(str(f.path), COPY) for f in copies]
+    if apart:
+        log.warning("%d files are named as another impression of their finger and are not the same, such as %s and %s: they are taken for "
+                    "further impressions. Where they are of other fingers, say so with --names.", len(apart), *(f.path for f in apart[0]))
     if not pattern:
         told += places.doubts(best)
     for line in told:
@@ -192,31 +195,41 @@ def _names_in(folder: Path, files: list[str]) -> tuple[str, dict[str, Name | Non
     return (layouts.most_common(1)[0][0] if layouts else FOLDERS), names
 
 
-def _best(found: list[Found]) -> tuple[list[Found], list[Found]]:
-    """Of each impression the file that is nearest to 500 ppi, the first of such; and the further ones.
+def _best(found: list[Found]) -> tuple[list[Found], list[Found], list[tuple[Found, Found]]]:
+    """Of each impression the file that is nearest to 500 ppi, the first of such; further copies; and what only seems one.
 
-    A file that lies in two parts of a set, the same to the byte, is one impression too.
+    A file that lies in two parts of a set, the same to the byte, is a copy. One that has an impression's name, kind and ppi and
+    other bytes is a print of its own, and comes with the other one.
     """
-    off_500 = lambda f: abs((f.name.ppi or 500) - 500)
-    best: dict[tuple, Found] = {}
-    copies = []
-    for f in found:
-        key = f.anchor, f.finger, f.impression
-        if key in best and off_500(f) >= off_500(best[key]):
-            copies.append(f)
-        else:
-            copies += [best[key]] if key in best else []
-            best[key] = f
-    once: dict[tuple, Found] = {}
-    alike = defaultdict(list)
-    for f in best.values():
-        alike[f.anchor, f.finger, nfc(f.path.name)].append(f)
-    for key, some in alike.items():
-        for f in some:
-            same = (*key, file_digest(f.path) if len(some) > 1 else "")
-            if once.setdefault(same, f) is not f:
+    kept, copies, apart = [], [], []
+    for some in _grouped(found, lambda f: (f.anchor, f.finger, f.impression)):
+        first, *others = sorted(some, key=lambda f: abs((f.name.ppi or 500) - 500))
+        ours = [first]
+        for f in others:
+            if (f.path.suffix.lower(), f.name.ppi) != (first.path.suffix.lower(), first.name.ppi) or _same_bytes(f, ours):
                 copies.append(f)
-    return list(once.values()), copies
+            else:
+                ours.append(f)
+                f.impression += f" ({len(ours)})"
+                apart.append((first, f))
+        kept += ours
+    once = []
+    for some in _grouped(kept, lambda f: (f.anchor, f.finger, nfc(f.path.name))):
+        for k, f in enumerate(some):
+            (copies if _same_bytes(f, some[:k]) else once).append(f)
+    return once, copies, apart
+
+
+def _grouped(found: list[Found], key) -> list[list[Found]]:
+    groups = defaultdict(list)
+    for f in found:
+        groups[key(f)].append(f)
+    return list(groups.values())
+
+
+def _same_bytes(f: Found, others: list[Found]) -> bool:
+    size = f.path.stat().st_size if others else 0
+    return any(o.path.stat().st_size == size and file_digest(o.path) == file_digest(f.path) for o in others)
 
 
 def _nothing_known(root: Path, met: Walk, images: list[Path]) -> str:
