@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, seems_light, to_canvas
-from ifvit.data.ridges import ridge_period
+from ifvit.data import scale
+from ifvit.data.images import CANVAS_PPI, BrokenImage, read_picture, seems_light, to_canvas
 from ifvit.data.sources import SYNTHETIC, Print, drop_duplicates
 from ifvit.errors import UserError
 
@@ -81,9 +81,14 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     if assumed := [seen["path"] for seen in report["prints"] if seen["ppi_from"] == "assumed"]:
         log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
                  len(assumed), CANVAS_PPI, min(assumed))
-    for name, example in _seem_light(report["prints"], {p.path: p.database for p in prints}).items():
+    for name, example in _seem_light(report["prints"], database).items():
         seem = "dark" if prints[0].light else "light"
         log.warning("⚠ The ridges of %s seem to be %s, e.g. of %s; --ridges %s reads all prints so.", name, seem, example, seem)
+    database = {p.path: p.database for p in prints}
+    for remark in scale.remarks((database[r["path"]], r) for r in report["prints"] if database[r["path"]] != SYNTHETIC):
+        log.warning("%s", remark)
+    if fitted := [r["path"] for r in report["prints"] if r["ppi_from"] == scale.ASKED]:
+        log.info("%d prints are read at the resolution that their ridges tell, such as %s", len(fitted), min(fitted))
     kept, dropped = drop_duplicates(readable, across=not apart)
     if dropped:
         log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
@@ -101,25 +106,28 @@ def _decode_all(prints, canvas_size, folder, key):
     """Writes the canvases, the masks, and the record: `broken` [(path, why)], and `prints`, in the canvases' order a dict each.
 
     Of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi", "the set",
-    "file's tag", "assumed"); period, px from ridge to ridge in the file (None: no ridges seen); light, whether
-    its ridges seem light as it is read (None: not looked at).
+    "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no ridges seen), and detail,
+    how fine it is (`ridges.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
+    else its file holds.
     """
     log.info("Preparing %d prints", len(prints))
     folder.mkdir(parents=True, exist_ok=True)
 
-    def one(p: Print):
+    def look(p: Print):
         try:
-            grey, tag = decode(p.path)
+            picture = read_picture(p.path)
         except BrokenImage as e:
-            return str(e)
-        if p.light:
-            grey = 255 - grey
-        ppi, ppi_from = _resolution(p, tag)
-        seen = {"path": p.path, "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from,
-                "period": ridge_period(grey), "light": seems_light(grey, ppi) if p in sample else None}
-        return seen, to_canvas(grey, ppi, canvas_size)
+            return str(e), None
+        grey = 255 - picture.grey if p.light else picture.grey
+        ppi, ppi_from = (fitted[p.path], scale.ASKED) if p.path in fitted else _resolution(p, picture.ppi)
+        return scale.measured(p.path, grey, ppi, ppi_from) | {
+            "light": seems_light(grey, ppi) if p in sample else None, "note": picture.note}, grey
 
-    broken, seen = [], []
+    def one(p: Print):
+        record, grey = look(p)
+        return record if grey is None else (record, to_canvas(grey, record["ppi"], canvas_size))
+
+    broken, seen, fitted = [], [], {}
     databases = defaultdict(list)
     for p in prints:
         databases[p.database].append(p)
@@ -130,6 +138,8 @@ def _decode_all(prints, canvas_size, folder, key):
         canvases = np.lib.format.open_memmap(parts[0], "w+", np.uint8, (len(prints), canvas_size, canvas_size))
         masks = np.lib.format.open_memmap(parts[1], "w+", bool, (len(prints), canvas_size // 8, canvas_size // 8))
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+            asked = [p for p in prints if p.ppi_from == scale.ASKED and p.database != SYNTHETIC]
+            fitted = scale.fitted((p.database, r) for p, r in zip(asked, pool.map(lambda p: look(p)[0], asked)) if not isinstance(r, str))
             for p, result in zip(prints, pool.map(one, prints)):
                 if isinstance(result, str):
                     broken.append((p.path, result))
@@ -150,7 +160,7 @@ def _decode_all(prints, canvas_size, folder, key):
 def _resolution(p: Print, tag: float | None) -> tuple[float, str]:
     """The ppi to read a print at, and what tells it."""
     if p.ppi:
-        return p.ppi, p.ppi_from
+        return p.ppi, "the set" if p.ppi_from == scale.ASKED else p.ppi_from
     return (tag, "file's tag") if tag else (CANVAS_PPI, "assumed")
 
 

@@ -13,7 +13,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from ifvit.errors import UserError
 
@@ -34,25 +34,25 @@ class Print:
     ppi: float | None  # None: the file's tag where it can be believed, else 500
     altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
     light: bool = False  # its ridges, and its valleys dark
-    ppi_from: str = field(default="the set", compare=False)  # what tells `ppi`: "the set" or "--ppi"
+    ppi_from: str = field(default="the set", compare=False)  # what tells `ppi`: "the set" or "--ppi"; "the ridges": they may tell another
 
     @property
     def identity(self) -> tuple[str, str]:
         return self.database, self.finger
 
 
-def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
+def read_root(root: str | Path, ppi: float | Literal["auto"] | None = None) -> list[Print]:
     """The prints under one folder. See `read_roots`."""
     return read_roots([root], ppi)
 
 
-def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark") -> list[Print]:
+def read_roots(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark") -> list[Print]:
     """The prints under some folders, by database, finger and impression in natural order.
 
     A file that is reached twice counts once. A database is named by its folder; where
     two have one name, they and their neighbours get the parent folder's before it. Files
     that fit no known set, beside ones that do, are left out with a warning. `ppi`
-    overrides what is known of a set; `ridges`: dark or light, in the images.
+    overrides what is known of a set, `auto` where the ridges tell another; `ridges`: dark or light, in the images.
 
     Raises: UserError for a root that is missing, a file, empty, or holds no print known.
     """
@@ -70,9 +70,9 @@ def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: st
         # A card scanned at three ppi, or a print stored as tif and png, is one impression.
         log.warning("%d files left out: further copies of an impression, at another ppi "
                     "or in another format", len(found) - len(best))
+    number, ppi_from = (None, "the ridges") if ppi == "auto" else (ppi, "--ppi" if ppi else "the set")
     prints = [
-        Print(path, names[n.anchor], n.finger, n.impression, ppi or n.ppi, n.altered, ridges == "light",
-              "--ppi" if ppi else "the set")
+        Print(path, names[n.anchor], n.finger, n.impression, number or n.ppi, n.altered, ridges == "light", ppi_from)
         for n, path in best.values()
     ]
     return sorted(prints, key=lambda p: [
