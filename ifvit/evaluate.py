@@ -37,8 +37,8 @@ class Args:
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
     batch_size: int = 16
     """pairs at once"""
-    ppi: float | None = None
-    """resolution of all prints, whatever their files and sets tell"""
+    ppi: float | Literal["auto"] | None = None
+    """resolution of all prints, whatever their files and sets tell; `auto`: where the distance of their ridges tells another, that"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
     names: str = ""
@@ -78,10 +78,10 @@ class Args:
         return 0
 
 
-def check_ppi(ppi: float | None) -> None:
+def check_ppi(ppi: float | Literal["auto"] | None) -> None:
     """UserError for a resolution that no print has."""
-    if ppi is not None and not 0 < ppi <= 5000:  # NaN neither
-        raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500.")
+    if ppi not in (None, "auto") and not 0 < ppi <= 5000:  # NaN neither
+        raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500, or auto.")
 
 
 def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:

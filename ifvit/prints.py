@@ -26,8 +26,8 @@ class Args:
 
     roots: Annotated[tuple[str, ...], tyro.conf.Positional]
     """folders of prints, as --dataset_root of the training commands takes them"""
-    ppi: float | None = None
-    """resolution of all prints, whatever their files and sets tell"""
+    ppi: float | Literal["auto"] | None = None
+    """resolution of all prints, whatever their files and sets tell; `auto`: where the distance of their ridges tells another, that"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
     names: str = ""

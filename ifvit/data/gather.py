@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from ifvit import gcs
 from ifvit.data import synthetic
@@ -68,7 +69,7 @@ def read_prints(config) -> Reading:
     return read_folders(roots, config.ppi or None, config.ridges, config.names) if roots else Reading([], (), {})
 
 
-def read_folders(roots: Sequence[str], ppi: float | None, ridges: str, names: str) -> Reading:
+def read_folders(roots: Sequence[str], ppi: float | Literal["auto"] | None, ridges: str, names: str) -> Reading:
     """What some folders, or buckets, are read as, in an order that their names do not change."""
     reading = read([local_root(r) for r in roots], ppi, ridges, names)
     return replace(reading, prints=in_order_of_contents(reading.prints))

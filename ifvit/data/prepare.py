@@ -17,17 +17,16 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from tqdm import tqdm
 
-from ifvit.data import canvases
+from ifvit.data import canvases, scale
 from ifvit.data.contents import data_digest, sample
-from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, seems_light, to_canvas
-from ifvit.data.ridges import ridge_period
+from ifvit.data.images import CANVAS_PPI, BrokenImage, read_picture, seems_light, to_canvas
 from ifvit.data.sources import SYNTHETIC, Print
 from ifvit.data.split import drop_duplicates
 from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
 AHEAD = 256  # prints that are decoded before the first of them is written, at most: canvases in memory
-VERSION = 2  # to be raised when a canvas, or a record, changes
+VERSION = 3  # to be raised when a canvas, or a record, changes
 log = logging.getLogger("ifvit")
 
 
@@ -102,6 +101,8 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     if assumed := sorted(p.path for p, r in found.readable if r["ppi_from"] == "assumed"):
         log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
                  len(assumed), CANVAS_PPI, assumed[0])
+    if fitted := sorted(p.path for p, r in found.readable if r["ppi_from"] == scale.ASKED):
+        log.info("%d prints are read at the resolution that their ridges tell, such as %s", len(fitted), fitted[0])
     kept, dropped = found.without_copies(across=not apart)
     if dropped:
         log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
@@ -120,6 +121,7 @@ def remarks(found: Decoded, kept: list[Print]) -> list[str]:
     for name, example in seem_light(found).items():
         seem = "dark" if found.everything.prints[0].light else "light"
         said.append(f"⚠ The ridges of {name} seem to be {seem}, e.g. of {example}; --ridges {seem} reads all prints so.")
+    said += scale.remarks((p.database, r) for p, r in found.readable if p.database != SYNTHETIC)
     if blank := blank_ones(found, kept):
         said.append(f"{len(blank)} prints show no ridges: they are blank, too faint or too small, e.g. {blank[0]}")
     return said
@@ -186,27 +188,34 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
     """Canvas, mask and record of each print of a database, in order; of one that cannot be read an empty canvas.
 
     The record of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi",
-    "the set", "file's tag", "assumed"); period, px from ridge to ridge in the file (None: no ridges seen); light, whether
-    its ridges seem light as it is read (None: not looked at); blank, whether its mask is empty. Of one that
-    cannot be read: path; broken, the reason.
+    "the set", "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no ridges seen), and
+    detail, how fine it is (`ridges.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
+    else its file holds; blank, whether its mask is empty. Of one that cannot be read: path; broken, the reason.
     """
-    looked_at = set() if prints[0].database == SYNTHETIC else set(prints[:: -(-len(prints) // SAMPLE)])
+    generated = prints[0].database == SYNTHETIC
+    looked_at = set() if generated else set(prints[:: -(-len(prints) // SAMPLE)])
     empty = [np.zeros(shape[1:], kind) for shape, kind in zip(canvases.shapes(1, canvas_size), (np.uint8, bool))]
+    fitted: dict[str, float] = {}
 
-    def one(p: Print):
-        record = {"path": p.path}
+    def look(p: Print) -> tuple[dict, np.ndarray | None]:
         try:
-            grey, tag = decode(p.path)
+            picture = read_picture(p.path)
         except BrokenImage as e:
-            return *empty, record | {"broken": str(e)}
-        if p.light:
-            grey = 255 - grey
-        ppi, ppi_from = _resolution(p, tag)
-        canvas, mask = to_canvas(grey, ppi, canvas_size)
-        return canvas, mask, record | {
-            "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from, "period": ridge_period(grey),
-            "light": seems_light(grey, ppi) if p in looked_at else None, "blank": bool(not mask.any())}
+            return {"path": p.path, "broken": str(e)}, None
+        grey = 255 - picture.grey if p.light else picture.grey
+        ppi, ppi_from = (fitted[p.path], scale.ASKED) if p.path in fitted else _resolution(p, picture.ppi)
+        return scale.measured(p.path, grey, ppi, ppi_from) | {
+            "light": seems_light(grey, ppi) if p in looked_at else None, "note": picture.note}, grey
 
+    def one(p: Print) -> tuple[np.ndarray, np.ndarray, dict]:
+        record, grey = look(p)
+        if grey is None:
+            return *empty, record
+        canvas, mask = to_canvas(grey, record["ppi"], canvas_size)
+        return canvas, mask, record | {"blank": bool(not mask.any())}
+
+    asked = [p for p in prints if p.ppi_from == scale.ASKED and not generated]
+    fitted = scale.fitted((p.database, r) for p, r in zip(asked, pool.map(lambda p: look(p)[0], asked)) if "broken" not in r)
     for at in range(0, len(prints), AHEAD):
         for row in pool.map(one, prints[at : at + AHEAD]):
             bar.update()
@@ -216,7 +225,7 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
 def _resolution(p: Print, tag: float | None) -> tuple[float, str]:
     """The ppi to read a print at, and what tells it."""
     if p.ppi:
-        return p.ppi, p.ppi_from
+        return p.ppi, "the set" if p.ppi_from == scale.ASKED else p.ppi_from
     return (tag, "file's tag") if tag else (CANVAS_PPI, "assumed")
 
 

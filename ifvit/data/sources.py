@@ -10,6 +10,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ifvit.data import places
 from ifvit.data.names import FOLDERS, LATENT, SLAP, Name, hand_and_finger, in_words, nfc, read_name
@@ -35,7 +36,7 @@ class Print:
     ppi: float | None  # None: the file's tag where it can be believed, else 500
     altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
     light: bool = False  # its ridges, and its valleys dark
-    ppi_from: str = field(default="the set", compare=False)  # what tells `ppi`: "the set" or "--ppi"
+    ppi_from: str = field(default="the set", compare=False)  # what tells `ppi`: "the set" or "--ppi"; "the ridges": they may tell another
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -51,17 +52,17 @@ class Reading:
     layouts: dict[str, str]  # of each database: which names it was known by
 
 
-def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
+def read_root(root: str | Path, ppi: float | Literal["auto"] | None = None) -> list[Print]:
     """The prints under one folder. See `read`."""
     return read_roots([root], ppi)
 
 
-def read_roots(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark", names: str = "") -> list[Print]:
+def read_roots(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = "") -> list[Print]:
     """The prints under some folders. See `read`."""
     return read(roots, ppi, ridges, names).prints
 
 
-def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark", names: str = "") -> Reading:
+def read(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = "") -> Reading:
     """The prints under some folders, by database, finger and impression in natural order.
 
     A file that is reached twice counts once. A database is named by its folder; where
@@ -104,8 +105,9 @@ def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "d
     for line in told:
         log.warning("%s", line)
     databases = _database_names({f.anchor for f in best})
-    prints = [Print(str(f.path), databases[f.anchor], f.finger, f.impression, ppi or f.name.ppi, f.name.altered, ridges == "light",
-                    "--ppi" if ppi else "the set") for f in best]
+    number, ppi_from = (None, "the ridges") if ppi == "auto" else (ppi, "--ppi" if ppi else "the set")
+    prints = [Print(str(f.path), databases[f.anchor], f.finger, f.impression, number or f.name.ppi, f.name.altered, ridges == "light", ppi_from)
+              for f in best]
     prints.sort(key=lambda p: [natural(v) for v in (p.database, p.finger, p.impression, p.path)])
     if pattern and len(prints) > 1 and len({p.identity for p in prints}) == 1:
         raise UserError(f"By --names '{names}' all {len(prints)} prints are of one finger, {prints[0].finger!r}, such as {prints[0].path} and "

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ifvit.data import scale
 from ifvit.data.prepare import Decoded, seem_light
 from ifvit.data.sources import Print, Reading
 from ifvit.data.walk import LeftOut, file_digest, natural
@@ -26,7 +27,7 @@ class Database:
     sizes: tuple[tuple[str, int], ...]  # "WIDTH × HEIGHT" in px and how many prints, the commonest first
     ppi: tuple[tuple[float, str, int], ...]  # resolution, what told it, how many prints; the commonest first
     period: float | None           # px of the file from ridge to ridge, median
-    fitting_ppi: float | None      # the resolution that the period suggests, where it is far from what is read
+    fitting_ppi: float | None      # the resolution that the ridges tell, where it is far from that of many
     ridges: str                    # dark or light: as read
     seem: str                      # dark or light: what most prints look like
     blank: int                     # prints that show no ridges
@@ -43,7 +44,8 @@ class Database:
     def resolution(self) -> str:
         ppi, told, count = self.ppi[0]
         rest = f", {self.prints - count} others {', '.join(f'{p:g}' for p, _, _ in self.ppi[1:4])}" if len(self.ppi) > 1 else ""
-        return f"{ppi:g} ({told}{rest})"
+        fit = f"; {self.fitting_ppi:g} would fit the ridges" if self.fitting_ppi else ""
+        return f"{ppi:g} ({told}{rest}{fit})"
 
 
     def distance(self) -> str:
@@ -144,10 +146,12 @@ def _database(name: str, layout: str, prints: list[Print], records: list[dict], 
     periods = [r["period"] for r in records if r["period"]]
     sizes = Counter(f"{r['width']} × {r['height']}" for r in records).most_common()
     resolutions = Counter((round(r["ppi"], 1), r["ppi_from"]) for r in records).most_common()
+    groups = scale.groups((name, r) for r in records)
+    fitting = next((scale.fitting_ppi(g, groups) for g in sorted(groups, key=lambda g: -len(g.records)) if g.off), None)
     light = prints[0].light
     colours = ("light", "dark") if light else ("dark", "light")
     return Database(name, layout, len(impressions), (min(impressions.values()), max(impressions.values())), len(prints), tuple(sizes),
-                    tuple((ppi, told, n) for (ppi, told), n in resolutions), float(np.median(periods)) if periods else None, None,
+                    tuple((ppi, told, n) for (ppi, told), n in resolutions), float(np.median(periods)) if periods else None, fitting,
                     colours[0], colours[otherwise], sum(r["blank"] for r in records), held_out)
 
 
