@@ -58,8 +58,7 @@ class Args:
         found = decoded(reading.prints, DenseConfig.canvas_size, cache_dir())
         used, _ = found.without_copies(across=True)
         if not used:
-            path, why = found.broken[0][0].path, found.broken[0][1]
-            raise UserError(f"None of {len(found.broken)} images can be read, such as {path} ({why}). Give other prints.")
+            raise UserError(f"None of {len(found.broken)} images can be read, e.g. {found.broken[0][1]}. Give other prints.")
         summary = summarise(reading, found, used, split(used, self.held_out, self.data_seed))
         said = remarks(found, used) + refusals(summary, found)
         if self.json:

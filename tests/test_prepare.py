@@ -35,8 +35,8 @@ def pieces(cache: Path, end: str) -> list[Path]:
 def decodings(monkeypatch):
     """Paths of the files that are decoded."""
     paths = []
-    real = preparing.decode
-    monkeypatch.setattr(preparing, "decode", lambda path: (paths.append(path), real(path))[1])
+    real = preparing.read_picture
+    monkeypatch.setattr(preparing, "read_picture", lambda path: (paths.append(path), real(path))[1])
     return paths
 
 

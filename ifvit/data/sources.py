@@ -68,8 +68,8 @@ def read(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None
     A file that is reached twice counts once. A database is named by its folder; where
     two have one name, they and their neighbours get the parent folder's before it. Files
     that fit no known set, beside ones that do, are left out with a warning. `ppi`
-    overrides what is known of a set; `ridges`: dark or light, in the images; `names`: a
-    pattern in place of all that is known.
+    overrides what is known of a set, `auto` where the ridges tell another; `ridges`: dark
+    or light, in the images; `names`: a pattern in place of all that is known.
 
     Raises: UserError for a root that is missing, a file, empty, or holds no print known;
     for a pattern that is none, fits nothing or makes one finger of all.

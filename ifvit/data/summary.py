@@ -130,7 +130,7 @@ def summarise(reading: Reading, found: Decoded, used: Sequence[Print], split: tu
     for p, _ in found.readable:
         if p not in kept:
             copies.append((p.path, owners[file_digest(p.path)].path))
-    gone = [*reading.left_out, *(LeftOut(p.path, UNREADABLE) for p, _ in found.broken)]
+    gone = [*reading.left_out, *(LeftOut(why, UNREADABLE) for _, why in found.broken)]
     reasons = Counter(out.reason for out in gone)
     example = {out.reason: out.path for out in reversed(gone)}
     count = lambda part: (len(part), len({p.identity for p in part}))
