@@ -46,8 +46,7 @@ class Args:
 
     def run(self) -> int:
         from ifvit.checkpoint_places import as_path, written_here
-        from ifvit.data.contents import known
-        from ifvit.data.gather import local_root, overlap
+        from ifvit.data.gather import local_root
         from ifvit.data.prepare import decoded, prepare
         from ifvit.data.sources import read
         from ifvit.data.split import require_fingers
@@ -65,10 +64,7 @@ class Args:
         scorer = Scorer.from_checkpoint(self.checkpoint)
         reading = read([local_root(r) for r in self.dataset_root], self.ppi, self.ridges, self.names)
         require_fingers(reading.prints)
-        if overlap(scorer.config.dataset_root, self.dataset_root) or known(scorer.trained_on, reading.prints):
-            log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
-                        "known fingers say little of others. train_all's own evaluation is of those held out.",
-                        ", ".join(scorer.config.dataset_root))
+        warn_of_known_prints(scorer.config.dataset_root, scorer.trained_on, self.dataset_root, reading.prints)
         prints = prepare(reading.prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
         found = decoded(reading.prints, scorer.config.canvas_size, cache_dir())
         for line in summarise(reading, found, prints.prints).lines():
@@ -76,6 +72,16 @@ class Args:
         with written_here(as_path(self.out)) as out:
             print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
         return 0
+
+
+def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
+    """Says so where prints are of folders that a checkpoint was trained on, or are files of its `contents.sample` in others."""
+    from ifvit.data.contents import known
+    from ifvit.data.gather import overlap
+
+    if overlap(trained_roots, roots) or known(trained_on, prints):
+        log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
+                    "known fingers say little of others. train_all's own evaluation is of those held out.", ", ".join(trained_roots))
 
 
 def check_ppi(ppi: float | Literal["auto"] | None) -> None:

@@ -34,8 +34,8 @@ _PATTERNS = {
     "CrossMatch": r"(?P<finger>(?P<subject>\d+)_(?P<position>\d+))_(?P<impression>\d+)",
     "CASIA": r"(?P<finger>(?P<subject>\d+)_[LR]\d)_(?P<impression>\d+)",
     "SOCOFing": r"(?P<finger>(?P<subject>\d+)__[MF]_(?:Left|Right)_[a-z]+)_finger(?:_(?P<change>CR|Obl|Zcut))?",
-    "RidgeBase": r"(?P<session>\d+)_(?P<subject>\d+)_(?P<hand>Left|Right)_(?P<word>Thumb|Index|Middle|Ring|Little|Four_Fingers)",
-    "RidgeBase contactless": r"(?P<session>\d+)_(?P<device>[a-z0-9 ]+)_(?P<subject>\d+)_(?P<background>\d)_(?P<hand>LEFT|RIGHT)_image_"
+    "RidgeBase": r"(?P<session>\d)_(?P<subject>\d{4,})_(?P<hand>Left|Right)_(?P<word>Thumb|Index|Middle|Ring|Little|Four_Fingers)",
+    "RidgeBase contactless": r"(?P<session>\d)_(?P<device>[a-z0-9 ]+)_(?P<subject>\d{4,})_(?P<background>\d)_(?P<hand>LEFT|RIGHT)_image_"
                              r"fingerprint(?P<shot>[a-z0-9]+)(?:_0?\.\d+|_0\.\d+e-?\d+)?(?:_(?P<word>\d))?",
     "SD4": r"(?P<impression>[fs])(?P<finger>\d{4})_\d{2}",
     "SD14": r"(?P<impression>[fs])(?P<finger>\d{7})",

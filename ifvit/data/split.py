@@ -1,6 +1,7 @@
 """Which fingers are held out, which files are dropped, and whether there are fingers enough."""
 
 import hashlib
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -24,28 +25,25 @@ def split_by_finger(
     """
     if not 0 <= held_out < 1:
         raise ValueError(f"held_out is {held_out}, a fraction in [0, 1) is needed")
-    fingers = defaultdict(set)
+    databases = defaultdict(list)
     for p in prints:
-        fingers[p.database].add(p.finger)
-    groups = defaultdict(list)
-    for database, members in fingers.items():
-        groups[database if len(members) >= 4 else None] += [(database, f) for f in members]
-
-    def digest(*words: str) -> bytes:
-        return hashlib.sha256("\0".join((str(seed), *words)).encode(errors="surrogateescape")).digest()
-
-    def rank(member: tuple[str, str]) -> tuple:
-        database, finger = member
-        if database == SYNTHETIC:
-            return digest(database, finger), b"", member
-        # Two small databases may have the same finger; the folder's own name is the last to decide.
-        return digest(finger), digest(database.rpartition("/")[2], finger), member
+        databases[p.database].append((p.finger, p.impression))
+    groups = defaultdict(list)  # of members (database, finger) and what they are ranked by
+    # Small databases may have a finger of the same name: they take turns in an order that is their folders' names' at last only.
+    turns = defaultdict(itertools.count)
+    for database in sorted(databases, key=lambda d: (sorted(databases[d]), d.rpartition("/")[2], d)):
+        members = {finger for finger, _ in databases[database]}
+        small = len(members) < 4
+        for finger in members:
+            words = [SYNTHETIC, finger] if database == SYNTHETIC else [str(next(turns[finger])), finger] if small else [finger]
+            digest = hashlib.sha256("\0".join((str(seed), *words)).encode(errors="surrogateescape")).digest()
+            groups[None if small else database].append((digest, (database, finger)))
 
     out = set()
     for members in groups.values():
         if held_out and len(members) >= 4:
             count = min(max(2, math.ceil(held_out * len(members))), len(members) - 2)
-            out.update(sorted(members, key=rank)[:count])
+            out.update(member for _, member in sorted(members)[:count])
     train = [p for p in prints if p.identity not in out]
     return train, [p for p in prints if p.identity in out]
 
