@@ -74,6 +74,7 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     if not done.is_file():
         _decode_all(prints, canvas_size, folder, key)
     report = json.loads(done.read_text())
+    database = {p.path: p.database for p in prints}
     _report_broken(report["broken"], len(prints), max_broken)
     broken = {name for name, _ in report["broken"]}
     readable = [p for p in prints if p.path not in broken]
@@ -84,7 +85,6 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     for name, example in _seem_light(report["prints"], database).items():
         seem = "dark" if prints[0].light else "light"
         log.warning("⚠ The ridges of %s seem to be %s, e.g. of %s; --ridges %s reads all prints so.", name, seem, example, seem)
-    database = {p.path: p.database for p in prints}
     for remark in scale.remarks((database[r["path"]], r) for r in report["prints"] if database[r["path"]] != SYNTHETIC):
         log.warning("%s", remark)
     if fitted := [r["path"] for r in report["prints"] if r["ppi_from"] == scale.ASKED]:
