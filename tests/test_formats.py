@@ -54,7 +54,7 @@ def tiff_with(tag: int, kind: int, count: int, value: int, **how) -> bytes:
 
 
 @pytest.mark.parametrize("name, how", [("a.pgm", {}), ("a.pnm", {}), ("a.jp2", {}), ("a.j2k", {}), ("a.gif", {}), ("a.webp", {"lossless": True}),
-                                       ("a.tga", {}), ("a.pcx", {}), ("a.png", {}), ("a.bmp", {}), ("a.tif", {"compression": "tiff_lzw"})])
+                                       ("a.tga", {}), ("a.sgi", {}), ("a.png", {}), ("a.bmp", {}), ("a.tif", {"compression": "tiff_lzw"})])
 def test_every_lossless_format_comes_back_to_the_level_and_one_that_is_cut_is_told(tmp_path, name, how):
     Image.fromarray(RINGS).save(tmp_path / name, **how)
     raw = (tmp_path / name).read_bytes()
@@ -132,7 +132,7 @@ def test_levels_that_are_no_numbers_are_white_and_infinite_ones_the_ends(tmp_pat
 
 
 @pytest.mark.parametrize("mode, value, grey", [("LA", (90, 255), 90), ("LA", (90, 0), 90), ("RGBA", (90, 90, 90, 0), 90), ("CMYK", (0, 0, 0, 165), 90),
-                                               ("LAB", (90, 128, 128), 90), ("YCbCr", (90, 128, 128), 90)])
+                                               ("LAB", (90, 128, 128), 90)])
 def test_colour_models_become_their_lightness(tmp_path, mode, value, grey):
     """An alpha channel that is nothing but 0 is no transparency: all pixels would be lost."""
     got, _ = read(tmp_path / "a.tif", saved("TIFF", Image.new(mode, (40, 30), value)))
@@ -232,6 +232,8 @@ def test_a_wsqs_resolution_is_read_wherever_its_comment_stands(tmp_path, before,
     Image.fromarray(np.tile(RINGS, (3, 3))).save(tmp_path / "a.wsq")
     raw = (tmp_path / "a.wsq").read_bytes()
     comment = lambda text: b"\xff\xa8" + struct.pack(">H", 2 + len(text)) + text
+    assert raw[2:4] == b"\xff\xa8"  # what the encoder itself tells, 500
+    raw = raw[:2] + raw[4 + int.from_bytes(raw[4:6], "big") :]
     at = 2
     if place == "behind tables":
         while raw[at : at + 2] != b"\xff\xa2":  # the frame's header
