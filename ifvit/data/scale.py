@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from ifvit.data.images import CANVAS_PPI, RIDGE_PERIOD
 from ifvit.data.ridges import fine_detail, ridge_period
 
-# px at 500 ppi: the medians of databases of adults' prints at hand run from 6.6 to 10.3, and to 12.2 of one sensor.
-FINEST, COARSEST, DOUBTFUL = 6.4, 11.0, 13.6
+# px at 500 ppi: the medians of databases of adults' prints at hand run from 6.6 to 9.6, and to 11.9 of one sensor.
+FINEST, COARSEST, DOUBTFUL = 6.25, 10.5, 13.6
 SENSORS = (500.0, 512.0, 569.0, 1000.0)  # what sensors have; 300 is what an editor or a flat-bed scanner writes
 ENLARGED = 10 ** -1.75  # less than this is in the finest detail of a picture that was enlarged by 1.6 or more
 FEW = 5  # prints: fewer may be odd fingers
@@ -26,11 +26,17 @@ ASKED = "the ridges"  # `Print.ppi_from` of prints that are to be read as their 
 
 @dataclass(frozen=True)
 class Group:
-    """Prints of a database that are read at one resolution: their records (`prepare`), those whose ridges are seen."""
+    """Prints of a database that are read at one resolution: their records (`prepare`), those whose ridges are seen, and the count of the others."""
 
     database: str
     ppi: float
     records: tuple[dict, ...]
+    unseen: int
+
+    @property
+    def unclear(self) -> bool:
+        """Whether too few show ridges to judge the resolution by."""
+        return len(self.records) < self.unseen or not self.records
 
     @property
     def period(self) -> float:
@@ -44,7 +50,7 @@ class Group:
 
     @property
     def off(self) -> bool:
-        return self._is_off(self.at_500, float(np.median([r["detail"] for r in self.records])),
+        return not self.unclear and self._is_off(self.at_500, float(np.median([r["detail"] for r in self.records])),
                             1.0 if len(self.records) >= FEW else 1.2)
 
     @property
@@ -70,18 +76,18 @@ def measured(path: str, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: st
 
 
 def groups(records: Iterable[tuple[str, dict]]) -> list[Group]:
-    """Of (database, record) pairs, those whose ridges are seen."""
+    """Of (database, record) pairs."""
     found = defaultdict(list)
     for database, record in records:
-        if record["period"]:
-            found[database, record["ppi"]].append(record)
-    return [Group(database, ppi, tuple(some)) for (database, ppi), some in found.items()]
+        found[database, record["ppi"]].append(record)
+    return [Group(database, ppi, tuple(r for r in some if r["period"]), sum(not r["period"] for r in some))
+            for (database, ppi), some in found.items()]
 
 
 def fitting_ppi(group: Group, others: Iterable[Group]) -> float:
     """The resolution that the ridges tell: one of the database's others, or a usual one, if near, else to 5 ppi."""
     told = group.period / RIDGE_PERIOD
-    meant = [g.ppi for g in others if g.database == group.database and not g.off] + [500.0, 1000.0]
+    meant = [g.ppi for g in others if g.database == group.database and not g.unclear and not g.off] + [500.0, 1000.0]
     return next((ppi for ppi in meant if abs(told / ppi - 1) < NEAR), 5.0 * max(1, round(told / 5)))
 
 
@@ -97,7 +103,9 @@ def remarks(records: Iterable[tuple[str, dict]]) -> list[str]:
     """What looks wrong with the resolutions of prints, each with a remedy; of (database, record) pairs."""
     records = list(records)
     known = groups(records)
-    return [_off(g, fitting_ppi(g, known)) for g in known if g.off] + _mixed(records, known) + _notes(records)
+    unclear = [f"⚠ Of {g.database} only {len(g.records)} of {len(g.records) + g.unseen} prints read at {g.ppi:.4g} ppi show ridges that can "
+               "be measured: they are too coarse or too small, or no prints." for g in known if g.unclear and g.unseen >= FEW]
+    return [_off(g, fitting_ppi(g, known)) for g in known if g.off] + unclear + _mixed(records, known) + _notes(records)
 
 
 def _off(group: Group, fit: float) -> str:
@@ -112,7 +120,7 @@ def _mixed(records: list[tuple[str, dict]], known: list[Group]) -> list[str]:
     sizes = defaultdict(lambda: defaultdict(list))
     for database, r in records:
         sizes[database, r["width"], r["height"]][r["ppi"]].append(r)
-    at_500 = {(g.database, g.ppi): g.at_500 for g in known}
+    at_500 = {(g.database, g.ppi): g.at_500 for g in known if g.records}
     said = {}
     for (database, width, height), by_ppi in sizes.items():
         periods = [at_500.get((database, ppi)) for ppi in by_ppi]
