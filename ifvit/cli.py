@@ -94,6 +94,14 @@ def prepare_output() -> None:
             stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
 
 
+def log_to_stderr() -> None:
+    """For commands whose stdout is for programs to read."""
+    for name in ("", "ifvit"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
+                handler.setStream(sys.stderr)
+
+
 def tell(code: int, message: str) -> None:
     """Says on stderr how a command ended."""
     if message:
@@ -153,9 +161,14 @@ def use_huge_pages() -> None:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compiled steps outlive the process; a second run starts training in seconds."""
+    """Compiled steps outlive the process; a second run starts training in seconds. Where there is no room for them it does without."""
     import jax
 
-    os.makedirs(folder, exist_ok=True)
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as e:
+        logging.getLogger("ifvit").warning("Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
+                                           "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)
+        return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -36,8 +36,8 @@ class ConfigArgs:
     """`auto` goes on from the newest checkpoint, `never` trains anew, or a checkpoint's path"""
     seed: int | None = None
     """of the training; `--set data_seed=N` chooses held-out fingers and generated prints [0]"""
-    ppi: float | None = None
-    """resolution of all prints, whatever their files and sets tell"""
+    ppi: float | Literal["auto"] | None = None
+    """resolution of all prints, whatever their files and sets tell; `auto`: where the distance of their ridges tells another, that"""
     ridges: Literal["dark", "light"] | None = None
     """in the prints' images; `light` of sensors that show them white on black [dark]"""
     names: str | None = None

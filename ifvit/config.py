@@ -23,9 +23,9 @@ from ifvit.errors import UserError
 PROGRAM, SCALAR, HOST = "program", "scalar", "host"
 
 
-def number(default, lo=-math.inf, hi=math.inf, use=PROGRAM):
-    """A numeric field with its closed range."""
-    return field(default=default, metadata={"lo": lo, "hi": hi, "use": use})
+def number(default, lo=-math.inf, hi=math.inf, use=PROGRAM, word=None):
+    """A numeric field with its closed range; `word`: what it may be instead."""
+    return field(default=default, metadata={"lo": lo, "hi": hi, "use": use} | ({"word": word} if word else {}))
 
 
 def choice(default, *choices, use=PROGRAM):
@@ -46,7 +46,7 @@ class Config:
 
     # --- data
     dataset_root: tuple[str, ...] = host(("synthetic",))  # folders of prints; `synthetic` for generated ones
-    ppi: float = number(0.0, 0, 5000, use=HOST)     # overrides the prints' resolution; 0: the file's, or the set's
+    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto")  # overrides the prints' resolution; 0: the file's, or the set's; auto: where their ridges tell another, that
     ridges: str = choice("dark", "dark", "light", use=HOST)  # of the prints' images: lighter than the valleys, of some sensors
     names: str = host("")                           # how prints' names are to be read, as --names; '': as known sets' are
     held_out: float = number(0.1, TINY, 0.9, use=HOST)  # share of fingers kept for validation
@@ -110,7 +110,7 @@ class Config:
     def __post_init__(self):
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
-            if f.type is float and type(value) is int:  # as TOML has it
+            if kind_of(f) is float and type(value) is int:  # as TOML has it
                 object.__setattr__(self, f.name, float(value))
             check(f, getattr(self, f.name))
         if self.image_size % 8:
@@ -227,6 +227,11 @@ def use_of(f: dataclasses.Field) -> str:
     return f.metadata.get("use", PROGRAM)
 
 
+def kind_of(f: dataclasses.Field) -> type:
+    """The field's type; of a number that may be a word instead, the number's."""
+    return typing.get_args(f.type)[0] if "word" in f.metadata else f.type
+
+
 # what both modules' windows and networks must have in common
 COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
           "image_size", "similarity", "temp_bug_fix")
@@ -253,15 +258,18 @@ def known_key(cls, key: str) -> str:
 
 def check(f: dataclasses.Field, value) -> None:
     """UserError unless `value` has the field's type and lies in its range."""
-    kind = f.type
+    kind = kind_of(f)
     what = f"{f.name} is {value!r}"
+    if isinstance(value, str) and value == f.metadata.get("word"):
+        return
     if isinstance(kind, types.GenericAlias):
         inner = typing.get_args(kind)[0]
         if not isinstance(value, tuple) or not value or not all(isinstance(v, inner) for v in value):
             raise UserError(f"{what}, which is not a list of {inner.__name__}; give at least one.")
         return
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UserError(f"{what}, which is not of type {kind.__name__}; give one.")
+        word = f" nor {f.metadata['word']!r}" if "word" in f.metadata else ""
+        raise UserError(f"{what}, which is not of type {kind.__name__}{word}; give one.")
     if "choices" in f.metadata and value not in f.metadata["choices"]:
         raise UserError(f"{what}, which is not known; choose from {', '.join(f.metadata['choices'])}.")
     if "lo" in f.metadata:
@@ -278,7 +286,9 @@ def parse_value(cls, key: str, text: str):
     Tuples are comma-separated, e.g. `resnet_widths=16,32,64`.
     """
     known_key(cls, key)
-    kind = next(f.type for f in dataclasses.fields(cls) if f.name == key)
+    kind, word = next((kind_of(f), f.metadata.get("word")) for f in dataclasses.fields(cls) if f.name == key)
+    if text == word:
+        return text
     try:
         if isinstance(kind, types.GenericAlias):
             inner = typing.get_args(kind)[0]

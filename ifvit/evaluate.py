@@ -37,8 +37,8 @@ class Args:
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
     batch_size: int = 16
     """pairs at once"""
-    ppi: float | None = None
-    """resolution of all prints, whatever their files and sets tell"""
+    ppi: float | Literal["auto"] | None = None
+    """resolution of all prints, whatever their files and sets tell; `auto`: where the distance of their ridges tells another, that"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
     names: str = ""
@@ -48,10 +48,12 @@ class Args:
         from ifvit.checkpoint.places import as_path, written_here
         from ifvit.data.gather import local_root
         from ifvit.data.prepare import prepare
-        from ifvit.data.sources import read_roots
         from ifvit.scoring.scorer import Scorer
         from ifvit.devices.sharding import use_cpu_cores
         from ifvit.data.split import require_fingers
+        from ifvit.data.prepare import decoded
+        from ifvit.data.sources import read
+        from ifvit.data.summary import summarise
 
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
@@ -61,10 +63,13 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        prints = read_roots([local_root(r) for r in self.dataset_root], self.ppi, self.ridges, self.names)
-        require_fingers(prints)
-        warn_of_known_prints(scorer.config.dataset_root, scorer.trained_on, self.dataset_root, prints)
-        prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
+        reading = read([local_root(r) for r in self.dataset_root], self.ppi, self.ridges, self.names)
+        require_fingers(reading.prints)
+        warn_of_known_prints(scorer.config.dataset_root, scorer.trained_on, self.dataset_root, reading.prints)
+        prints = prepare(reading.prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
+        found = decoded(reading.prints, scorer.config.canvas_size, cache_dir())
+        for line in summarise(reading, found, prints.prints).lines():
+            log.info("%s", line)
         with written_here(as_path(self.out)) as out:
             print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
         return 0
@@ -80,10 +85,10 @@ def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
                     "known fingers say little of others. train_all's own evaluation is of those held out.", ", ".join(trained_roots))
 
 
-def check_ppi(ppi: float | None) -> None:
+def check_ppi(ppi: float | Literal["auto"] | None) -> None:
     """UserError for a resolution that no print has."""
-    if ppi is not None and not 0 < ppi <= 5000:  # NaN neither
-        raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500.")
+    if ppi not in (None, "auto") and not 0 < ppi <= 5000:  # NaN neither
+        raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500, or auto.")
 
 
 def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:

@@ -32,8 +32,8 @@ class Args:
     """PNG of both prints with their matches as lines"""
     json: bool = False
     """print {"score", "decision", "matches"} as JSON"""
-    ppi: float | None = None
-    """resolution of both prints, whatever the files and their sets tell"""
+    ppi: float | Literal["auto"] | None = None
+    """resolution of both prints, whatever the files and their sets tell; `auto`: where the distance of the ridges tells another, that"""
     ridges: Literal["dark", "light"] = "dark"
     """in both images; `light` of sensors that show them white on black"""
 
@@ -75,8 +75,9 @@ class Canvases:
         return self.arrays[i]
 
 
-def on_canvases(paths: list[str], ppi: float | None, canvas_size: int, ridges: str = "dark") -> Canvases:
+def on_canvases(paths: list[str], ppi: float | Literal["auto"] | None, canvas_size: int, ridges: str = "dark") -> Canvases:
     """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
+    from ifvit.data import scale
     from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
     from ifvit.data.names import known_ppi
     from ifvit.data.sources import Print
@@ -87,10 +88,13 @@ def on_canvases(paths: list[str], ppi: float | None, canvas_size: int, ridges: s
             grey, tag = decode(path)
         except BrokenImage as e:
             raise UserError(f"{e}; give an image that can be read.") from None
-        arrays.append(to_canvas(255 - grey if ridges == "light" else grey, print_ppi(ppi or known_ppi(path), tag), canvas_size))
+        number = print_ppi(known_ppi(path) if ppi in (None, "auto") else ppi, tag)
+        if ppi == "auto":
+            number = scale.fitted([("", scale.measured(path, grey, number, "assumed"))]).get(path, number)
+        arrays.append(to_canvas(255 - grey if ridges == "light" else grey, number, canvas_size))
         if not arrays[-1][1].any():
             raise UserError(f"{path} shows no ridges: it is blank, too faint or too small; give another image, or its --ppi.")
-    return Canvases(tuple(Print(p, "", str(i), "1", ppi) for i, p in enumerate(paths)), tuple(arrays))
+    return Canvases(tuple(Print(p, "", str(i), "1", None) for i, p in enumerate(paths)), tuple(arrays))
 
 
 if __name__ == "__main__":

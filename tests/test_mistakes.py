@@ -30,6 +30,7 @@ from ifvit.devices.batch_axes import over_batch
 from ifvit.config import (DENSE_CONFIG, MATCH_CONFIG, PRESETS, DenseConfig, MatchConfig, parse_value, preset,
                           with_changes)
 from ifvit.pixels.views import plain_view, truth
+from ifvit.data.canvases import Files
 from ifvit.data.prepare import PrintSet
 from ifvit.data.sources import Print
 from ifvit.errors import UserError
@@ -327,8 +328,8 @@ def test_validation_counts_a_pair_once_where_the_last_batch_is_filled_up(tmp_pat
     """One pair less than two batches; impostors get confidence 1, of a genuine pair's 10 cells half are right."""
     np.save(tmp_path / "c.npy", np.zeros((4, 8, 8), np.uint8))
     np.save(tmp_path / "m.npy", np.ones((4, 1, 1), bool))
-    prints = PrintSet(tuple(Print("", "A", str(i), "1", 500) for i in range(4)), (0, 1, 2, 3),
-                      str(tmp_path / "c.npy"), str(tmp_path / "m.npy"))
+    prints = PrintSet(tuple(Print("", "A", str(i), "1", 500) for i in range(4)), tuple((0, row) for row in range(4)),
+                      (Files(str(tmp_path / "c.npy"), str(tmp_path / "m.npy")),))
     seen, drawn = [], []
 
     def evaluate(batch, keys):

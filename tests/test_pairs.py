@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from ifvit.data.canvases import Files
 from ifvit.data.loader import PairSource, batches, example, fixed_batches
 from ifvit.data.pairs import DensePairs, MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
@@ -30,8 +31,8 @@ def print_set(tmp_path_factory):
     canvases = np.broadcast_to(np.arange(len(PRINTS), dtype=np.uint8)[:, None, None], (len(PRINTS), 8, 8))
     np.save(folder / "canvas.npy", canvases)
     np.save(folder / "mask.npy", np.ones((len(PRINTS), 1, 1), bool))
-    rows = tuple(range(len(PRINTS)))
-    return PrintSet(PRINTS, rows, str(folder / "canvas.npy"), str(folder / "mask.npy"))
+    rows = tuple((0, row) for row in range(len(PRINTS)))
+    return PrintSet(PRINTS, rows, (Files(str(folder / "canvas.npy"), str(folder / "mask.npy")),))
 
 
 # --- pairs ----------------------------------------------------------------------------------------

@@ -4,15 +4,18 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from ifvit import gcs
 from ifvit.data import synthetic
 from ifvit.data.contents import in_order_of_contents
-from ifvit.data.prepare import PrintSet, prepare
-from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots
+from ifvit.data.prepare import Decoded, PrintSet, decoded, prepare
+from ifvit.data.sources import SYNTHETIC, Print, Reading, read, read_root
 from ifvit.data.split import require_fingers, split_by_finger
+from ifvit.data.summary import summarise
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
 from ifvit.devices.processes import require_same, together
@@ -26,23 +29,27 @@ def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two
     fingers, when the split leaves a side with fewer, or when hosts have other prints: that before anything is decoded.
     """
-    real = together("files", lambda: read_prints(config), host)
-    require_same("The list of prints", listing(real), host.name, "give a --dataset_root that is the same on every host.")
-    everything = together("prints", lambda: _prepared(config, real), host)
+    reading = together("files", lambda: read_prints(config), host)
+    require_same("The list of prints", listing(reading.prints), host.name, "give a --dataset_root that is the same on every host.")
+    everything, found = together("prints", lambda: _prepared(config, reading.prints), host)
     require_same("The list of readable prints", listing(everything.prints), host.name, "one of the hosts cannot read what others can.")
-    train, held_out = split_by_finger(everything.prints, config.held_out, config.data_seed)
-    real = [p for p in held_out if p.database != SYNTHETIC]
-    held_out = real or held_out  # where there are real prints, generated ones choose nothing
+    train, held_out = split(everything.prints, config.held_out, config.data_seed)
     count = lambda part: len({p.identity for p in part})
     if min(count(train), count(held_out)) < 2:
         raise UserError(f"Of {count(everything.prints)} fingers {count(held_out)} are held out (held_out={config.held_out:g}), and {count(train)} "
                         "are left to train on; each needs two or more. Give prints of more fingers.")
-    log.info("%d prints of %d fingers to train on, %d prints of %d fingers held out",
-             len(train), count(train), len(held_out), count(held_out))
+    for line in summarise(reading, found, everything.prints, (train, held_out)).lines():
+        log.info("%s", line)
     return everything, everything.subset(train), everything.subset(held_out)
 
 
-def _prepared(config, real: list[Print]) -> PrintSet:
+def split(prints: Sequence[Print], held_out: float, seed: int) -> tuple[list[Print], list[Print]]:
+    """Those to train on, and those of the held-out fingers: where there are real prints, generated ones choose nothing."""
+    train, kept_back = split_by_finger(prints, held_out, seed)
+    return train, [p for p in kept_back if p.database != SYNTHETIC] or kept_back
+
+
+def _prepared(config, real: list[Print]) -> tuple[PrintSet, Decoded]:
     """Decoded; with generated ones, which are made once, into the cache: alone, or mixed into real ones (`synthetic_share`)."""
     if real and SYNTHETIC in config.dataset_root and not config.synthetic_share:
         raise UserError("--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share is 0. "
@@ -51,15 +58,21 @@ def _prepared(config, real: list[Print]) -> PrintSet:
     require_fingers(prints)
     everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())
     require_fingers(everything.prints)
-    return everything
+    return everything, decoded(prints, config.canvas_size, cache_dir())
 
 
-def read_prints(config) -> list[Print]:
-    """The real prints of every root, in an order that folders' names do not change."""
-    roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
+def read_prints(config) -> Reading:
+    """The real prints of every root."""
+    roots = [r for r in config.dataset_root if r != SYNTHETIC]
     if config.names and not roots:
         raise UserError(f"--names '{config.names}' tells how names are to be read, and all prints are generated; give a --dataset_root, or leave it out.")
-    return in_order_of_contents(read_roots(roots, config.ppi or None, config.ridges, config.names)) if roots else []
+    return read_folders(roots, config.ppi or None, config.ridges, config.names) if roots else Reading([], (), {})
+
+
+def read_folders(roots: Sequence[str], ppi: float | Literal["auto"] | None, ridges: str, names: str) -> Reading:
+    """What some folders, or buckets, are read as, in an order that their names do not change."""
+    reading = read([local_root(r) for r in roots], ppi, ridges, names)
+    return replace(reading, prints=in_order_of_contents(reading.prints))
 
 
 def overlap(roots, others) -> bool:

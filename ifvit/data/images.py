@@ -4,15 +4,21 @@ A print on the canvas is dark ridges on light ground, 500 ppi in both directions
 its foreground centred, with a mask that says where ridges are.
 """
 
-import re
+import io
 import threading
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, UInt8
-from PIL import Image, ImageOps
+from PIL import Image
 from scipy import ndimage
 
+from ifvit.data.bare import without_metadata
+from ifvit.data.levels import grey_levels
+from ifvit.data.pages import SEVERAL_PAGES, larger_sub_picture, to_largest_page, upright
+from ifvit.data.tags import NOT_SQUARE, believable_ppi, jpeg_comments, nistcom_ppi, not_square, ppi_tags, wsq_comments
 from ifvit.errors import UserError
 
 CANVAS_PPI = 500.0
@@ -26,55 +32,53 @@ class BrokenImage(ValueError):
     """An image file that cannot be decoded: empty, truncated, or not an image."""
 
 
+@dataclass(frozen=True)
+class Picture:
+    """What an image file holds."""
+
+    grey: UInt8[np.ndarray, "H W"]
+    ppi: float | None  # of the file's tag; None where it has none that can be believed
+    note: str = ""     # what its reader should know of how it was read; the same words for files of a kind
+
+
 def decode(
     path: str | Path, max_megapixels: float = 20
 ) -> tuple[UInt8[np.ndarray, "H W"], float | None]:
-    """The pixels of an image file as grey levels, and the ppi that it claims.
+    """The pixels of an image file as grey levels, and the ppi that it claims. See `read_picture`."""
+    picture = read_picture(path, max_megapixels)
+    return picture.grey, picture.ppi
+
+
+def read_picture(path: str | Path, max_megapixels: float = 20) -> Picture:
+    """The print in an image file, of any format that Pillow reads by itself, and WSQ with the package `wsq`.
 
     Palettes are looked up, colour becomes luma, transparency is laid on white, 16 bits
     become 8. The orientation tag is applied: Pillow does so for TIFF whatever we want,
-    and a phone's photograph lies on its side without it; sensors write none.
+    and a phone's photograph lies on its side without it; sensors write none. Of several
+    pages the largest is read, of equal ones the first. Tags that are malformed count as missing.
 
-    Returns: grey levels; the ppi of the file's tag, None where it has none that can be
-    believed (`believable_ppi`).
     Raises: UserError for a file that is not there, is larger than `max_megapixels`
     (known from the header, nothing is decoded), or needs a package that is missing;
-    BrokenImage, with the reason, for one that cannot be decoded.
+    BrokenImage, with the reason, for one that cannot be decoded, or not whole.
     """
     head = _head(path)
     if head[:2] == b"\xff\xa0":
         _need_wsq(path)
     try:
-        image = _open(path)
+        with open(path, "rb") as file:  # not by its name: Pillow maps such a file, and a TIFF that lies on its side wrongly
+            return _read(file, path, max_megapixels)
+    except UserError:
+        raise
     except Exception as error:  # Pillow's readers raise anything on a broken file
-        raise BrokenImage(f"{path}: {_reason(error, head)}") from error
-    with image:
-        width, height = image.size
-        if width * height > max_megapixels * 1e6:
-            raise UserError(
-                f"{path} is too large: {width} x {height} pixels, and at most "
-                f"{max_megapixels:g} million are read. Cut it to one finger, or scale it "
-                "to 500 ppi."
-            )
-        tag = _ppi_tag(image, head)
+        bare = without_metadata(Path(path).read_bytes())
         try:
-            image.load()
-            if image.format != "TIFF":  # done by Pillow while loading
-                image = ImageOps.exif_transpose(image)
-            return _grey(image), tag
-        except Exception as error:
-            raise BrokenImage(f"{path}: {_reason(error, head)}") from error
-
-
-def believable_ppi(x: float, y: float) -> float | None:
-    """The resolution that two tags agree on, in pixels an inch, or None.
-
-    1, 72, 96 and 120 are what software writes for "unknown"; no sensor for prints lies
-    below 250. Axes that differ by more than 2 % are not a square pixel's.
-    """
-    if 250 <= x <= 2000 and 250 <= y <= 2000 and abs(x - y) <= 0.02 * max(x, y):
-        return (x + y) / 2
-    return None
+            if bare is not None:  # it may be the metadata alone that are broken
+                return _read(io.BytesIO(bare), path, max_megapixels)
+        except UserError:
+            raise
+        except Exception:  # they are not: the first error tells
+            pass
+        raise BrokenImage(f"{path}: {_reason(error, head)}") from error
 
 
 def seems_light(grey: UInt8[np.ndarray, "H W"], ppi: float) -> bool:
@@ -150,10 +154,10 @@ def to_canvas(
 
 
 def _head(path: str | Path) -> bytes:
-    """The first bytes of the file: its magic and, for WSQ, its NISTCOM comment."""
+    """The first bytes of the file: its magic."""
     try:
         with open(path, "rb") as file:
-            return file.read(4096)
+            return file.read(16)
     except OSError as error:
         why = f"{path} cannot be read: {error.strerror}. Check the path and its rights."
         raise UserError(why) from error
@@ -166,14 +170,43 @@ def _need_wsq(path: str | Path) -> None:
         raise UserError(f"{path} is WSQ, not read yet: pip install 'ifvit[wsq]'") from error
 
 
-def _open(path: str | Path) -> Image.Image:
+# Formats that Pillow hands to other programs, or knows the names of alone.
+_NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"}
+
+
+def _open(file: BinaryIO) -> Image.Image:
     """Pillow's open, header only, without its own limit: ours has a sentence to it."""
+    Image.init()
     with _BOMB_LOCK:
         limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
         try:
-            return Image.open(path)
+            return Image.open(file, formats=[f for f in Image.ID if f not in _NOT_READ])
         finally:
             Image.MAX_IMAGE_PIXELS = limit
+
+
+def _read(file: BinaryIO, path: str | Path, max_megapixels: float) -> Picture:
+    """The picture in `file`, which is that of `path`, or its copy."""
+    with _open(file) as image:
+        several = to_largest_page(image)
+        if image.format == "TIFF" and 330 in image.tag_v2:
+            file.seek(0)
+            if larger := larger_sub_picture(file.read(), image.width * image.height):
+                return _read(io.BytesIO(larger), path, max_megapixels)
+        width, height = image.size
+        if width * height > max_megapixels * 1e6:
+            raise UserError(
+                f"{path} is too large: {width} x {height} pixels, and at most "
+                f"{max_megapixels:g} million are read. Cut it to one finger, or scale it "
+                "to 500 ppi."
+            )
+        comments = wsq_comments(Path(path).read_bytes()) if image.format == "WSQ" else jpeg_comments(image)
+        x, y = (nistcom_ppi(comments),) * 2 if nistcom_ppi(comments) else ppi_tags(image)
+        image.load()
+        if image.format != "TIFF":  # done by Pillow while loading
+            image = upright(image)
+        note = SEVERAL_PAGES if several else NOT_SQUARE if not_square(x, y) else ""
+        return Picture(grey_levels(image), believable_ppi(x, y), note)
 
 
 def _reason(error: Exception, head: bytes) -> str:
@@ -182,36 +215,6 @@ def _reason(error: Exception, head: bytes) -> str:
     if isinstance(error, Image.UnidentifiedImageError | NameError):  # wsq's, without a frame
         return "not an image, or its header is broken"
     return str(error) or type(error).__name__
-
-
-def _ppi_tag(image: Image.Image, head: bytes) -> float | None:
-    if comment := re.search(rb"\bPPI (\d+)", head if image.format == "WSQ" else b""):
-        return believable_ppi(float(comment[1]), float(comment[1]))
-    try:
-        x, y = (float(v) for v in image.info["dpi"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return None
-    return believable_ppi(x, y)
-
-
-def _grey(image: Image.Image) -> UInt8[np.ndarray, "H W"]:
-    if image.mode.startswith("I") or image.mode == "F":
-        return _eight_bits(np.asarray(image), image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    return np.array(image.convert("L"))
-
-
-def _eight_bits(values: np.ndarray, image: Image.Image) -> UInt8[np.ndarray, "H W"]:
-    """Wider levels to 8 bits; 8 to 14 bits in 16, as sensors write them, fill the range."""
-    values = np.nan_to_num(values.astype(np.float32))
-    tops = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 1023.0, 4095.0, 16383.0, 65535.0)
-    top = next((top for top in tops if values.max() <= top), values.max())
-    grey = np.clip(np.rint(values * (255.0 / top)), 0, 255).astype(np.uint8)
-    white_is_zero = image.format == "TIFF" and image.tag_v2.get(262) == 0
-    return 255 - grey if white_is_zero else grey
 
 
 def _gradient_power(grey: np.ndarray, cell: int) -> np.ndarray:

@@ -1,26 +1,32 @@
-"""Prints decoded once: every print of a run on its canvas, in one file that all readers map."""
+"""Prints decoded once: every print on its canvas, in files of its database that all readers map."""
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
-import uuid
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Bool, UInt8
+from tqdm import tqdm
 
+from ifvit.data import canvases, scale
 from ifvit.data.contents import data_digest, sample
-from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, seems_light, to_canvas
+from ifvit.data.images import CANVAS_PPI, BrokenImage, read_picture, seems_light, to_canvas
 from ifvit.data.sources import SYNTHETIC, Print
 from ifvit.data.split import drop_duplicates
 from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
-VERSION = 1  # to be raised when a canvas changes
+AHEAD = 256  # prints that are decoded before the first of them is written, at most: canvases in memory
+VERSION = 3  # to be raised when a canvas, or a record, changes
 log = logging.getLogger("ifvit")
 
 
@@ -29,29 +35,28 @@ class PrintSet:
     """N prints and the files their canvases lie in; cheap to send to another process."""
 
     prints: tuple[Print, ...]
-    rows: tuple[int, ...]  # of each print in the files
-    canvas_file: str       # (rows, C, C) uint8, 500 ppi, ridges dark
-    mask_file: str         # (rows, C/8, C/8) bool, foreground
+    rows: tuple[tuple[int, int], ...]  # of each print: which of the files, and which row in them
+    files: tuple[canvases.Files, ...]
 
     def __len__(self):
         return len(self.prints)
 
     @cached_property
     def _arrays(self):
-        return np.load(self.canvas_file, mmap_mode="r"), np.load(self.mask_file, mmap_mode="r")
+        return [canvases.load(place) for place in self.files]
 
     def __getstate__(self):  # a mapped array would be sent whole
         return {k: v for k, v in self.__dict__.items() if k != "_arrays"}
 
-    def canvas(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Canvas (C, C) uint8 and foreground (C/8, C/8) bool of print i."""
-        canvases, masks = self._arrays
-        return canvases[self.rows[i]], masks[self.rows[i]]
+    def canvas(self, i: int) -> tuple[UInt8[np.ndarray, "C C"], Bool[np.ndarray, "C/8 C/8"]]:
+        """Canvas (500 ppi, ridges dark) and foreground of print i."""
+        file, row = self.rows[i]
+        return tuple(array[row] for array in self._arrays[file])
 
     def subset(self, prints: list[Print]) -> "PrintSet":
         """The given prints of this set, in the given order."""
         row = dict(zip(self.prints, self.rows))
-        return PrintSet(tuple(prints), tuple(row[p] for p in prints), self.canvas_file, self.mask_file)
+        return PrintSet(tuple(prints), tuple(row[p] for p in prints), self.files)
 
     def digest(self) -> str:
         """Of files and fingers, not of places: the same data on another host, moved or renamed, is the same."""
@@ -62,89 +67,166 @@ class PrintSet:
         return sample(self.prints)
 
 
+@dataclass(frozen=True)
+class Decoded:
+    """All prints that were found, those that cannot be read too, and what is known of each."""
+
+    everything: PrintSet
+    records: tuple[dict, ...]  # of each print, as `_decode_all` has it
+
+    @property
+    def broken(self) -> list[tuple[Print, str]]:
+        """Prints that cannot be read, and why."""
+        return [(p, r["broken"]) for p, r in zip(self.everything.prints, self.records) if "broken" in r]
+
+    @property
+    def readable(self) -> list[tuple[Print, dict]]:
+        return [(p, r) for p, r in zip(self.everything.prints, self.records) if "broken" not in r]
+
+    def without_copies(self, across: bool) -> tuple[list[Print], list[Print]]:
+        """Readable prints, and those of them that are files equal to the byte to ones of other fingers. See `drop_duplicates`."""
+        return drop_duplicates([p for p, _ in self.readable], across)
+
+
 def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False) -> PrintSet:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
     Unreadable images and byte-identical files of other identities are left out and named in the
     log; `apart`: of other identities of the same database, whose results then do not depend on its
     neighbours. UserError when more than `max_broken` of the images are unreadable, none is readable or
-    shows ridges, or one has more than 20 megapixels.
+    shows ridges, one has more than 20 megapixels, or the cache cannot be written.
     """
-    stats = [(p, os.stat(p.path)) for p in prints]
-    key = hashlib.sha256(json.dumps(
-        [VERSION, canvas_size, [[asdict(p), s.st_size, s.st_mtime_ns] for p, s in stats]]).encode()).hexdigest()[:20]
-    folder = Path(cache_dir) / "canvases"
-    done = folder / f"{key}.json"
-    if not done.is_file():
-        _decode_all(prints, canvas_size, folder, key)
-    report = json.loads(done.read_text())
-    _report_broken(report["broken"], len(prints), max_broken)
-    broken = {name for name, _ in report["broken"]}
-    readable = [p for p in prints if p.path not in broken]
-    rows = {p.path: i for i, p in enumerate(readable)}
-    if assumed := report.get("assumed"):
+    found = decoded(prints, canvas_size, cache_dir)
+    _report_broken([(p.path, why) for p, why in found.broken], len(prints), max_broken)
+    if assumed := sorted(p.path for p, r in found.readable if r["ppi_from"] == "assumed"):
         log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
                  len(assumed), CANVAS_PPI, assumed[0])
-    for name, example in report.get("seem_light", {}).items():
-        seem = "dark" if prints[0].light else "light"
-        log.warning("⚠ The ridges of %s seem to be %s, e.g. of %s; --ridges %s reads all prints so.", name, seem, example, seem)
-    kept, dropped = drop_duplicates(readable, across=not apart)
+    if fitted := sorted(p.path for p, r in found.readable if r["ppi_from"] == scale.ASKED):
+        log.info("%d prints are read at the resolution that their ridges tell, such as %s", len(fitted), fitted[0])
+    kept, dropped = found.without_copies(across=not apart)
     if dropped:
         log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
                     len(dropped), dropped[0].path)
-    masks = np.load(folder / f"{key}.mask.npy", mmap_mode="r")
-    if blank := [p.path for p in kept if not masks[rows[p.path]].any()]:
-        if len(blank) == len(kept):
-            raise UserError(f"None of {len(kept)} prints shows ridges, e.g. {blank[0]}. Give their resolution with --ppi, or other prints.")
-        log.warning("%d prints show no ridges: they are blank, too faint or too small, e.g. %s", len(blank), blank[0])
-    return PrintSet(tuple(kept), tuple(rows[p.path] for p in kept), str(folder / f"{key}.canvas.npy"),
-                    str(folder / f"{key}.mask.npy"))
+    for remark in remarks(found, kept):
+        log.warning("%s", remark)
+    blank = blank_ones(found, kept)
+    if len(blank) == len(kept):
+        raise UserError(f"None of {len(kept)} prints shows ridges, e.g. {blank[0]}. Give their resolution with --ppi, or other prints.")
+    return found.everything.subset(kept)
 
 
-def _decode_all(prints, canvas_size, folder, key):
-    log.info("Preparing %d prints", len(prints))
-    folder.mkdir(parents=True, exist_ok=True)
+def remarks(found: Decoded, kept: list[Print]) -> list[str]:
+    """What looks wrong with prints that can be read, each with a remedy."""
+    said = []
+    for name, example in seem_light(found).items():
+        seem = "dark" if found.everything.prints[0].light else "light"
+        said.append(f"⚠ The ridges of {name} seem to be {seem}, e.g. of {example}; --ridges {seem} reads all prints so.")
+    said += scale.remarks((p.database, r) for p, r in found.readable if p.database != SYNTHETIC)
+    if blank := blank_ones(found, kept):
+        said.append(f"{len(blank)} prints show no ridges: they are blank, too faint or too small, e.g. {blank[0]}")
+    return said
 
-    def one(p: Print):
-        try:
-            grey, tag = decode(p.path)
-            if not (p.ppi or tag):
-                assumed.append(p.path)
-            if p.light:
-                grey = 255 - grey
-            if p in sample and seems_light(grey, print_ppi(p.ppi, tag)):
-                light[p.database].append(p.path)
-            return to_canvas(grey, print_ppi(p.ppi, tag), canvas_size)
-        except BrokenImage as e:
-            return str(e)
 
-    broken, assumed, light, count = [], [], defaultdict(list), 0
+def blank_ones(found: Decoded, kept: list[Print]) -> list[str]:
+    """The paths of those prints that show no ridges."""
+    blank = {p for p, r in found.readable if r["blank"]}
+    return [p.path for p in kept if p in blank]
+
+
+def seem_light(found: Decoded) -> dict[str, str]:
+    """Databases of which more than a quarter of the prints that were looked at seem to be of the other polarity, with an example."""
+    looked_at, seem = Counter(), defaultdict(list)
+    for p, record in found.readable:
+        if record["light"] is not None:
+            looked_at[p.database] += 1
+            if record["light"]:
+                seem[p.database].append(p.path)
+    return {name: min(paths) for name, paths in seem.items() if len(paths) > looked_at[name] / 4}
+
+
+def decoded(prints: list[Print], canvas_size: int, cache_dir: str | Path) -> Decoded:
+    """Every print on its canvas, in the cache: each database has files of its own there, whatever it is read with.
+
+    What is not there, or damaged, is made (again). UserError where the cache cannot be written.
+    """
     databases = defaultdict(list)
     for p in prints:
         databases[p.database].append(p)
-    sample = {p for name, some in databases.items() if name != SYNTHETIC for p in some[:: -(-len(some) // SAMPLE)]}
-    mine = uuid.uuid4().hex  # another process, of another host that shares the cache, may be at it too
-    parts = [folder / f"{key}.{kind}.npy.{mine}" for kind in ("canvas", "mask")]
+    folder = Path(cache_dir) / "canvases"
+    stems = {name: folder / _key(some, canvas_size) for name, some in databases.items()}
+    known = {name: canvases.records(stem, len(databases[name]), canvas_size) for name, stem in stems.items()}
+    missing = [name for name, found in known.items() if found is None]
+    if missing:
+        count = sum(len(databases[name]) for name in missing)
+        log.info("Preparing %d prints", count)
+        with (canvases.writing_to(folder, count * canvas_size**2),
+              tqdm(total=count, desc="prints", unit="print", file=sys.stderr, leave=False, dynamic_ncols=True, delay=5,
+                   mininterval=1 if sys.stderr.isatty() else 30) as bar,
+              ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool):
+            canvases.remove_abandoned(folder)
+            for name in missing:
+                with contextlib.closing(_decode_all(databases[name], canvas_size, pool, bar)) as rows:  # a failure ends the pool's work
+                    known[name] = canvases.write(stems[name], len(databases[name]), canvas_size, rows)
+    places = {name: {p: row for row, p in enumerate(some)} for name, some in databases.items()}
+    number = {name: n for n, name in enumerate(databases)}
+    rows = [(number[p.database], places[p.database][p]) for p in prints]
+    everything = PrintSet(tuple(prints), tuple(rows), tuple(canvases.files(stem) for stem in stems.values()))
+    return Decoded(everything, tuple(known[p.database][row] for p, (_, row) in zip(prints, rows)))
+
+
+def _key(prints: list[Print], canvas_size: int) -> str:
+    """Of what the canvases and records of a database depend on: files, and how they are read."""
     try:
-        canvases = np.lib.format.open_memmap(parts[0], "w+", np.uint8, (len(prints), canvas_size, canvas_size))
-        masks = np.lib.format.open_memmap(parts[1], "w+", bool, (len(prints), canvas_size // 8, canvas_size // 8))
-        with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
-            for p, result in zip(prints, pool.map(one, prints)):
-                if isinstance(result, str):
-                    broken.append((p.path, result))
-                else:
-                    canvases[count], masks[count] = result
-                    count += 1
-        canvases.flush(), masks.flush()
-        os.replace(parts[0], folder / f"{key}.canvas.npy")
-        os.replace(parts[1], folder / f"{key}.mask.npy")
-    finally:
-        for part in parts:
-            part.unlink(missing_ok=True)
-    record = folder / f"{key}.json.{mine}"  # last: its presence says that the rest is whole
-    record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed), "seem_light": {
-        name: min(some) for name, some in light.items() if len(some) > sum(p.database == name for p in sample) / 4}}))
-    os.replace(record, folder / f"{key}.json")
+        stats = [(os.path.abspath(p.path), s.st_size, s.st_mtime_ns, p.ppi, p.ppi_from, p.light, p.database == SYNTHETIC)
+                 for p in prints for s in [os.stat(p.path)]]
+    except OSError as e:
+        raise UserError(f"{e.filename} cannot be read: {e.strerror}. Check the path and its rights.") from e
+    return hashlib.sha256(json.dumps([VERSION, canvas_size, stats]).encode()).hexdigest()[:20]
+
+
+def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
+    """Canvas, mask and record of each print of a database, in order; of one that cannot be read an empty canvas.
+
+    The record of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi",
+    "the set", "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no ridges seen), and
+    detail, how fine it is (`ridges.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
+    else its file holds; blank, whether its mask is empty. Of one that cannot be read: path; broken, the reason.
+    """
+    generated = prints[0].database == SYNTHETIC
+    looked_at = set() if generated else set(prints[:: -(-len(prints) // SAMPLE)])
+    empty = [np.zeros(shape[1:], kind) for shape, kind in zip(canvases.shapes(1, canvas_size), (np.uint8, bool))]
+    fitted: dict[str, float] = {}
+
+    def look(p: Print) -> tuple[dict, np.ndarray | None]:
+        try:
+            picture = read_picture(p.path)
+        except BrokenImage as e:
+            return {"path": p.path, "broken": str(e)}, None
+        grey = 255 - picture.grey if p.light else picture.grey
+        ppi, ppi_from = (fitted[p.path], scale.ASKED) if p.path in fitted else _resolution(p, picture.ppi)
+        return scale.measured(p.path, grey, ppi, ppi_from) | {
+            "light": seems_light(grey, ppi) if p in looked_at else None, "note": picture.note}, grey
+
+    def one(p: Print) -> tuple[np.ndarray, np.ndarray, dict]:
+        record, grey = look(p)
+        if grey is None:
+            return *empty, record
+        canvas, mask = to_canvas(grey, record["ppi"], canvas_size)
+        return canvas, mask, record | {"blank": bool(not mask.any())}
+
+    asked = [p for p in prints if p.ppi_from == scale.ASKED and not generated]
+    fitted = scale.fitted((p.database, r) for p, r in zip(asked, pool.map(lambda p: look(p)[0], asked)) if "broken" not in r)
+    for at in range(0, len(prints), AHEAD):
+        for row in pool.map(one, prints[at : at + AHEAD]):
+            bar.update()
+            yield row
+
+
+def _resolution(p: Print, tag: float | None) -> tuple[float, str]:
+    """The ppi to read a print at, and what tells it."""
+    if p.ppi:
+        return p.ppi, "the set" if p.ppi_from == scale.ASKED else p.ppi_from
+    return (tag, "file's tag") if tag else (CANVAS_PPI, "assumed")
 
 
 def _report_broken(broken, total, max_broken):

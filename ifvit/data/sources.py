@@ -8,8 +8,9 @@ import logging
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from ifvit.data.doubts import doubts
 from ifvit.data.names import FOLDERS, LATENT, SLAP, Name, hand_and_finger, in_words, nfc, read_name
@@ -36,6 +37,7 @@ class Print:
     ppi: float | None  # None: the file's tag where it can be believed, else 500
     altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
     light: bool = False  # its ridges, and its valleys dark
+    ppi_from: str = field(default="the set", compare=False)  # what tells `ppi`: "the set" or "--ppi"; "the ridges": they may tell another
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -51,26 +53,26 @@ class Reading:
     layouts: dict[str, str]  # of each database: which names it was known by
 
 
-def read_root(root: str | Path, ppi: float | None = None) -> list[Print]:
+def read_root(root: str | Path, ppi: float | Literal["auto"] | None = None) -> list[Print]:
     """The prints under one folder. See `read`."""
     return read_roots([root], ppi)
 
 
 def read_roots(
-    roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark", names: str = ""
+    roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = ""
 ) -> list[Print]:
     """The prints under some folders. See `read`."""
     return read(roots, ppi, ridges, names).prints
 
 
-def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "dark", names: str = "") -> Reading:
+def read(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = "") -> Reading:
     """The prints under some folders, by database, finger and impression in natural order.
 
     A file that is reached twice counts once. A database is named by its folder; where
     two have one name, they and their neighbours get the parent folder's before it. Files
     that fit no known set, beside ones that do, are left out with a warning. `ppi`
-    overrides what is known of a set; `ridges`: dark or light, in the images; `names`: a
-    pattern in place of all that is known.
+    overrides what is known of a set, `auto` where the ridges tell another; `ridges`: dark
+    or light, in the images; `names`: a pattern in place of all that is known.
 
     Raises: UserError for a root that is missing, a file, empty, or holds no print known;
     for a pattern that is none, fits nothing or makes one finger of all.
@@ -111,15 +113,17 @@ def read(roots: Iterable[str | Path], ppi: float | None = None, ridges: str = "d
     for line in told:
         log.warning("%s", line)
     databases = _database_names({f.anchor for f in best})
+    number, ppi_from = (None, "the ridges") if ppi == "auto" else (ppi, "--ppi" if ppi else "the set")
     prints = [
         Print(
             str(f.path),
             databases[f.anchor],
             f.finger,
             f.impression,
-            ppi or f.name.ppi,
+            number or f.name.ppi,
             f.name.altered,
             ridges == "light",
+            ppi_from,
         )
         for f in best
     ]

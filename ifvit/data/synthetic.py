@@ -9,7 +9,9 @@ displaced, distorted, partly in contact, dry or wet, through one of several sens
 Everything is a pure function of (seed, finger, impression), non-negative integers.
 """
 
+import errno
 import functools
+import logging
 import math
 import multiprocessing
 import os
@@ -24,8 +26,13 @@ from PIL import Image
 from scipy import ndimage, signal
 from scipy.special import expit
 
+from ifvit.data.canvases import writing_to
+
 VERSION = 2  # part of the cache's name: raise it whenever any picture changes
 PPI = 500
+BYTES = 50_000  # of an impression's file, at least; most have more
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+log = logging.getLogger("ifvit")
 HEIGHT, WIDTH = 560, 420  # master frame, px
 
 # Natural frequencies of the patterns (Wilson et al., J. Artificial Neural Networks 1993).
@@ -132,19 +139,38 @@ def impression(master: MasterFinger, seed: int, finger: int, impression: int) ->
 def prints(seed: int, fingers: int, impressions: int, cache_dir: str | Path, workers: int = 1) -> list[Path]:
     """Impressions 1..impressions of fingers 1..fingers as PNG files, finger by finger.
 
-    They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those already there are used.
+    They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those already there, and whole, are used.
+    UserError where the cache cannot be written.
     """
     folder = Path(cache_dir) / f"synthetic_v{VERSION}_{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     paths = {f: [folder / f"{f}_{i}.png" for i in range(1, impressions + 1)] for f in range(1, fingers + 1)}
     job = functools.partial(_write_finger, seed)
-    missing = [(f, files) for f, files in paths.items() if not all(map(Path.exists, files))]
-    if workers == 1 or len(missing) < 2:
-        list(map(job, missing))
-    else:
-        with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            list(pool.map(job, missing))
+    missing = [(f, files) for f, files in paths.items() if not all(map(_whole, files))]
+    if not missing:
+        return sum(paths.values(), [])
+    if damaged := [path for _, files in missing for path in files if path.exists() and not _whole(path)]:
+        log.warning("%d generated prints in the cache are damaged and are made again, such as %s", len(damaged), damaged[0])
+    with writing_to(folder, BYTES * sum(not _whole(path) for _, files in missing for path in files)):
+        if workers == 1 or len(missing) < 2:
+            list(map(job, missing))
+        else:
+            with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+                list(pool.map(job, missing))
     return sum(paths.values(), [])
+
+
+def _whole(path: Path) -> bool:
+    """Whether a PNG file is there to its end."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # shorter than that
+            raise
+        return False
 
 
 def _write_finger(seed: int, finger_and_files: tuple[int, list[Path]]) -> None:
@@ -152,10 +178,13 @@ def _write_finger(seed: int, finger_and_files: tuple[int, list[Path]]) -> None:
     finger, files = finger_and_files
     master = master_finger(seed, finger)
     for i, path in enumerate(files, 1):
-        if not path.exists():
+        if not _whole(path):
             part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # others see a whole file or none
-            Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
-            os.replace(part, path)
+            try:
+                Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
 
 
 def _orientation(rng, kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

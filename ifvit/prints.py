@@ -1,0 +1,88 @@
+"""Tells what folders of prints are read as, before anything is trained on them.
+
+    python -m ifvit.prints DIR [DIR …] [--sheet sheet.png] [--json]
+"""
+
+import json
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from ifvit import cli
+from ifvit.config import DenseConfig
+from ifvit.errors import UserError
+from ifvit.evaluate import check_ppi
+from ifvit.paths import cache_dir, resolve
+
+log = logging.getLogger("ifvit")
+
+
+@dataclass(frozen=True)
+class Args:
+    """Tells what folders of prints are read as: databases, fingers, sizes, resolution, ridges, what is left out, the split."""
+
+    roots: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """folders of prints, as --dataset_root of the training commands takes them"""
+    ppi: float | Literal["auto"] | None = None
+    """resolution of all prints, whatever their files and sets tell; `auto`: where the distance of their ridges tells another, that"""
+    ridges: Literal["dark", "light"] = "dark"
+    """in the prints' images; `light` of sensors that show them white on black"""
+    names: str = ""
+    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
+    held_out: float = DenseConfig.held_out
+    """share of fingers that training keeps for validation"""
+    data_seed: int = DenseConfig.data_seed
+    """chooses them"""
+    sheet: str = ""
+    """PNG of some prints of every database on their canvases, with the outline of what counts as print"""
+    json: bool = False
+    """print the same as JSON"""
+
+    def run(self) -> int:
+        from ifvit.data.gather import read_folders, split
+        from ifvit.data.prepare import decoded, remarks
+        from ifvit.data.sheet import contact_sheet
+        from ifvit.data.summary import summarise
+
+        if self.json:
+            cli.log_to_stderr()
+        check_ppi(self.ppi)
+        if not self.roots:
+            raise UserError("No folder is named; give one or more, such as python -m ifvit.prints DIR.")
+        if not 0 < self.held_out < 1:
+            raise UserError(f"--held_out is {self.held_out}; give a share of the fingers between 0 and 1, such as 0.1.")
+        reading = read_folders(self.roots, self.ppi, self.ridges, self.names)
+        found = decoded(reading.prints, DenseConfig.canvas_size, cache_dir())
+        used, _ = found.without_copies(across=True)
+        if not used:
+            raise UserError(f"None of {len(found.broken)} images can be read, e.g. {found.broken[0][1]}. Give other prints.")
+        summary = summarise(reading, found, used, split(used, self.held_out, self.data_seed))
+        said = remarks(found, used) + refusals(summary, found)
+        if self.json:
+            print(json.dumps(summary.to_json() | {"data_seed": self.data_seed, "remarks": said}, indent=1))
+        else:
+            print("\n".join([*summary.table(), "", *said]))
+        if self.sheet:
+            captions = {p: f"{r['width']}×{r['height']}, {r['ppi']:g} ppi" + (f", {r['period']:.1f} px" if r["period"] else "")
+                        for p, r in found.readable}
+            contact_sheet(resolve(self.sheet), found.everything.subset(used), [captions[p] for p in used])
+            log.info("Contact sheet: %s", resolve(self.sheet))
+        return 0
+
+
+def refusals(summary, found) -> list[str]:
+    """Why a training run would refuse these prints."""
+    said = []
+    if min(summary.training[1], summary.held_out[1]) < 2:
+        said.append("⚠ Training needs two fingers or more to train on and two held out; give prints of more fingers.")
+    if len(found.broken) > DenseConfig.max_broken * len(found.records):
+        said.append(f"⚠ Training refuses more than {DenseConfig.max_broken:.0%} of images that cannot be read; replace or remove them, "
+                    "or allow more with --set max_broken=1.")
+    return said
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(Args, "ifvit.prints"))
