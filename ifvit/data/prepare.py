@@ -107,7 +107,7 @@ def _decode_all(prints, canvas_size, folder, key):
 
     Of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi", "the set",
     "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no ridges seen), and detail,
-    how fine it is (`ridges.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
+    how fine it is where those are wide (`scale.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
     else its file holds.
     """
     log.info("Preparing %d prints", len(prints))
