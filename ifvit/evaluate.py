@@ -1,6 +1,7 @@
 """Scores every pair of one or more databases with a trained checkpoint, and writes rates, scores and a DET plot.
 
     python -m ifvit.evaluate --checkpoint ./checkpoints/matcher/matcher_ckpt --dataset_root DIR --out OUT
+    python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one system better than another, on the same pairs
 """
 
 import csv
@@ -10,6 +11,7 @@ import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
@@ -20,21 +22,28 @@ from ifvit.errors import UserError
 from ifvit.paths import cache_dir
 
 log = logging.getLogger("ifvit")
-RATES = ("eer", "fmr100", "fmr1000", "auc")
+DRAW_SEED = 6000  # the same impostor pairs whenever a database is evaluated with the same --max_pairs
+MANY = 100_000  # pairs: more than an hour on two cores
+PAIRS_PER_SECOND = 20  # on two cores, about
 
 
 @dataclass(frozen=True)
 class Args:
     """Evaluates a checkpoint of either module on folders of prints."""
 
-    checkpoint: str
+    checkpoint: str = ""
     """of Module 2 (fused score), or of Module 1 (its registered matches are the score)"""
-    dataset_root: tuple[str, ...]
+    dataset_root: tuple[str, ...] = ()
     """folders of prints; every database in them is evaluated on its own"""
     out: str = "./evaluation"
     """folder for metrics.json, scores.csv, det.png, histogram.png, matches.png"""
     protocol: Literal["fvc", "all"] = "fvc"
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
+    max_pairs: int | None = None
+    """of a database: all its genuine pairs, and a fixed draw of its impostor pairs that fills them up; left out, all pairs"""
+    against: str = ""
+    """another evaluation's scores.csv of the same pairs: the difference of the rates, with its interval; without
+    --checkpoint and --dataset_root of the scores that lie in --out"""
     batch_size: int = 16
     """pairs at once"""
     ppi: float | None = None
@@ -43,6 +52,43 @@ class Args:
     """in the prints' images; `light` of sensors that show them white on black"""
 
     def run(self) -> int:
+        self.check()
+        if self.checkpoint:
+            self.score()
+        if self.against:
+            self.compare()
+        return 0
+
+    def check(self) -> None:
+        """UserError for flags that do not fit; before anything is read."""
+        if not (self.checkpoint and self.dataset_root) and (self.checkpoint or self.dataset_root or not self.against):
+            raise UserError("--checkpoint and --dataset_root are both needed to score prints; with --against alone, the "
+                            "scores that lie in --out are compared.")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
+        if self.max_pairs is not None and self.max_pairs < 2:
+            raise UserError(f"--max_pairs is {self.max_pairs}; give at least 2.")
+        check_ppi(self.ppi)
+        if self.against:
+            from ifvit.checkpoint_places import as_path
+            from ifvit.comparison import scores_in
+
+            theirs = scores_in(self.against)
+            if theirs == str(as_path(self.out) / "scores.csv"):
+                raise UserError(f"--against {self.against} lies in --out itself; give another evaluation's scores, or another --out.")
+            if not self.checkpoint:
+                scores_in(self.out)
+
+    def compare(self) -> None:
+        from ifvit import comparison
+        from ifvit.checkpoint_places import as_path, written_here
+
+        result = comparison.compare(comparison.scores_in(self.out), comparison.scores_in(self.against))
+        comparison.print_table(result)
+        with written_here(as_path(self.out) / "against.json") as file:
+            _write(file, lambda f: f.write(json.dumps(result, indent=1) + "\n"))
+
+    def score(self) -> None:
         from ifvit.checkpoint_places import as_path, written_here
         from ifvit.data.gather import local_root, overlap
         from ifvit.data.prepare import prepare
@@ -50,11 +96,6 @@ class Args:
         from ifvit.scorer import Scorer
         from ifvit.training.sharding import use_cpu_cores
 
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
-        check_ppi(self.ppi)
-        if not self.dataset_root:
-            raise UserError("--dataset_root names no folder; give one or more.")
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
@@ -66,8 +107,7 @@ class Args:
                         ", ".join(scorer.config.dataset_root))
         prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
         with written_here(as_path(self.out)) as out:
-            print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
-        return 0
+            print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size, self.max_pairs))
 
 
 def check_ppi(ppi: float | None) -> None:
@@ -76,76 +116,135 @@ def check_ppi(ppi: float | None) -> None:
         raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500.")
 
 
-def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:
+def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16, max_pairs: int | None = None) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 
-    Databases without genuine or without impostor pairs are left out, and named in the log; UserError
-    when none is left.
+    `max_pairs`: of a database; as many of its impostor pairs are drawn as fill its genuine ones up. Databases without
+    genuine or without impostor pairs are left out, and named in the log; UserError when none is left.
     """
     import jax
 
-    from ifvit import plots, rates
-    from ifvit.data.pairs import Pair
+    from ifvit import intervals, plots, rates
+    from ifvit.data.protocols import PROTOCOLS, Pairs
 
-    wanted = {"fvc": rates.pairs_fvc, "all": rates.pairs_all}[protocol](prints.prints)
-    pairs = [Pair(i, j, bool(g)) for i, j, g in wanted]
-    database = [prints.prints[p.print0].database for p in pairs]
-    counts = {p.database: Counter() for p in prints.prints}  # of genuine (True) and impostor (False) pairs
-    for pair, name in zip(pairs, database):
-        counts[name][pair.genuine] += 1
-    databases = sorted(name for name, count in counts.items() if count[True] and count[False])
-    left_out = ", ".join(f"{name} ({count[True]} genuine, {count[False]} impostor)"
-                         for name, count in sorted(counts.items()) if name not in databases)
-    if not databases:
-        raise UserError(f"No database has both genuine and impostor pairs: {left_out}; give two fingers or more of one, "
-                        "with two impressions or more.")
-    if left_out:
-        log.warning("Not evaluated, without genuine or without impostor pairs: %s", left_out)
+    pairs = Pairs(_limited(_usable(PROTOCOLS[protocol](prints.prints)), max_pairs))
+    _announce(pairs, protocol)
     if jax.process_index() == 0:  # all score, one writes
         try:
             out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{out} is no folder, and a file is in the way; give another --out.") from None
-    pairs = [p for p, d in zip(pairs, database) if d in databases]
-    database = np.array([d for d in database if d in databases])
-    genuine = np.array([p.genuine for p in pairs])
     scores = scorer.score(prints, pairs, batch_size)
-    rows = {name: rates.summary(scores["score"][(database == name) & genuine],
-                                scores["score"][(database == name) & ~genuine]) for name in databases}
-    result = {"macro": {k: v for k, v in rates.macro(rows).items() if k in RATES}, "databases": rows}
+    finger = _numbered_fingers(prints.prints)
+    rows, drawn, curves = {}, {}, {}
+    for database in sorted(pairs.databases, key=lambda d: d.database):
+        name = database.database
+        genuine, impostor = (scores["score"][pairs.of(name, kind)] for kind in (True, False))
+        rows[name] = rates.summary(genuine, impostor)
+        if len(database.impostor) < database.impostors_in_all:
+            rows[name]["impostors_in_all"] = database.impostors_in_all
+        drawn[name] = intervals.bootstrap(genuine, impostor, *_fingers(pairs, name, finger))
+        rows[name] |= intervals.of(drawn[name])
+        curves[name] = rates.thinned(*rates.det_curve(genuine, impostor)[1:])
+    macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
+    result = {"macro": macro, "databases": rows, "protocol": protocol}
     if jax.process_index() > 0:
         return result
 
-    _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, database, scores))
-    plots.det(out / "det.png", {name: rates.det_curve(scores["score"][(database == name) & genuine],
-                                                      scores["score"][(database == name) & ~genuine])[1:]
-                                for name in databases})
-    plots.histogram(out / "histogram.png", scores["score"][genuine], scores["score"][~genuine])
-    typical = int(np.argsort(np.where(genuine, scores["score"], np.inf))[genuine.sum() // 2])
-    scorer.picture(prints, pairs[typical], out / "matches.png")
+    _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, scores))
+    plots.det(out / "det.png", curves)
+    of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
+    plots.histogram(out / "histogram.png", *(np.concatenate([scores["score"][part] for part in of_kind[kind]])
+                                             for kind in (True, False)))
+    numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
+    typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
+    scorer.picture(prints, pairs[int(typical)], out / "matches.png")
     _write(out / "metrics.json", lambda f: f.write(json.dumps(result, indent=1) + "\n"))  # last: all is there
     return result
 
 
+def _usable(databases: list) -> list:
+    """The databases that have pairs of both kinds; those left out are named in the log, UserError when none is left."""
+    usable = [d for d in databases if len(d.genuine) and len(d.impostor)]
+    left_out = ", ".join(f"{d.database} ({len(d.genuine)} genuine, {len(d.impostor)} impostor)"
+                         for d in sorted(databases, key=lambda d: d.database) if d not in usable)
+    if not usable:
+        raise UserError(f"No database has both genuine and impostor pairs: {left_out}; give two fingers or more of one, "
+                        "with two impressions or more.")
+    if left_out:
+        log.warning("Not evaluated, without genuine or without impostor pairs: %s", left_out)
+    return usable
+
+
+def _limited(databases: list, max_pairs: int | None) -> tuple:
+    """With a draw of the impostor pairs where there are more than `max_pairs` pairs."""
+    if max_pairs is None:
+        return tuple(databases)
+    fullest = max(databases, key=lambda d: len(d.genuine))
+    if len(fullest.genuine) >= max_pairs:
+        raise UserError(f"--max_pairs is {max_pairs}, and {fullest.database} alone has {len(fullest.genuine)} genuine pairs, "
+                        "which are all compared; give more than that.")
+    limited = tuple(d.at_most(max_pairs, DRAW_SEED) for d in databases)
+    for d in limited:
+        if len(d.impostor) < d.impostors_in_all:
+            log.info("%s: %s of %s impostor pairs are compared, a fixed draw", d.database, f"{len(d.impostor):,}",
+                     f"{d.impostors_in_all:,}")
+    return limited
+
+
+def _announce(pairs, protocol: str) -> None:
+    """How many pairs there are, where that means hours; and which rates rest on too few."""
+    if len(pairs) > MANY:
+        hours = len(pairs) / PAIRS_PER_SECOND / 3600
+        log.warning("⚠ Protocol %s makes %s pairs, which take about %s on two cores (%d pairs a second), less on an accelerator; "
+                    "--max_pairs N compares all genuine pairs and a draw of the impostor pairs, N of a database in all.",
+                    protocol, f"{len(pairs):,}", f"{hours / 24:.0f} days" if hours > 72 else f"{hours:.0f} hours", PAIRS_PER_SECOND)
+    few = [d.database for d in pairs.databases if len(d.impostor) < 1000]
+    if few and protocol == "fvc":
+        log.info("A false match rate of 0.1 %% needs a thousand impostor pairs or more to be seen, and %s %s fewer; "
+                 "--protocol all compares every pair", few[0] if len(few) == 1 else f"{len(few)} databases",
+                 "has" if len(few) == 1 else "have")
+
+
+def _numbered_fingers(prints) -> np.ndarray:
+    """The number of each print's finger."""
+    numbers: dict[tuple, int] = {}
+    return np.array([numbers.setdefault(p.identity, len(numbers)) for p in prints], np.int32)
+
+
+def _fingers(pairs, database: str, finger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of a database's genuine pairs (n,), and of its impostor pairs (n, 2)."""
+    genuine, impostor = (np.concatenate([finger[ij] for _, ij in pairs.blocks(pairs.of(database, kind))]) for kind in (True, False))
+    return genuine[:, 0], impostor
+
+
 def print_table(result: dict) -> None:
-    """Rates in per cent, a line a database."""
-    print(f"{'database':20s} {'EER':>7s} {'FMR100':>7s} {'FMR1000':>8s} {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}")
+    """Rates in per cent with their 95 % intervals, a line a database."""
+    rates = {"eer": "EER", "fmr100": "FMR100", "fmr1000": "FMR1000", "zerofmr": "ZeroFMR"}
+    print(f"{'database':20s}" + "".join(f"{name + ' [95 %]':>21s}" for name in rates.values())
+          + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}")
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
+        cells = (f"{row[k]:.2%} [{100 * row[f'{k}_ci'][0]:.1f}, {100 * row[f'{k}_ci'][1]:.1f}]" for k in rates)
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else ""
-        print(f"{name:20s} {row['eer']:7.2%} {row['fmr100']:7.2%} {row['fmr1000']:8.2%} {row['auc']:7.4f} {counts}")
+        print(f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}")
 
 
-def _write_scores(file, prints, pairs, database, scores) -> None:
+def _write_scores(file, prints, pairs, scores) -> None:
     writer = csv.writer(file)
     writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
-    number = lambda name, i: f"{scores[name][i]:.9g}" if name in scores else ""
-    used = {k for pair in pairs for k in pair[:2]}
-    names = Counter((prints.prints[k].database, Path(prints.prints[k].path).name) for k in used)
+    used = np.zeros(len(prints.prints), bool)
+    for _, ij in pairs.blocks(slice(None)):
+        used[ij] = True
+    names = Counter((prints.prints[k].database, Path(prints.prints[k].path).name) for k in np.flatnonzero(used))
     alike = {database for (database, _), count in names.items() if count > 1}  # a folder a finger: its name belongs to it
-    for i, pair in enumerate(pairs):
-        a, b = ("/".join(Path(prints.prints[k].path).parts[-2 if database[i] in alike else -1:]) for k in pair[:2])
-        writer.writerow([database[i], a, b, int(pair.genuine), number("score", i), number("global", i),
-                         number("local", i), int(scores["matches"][i])])
+    name = ["/".join(Path(p.path).parts[-2 if p.database in alike else -1 :]) for p in prints.prints]
+    for d in pairs.databases:
+        for genuine in (True, False):
+            for numbers, ij in pairs.blocks(pairs.of(d.database, genuine)):
+                number = lambda kind: [f"{v:.9g}" for v in scores[kind][numbers].tolist()] if kind in scores else repeat("")
+                writer.writerows(zip(repeat(d.database), (name[i] for i in ij[:, 0].tolist()), (name[j] for j in ij[:, 1].tolist()),
+                                     repeat(int(genuine)), number("score"), number("global"), number("local"),
+                                     scores["matches"][numbers].astype(int).tolist()))
 
 
 def _write(path: Path, write) -> None:
