@@ -5,6 +5,7 @@ hard for both cancels out. Which prints are of one finger, the genuine pairs tel
 """
 
 import csv
+import io
 from array import array
 from dataclasses import dataclass
 
@@ -79,8 +80,8 @@ def scores_in(path: str) -> str:
 def read(path: str, names: dict[tuple[str, str], int]) -> Scores:
     """A scores.csv; `names` numbers the prints by database and name, and is added to."""
     pairs, genuine, score = [array("q"), array("q")], array("b"), array("d")
-    with as_path(path).open(encoding="utf-8", errors="replace", newline="") as file:
-        rows = csv.reader(file)
+    with as_path(path).open("rb") as file:
+        rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""))
         header = next(rows, [])
         if any(column not in header for column in COLUMNS):
             raise UserError(f"{path} is no scores.csv, its first line does not name {','.join(COLUMNS)}; give one that "
