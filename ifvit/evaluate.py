@@ -107,7 +107,12 @@ class Args:
                         ", ".join(scorer.config.dataset_root))
         prints = prepare(prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
         with written_here(as_path(self.out)) as out:
-            print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size, self.max_pairs))
+            result = evaluate(scorer, prints, out, self.protocol, self.batch_size, self.max_pairs)
+        print_table(result)
+        few = [name for name, row in result["databases"].items() if row["impostor"] < 1000]
+        if few and self.protocol == "fvc":
+            print(f"(A false match rate of 0.1 % cannot be seen in fewer than 1000 impostor pairs, as of {few[0]}; --protocol all "
+                  "compares every pair.)")
 
 
 def check_ppi(ppi: float | None) -> None:
@@ -145,8 +150,12 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
             rows[name]["impostors_in_all"] = database.impostors_in_all
         drawn[name] = intervals.bootstrap(genuine, impostor, *_fingers(pairs, name, finger))
         rows[name] |= intervals.of(drawn[name])
+        if protocol == "all" and "impostors_in_all" not in rows[name]:
+            rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[_of_first_impressions(pairs, name, prints.prints)])
         curves[name] = rates.thinned(*rates.det_curve(genuine, impostor)[1:])
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
+    if all("eer_fvc" in row for row in rows.values()):
+        macro["eer_fvc"] = float(np.mean([row["eer_fvc"] for row in rows.values()]))
     result = {"macro": macro, "databases": rows, "protocol": protocol}
     if jax.process_index() > 0:
         return result
@@ -193,17 +202,12 @@ def _limited(databases: list, max_pairs: int | None) -> tuple:
 
 
 def _announce(pairs, protocol: str) -> None:
-    """How many pairs there are, where that means hours; and which rates rest on too few."""
+    """How many pairs there are, where that means hours."""
     if len(pairs) > MANY:
         hours = len(pairs) / PAIRS_PER_SECOND / 3600
         log.warning("⚠ Protocol %s makes %s pairs, which take about %s on two cores (%d pairs a second), less on an accelerator; "
-                    "--max_pairs N compares all genuine pairs and a draw of the impostor pairs, N of a database in all.",
+                    "ifvit.evaluate --max_pairs N compares all genuine pairs and a draw of the impostor pairs, N of a database in all.",
                     protocol, f"{len(pairs):,}", f"{hours / 24:.0f} days" if hours > 72 else f"{hours:.0f} hours", PAIRS_PER_SECOND)
-    few = [d.database for d in pairs.databases if len(d.impostor) < 1000]
-    if few and protocol == "fvc":
-        log.info("A false match rate of 0.1 %% needs a thousand impostor pairs or more to be seen, and %s %s fewer; "
-                 "--protocol all compares every pair", few[0] if len(few) == 1 else f"{len(few)} databases",
-                 "has" if len(few) == 1 else "have")
 
 
 def _numbered_fingers(prints) -> np.ndarray:
@@ -218,33 +222,44 @@ def _fingers(pairs, database: str, finger: np.ndarray) -> tuple[np.ndarray, np.n
     return genuine[:, 0], impostor
 
 
+def _of_first_impressions(pairs, database: str, prints) -> np.ndarray:
+    """Which of a database's impostor pairs the protocol of the FVC compares."""
+    from ifvit.data.protocols import by_finger, first_impression
+
+    first = np.zeros(len(prints), bool)
+    first[[first_impression(prints, members) for members in by_finger(prints)[database]]] = True
+    return np.concatenate([first[ij].all(axis=1) for _, ij in pairs.blocks(pairs.of(database, False))])
+
+
 def print_table(result: dict) -> None:
     """Rates in per cent with their 95 % intervals, a line a database."""
     rates = {"eer": "EER", "fmr100": "FMR100", "fmr1000": "FMR1000", "zerofmr": "ZeroFMR"}
     print(f"{'database':20s}" + "".join(f"{name + ' [95 %]':>21s}" for name in rates.values())
-          + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}")
+          + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}" + (f" {'EER, FVC':>9s}" if "eer_fvc" in result["macro"] else ""))
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
         cells = (f"{row[k]:.2%} [{100 * row[f'{k}_ci'][0]:.1f}, {100 * row[f'{k}_ci'][1]:.1f}]" for k in rates)
-        counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else ""
-        print(f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}")
+        counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
+        fvc = f" {row['eer_fvc']:9.2%}" if "eer_fvc" in result["macro"] else ""
+        print((f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}{fvc}").rstrip())
 
 
 def _write_scores(file, prints, pairs, scores) -> None:
-    writer = csv.writer(file)
-    writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
     used = np.zeros(len(prints.prints), bool)
     for _, ij in pairs.blocks(slice(None)):
         used[ij] = True
     names = Counter((prints.prints[k].database, Path(prints.prints[k].path).name) for k in np.flatnonzero(used))
     alike = {database for (database, _), count in names.items() if count > 1}  # a folder a finger: its name belongs to it
     name = ["/".join(Path(p.path).parts[-2 if p.database in alike else -1 :]) for p in prints.prints]
+    writer = csv.writer(file)
+    writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
     for d in pairs.databases:
         for genuine in (True, False):
             for numbers, ij in pairs.blocks(pairs.of(d.database, genuine)):
-                number = lambda kind: [f"{v:.9g}" for v in scores[kind][numbers].tolist()] if kind in scores else repeat("")
-                writer.writerows(zip(repeat(d.database), (name[i] for i in ij[:, 0].tolist()), (name[j] for j in ij[:, 1].tolist()),
-                                     repeat(int(genuine)), number("score"), number("global"), number("local"),
-                                     scores["matches"][numbers].astype(int).tolist()))
+                a, b = ([name[i] for i in side.tolist()] for side in ij.T)
+                values = ([f"{v:.9g}" for v in scores[k][numbers].tolist()] if k in scores else repeat("")
+                          for k in ("score", "global", "local"))
+                matches = scores["matches"][numbers].astype(int).tolist()
+                writer.writerows(zip(repeat(d.database), a, b, repeat(int(genuine)), *values, matches))
 
 
 def _write(path: Path, write) -> None:

@@ -72,8 +72,8 @@ class _Rates:
     def __init__(self, genuine, impostor, genuine_fingers, impostor_fingers):
         order_g, order_i = np.argsort(genuine), np.argsort(impostor)
         genuine, impostor = genuine[order_g], impostor[order_i]
-        self.genuine_fingers = genuine_fingers[order_g].astype(np.int32)
-        self.impostor_fingers = impostor_fingers[order_i].astype(np.int32)
+        self.genuine_fingers = genuine_fingers[order_g]
+        self.impostor_fingers = impostor_fingers[order_i]
         thresholds = _thresholds(genuine, impostor)
         # How many scores lie below each threshold; the last one refuses all.
         self.genuine_below = np.append(np.searchsorted(genuine, thresholds, "left"), len(genuine))

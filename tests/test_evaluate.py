@@ -218,6 +218,20 @@ def test_scores_of_a_large_database_are_written_in_order(tmp_path):
         assert (rows[n]["a"], rows[n]["b"], rows[n]["genuine"], rows[n]["matches"]) == (*names, str(int(pair.genuine)), str(n))
 
 
+def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
+    prints = SimpleNamespace(prints=tuple(Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(8) for i in range(3)))
+    value = np.random.default_rng(0).random((24, 24))
+
+    def score(_, pairs, batch_size):
+        scores = np.array([value[p.print0, p.print1] + 0.2 * p.genuine for p in pairs])
+        return {"score": scores, "matches": np.zeros(len(pairs))}
+
+    scorer = SimpleNamespace(score=score, picture=lambda *_: None)
+    by_fvc, of_all = (evaluate(scorer, prints, tmp_path / protocol, protocol) for protocol in ("fvc", "all"))
+    assert of_all["macro"]["eer_fvc"] == of_all["databases"]["DB"]["eer_fvc"] == by_fvc["macro"]["eer"] != of_all["macro"]["eer"]
+    assert "eer_fvc" not in by_fvc["macro"]
+
+
 def test_two_evaluations_are_compared_pair_by_pair(evaluated, command, pipeline, prints, tmp_path):
     """Once together with scoring, once of scores that lie there."""
     theirs = evaluated.out / "scores.csv"

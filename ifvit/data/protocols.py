@@ -23,7 +23,7 @@ PERMUTED = 2_000_000
 BLOCK = 1 << 16  # pairs that are looked up at once where all are gone through
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class EveryTwo:
     """Every two of `members`, but not those of the ranks in `skipped`: pair number k, by `pairs[k]`, with i < j.
 
@@ -51,7 +51,7 @@ class EveryTwo:
         return _ranks(np.arange(len(self.members)), np.arange(len(self.members)) + 1, len(self.members))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Comparisons:
     """The pairs of one database: both kinds have a length, and give the pairs of an array of numbers as (n, 2) indices."""
 
@@ -77,8 +77,7 @@ def pairs_fvc(prints: Sequence[Any]) -> list[Comparisons]:
     """
     protocol = []
     for database, fingers in by_finger(prints).items():
-        firsts = [min(members, key=lambda i: (_altered(prints[i]), _natural(prints[i].impression))) for members in fingers]
-        impostor = EveryTwo(np.sort(np.array(firsts)), np.empty(0, np.int64))
+        impostor = EveryTwo(np.sort([first_impression(prints, members) for members in fingers]), np.empty(0, np.int64))
         genuine = _every_two([i for i in members if not _altered(prints[i])] for members in fingers)
         protocol.append(Comparisons(database, genuine, impostor, len(impostor)))
     return protocol
@@ -158,6 +157,11 @@ def draw(rng: np.random.Generator, of: int, count: int) -> Int[np.ndarray, " n"]
     if of <= PERMUTED:
         return np.sort(rng.permutation(of)[:count])
     return np.sort(rng.choice(of, min(count, of), replace=False, shuffle=False))
+
+
+def first_impression(prints: Sequence[Any], members: Iterable[int]) -> int:
+    """Of a finger's prints the one that its impostor pairs are made with."""
+    return min(members, key=lambda i: (_altered(prints[i]), _natural(prints[i].impression)))
 
 
 def by_finger(prints: Sequence[Any]) -> dict[str, list[list[int]]]:
