@@ -196,7 +196,7 @@ def test_six_thousand_fingers_of_one_impression_are_refused_without_a_list_of_th
         evaluate(None, prints, tmp_path / "OUT")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 20e6
+    assert peak < 100e6  # bytes, what is imported included; the list takes two thousand million
 
 
 def test_scores_of_a_large_database_are_written_in_order(tmp_path):
