@@ -4,36 +4,14 @@ Both are read from their scores.csv. Fingers are drawn, the same for both system
 hard for both cancels out. Which prints are of one finger, the genuine pairs tell.
 """
 
-import csv
-import io
-from array import array
-from dataclasses import dataclass
-
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from ifvit import intervals, rates
-from ifvit.checkpoint_places import as_path
 from ifvit.errors import UserError
-
-COLUMNS = ("database", "a", "b", "genuine", "score")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """A scores.csv: its prints are numbered by (database, name), in both files of a comparison alike."""
-
-    pairs: Int[np.ndarray, "n 2"]
-    genuine: Bool[np.ndarray, " n"]
-    score: Float[np.ndarray, " n"]
-
-    def in_order(self) -> "Scores":
-        """Sorted by pair; which print of a pair comes first does not matter."""
-        ends = np.sort(self.pairs, axis=1)
-        order = np.lexsort(ends.T[::-1])
-        return Scores(ends[order], self.genuine[order], self.score[order])
+from ifvit.scores_csv import Scores, read
 
 
 def compare(mine: str, other: str) -> dict:
@@ -45,10 +23,11 @@ def compare(mine: str, other: str) -> dict:
     here, there = (read(path, names).in_order() for path in (mine, other))
     _require_same_pairs(mine, here, other, there)
     finger = _fingers(here, len(names))
-    databases = np.array([database for database, _ in names])
+    databases = sorted({database for database, _ in names})
+    database = np.array([databases.index(database) for database, _ in names])[here.pairs[:, 0]]
     summaries, drawn = ({}, {}), ({}, {})
-    for name in sorted(set(databases)):
-        mask = databases[here.pairs[:, 0]] == name
+    for k, name in enumerate(databases):
+        mask = database == k
         g, i = here.genuine & mask, ~here.genuine & mask
         for scores, summary, draws in zip((here, there), summaries, drawn):
             summary[name] = rates.summary(scores.score[g], scores.score[i])
@@ -66,37 +45,6 @@ def print_table(result: dict) -> None:
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
         cells = (f"{100 * row[k]['difference']:+.2f} [{100 * row[k]['ci'][0]:+.1f}, {100 * row[k]['ci'][1]:+.1f}]" for k in shown)
         print(f"{name:20s}" + "".join(f"{cell:>22s}" for cell in cells))
-
-
-def scores_in(path: str) -> str:
-    """The scores.csv of an evaluation, by its own path or by that of its folder; UserError where there is none."""
-    there = as_path(path)
-    file = there / "scores.csv" if there.is_dir() else there
-    if not file.exists():
-        raise UserError(f"There are no scores at {path}; give the scores.csv of an evaluation.")
-    return str(file)
-
-
-def read(path: str, names: dict[tuple[str, str], int]) -> Scores:
-    """A scores.csv; `names` numbers the prints by database and name, and is added to."""
-    pairs, genuine, score = [array("q"), array("q")], array("b"), array("d")
-    with as_path(path).open("rb") as file:
-        rows = csv.reader(io.TextIOWrapper(file, "utf-8-sig", "replace", newline=""))
-        header = next(rows, [])
-        if any(column not in header for column in COLUMNS):
-            raise UserError(f"{path} is no scores.csv, its first line does not name {','.join(COLUMNS)}; give one that "
-                            "ifvit.evaluate has written.")
-        database, a, b, kind, value = map(header.index, COLUMNS)
-        for row in rows:
-            try:
-                score.append(float(row[value]))
-                genuine.append(int(row[kind]))
-            except (ValueError, IndexError):
-                raise UserError(f"{path}: line {rows.line_num} is no pair with its score: {','.join(row)[:80]!r}. Evaluate "
-                                "once more, or give another file.") from None
-            for end, print_ in zip(pairs, (row[a], row[b])):
-                end.append(names.setdefault((row[database], print_), len(names)))
-    return Scores(np.stack([np.array(end) for end in pairs], axis=1), np.array(genuine, bool), np.array(score))
 
 
 def _require_same_pairs(mine: str, here: Scores, other: str, there: Scores) -> None:

@@ -4,14 +4,11 @@
     python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one system better than another, on the same pairs
 """
 
-import csv
 import json
 import logging
 import os
 import sys
-from collections import Counter
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import Literal
 
@@ -71,7 +68,7 @@ class Args:
         check_ppi(self.ppi)
         if self.against:
             from ifvit.checkpoint_places import as_path
-            from ifvit.comparison import scores_in
+            from ifvit.scores_csv import scores_in
 
             theirs = scores_in(self.against)
             if theirs == str(as_path(self.out) / "scores.csv"):
@@ -82,8 +79,9 @@ class Args:
     def compare(self) -> None:
         from ifvit import comparison
         from ifvit.checkpoint_places import as_path, written_here
+        from ifvit.scores_csv import scores_in
 
-        result = comparison.compare(comparison.scores_in(self.out), comparison.scores_in(self.against))
+        result = comparison.compare(scores_in(self.out), scores_in(self.against))
         comparison.print_table(result)
         with written_here(as_path(self.out) / "against.json") as file:
             _write(file, lambda f: f.write(json.dumps(result, indent=1) + "\n"))
@@ -129,7 +127,7 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     """
     import jax
 
-    from ifvit import intervals, plots, rates
+    from ifvit import intervals, plots, rates, scores_csv
     from ifvit.data.protocols import PROTOCOLS, Pairs
 
     pairs = Pairs(_limited(_usable(PROTOCOLS[protocol](prints.prints)), max_pairs))
@@ -160,7 +158,7 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     if jax.process_index() > 0:
         return result
 
-    _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, scores))
+    _write(out / "scores.csv", lambda f: scores_csv.write(f, prints, pairs, scores))
     plots.det(out / "det.png", curves)
     of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
     plots.histogram(out / "histogram.png", *(np.concatenate([scores["score"][part] for part in of_kind[kind]])
@@ -241,25 +239,6 @@ def print_table(result: dict) -> None:
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
         fvc = f" {row['eer_fvc']:9.2%}" if "eer_fvc" in result["macro"] else ""
         print((f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}{fvc}").rstrip())
-
-
-def _write_scores(file, prints, pairs, scores) -> None:
-    used = np.zeros(len(prints.prints), bool)
-    for _, ij in pairs.blocks(slice(None)):
-        used[ij] = True
-    names = Counter((prints.prints[k].database, Path(prints.prints[k].path).name) for k in np.flatnonzero(used))
-    alike = {database for (database, _), count in names.items() if count > 1}  # a folder a finger: its name belongs to it
-    name = ["/".join(Path(p.path).parts[-2 if p.database in alike else -1 :]) for p in prints.prints]
-    writer = csv.writer(file)
-    writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
-    for d in pairs.databases:
-        for genuine in (True, False):
-            for numbers, ij in pairs.blocks(pairs.of(d.database, genuine)):
-                a, b = ([name[i] for i in side.tolist()] for side in ij.T)
-                values = ([f"{v:.9g}" for v in scores[k][numbers].tolist()] if k in scores else repeat("")
-                          for k in ("score", "global", "local"))
-                matches = scores["matches"][numbers].astype(int).tolist()
-                writer.writerows(zip(repeat(d.database), a, b, repeat(int(genuine)), *values, matches))
 
 
 def _write(path: Path, write) -> None:

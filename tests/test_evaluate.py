@@ -387,6 +387,18 @@ def test_scores_of_a_folder_a_finger_say_whose_they_are_whatever_the_names(comma
         assert {row["a"] for row in csv.DictReader(file)} == {"b/1.png", "m\\udcfcller/1.png"}
 
 
+def test_scores_name_as_much_of_a_path_as_tells_the_prints_of_a_database_apart(tmp_path):
+    paths = [f"/root/one/{session}/{finger}/{n}.png" for session in ("first", "second") for finger in "78" for n in "12"]
+    prints = [Print(path, "one", path.split("/")[4], path, 500.0) for path in paths]
+    prints += [Print(f"/root/two/{finger}_{n}.png", "two", finger, n, 500.0) for finger in "78" for n in "12"]
+    scorer = SimpleNamespace(score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
+                             picture=lambda *_: None)
+    evaluate(scorer, SimpleNamespace(prints=tuple(prints)), tmp_path)
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        names = {(row["database"], row[side]) for row in csv.DictReader(file) for side in "ab"}
+    assert names == {("one", path.removeprefix("/root/one/")) for path in paths} | {("two", f"{f}_{n}.png") for f in "78" for n in "12"}
+
+
 def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_path):
     if evaluated.module == "dense_reg":
         pytest.skip("verify asks for the matcher")

@@ -7,6 +7,7 @@ import pytest
 
 from ifvit import comparison, intervals, rates
 from ifvit.errors import UserError
+from ifvit.scores_csv import scores_in
 
 
 def database(fingers=8, impressions=3, seed=0, decimals=1):
@@ -147,7 +148,9 @@ def test_what_is_hard_for_both_systems_cancels_out(tmp_path):
     (lambda rows: rows[:-4], "has 210 pairs and .* 206, of which 206 are the same"),
     (lambda rows: [["DB9", *r[1:]] for r in rows], "0 are the same"),
     (lambda rows: [[*r[:3], 1 - r[3], r[4]] if n == 5 else r for n, r in enumerate(rows)], "1 pairs are genuine in one"),
-    (lambda rows: [*rows[:3], ["DB1", "a", "b", "1", "high"]], "line 5 is no pair with its score"),
+    (lambda rows: [*rows[:3], ["DB1", "a", "b", "1", "high"]], "b.csv is no scores.csv, line 5 of it is no pair"),
+    (lambda rows: [[*rows[0][:3], "yes", "0.5"]], "line 2 of it is no pair"),
+    (lambda rows: [], "b.csv holds no pair"),
 ])
 def test_scores_of_other_pairs_are_refused(tmp_path, change, told):
     rows = rows_of("DB1", fingers=7)  # 21 · 20 / 2 = 210 pairs
@@ -157,12 +160,13 @@ def test_scores_of_other_pairs_are_refused(tmp_path, change, told):
 
 
 def test_what_is_no_evaluation_is_refused(tmp_path):
-    (tmp_path / "notes.csv").write_text("a,b\n1,2\n")
     mine = write(tmp_path / "a.csv", rows_of("DB1"))
-    with pytest.raises(UserError, match="notes.csv is no scores.csv"):
-        comparison.compare(mine, str(tmp_path / "notes.csv"))
+    for content in (b"a,b\n1,2\n", b"", b"\x89PNG\0" + 200_000 * b"\xff"):
+        (tmp_path / "notes.csv").write_bytes(content)
+        with pytest.raises(UserError, match="notes.csv is no scores.csv, its first line"):
+            comparison.compare(mine, str(tmp_path / "notes.csv"))
     with pytest.raises(UserError, match="There are no scores at .*nowhere"):
-        comparison.scores_in(str(tmp_path / "nowhere"))
-    assert comparison.scores_in(str(tmp_path / "a.csv")) == mine
+        scores_in(str(tmp_path / "nowhere"))
+    assert scores_in(str(tmp_path / "a.csv")) == mine
     write(tmp_path / "out/scores.csv", rows_of("DB1"))
-    assert comparison.scores_in(str(tmp_path / "out")) == str(tmp_path / "out/scores.csv")
+    assert scores_in(str(tmp_path / "out")) == str(tmp_path / "out/scores.csv")
