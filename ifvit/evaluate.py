@@ -1,14 +1,13 @@
 """Scores every pair of one or more databases with a trained checkpoint, and writes rates, scores and a DET plot.
 
     python -m ifvit.evaluate --checkpoint ./checkpoints/matcher/matcher_ckpt --dataset_root DIR --out OUT
+    python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one system better than another, on the same pairs
 """
 
-import csv
 import json
 import logging
 import os
 import sys
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -20,21 +19,28 @@ from ifvit.errors import UserError
 from ifvit.paths import cache_dir
 
 log = logging.getLogger("ifvit")
-RATES = ("eer", "fmr100", "fmr1000", "auc")
+DRAW_SEED = 6000  # the same impostor pairs whenever a database is evaluated with the same --max_pairs
+MANY = 100_000  # pairs: more than an hour on two cores
+PAIRS_PER_SECOND = 20  # on two cores, about
 
 
 @dataclass(frozen=True)
 class Args:
     """Evaluates a checkpoint of either module on folders of prints."""
 
-    checkpoint: str
+    checkpoint: str = ""
     """of Module 2 (fused score), or of Module 1 (its registered matches are the score)"""
-    dataset_root: tuple[str, ...]
+    dataset_root: tuple[str, ...] = ()
     """folders of prints; every database in them is evaluated on its own"""
     out: str = "./evaluation"
     """folder for metrics.json, scores.csv, det.png, histogram.png, matches.png"""
     protocol: Literal["fvc", "all"] = "fvc"
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
+    max_pairs: int | None = None
+    """of a database: all its genuine pairs, and a fixed draw of its impostor pairs that fills them up; left out, all pairs"""
+    against: str = ""
+    """another evaluation's scores.csv of the same pairs: the difference of the rates, with its interval; without
+    --checkpoint and --dataset_root of the scores that lie in --out"""
     batch_size: int = 16
     """pairs at once"""
     ppi: float | Literal["auto"] | None = None
@@ -45,6 +51,44 @@ class Args:
     """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
 
     def run(self) -> int:
+        self.check()
+        if self.checkpoint:
+            self.score()
+        if self.against:
+            self.compare()
+        return 0
+
+    def check(self) -> None:
+        """UserError for flags that do not fit; before anything is read."""
+        if not (self.checkpoint and self.dataset_root) and (self.checkpoint or self.dataset_root or not self.against):
+            raise UserError("--checkpoint and --dataset_root are both needed to score prints; with --against alone, the "
+                            "scores that lie in --out are compared.")
+        if self.batch_size < 1:
+            raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
+        if self.max_pairs is not None and self.max_pairs < 2:
+            raise UserError(f"--max_pairs is {self.max_pairs}; give at least 2.")
+        check_ppi(self.ppi)
+        if self.against:
+            from ifvit.checkpoint.places import as_path
+            from ifvit.scoring.scores_csv import scores_in
+
+            theirs = scores_in(self.against)
+            if theirs == str(as_path(self.out) / "scores.csv"):
+                raise UserError(f"--against {self.against} lies in --out itself; give another evaluation's scores, or another --out.")
+            if not self.checkpoint:
+                scores_in(self.out)
+
+    def compare(self) -> None:
+        from ifvit.scoring import comparison
+        from ifvit.checkpoint.places import as_path, written_here
+        from ifvit.scoring.scores_csv import scores_in
+
+        result = comparison.compare(scores_in(self.out), scores_in(self.against))
+        comparison.print_table(result)
+        with written_here(as_path(self.out) / "against.json") as file:
+            _write(file, lambda f: f.write(json.dumps(result, indent=1) + "\n"))
+
+    def score(self) -> None:
         from ifvit.checkpoint.places import as_path, written_here
         from ifvit.data.gather import local_root
         from ifvit.data.prepare import prepare
@@ -55,11 +99,6 @@ class Args:
         from ifvit.data.sources import read
         from ifvit.data.summary import summarise
 
-        if self.batch_size < 1:
-            raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
-        check_ppi(self.ppi)
-        if not self.dataset_root:
-            raise UserError("--dataset_root names no folder; give one or more.")
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
@@ -71,8 +110,12 @@ class Args:
         for line in summarise(reading, found, prints.prints).lines():
             log.info("%s", line)
         with written_here(as_path(self.out)) as out:
-            print_table(evaluate(scorer, prints, out, self.protocol, self.batch_size))
-        return 0
+            result = evaluate(scorer, prints, out, self.protocol, self.batch_size, self.max_pairs)
+        print_table(result)
+        few = [name for name, row in result["databases"].items() if row["impostor"] < 1000]
+        if few and self.protocol == "fvc":
+            print(f"(A false match rate of 0.1 % cannot be seen in fewer than 1000 impostor pairs, as of {few[0]}; --protocol all "
+                  "compares every pair.)")
 
 
 def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
@@ -91,76 +134,126 @@ def check_ppi(ppi: float | Literal["auto"] | None) -> None:
         raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500, or auto.")
 
 
-def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:
+def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16, max_pairs: int | None = None) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 
-    Databases without genuine or without impostor pairs are left out, and named in the log; UserError
-    when none is left.
+    `max_pairs`: of a database; as many of its impostor pairs are drawn as fill its genuine ones up. Databases without
+    genuine or without impostor pairs are left out, and named in the log; UserError when none is left.
     """
     import jax
 
-    from ifvit.scoring import plots, rates
-    from ifvit.data.pairs import Pair
+    from ifvit.scoring import intervals, plots, rates, scores_csv
+    from ifvit.data.protocols import PROTOCOLS, Pairs
 
-    wanted = {"fvc": rates.pairs_fvc, "all": rates.pairs_all}[protocol](prints.prints)
-    pairs = [Pair(i, j, bool(g)) for i, j, g in wanted]
-    database = [prints.prints[p.print0].database for p in pairs]
-    counts = {p.database: Counter() for p in prints.prints}  # of genuine (True) and impostor (False) pairs
-    for pair, name in zip(pairs, database):
-        counts[name][pair.genuine] += 1
-    databases = sorted(name for name, count in counts.items() if count[True] and count[False])
-    left_out = ", ".join(f"{name} ({count[True]} genuine, {count[False]} impostor)"
-                         for name, count in sorted(counts.items()) if name not in databases)
-    if not databases:
-        raise UserError(f"No database has both genuine and impostor pairs: {left_out}; give two fingers or more of one, "
-                        "with two impressions or more.")
-    if left_out:
-        log.warning("Not evaluated, without genuine or without impostor pairs: %s", left_out)
+    pairs = Pairs(_limited(_usable(PROTOCOLS[protocol](prints.prints)), max_pairs))
+    _announce(pairs, protocol)
     if jax.process_index() == 0:  # all score, one writes
         try:
             out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{out} is no folder, and a file is in the way; give another --out.") from None
-    pairs = [p for p, d in zip(pairs, database) if d in databases]
-    database = np.array([d for d in database if d in databases])
-    genuine = np.array([p.genuine for p in pairs])
     scores = scorer.score(prints, pairs, batch_size)
-    rows = {name: rates.summary(scores["score"][(database == name) & genuine],
-                                scores["score"][(database == name) & ~genuine]) for name in databases}
-    result = {"macro": {k: v for k, v in rates.macro(rows).items() if k in RATES}, "databases": rows}
+    finger = _numbered_fingers(prints.prints)
+    rows, drawn, curves = {}, {}, {}
+    for database in sorted(pairs.databases, key=lambda d: d.database):
+        name = database.database
+        genuine, impostor = (scores["score"][pairs.of(name, kind)] for kind in (True, False))
+        rows[name] = rates.summary(genuine, impostor)
+        if len(database.impostor) < database.impostors_in_all:
+            rows[name]["impostors_in_all"] = database.impostors_in_all
+        drawn[name] = intervals.bootstrap(genuine, impostor, *_fingers(pairs, name, finger))
+        rows[name] |= intervals.of(drawn[name])
+        if protocol == "all" and "impostors_in_all" not in rows[name]:
+            rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[_of_first_impressions(pairs, name, prints.prints)])
+        curves[name] = rates.thinned(*rates.det_curve(genuine, impostor)[1:])
+    macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
+    if all("eer_fvc" in row for row in rows.values()):
+        macro["eer_fvc"] = float(np.mean([row["eer_fvc"] for row in rows.values()]))
+    result = {"macro": macro, "databases": rows, "protocol": protocol}
     if jax.process_index() > 0:
         return result
 
-    _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, database, scores))
-    plots.det(out / "det.png", {name: rates.det_curve(scores["score"][(database == name) & genuine],
-                                                      scores["score"][(database == name) & ~genuine])[1:]
-                                for name in databases})
-    plots.histogram(out / "histogram.png", scores["score"][genuine], scores["score"][~genuine])
-    typical = int(np.argsort(np.where(genuine, scores["score"], np.inf))[genuine.sum() // 2])
-    scorer.picture(prints, pairs[typical], out / "matches.png")
+    _write(out / "scores.csv", lambda f: scores_csv.write(f, prints, pairs, scores))
+    plots.det(out / "det.png", curves)
+    of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
+    plots.histogram(out / "histogram.png", *(np.concatenate([scores["score"][part] for part in of_kind[kind]])
+                                             for kind in (True, False)))
+    numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
+    typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
+    scorer.picture(prints, pairs[int(typical)], out / "matches.png")
     _write(out / "metrics.json", lambda f: f.write(json.dumps(result, indent=1) + "\n"))  # last: all is there
     return result
 
 
+def _usable(databases: list) -> list:
+    """The databases that have pairs of both kinds; those left out are named in the log, UserError when none is left."""
+    usable = [d for d in databases if len(d.genuine) and len(d.impostor)]
+    left_out = ", ".join(f"{d.database} ({len(d.genuine)} genuine, {len(d.impostor)} impostor)"
+                         for d in sorted(databases, key=lambda d: d.database) if d not in usable)
+    if not usable:
+        raise UserError(f"No database has both genuine and impostor pairs: {left_out}; give two fingers or more of one, "
+                        "with two impressions or more.")
+    if left_out:
+        log.warning("Not evaluated, without genuine or without impostor pairs: %s", left_out)
+    return usable
+
+
+def _limited(databases: list, max_pairs: int | None) -> tuple:
+    """With a draw of the impostor pairs where there are more than `max_pairs` pairs."""
+    if max_pairs is None:
+        return tuple(databases)
+    fullest = max(databases, key=lambda d: len(d.genuine))
+    if len(fullest.genuine) >= max_pairs:
+        raise UserError(f"--max_pairs is {max_pairs}, and {fullest.database} alone has {len(fullest.genuine)} genuine pairs, "
+                        "which are all compared; give more than that.")
+    limited = tuple(d.at_most(max_pairs, DRAW_SEED) for d in databases)
+    for d in limited:
+        if len(d.impostor) < d.impostors_in_all:
+            log.info("%s: %s of %s impostor pairs are compared, a fixed draw", d.database, f"{len(d.impostor):,}",
+                     f"{d.impostors_in_all:,}")
+    return limited
+
+
+def _announce(pairs, protocol: str) -> None:
+    """How many pairs there are, where that means hours."""
+    if len(pairs) > MANY:
+        hours = len(pairs) / PAIRS_PER_SECOND / 3600
+        log.warning("⚠ Protocol %s makes %s pairs, which take about %s on two cores (%d pairs a second), less on an accelerator; "
+                    "ifvit.evaluate --max_pairs N compares all genuine pairs and a draw of the impostor pairs, N of a database in all.",
+                    protocol, f"{len(pairs):,}", f"{hours / 24:.0f} days" if hours > 72 else f"{hours:.0f} hours", PAIRS_PER_SECOND)
+
+
+def _numbered_fingers(prints) -> np.ndarray:
+    """The number of each print's finger."""
+    numbers: dict[tuple, int] = {}
+    return np.array([numbers.setdefault(p.identity, len(numbers)) for p in prints], np.int32)
+
+
+def _fingers(pairs, database: str, finger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of a database's genuine pairs (n,), and of its impostor pairs (n, 2)."""
+    genuine, impostor = (np.concatenate([finger[ij] for _, ij in pairs.blocks(pairs.of(database, kind))]) for kind in (True, False))
+    return genuine[:, 0], impostor
+
+
+def _of_first_impressions(pairs, database: str, prints) -> np.ndarray:
+    """Which of a database's impostor pairs the protocol of the FVC compares."""
+    from ifvit.data.protocols import by_finger, first_impression
+
+    first = np.zeros(len(prints), bool)
+    first[[first_impression(prints, members) for members in by_finger(prints)[database]]] = True
+    return np.concatenate([first[ij].all(axis=1) for _, ij in pairs.blocks(pairs.of(database, False))])
+
+
 def print_table(result: dict) -> None:
-    """Rates in per cent, a line a database."""
-    print(f"{'database':20s} {'EER':>7s} {'FMR100':>7s} {'FMR1000':>8s} {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}")
+    """Rates in per cent with their 95 % intervals, a line a database."""
+    rates = {"eer": "EER", "fmr100": "FMR100", "fmr1000": "FMR1000", "zerofmr": "ZeroFMR"}
+    print(f"{'database':20s}" + "".join(f"{name + ' [95 %]':>21s}" for name in rates.values())
+          + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}" + (f" {'EER, FVC':>9s}" if "eer_fvc" in result["macro"] else ""))
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
-        counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else ""
-        print(f"{name:20s} {row['eer']:7.2%} {row['fmr100']:7.2%} {row['fmr1000']:8.2%} {row['auc']:7.4f} {counts}")
-
-
-def _write_scores(file, prints, pairs, database, scores) -> None:
-    writer = csv.writer(file)
-    writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
-    number = lambda name, i: f"{scores[name][i]:.9g}" if name in scores else ""
-    used = {k for pair in pairs for k in pair[:2]}
-    names = Counter((prints.prints[k].database, Path(prints.prints[k].path).name) for k in used)
-    alike = {database for (database, _), count in names.items() if count > 1}  # a folder a finger: its name belongs to it
-    for i, pair in enumerate(pairs):
-        a, b = ("/".join(Path(prints.prints[k].path).parts[-2 if database[i] in alike else -1:]) for k in pair[:2])
-        writer.writerow([database[i], a, b, int(pair.genuine), number("score", i), number("global", i),
-                         number("local", i), int(scores["matches"][i])])
+        cells = (f"{row[k]:.2%} [{100 * row[f'{k}_ci'][0]:.1f}, {100 * row[f'{k}_ci'][1]:.1f}]" for k in rates)
+        counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
+        fvc = f" {row['eer_fvc']:9.2%}" if "eer_fvc" in result["macro"] else ""
+        print((f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}{fvc}").rstrip())
 
 
 def _write(path: Path, write) -> None:

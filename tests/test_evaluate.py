@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,10 +17,14 @@ from PIL import Image
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.scoring.scores import Fusion
+from ifvit.data.sources import Print
+from ifvit.errors import UserError
+from ifvit.evaluate import evaluate
 from ifvit.verify import on_canvases
 
 SMOKE = ("--preset", "smoke")
-RATES = {"eer", "fmr100", "fmr1000", "auc"}
+RATES = {"eer", "fmr100", "fmr1000", "zerofmr", "auc"}
+INTERVALS = {f"{rate}_ci" for rate in RATES}
 
 
 @pytest.fixture(scope="module", params=["dense_reg", "matcher"])
@@ -57,16 +62,18 @@ def eer(genuine: list[float], impostor: list[float]) -> float:
 
 
 def test_the_metrics_have_these_keys(evaluated):
-    assert set(evaluated.metrics) == {"macro", "databases"}
-    assert set(evaluated.metrics["macro"]) == RATES
+    assert set(evaluated.metrics) == {"macro", "databases", "protocol"}
+    assert evaluated.metrics["protocol"] == "fvc"
+    assert set(evaluated.metrics["macro"]) == RATES | INTERVALS
     assert set(evaluated.metrics["databases"]) == {"DB1", "DB2"}
     for row in evaluated.metrics["databases"].values():
-        assert set(row) == RATES | {"genuine", "impostor"}
+        assert set(row) == RATES | INTERVALS | {"genuine", "impostor"}
 
 
 def test_rates_are_fractions_and_pairs_are_counted(evaluated):
     for row in [*evaluated.metrics["databases"].values(), evaluated.metrics["macro"]]:
         assert all(0 <= row[k] <= 1 for k in RATES)
+        assert all(0 <= row[k][0] <= row[k][1] <= 1 for k in INTERVALS)
     for row in evaluated.metrics["databases"].values():
         assert (row["genuine"], row["impostor"]) == (9, 3)  # 3 fingers × 3 pairs; 3 pairs of fingers
 
@@ -100,7 +107,7 @@ def test_fmr100_and_auc_follow_from_the_scores(evaluated):
     for database, row in evaluated.metrics["databases"].items():
         genuine, impostor = split(evaluated.rows, database)
         # of 3 impostors at most 1 % is none: genuine scores not above the highest impostor's are refused
-        assert row["fmr100"] == row["fmr1000"] == pytest.approx(sum(s <= max(impostor) for s in genuine) / 9)
+        assert row["fmr100"] == row["fmr1000"] == row["zerofmr"] == pytest.approx(sum(s <= max(impostor) for s in genuine) / 9)
         wins = sum((a > b) + (a == b) / 2 for a in genuine for b in impostor)
         assert row["auc"] == pytest.approx(wins / 27)
 
@@ -128,7 +135,8 @@ def test_the_table_is_printed(evaluated):
     table = evaluated.said.out.splitlines()
     for name, row in [*evaluated.metrics["databases"].items(), ("macro", evaluated.metrics["macro"])]:
         line = next(t for t in table if t.startswith(name))
-        assert f"{row['eer']:.2%}" in line
+        low, high = row["eer_ci"]
+        assert f"{row['eer']:.2%} [{100 * low:.1f}, {100 * high:.1f}]" in line
 
 
 @pytest.fixture
@@ -148,6 +156,99 @@ def test_protocol_all_compares_every_pair(unscored, command, pipeline, prints, t
     assert said.code == 0, said
     found = json.loads((tmp_path / "OUT/metrics.json").read_text())["databases"]
     assert {name: (row["genuine"], row["impostor"]) for name, row in found.items()} == {"DB1": (9, 27)}  # of 9 · 8 / 2
+
+
+def test_a_limit_compares_all_genuine_pairs_and_a_draw_of_impostors_and_says_so(unscored, command, pipeline, prints, tmp_path):
+    def rows(out):
+        said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", out,
+                       "--protocol", "all", "--max_pairs", 20, cwd=tmp_path)
+        assert said.code == 0 and "DB1: 11 of 27 impostor pairs are compared, a fixed draw" in said.out, said
+        return (tmp_path / out / "scores.csv").read_text()
+
+    assert rows("OUT") == rows("OUT2")
+    row = json.loads((tmp_path / "OUT/metrics.json").read_text())["databases"]["DB1"]
+    assert (row["genuine"], row["impostor"], row["impostors_in_all"]) == (9, 11, 27)
+
+
+@pytest.mark.parametrize("words, told", [
+    (("--max_pairs", 9), "--max_pairs is 9, and DB1 alone has 9 genuine pairs"), (("--max_pairs", 0), "--max_pairs is 0"),
+    (("--against", "nowhere"), "There are no scores at nowhere"), (("--against", "OUT"), "lies in --out itself")])
+def test_flags_that_do_not_fit_are_refused_before_anything_is_scored(command, pipeline, prints, tmp_path, monkeypatch, words, told):
+    monkeypatch.setattr("ifvit.scoring.scorer.Scorer.score", None)
+    (tmp_path / "OUT").mkdir()
+    (tmp_path / "OUT/scores.csv").write_text("")
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT", *words, cwd=tmp_path)
+    assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
+
+
+def test_many_pairs_are_told_with_their_time_before_they_are_scored(unscored, command, pipeline, prints, tmp_path, monkeypatch):
+    words = ("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT", "--protocol", "all")
+    assert "--max_pairs" not in command(*words, cwd=tmp_path).out
+    monkeypatch.setattr("ifvit.evaluate.MANY", 35)  # DB1 has 9 · 8 / 2 = 36
+    monkeypatch.setattr("ifvit.evaluate.PAIRS_PER_SECOND", 36 / 7200)
+    said = command(*words, cwd=tmp_path).out
+    assert "Protocol all makes 36 pairs, which take about 2 hours" in said and "--max_pairs" in said
+
+
+def test_six_thousand_fingers_of_one_impression_are_refused_without_a_list_of_their_pairs(tmp_path):
+    prints = SimpleNamespace(prints=tuple(Print(f"{i}.bmp", "one each", str(i), "1", 500.0) for i in range(6000)))
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"one each \(0 genuine, 17997000 impostor\)"):
+        evaluate(None, prints, tmp_path / "OUT")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6  # bytes, what is imported included; the list takes two thousand million
+
+
+def test_scores_of_a_large_database_are_written_in_order(tmp_path):
+    """206,700 pairs: more than are looked up at once."""
+    prints = SimpleNamespace(prints=tuple(Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(600) for i in range(10)))
+    scored = {}
+
+    def score(_, pairs, batch_size):
+        scored.update((n, pair) for n, pair in enumerate(pairs) if n % 1000 == 0)
+        return {"score": np.random.default_rng(0).random(len(pairs)), "matches": np.arange(len(pairs))}
+
+    scorer = SimpleNamespace(score=score, picture=lambda *_: None)
+    evaluate(scorer, prints, tmp_path)
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 600 * 45 + 600 * 599 // 2
+    for n, pair in scored.items():
+        names = [os.path.basename(prints.prints[i].path) for i in pair[:2]]
+        assert (rows[n]["a"], rows[n]["b"], rows[n]["genuine"], rows[n]["matches"]) == (*names, str(int(pair.genuine)), str(n))
+
+
+def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
+    prints = SimpleNamespace(prints=tuple(Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(8) for i in range(3)))
+    value = np.random.default_rng(0).random((24, 24))
+
+    def score(_, pairs, batch_size):
+        scores = np.array([value[p.print0, p.print1] + 0.2 * p.genuine for p in pairs])
+        return {"score": scores, "matches": np.zeros(len(pairs))}
+
+    scorer = SimpleNamespace(score=score, picture=lambda *_: None)
+    by_fvc, of_all = (evaluate(scorer, prints, tmp_path / protocol, protocol) for protocol in ("fvc", "all"))
+    assert of_all["macro"]["eer_fvc"] == of_all["databases"]["DB"]["eer_fvc"] == by_fvc["macro"]["eer"] != of_all["macro"]["eer"]
+    assert "eer_fvc" not in by_fvc["macro"]
+
+
+def test_two_evaluations_are_compared_pair_by_pair(evaluated, command, pipeline, prints, tmp_path):
+    """Once together with scoring, once of scores that lie there."""
+    theirs = evaluated.out / "scores.csv"
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints, "--out", "OUT", "--against", theirs, cwd=tmp_path)
+    assert said.code == 0, said
+    found = json.loads((tmp_path / "OUT/against.json").read_text())
+    mine = json.loads((tmp_path / "OUT/metrics.json").read_text())
+    for name, row in [*found["databases"].items(), ("macro", found["macro"])]:
+        here, there = (m["macro"] if name == "macro" else m["databases"][name] for m in (mine, evaluated.metrics))
+        for rate in RATES:
+            assert row[rate]["this"] == pytest.approx(here[rate]) and row[rate]["other"] == pytest.approx(there[rate])
+            assert row[rate]["difference"] == pytest.approx(here[rate] - there[rate])
+        assert f"{100 * row['eer']['difference']:+.2f} [" in next(t for t in said.out.splitlines()[::-1] if t.startswith(name))
+    again = command("evaluate", "--out", "OUT", "--against", evaluated.out, cwd=tmp_path)
+    assert again.code == 0 and again.out.splitlines()[1:] == said.out.splitlines()[-4:], again
+    assert json.loads((tmp_path / "OUT/against.json").read_text())["macro"] == found["macro"]
 
 
 def test_a_database_without_genuine_pairs_is_left_out_and_named(unscored, command, pipeline, prints, tmp_path):
@@ -285,6 +386,18 @@ def test_scores_of_a_folder_a_finger_say_whose_they_are_whatever_the_names(comma
     assert said.code == 0, said
     with (tmp_path / "OUT/scores.csv").open(newline="", encoding="utf-8") as file:
         assert {row["a"] for row in csv.DictReader(file)} == {"b/1.png", "m\\udcfcller/1.png"}
+
+
+def test_scores_name_as_much_of_a_path_as_tells_the_prints_of_a_database_apart(tmp_path):
+    paths = [f"/root/one/{session}/{finger}/{n}.png" for session in ("first", "second") for finger in "78" for n in "12"]
+    prints = [Print(path, "one", path.split("/")[4], path, 500.0) for path in paths]
+    prints += [Print(f"/root/two/{finger}_{n}.png", "two", finger, n, 500.0) for finger in "78" for n in "12"]
+    scorer = SimpleNamespace(score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
+                             picture=lambda *_: None)
+    evaluate(scorer, SimpleNamespace(prints=tuple(prints)), tmp_path)
+    with (tmp_path / "scores.csv").open(newline="") as file:
+        names = {(row["database"], row[side]) for row in csv.DictReader(file) for side in "ab"}
+    assert names == {("one", path.removeprefix("/root/one/")) for path in paths} | {("two", f"{f}_{n}.png") for f in "78" for n in "12"}
 
 
 def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_path):

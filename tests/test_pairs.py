@@ -102,6 +102,30 @@ def test_generated_fingers_are_drawn_in_their_share_and_never_against_real_ones(
     assert make(only_made, 0.5, 0.0, 0)[0].print0 < 6  # where there are no others
 
 
+def plain_impostor(rng, fingers: dict) -> Pair:
+    """As it was written first: the other fingers are listed, and one of the list is drawn."""
+    identities = list(fingers)
+    a = identities[rng.integers(len(identities))]
+    near = [f for f in identities if f[0] == a[0] and f != a] if rng.random() < 0.8 else []
+    others = near or [f for f in identities if f != a]
+    b = others[rng.integers(len(others))]
+    return Pair(int(rng.choice(fingers[a])), int(rng.choice(fingers[b])), False)
+
+
+@pytest.mark.parametrize("number, make", [(1, DensePairs), (2, MatchPairs)])
+def test_impostors_are_those_that_lists_of_the_other_fingers_gave(number, make):
+    """So a run that was begun when they were listed goes on with the same pairs."""
+    prints = PRINTS + tuple(impressions("C", "1", 3))  # a database of one finger has nobody near it
+    fingers = {}
+    for i, p in enumerate(prints):
+        fingers.setdefault(p.identity, []).append(i)
+    pairs = make(prints, 1.0, 0.0, 5)
+    for n in range(300):
+        rng = np.random.default_rng([5, number, n])
+        rng.random(2)  # whether generated, whether impostor
+        assert pairs[n] == plain_impostor(rng, fingers)
+
+
 # --- identity -------------------------------------------------------------------------------------
 
 

@@ -1,28 +1,10 @@
 """Error rates against hand calculations and the plain O(n^2) definitions."""
 
-from dataclasses import dataclass
-
 import numpy as np
 import pytest
 
 from ifvit.scoring import rates
 from ifvit.errors import UserError
-
-
-@dataclass
-class Impression:
-    database: str
-    finger: str
-    impression: str
-    altered: bool = False
-
-    @property
-    def identity(self) -> tuple[str, str]:
-        return self.database, self.finger
-
-
-def fvc_fingers(database="DB1", fingers=10, impressions=8):
-    return [Impression(database, str(f), str(i)) for f in range(1, fingers + 1) for i in range(1, impressions + 1)]
 
 
 def brute_force(genuine, impostor):
@@ -131,10 +113,11 @@ def test_deciding_by_the_threshold_gives_the_rates_it_was_chosen_for(dtype, targ
 
 def test_summary_and_its_mean_over_databases():
     perfect = rates.summary([0.8, 0.9], [0.1, 0.2, 0.3])
-    assert perfect == {"eer": 0, "fmr100": 0, "fmr1000": 0, "auc": 1, "genuine": 2, "impostor": 3}
+    assert perfect == {"eer": 0, "fmr100": 0, "fmr1000": 0, "zerofmr": 0, "auc": 1, "genuine": 2, "impostor": 3}
     equal = rates.summary([0.5], [0.5])
-    assert equal == {"eer": 0.5, "fmr100": 1, "fmr1000": 1, "auc": 0.5, "genuine": 1, "impostor": 1}
-    assert rates.macro({"a": perfect, "b": equal}) == {"eer": 0.25, "fmr100": 0.5, "fmr1000": 0.5, "auc": 0.75}
+    assert equal == {"eer": 0.5, "fmr100": 1, "fmr1000": 1, "zerofmr": 1, "auc": 0.5, "genuine": 1, "impostor": 1}
+    means = {"eer": 0.25, "fmr100": 0.5, "fmr1000": 0.5, "zerofmr": 0.5, "auc": 0.75}
+    assert rates.macro({"a": perfect, "b": equal}) == means
 
 
 @pytest.mark.parametrize("genuine, impostor", [([], [1.0]), ([1.0], []), ([np.nan], [1.0]), ([1.0], [0.0, np.inf])])
@@ -155,36 +138,18 @@ def test_other_nonsense_is_refused():
         rates.macro({})
 
 
-def test_the_fvc_protocol_makes_280_genuine_and_45_impostor_pairs_of_10_fingers_by_8():
-    prints = fvc_fingers()
-    pairs = rates.pairs_fvc(prints)
-    assert sum(genuine for *_, genuine in pairs) == 280
-    assert len(pairs) == 280 + 45
-    assert len({(i, j) for i, j, _ in pairs}) == len(pairs) and all(i < j for i, j, _ in pairs)
-    for i, j, genuine in pairs:
-        assert genuine == (prints[i].identity == prints[j].identity)
-        assert genuine or prints[i].impression == prints[j].impression == "1"
+def test_zerofmr_lets_no_impostor_pass_where_fmr1000_lets_one_of_a_thousand():
+    impostor = np.arange(1000) / 1000  # the highest are 0.998 and 0.999
+    found = rates.summary([0.9985, 0.9989, 0.9995, 0.5], impostor)
+    assert found["fmr1000"] == 0.25  # above 0.998
+    assert found["zerofmr"] == 0.75  # above 0.999
 
 
-def test_two_databases_never_meet():
-    prints = fvc_fingers("DB1") + fvc_fingers("DB2")
-    assert len(rates.pairs_fvc(prints)) == 2 * (280 + 45)
-    assert len(rates.pairs_all(prints)) == 2 * (80 * 79 // 2)
-    assert all(prints[i].database == prints[j].database for i, j, _ in rates.pairs_all(prints))
-
-
-def test_impression_10_comes_after_9():
-    prints = [Impression("DB", finger, number) for finger in "ab" for number in ("10", "9")]
-    assert rates.pairs_fvc(prints) == [(0, 1, True), (2, 3, True), (1, 3, False)]
-
-
-def test_altered_prints_are_in_no_genuine_pair():
-    prints = [
-        Impression("DB", "a", "0", altered=True),
-        Impression("DB", "a", "1"),
-        Impression("DB", "b", "1"),
-        Impression("DB", "b", "2"),
-    ]
-    assert rates.pairs_fvc(prints) == [(2, 3, True), (1, 2, False)]
-    assert [pair for pair in rates.pairs_all(prints) if pair[2]] == [(2, 3, True)]
-    assert [pair[:2] for pair in rates.pairs_all(prints) if not pair[2]] == [(0, 2), (0, 3), (1, 2), (1, 3)]
+def test_a_thinned_curve_for_a_picture_has_the_same_eer_and_low_false_match_rates_of_its_own():
+    rng = np.random.default_rng(0)
+    _, fmr, fnmr = rates.det_curve(rng.normal(2, 1, 20_000), rng.normal(0, 1, 80_000))
+    thin_fmr, thin_fnmr = rates.thinned(fmr, fnmr)
+    assert len(thin_fmr) < 5000 < len(fmr) == 100_001
+    assert rates.eer_of_curve(thin_fmr, thin_fnmr) == rates.eer_of_curve(fmr, fnmr)
+    for rate in (1e-4, 1e-3, 1e-2):
+        assert thin_fnmr[thin_fmr <= rate][0] == pytest.approx(fnmr[fmr <= rate][0], rel=0.01)

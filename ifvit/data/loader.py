@@ -1,6 +1,6 @@
 """Batches through Grain: random access by pair number, so a resume or another host count needs no state."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import grain.python as grain
@@ -55,8 +55,8 @@ def batches(source: PairSource, workers: int) -> Iterator[dict[str, np.ndarray]]
     return iter(stream)
 
 
-def fixed_batches(prints: PrintSet, pairs: list[Pair], batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
-    """A list of pairs in batches of one size, the last filled up with its last pair: (batch, how many count)."""
+def fixed_batches(prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+    """Pairs in batches of one size, the last filled up with its last pair: (batch, how many count)."""
     for at in range(0, len(pairs), batch_size):
         part = pairs[at : at + batch_size]
         rows = [example(prints, p, {}) for p in part + [part[-1]] * (batch_size - len(part))]

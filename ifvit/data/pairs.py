@@ -15,6 +15,34 @@ class Pair(NamedTuple):
     genuine: bool
 
 
+class _Pool:
+    """Fingers to draw from, numbered in the order they first come: a draw takes as long of six thousand as of six."""
+
+    def __init__(self, fingers: dict[tuple[str, str], list[int]]):
+        self.impressions = list(fingers.values())  # of each finger, indices into the print set
+        self.database = [database for database, _ in fingers]  # of each finger
+        self.members = defaultdict(list)  # database -> its fingers
+        self.place = []  # of each finger among its database's
+        for finger, database in enumerate(self.database):
+            self.place.append(len(self.members[database]))
+            self.members[database].append(finger)
+
+    def __len__(self):
+        return len(self.impressions)
+
+    def impostor(self, rng) -> Pair:
+        """Prints of two fingers, four times in five of one database: else the sensor would tell them apart."""
+        a = int(rng.integers(len(self)))
+        near = self.members[self.database[a]]
+        if rng.random() < 0.8 and len(near) > 1:
+            other = int(rng.integers(len(near) - 1))
+            b = near[other + (other >= self.place[a])]  # a itself is left out
+        else:
+            other = int(rng.integers(len(self) - 1))
+            b = other + (other >= a)
+        return Pair(int(rng.choice(self.impressions[a])), int(rng.choice(self.impressions[b])), False)
+
+
 @dataclass(frozen=True)
 class _Pools:
     """Fingers to draw from: the real ones, and the generated ones for `synthetic_share` of the pairs."""
@@ -26,10 +54,10 @@ class _Pools:
 
     def __post_init__(self):
         fingers = _by_finger(self.prints)
-        pools = [{k: v for k, v in fingers.items() if (k[0] == SYNTHETIC) == made} for made in (False, True)]
+        pools = [_Pool({k: v for k, v in fingers.items() if (k[0] == SYNTHETIC) == made}) for made in (False, True)]
         object.__setattr__(self, "pools", pools)
 
-    def pool(self, rng) -> dict[tuple[str, str], list[int]]:
+    def pool(self, rng) -> _Pool:
         """Where there are fingers of one kind alone, those."""
         made = rng.random() < self.synthetic_share
         real_is_there, made_is_there = (len(pool) > 1 for pool in self.pools)
@@ -44,8 +72,8 @@ class DensePairs(_Pools):
         rng = np.random.default_rng([self.seed, 1, n])
         pool = self.pool(rng)
         if rng.random() < self.impostor_share:
-            return _impostor(rng, pool)
-        impressions = pool[list(pool)[rng.integers(len(pool))]]
+            return pool.impostor(rng)
+        impressions = pool.impressions[rng.integers(len(pool))]
         i = int(rng.choice(impressions))
         return Pair(i, i, True)
 
@@ -61,8 +89,8 @@ class MatchPairs(_Pools):
         rng = np.random.default_rng([self.seed, 2, n])
         pool = self.pool(rng)
         if rng.random() < self.impostor_share:
-            return _impostor(rng, pool)
-        impressions = pool[list(pool)[rng.integers(len(pool))]]
+            return pool.impostor(rng)
+        impressions = pool.impressions[rng.integers(len(pool))]
         if len(impressions) == 1:
             return Pair(impressions[0], impressions[0], True)
         i, j = rng.choice(len(impressions), 2, replace=False)
@@ -75,16 +103,6 @@ def _by_finger(prints) -> dict[tuple[str, str], list[int]]:
     for i, p in enumerate(prints):
         fingers[p.identity].append(i)
     return dict(fingers)
-
-
-def _impostor(rng, fingers) -> Pair:
-    """Prints of two fingers, four times in five of one database: else the sensor would tell them apart."""
-    identities = list(fingers)
-    a = identities[rng.integers(len(identities))]
-    near = [f for f in identities if f[0] == a[0] and f != a] if rng.random() < 0.8 else []
-    others = near or [f for f in identities if f != a]
-    b = others[rng.integers(len(others))]
-    return Pair(int(rng.choice(fingers[a])), int(rng.choice(fingers[b])), False)
 
 
 def class_labels(prints) -> dict[tuple[str, str], int]:

@@ -1,4 +1,4 @@
-"""Error rates of a matcher's scores, and which pairs of prints a protocol compares.
+"""Error rates of a matcher's scores.
 
 A higher score means more alike; a comparison is accepted when score >= threshold. FMR(t) is the
 share of impostor scores accepted, FNMR(t) the share of genuine scores refused (ISO/IEC 19795-1;
@@ -8,10 +8,7 @@ fractions, not per cent.
 Wherever scores are taken: 1-D array-likes, at least one score, each finite, else UserError.
 """
 
-import itertools
-import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Float
@@ -19,13 +16,16 @@ from numpy.typing import ArrayLike
 
 from ifvit.errors import UserError
 
+FALSE_MATCH_RATES = {"fmr100": 0.01, "fmr1000": 0.001, "zerofmr": 0.0}  # at which the FNMR is given
+RATES = ("eer", *FALSE_MATCH_RATES, "auc")
+
 
 def summary(genuine: ArrayLike, impostor: ArrayLike) -> dict[str, float | int]:
-    """One database's results: `eer`, `fmr100`, `fmr1000`, `auc`; `genuine`, `impostor` (counts)."""
+    """One database's results: RATES; `genuine`, `impostor` (counts)."""
+    _, fmr, fnmr = det_curve(genuine, impostor)
     return {
-        "eer": equal_error_rate(genuine, impostor),
-        "fmr100": fnmr_at_fmr(genuine, impostor, 0.01),
-        "fmr1000": fnmr_at_fmr(genuine, impostor, 0.001),
+        "eer": eer_of_curve(fmr, fnmr),
+        **{name: float(fnmr[fmr <= at][0]) for name, at in FALSE_MATCH_RATES.items()},
         "auc": auc(genuine, impostor),
         "genuine": len(np.asarray(genuine)),
         "impostor": len(np.asarray(impostor)),
@@ -33,7 +33,7 @@ def summary(genuine: ArrayLike, impostor: ArrayLike) -> dict[str, float | int]:
 
 
 def macro(databases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """The mean over databases of `eer`, `fmr100`, `fmr1000` and `auc`, each database weighing the same.
+    """The mean over databases of RATES, each database weighing the same.
 
     Raises UserError when there is no database.
     """
@@ -41,7 +41,7 @@ def macro(databases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
         raise UserError("There is no database to average over. Give a folder that holds prints.")
     return {
         rate: float(np.mean([results[rate] for results in databases.values()]))
-        for rate in ("eer", "fmr100", "fmr1000", "auc")
+        for rate in RATES
     }
 
 
@@ -89,6 +89,17 @@ def eer_of_curve(fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"]) ->
     return float(min(fnmr[t1] + fmr[t1], fnmr[t2] + fmr[t2]) / 2)
 
 
+def thinned(fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"], points: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+    """About so many points of a DET curve, for a picture: even on the logarithmic axes, and the EER is the same."""
+    if len(fmr) <= points:
+        return fmr, fnmr
+    targets = np.geomspace(1e-9, 1, points // 2)
+    keep = np.concatenate([np.searchsorted(-fmr, -targets), np.searchsorted(fnmr, targets), [0, len(fmr) - 1],
+                           np.flatnonzero(fnmr <= fmr)[-1:], np.flatnonzero(fnmr >= fmr)[:1]])
+    keep = np.unique(np.minimum(keep, len(fmr) - 1))
+    return fmr[keep], fnmr[keep]
+
+
 def fnmr_at_fmr(genuine: ArrayLike, impostor: ArrayLike, fmr: float) -> float:
     """The lowest FNMR among the thresholds whose FMR is at most `fmr` (FMR100: 0.01, FMR1000: 0.001).
 
@@ -123,63 +134,6 @@ def auc(genuine: ArrayLike, impostor: ArrayLike) -> float:
     below = np.searchsorted(impostor, genuine, "left")
     not_above = np.searchsorted(impostor, genuine, "right")
     return float(np.mean((below + not_above) / 2) / len(impostor))
-
-
-def pairs_fvc(prints: Sequence[Any]) -> list[tuple[int, int, bool]]:
-    """(i, j, genuine) with i < j, within each database: every genuine pair once, and for impostors
-    the first impressions of every two fingers (Maio et al. 2002). 10 fingers x 8 give 280 and 45.
-
-    A print has `identity` (database, finger), `database`, `impression` and, if need be, `altered`.
-    Impressions count in natural order, '10' after '9'. Altered prints are in no genuine pair, and
-    are a finger's first impression only when it has no other.
-    """
-    pairs = []
-    for fingers in _by_finger(prints).values():
-        for members in fingers.values():
-            pairs += [(i, j, True) for i, j in _ordered(members) if _may_be_genuine(prints[i], prints[j])]
-        pairs += [(i, j, False) for i, j in _ordered([members[0] for members in fingers.values()])]
-    return pairs
-
-
-def pairs_all(prints: Sequence[Any]) -> list[tuple[int, int, bool]]:
-    """(i, j, genuine) with i < j: every pair within each database, altered prints in no genuine pair.
-
-    `prints` as for `pairs_fvc`.
-    """
-    pairs = []
-    for fingers in _by_finger(prints).values():
-        for i, j in _ordered(itertools.chain.from_iterable(fingers.values())):
-            genuine = prints[i].identity == prints[j].identity
-            if not genuine or _may_be_genuine(prints[i], prints[j]):
-                pairs.append((i, j, genuine))
-    return pairs
-
-
-def _by_finger(prints: Sequence[Any]) -> dict[str, dict[tuple, list[int]]]:
-    """database -> identity -> the indices of its prints, first impression first."""
-    databases: dict[str, dict[tuple, list[int]]] = {}
-    first_to_last = sorted(range(len(prints)), key=lambda i: (_altered(prints[i]), _natural(prints[i].impression)))
-    for i in range(len(prints)):  # databases and fingers keep the order of the prints
-        databases.setdefault(prints[i].database, {}).setdefault(prints[i].identity, [])
-    for i in first_to_last:
-        databases[prints[i].database][prints[i].identity].append(i)
-    return databases
-
-
-def _ordered(indices: Any) -> itertools.combinations:
-    return itertools.combinations(sorted(indices), 2)
-
-
-def _may_be_genuine(a: Any, b: Any) -> bool:
-    return not (_altered(a) or _altered(b))
-
-
-def _altered(impression: Any) -> bool:
-    return getattr(impression, "altered", False)
-
-
-def _natural(impression: str | int) -> list:
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", str(impression))]
 
 
 def _scores(values: ArrayLike, kind: str) -> np.ndarray:

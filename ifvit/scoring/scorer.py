@@ -1,5 +1,6 @@
 """A trained checkpoint as a scorer of pairs: what evaluate, verify and train_all call."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -67,7 +68,7 @@ class Scorer:
         net = match_network(self.config, self.num_classes)
         return jax.jit(match_scores(net, self._aligner_network, self.config))
 
-    def score(self, prints: PrintSet, pairs: list[Pair], batch_size: int) -> dict[str, np.ndarray]:
+    def score(self, prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and what it is made of, one value a pair; higher is more alike."""
         state = (self.params, self.batch_stats)
         if self.module == "matcher":

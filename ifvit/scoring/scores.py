@@ -1,6 +1,6 @@
 """Scores of pairs, by either module, and the fusion of Module 2's into one calibrated score."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Float
 
 from ifvit.pixels.views import plain_views
+from ifvit.bar import bar
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
@@ -47,7 +48,7 @@ def match_scores(net: Network, aligner: Network | None, config) -> Callable:
     return score
 
 
-def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: list[Pair], batch_size: int,
+def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: Sequence[Pair], batch_size: int,
                 model_parallel: int = 1) -> dict[str, np.ndarray]:
     """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order.
 
@@ -56,14 +57,19 @@ def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: list[Pai
     if jax.process_count() > 1 or jax.default_backend() != "cpu":
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     mesh = make_mesh(batch_size, model_parallel)
-    parts = []
-    for batch, count in fixed_batches(prints, pairs, batch_size):
-        out = fetch(score(*state, put_whole_batch(batch, mesh)))
-        parts.append({k: v[:count] for k, v in out.items()})
-    return {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
+    found: dict[str, np.ndarray] = {}
+    done = 0
+    with bar("scoring", len(pairs), "pair") as shown:
+        for batch, count in fixed_batches(prints, pairs, batch_size):
+            for k, v in fetch(score(*state, put_whole_batch(batch, mesh))).items():
+                found.setdefault(k, np.empty(len(pairs), v.dtype))[done : done + count] = v[:count]
+            done += count
+            shown.update(count)
+    return found
 
 
 FEATURES = ("global", "local", "agreement", "matches")
+AT_ONCE = 1 << 20  # pairs whose features are in memory together
 
 
 @dataclass(frozen=True)
@@ -76,7 +82,10 @@ class Fusion:
 
     def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, "N"]:
         """Probability that a pair is genuine, were genuine and impostor pairs equally many."""
-        return 1 / (1 + np.exp(-(features(scores) @ np.asarray(self.weights) + self.bias)))
+        count = len(scores["matches"])
+        parts = ({k: v[at : at + AT_ONCE] for k, v in scores.items()} for at in range(0, max(count, 1), AT_ONCE))
+        logits = np.concatenate([features(part) @ np.asarray(self.weights) + self.bias for part in parts])
+        return 1 / (1 + np.exp(-logits))
 
     def threshold(self, fmr: float) -> float:
         """The lowest score that at most a share `fmr` of the impostors reaches: `score >= threshold` is a match.

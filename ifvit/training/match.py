@@ -16,6 +16,7 @@ from ifvit.data.gather import overlap
 from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
+from ifvit.data.protocols import draw, pairs_all, take
 from ifvit.errors import UserError
 from ifvit.scoring.scores import fit_fusion, match_scores, score_pairs
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
@@ -168,12 +169,12 @@ def balanced_pairs(prints: PrintSet, count: int) -> list[Pair]:
     A fixed draw: every run and every epoch sees the same pairs.
     """
     rng = np.random.default_rng(VALIDATION_SEED)
-    every = rates.pairs_all(prints.prints)
-    genuine, impostor = ([p for p in every if p[2] == kind] for kind in (True, False))
-    first = min(len(genuine), count // 2)
-    chosen = [genuine[i] for i in sorted(rng.permutation(len(genuine))[:first])]
-    chosen += [impostor[i] for i in sorted(rng.permutation(len(impostor))[: count - first])]
-    return [Pair(i, j, bool(g)) for i, j, g in chosen]
+    databases = pairs_all(prints.prints)
+    genuine, impostor = [d.genuine for d in databases], [d.impostor for d in databases]
+    chosen = draw(rng, sum(map(len, genuine)), count // 2)
+    pairs = [Pair(i, j, True) for i, j in take(genuine, chosen).tolist()]
+    chosen = draw(rng, sum(map(len, impostor)), count - len(pairs))
+    return pairs + [Pair(i, j, False) for i, j in take(impostor, chosen).tolist()]
 
 
 def with_both(params: dict) -> dict:
