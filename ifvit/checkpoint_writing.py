@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,8 @@ from ifvit import digest
 from ifvit.checkpoint_metadata import digest_of, reason, versions
 from ifvit.checkpoint_places import UNFINISHED, as_writable_path, discard_unfinished, is_local
 from ifvit.checkpoint_tree import leaves
+from ifvit.cores import cores
+from ifvit.files import to_disk
 from ifvit.processes import exchange
 
 BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
@@ -206,7 +207,7 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write_part(args.flat))]
 
     async def _write_part(self, flat: dict) -> None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             self._sums = dict(zip(flat, pool.map(_own_sums, flat.values())))
 
     def exchange_sums(self, number: int) -> None:
@@ -218,7 +219,7 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
         metadata = self._metadata | {"digests": digests}
         metadata["digest"] = digest_of(metadata)
         (directory / "metadata").write_text(json.dumps(metadata))
-        places.to_disk(directory / "metadata")  # TensorStore does so with its own files
+        to_disk(directory / "metadata")  # TensorStore does so with its own files
 
     def save(self, directory: epath.Path, args: MetadataSave) -> None:
         raise NotImplementedError("CompositeCheckpointHandler calls async_save")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ifvit import gcs
+from ifvit.cores import cores
 from ifvit.data import synthetic
 from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots, require_fingers, split_by_finger
@@ -84,6 +85,6 @@ def local_root(root: str) -> str:
 
 def generated(config) -> list[Print]:
     files = synthetic.prints(config.data_seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
-                             workers=os.cpu_count() or 1)
+                             workers=cores())
     wanted = {str(f) for f in files}
     return [replace(p, database=SYNTHETIC) for p in read_root(files[0].parent, synthetic.PPI) if p.path in wanted]

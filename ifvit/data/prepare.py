@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ifvit.cores import cores
 from ifvit.data.images import CANVAS_PPI, BrokenImage, decode, print_ppi, seems_light, to_canvas
 from ifvit.data.sources import SYNTHETIC, Print, drop_duplicates
 from ifvit.errors import UserError
@@ -123,7 +124,7 @@ def _decode_all(prints, canvas_size, folder, key):
     try:
         canvases = np.lib.format.open_memmap(parts[0], "w+", np.uint8, (len(prints), canvas_size, canvas_size))
         masks = np.lib.format.open_memmap(parts[1], "w+", bool, (len(prints), canvas_size // 8, canvas_size // 8))
-        with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
+        with ThreadPoolExecutor(min(8, cores())) as pool:
             for p, result in zip(prints, pool.map(one, prints)):
                 if isinstance(result, str):
                     broken.append((p.path, result))
