@@ -23,7 +23,7 @@ def claim(count: int) -> set[int]:
     folder.mkdir(exist_ok=True)
     got = {}
     for core in sorted(os.sched_getaffinity(0)):
-        file = (folder / str(core)).open("w")
+        file = (folder / str(core)).open("wb")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

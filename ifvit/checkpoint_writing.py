@@ -218,7 +218,7 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
                    for n, (dtype, shape) in self._leaves.items()}
         metadata = self._metadata | {"digests": digests}
         metadata["digest"] = digest_of(metadata)
-        (directory / "metadata").write_text(json.dumps(metadata))
+        (directory / "metadata").write_text(json.dumps(metadata), encoding="utf-8")
         to_disk(directory / "metadata")  # TensorStore does so with its own files
 
     def save(self, directory: epath.Path, args: MetadataSave) -> None:

@@ -117,6 +117,14 @@ def check_outlives_job(path: str, what: str) -> None:
                         "all hosts share.")
 
 
+def check_set(items: tuple[str, ...]) -> None:
+    """UserError for a key that `--set` has two values for: one of them would go missing in silence."""
+    values: dict[str, str] = {}
+    for key, sep, value in (item.partition("=") for item in items):
+        if sep and values.setdefault(key, value) != value:
+            raise UserError(f"--set gives {key} twice ({values[key]!r} and {value!r}); give it once.")
+
+
 def check_common(items: tuple[str, ...]) -> None:
     """UserError for a `--set match.KEY=…` of a setting that a search takes from Module 1, unless that is given the same."""
     values = {key: value for key, _, value in (item.partition("=") for item in items)}
@@ -153,7 +161,7 @@ def run_here(command: str, flags: dict, platform: str, preset: str | None, confi
         ours = configs or args.configs(preset)
         check_backend(platform, host.name)
         if jax.process_index():  # not Ray's rank: a TPU slice numbers its hosts itself
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
             logging.getLogger().handlers.clear()
             cli.prepare_output()
         start(args, preset, ours[0])
@@ -170,6 +178,7 @@ def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, ta
     of `--set`; without it both are plain keys.
     """
     use_cpu_cores()
+    check_set(args.set)
     config = preset(args.preset or preset_name or default_preset(), cls)
     if args.config:
         raw = read_toml(args.config)

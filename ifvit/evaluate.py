@@ -4,9 +4,9 @@
 """
 
 import csv
+import io
 import json
 import logging
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -17,6 +17,7 @@ import numpy as np
 
 from ifvit import cli
 from ifvit.errors import UserError
+from ifvit.files import write_whole
 from ifvit.paths import cache_dir
 
 log = logging.getLogger("ifvit")
@@ -116,14 +117,14 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     if jax.process_index() > 0:
         return result
 
-    _write(out / "scores.csv", lambda f: _write_scores(f, prints, pairs, database, scores))
+    write_whole(out / "scores.csv", _scores(prints, pairs, database, scores).encode("utf-8", "backslashreplace"))
     plots.det(out / "det.png", {name: rates.det_curve(scores["score"][(database == name) & genuine],
                                                       scores["score"][(database == name) & ~genuine])[1:]
                                 for name in databases})
     plots.histogram(out / "histogram.png", scores["score"][genuine], scores["score"][~genuine])
     typical = int(np.argsort(np.where(genuine, scores["score"], np.inf))[genuine.sum() // 2])
     scorer.picture(prints, pairs[typical], out / "matches.png")
-    _write(out / "metrics.json", lambda f: f.write(json.dumps(result, indent=1) + "\n"))  # last: all is there
+    write_whole(out / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     return result
 
 
@@ -135,8 +136,10 @@ def print_table(result: dict) -> None:
         print(f"{name:20s} {row['eer']:7.2%} {row['fmr100']:7.2%} {row['fmr1000']:8.2%} {row['auc']:7.4f} {counts}")
 
 
-def _write_scores(file, prints, pairs, database, scores) -> None:
-    writer = csv.writer(file)
+def _scores(prints, pairs, database, scores) -> str:
+    """The rows of scores.csv."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
     writer.writerow(["database", "a", "b", "genuine", "score", "global", "local", "matches"])
     number = lambda name, i: f"{scores[name][i]:.9g}" if name in scores else ""
     used = {k for pair in pairs for k in pair[:2]}
@@ -146,14 +149,7 @@ def _write_scores(file, prints, pairs, database, scores) -> None:
         a, b = ("/".join(Path(prints.prints[k].path).parts[-2 if database[i] in alike else -1:]) for k in pair[:2])
         writer.writerow([database[i], a, b, int(pair.genuine), number("score", i), number("global", i),
                          number("local", i), int(scores["matches"][i])])
-
-
-def _write(path: Path, write) -> None:
-    """A file that is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        write(file)
-    os.replace(part, path)
+    return text.getvalue()
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     done = folder / f"{key}.json"
     if not done.is_file():
         _decode_all(prints, canvas_size, folder, key)
-    report = json.loads(done.read_text())
+    report = json.loads(done.read_text(encoding="utf-8"))
     _report_broken(report["broken"], len(prints), max_broken)
     broken = {name for name, _ in report["broken"]}
     readable = [p for p in prints if p.path not in broken]
@@ -139,7 +139,7 @@ def _decode_all(prints, canvas_size, folder, key):
             part.unlink(missing_ok=True)
     record = folder / f"{key}.json.{mine}"  # last: its presence says that the rest is whole
     record.write_text(json.dumps({"broken": broken, "assumed": sorted(assumed), "seem_light": {
-        name: min(some) for name, some in light.items() if len(some) > sum(p.database == name for p in sample) / 4}}))
+        name: min(some) for name, some in light.items() if len(some) > sum(p.database == name for p in sample) / 4}}), encoding="utf-8")
     os.replace(record, folder / f"{key}.json")
 
 

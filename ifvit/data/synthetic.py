@@ -12,8 +12,6 @@ Everything is a pure function of (seed, finger, impression), non-negative intege
 import functools
 import math
 import multiprocessing
-import os
-import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage, signal
 from scipy.special import expit
+
+from ifvit.files import whole
 
 VERSION = 2  # part of the cache's name: raise it whenever any picture changes
 PPI = 500
@@ -153,9 +153,8 @@ def _write_finger(seed: int, finger_and_files: tuple[int, list[Path]]) -> None:
     master = master_finger(seed, finger)
     for i, path in enumerate(files, 1):
         if not path.exists():
-            part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # others see a whole file or none
-            Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
-            os.replace(part, path)
+            with whole(path) as part:  # others see a whole file or none
+                Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
 
 
 def _orientation(rng, kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

@@ -20,6 +20,7 @@ from ifvit.cli import Failure, Interrupted
 from ifvit.config import completed
 from ifvit.digest import digest
 from ifvit.errors import UserError
+from ifvit.files import write_whole
 from ifvit.processes import exchange
 from ifvit.training import saving
 from ifvit.training.hosts import Pace
@@ -103,7 +104,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
     else:
         if resume == "never":
             saving.move_away(folder, task.name)
-            saving.write_beside(folder / ATTEMPTS, lambda file: file.write_text(""))
+            saving.write_beside(folder / ATTEMPTS, lambda file: file.write_bytes(b""))
         elif gone := read_rows(folder / "metrics.jsonl"):
             print(lost(gone, 0), flush=True)
         state, best = begin(task, placement), None
@@ -122,7 +123,7 @@ def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> 
 
     def write_config(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config.to_dict(), indent=1) + "\n")
+        write_whole(file, json.dumps(config.to_dict(), indent=1) + "\n")
 
     saving.write_beside(folder / "config.json", write_config)
 
