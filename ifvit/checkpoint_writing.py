@@ -22,6 +22,7 @@ from ifvit import digest
 from ifvit.checkpoint_metadata import digest_of, reason, versions
 from ifvit.checkpoint_places import UNFINISHED, as_writable_path, discard_unfinished, is_local
 from ifvit.checkpoint_tree import leaves
+from ifvit.checkpoint_unsynced import synced_as_can_be, tree_to_disk
 from ifvit.cores import cores
 from ifvit.files import to_disk
 from ifvit.processes import exchange
@@ -59,7 +60,7 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     number, failure = next(_saves), None
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     sizes = [x.nbytes for x in flat.values()]
-    with (_beside(path) as folder, _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer):
+    with (_beside(path) as folder, synced_as_can_be(Path(folder)) as synced, _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer):
         # a name of its own: what is left of a write that failed may still be written to
         fresh = folder / f"{path.name}{UNFINISHED}-{number}"
         try:
@@ -67,6 +68,8 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
                 path.parent.mkdir(parents=True, exist_ok=True)
             writer.save(fresh, _Parts(metadata=MetadataSave(metadata, flat), **items), force=True)
             if first and is_local(path):
+                if not synced:
+                    tree_to_disk(Path(fresh))
                 places.replace(path, fresh)
         except Exception as e:
             failure = e

@@ -14,6 +14,7 @@ from cluster.host import ClusterError, Host
 from cluster.launch import Job, Request, launch
 from ifvit import cli
 from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
+from ifvit.cores import cores
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.paths import absolute, cache_dir, resolve
@@ -82,7 +83,7 @@ class TrainArgs(ConfigArgs):
         """Trains where the flags say; returns the exit code."""
         request = self.request()
         try:
-            code, message = launch(self._job, request)
+            code, message = launch(self._job, request, cores())
         except ClusterError as e:
             raise UserError(str(e)) from None
         cli.tell(code, message)

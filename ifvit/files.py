@@ -45,8 +45,8 @@ def write_whole(path: str | Path, data: str | bytes, durable: bool = False) -> N
         part.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def to_disk(path: str | os.PathLike) -> None:
-    """Returns when a file's content, or a folder's names, are on the disk itself (fsync), as far as its file system can.
+def to_disk(path: str | os.PathLike) -> bool:
+    """Returns when a file's content, or a folder's names, are on the disk itself (fsync); False where its file system cannot tell.
 
     Raises OSError where they could not be written.
     """
@@ -54,13 +54,15 @@ def to_disk(path: str | os.PathLike) -> None:
         handle = os.open(path, os.O_RDONLY)
     except OSError as e:
         if os.path.isdir(path) and e.errno in CANNOT_SYNC:
-            return
+            return False
         raise
     try:
         os.fsync(handle)
+        return True
     except OSError as e:
         if e.errno not in CANNOT_SYNC:
             raise
+        return False
     finally:
         os.close(handle)
 

@@ -22,7 +22,7 @@ from ifvit.files import write_whole
 # for ever on a connection that has gone quiet.
 RETRIES = {"gcs_request_retries": {"max_retries": 3, "initial_delay": "0.5s", "max_delay": "4s"}}
 for _flag, _value in {"CONNECT_TIMEOUT_SECONDS": "5", "LOW_SPEED_TIME_SECONDS": "7", "LOW_SPEED_LIMIT_BYTES": "1"}.items():
-    os.environ.setdefault(f"TENSORSTORE_CURL_{_flag}", _value)
+    os.environ[f"TENSORSTORE_CURL_{_flag}"] = os.environ.get(f"TENSORSTORE_CURL_{_flag}") or _value
 
 MARK = "metadata/metadata"  # a checkpoint is one when this object is there: it is written last and deleted first
 AT_ONCE = 8                 # files on their way: as many as are in memory

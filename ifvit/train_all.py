@@ -91,7 +91,7 @@ class Args(TrainArgs):
         words += [w for item in self.set if item.partition("=")[0] not in given(**fixed) for w in ("--set", item)]  # flags win
         words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
         words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
-        sweep = subprocess.Popen([sys.executable, "-m", "tune", "--module", "both", *words],
+        sweep = subprocess.Popen([sys.executable, "-m", "ifvit.tune", "--module", "both", *words],
                                  env=os.environ | {PARENT: str(os.getpid())})
         before = signal.signal(signal.SIGTERM, lambda *_: sweep.terminate())
         try:
