@@ -77,11 +77,12 @@ def read_text(path: str | Path, what: str) -> str:
     except OSError as e:
         raise UserError(f"{what} {path} cannot be read ({e.strerror}); give one that this user may read.") from None
     mark, encoding = next(((m, e) for m, e in MARKS if data.startswith(m)), (b"", "utf-8"))
-    try:
-        text = data[len(mark):].decode(encoding)
-    except UnicodeDecodeError as e:
-        line = data[len(mark):][:e.start].decode(encoding, "replace").count("\n") + 1
-        raise UserError(f"{what} {path} is not text in UTF-8 (line {line}); save it in that encoding.") from None
-    if "\0" in text:
+    data = data[len(mark):]
+    if encoding == "utf-8" and b"\0" in data:
         raise UserError(f"{what} {path} is not text in UTF-8, but perhaps in UTF-16 without a mark; save it in UTF-8.")
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as e:
+        line = data[:e.start].decode(encoding, "replace").count("\n") + 1
+        raise UserError(f"{what} {path} is not text in UTF-8 (line {line}); save it in that encoding.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")

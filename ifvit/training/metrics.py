@@ -30,7 +30,7 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in path.read_bytes().decode("utf-8", "replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:

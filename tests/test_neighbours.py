@@ -1,0 +1,71 @@
+"""A user's own cluster.py, tune.py or random.py does not stand in for ours or Python's."""
+
+from pathlib import Path
+
+import pytest
+
+from ifvit.neighbours import ROOT, path_without_others
+
+HERE = str(ROOT)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A user's folder with modules of our names, that say so and end."""
+    for name in ("cluster", "tune", "optax"):
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the user's {name}.py was run')\n".replace("user's", "users"))
+    return tmp_path
+
+
+@pytest.mark.parametrize("module", ["ifvit.train_dense", "ifvit.train_all", "ifvit.evaluate", "ifvit.checkpoint", "ifvit.tune"])
+def test_commands_work_beside_a_users_modules(process, folder, module):
+    said = process("-m", module, "--help", cwd=folder, PYTHONPATH=HERE)
+    assert said.code == 0 and module in said.out, said
+
+
+def test_a_sweep_works_beside_a_users_cluster(process, folder):
+    (folder / "tune.py").unlink()
+    said = process("-m", "tune", "--help", cwd=folder, PYTHONPATH=HERE)
+    assert said.code == 0 and "--num_samples" in said.out, said
+
+
+def test_a_program_of_the_users_keeps_its_own_modules(process, tmp_path):
+    (tmp_path / "cluster.py").write_text("mine = True\n")
+    (tmp_path / "own.py").write_text("import ifvit, cluster\nprint(cluster.mine)\n")
+    said = process("own.py", cwd=tmp_path, PYTHONPATH=HERE)
+    assert said.out == "True\n", said
+
+
+@pytest.mark.parametrize("kind", ["module", "package", "folder"])
+def test_others_of_our_names_come_behind_ours(tmp_path, kind):
+    (other := tmp_path / "other").mkdir()
+    if kind == "module":
+        (other / "tune.py").touch()
+    else:
+        (other / "cluster").mkdir()
+    if kind == "package":
+        (other / "cluster/__init__.py").touch()
+    (fine := tmp_path / "fine").mkdir()
+    assert path_without_others(["/here", str(other), str(fine), HERE], "/here") == [str(fine), HERE, str(other)]
+    assert path_without_others(["/here", str(other), str(fine)], "/here") == [str(fine), HERE, str(other)]
+    assert path_without_others([str(fine), HERE, str(other)], "/here") == [str(fine), HERE, str(other)]
+
+
+def test_a_checkout_is_run_from_its_own_folder():
+    assert path_without_others([HERE, "/x"], HERE) == [HERE, "/x"]
+
+
+def test_rays_workers_are_not_led_into_the_current_folder(monkeypatch, folder):
+    import ray
+
+    from cluster.session import session
+
+    seen = []
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda **_: seen.append(Path.cwd()))
+    with session():
+        assert seen == [Path("/")] and Path.cwd() == folder
+    monkeypatch.chdir(ROOT)
+    with session():
+        assert seen[1:] == [ROOT]
