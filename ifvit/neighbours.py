@@ -21,22 +21,31 @@ def is_command() -> bool:
     return sys.argv[:1] == ["-m"] and next(after, "").partition(".")[0] in ("ifvit", *NAMES)
 
 
-def path_without_others(path: list[str], here: str) -> list[str]:
-    """A `sys.path` without the current folder `here` at its head, and with folders that hold others of our names behind ROOT."""
-    path = list(path)
-    if path and path[0] in ("", here) and not _same(here) and not sys.flags.safe_path:
-        del path[0]
-    ours = next((n for n, folder in enumerate(path) if _same(folder)), len(path))
-    others = [folder for folder in path[:ours] if any(PathFinder.find_spec(name, [folder]) for name in NAMES)]
-    if not others:
-        return path
+def without_current(path: list[str], here: str) -> list[str]:
+    """A `sys.path` without the current folder `here` at its head, unless that is where this package lies."""
+    at_its_head = path[:1] in ([""], [here]) and not sys.flags.safe_path
+    return path[1:] if at_its_head and not _is_root(here) else path
+
+
+def others_before_us(path: list[str]) -> list[str]:
+    """The folders of a `sys.path` that hold others of our names and come before ROOT, or before its end where ROOT is not in it."""
+    before = itertools.takewhile(lambda folder: not _is_root(folder), path)
+    return [folder for folder in before if any(PathFinder.find_spec(name, [folder]) for name in NAMES)]
+
+
+def behind_us(path: list[str], others: list[str]) -> list[str]:
+    """The `sys.path` with these folders at its end, and ROOT before them."""
     rest = [folder for folder in path if folder not in others]
-    return rest + [str(ROOT)] * (ours == len(path)) + others
+    return rest + [str(ROOT)] * (not any(map(_is_root, rest))) + others
 
 
-def _same(folder: str) -> bool:
+def _is_root(folder: str) -> bool:
     return os.path.realpath(folder) == os.path.realpath(ROOT)
 
 
 if is_command():
-    sys.path[:] = path_without_others(sys.path, os.getcwd())
+    sys.path[:] = without_current(sys.path, os.getcwd())
+    if _others := others_before_us(sys.path):
+        sys.path[:] = behind_us(sys.path, _others)
+        # for the processes that are started from here, which make a path of their own
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))

@@ -1,5 +1,6 @@
 """Where things lie: the current directory locally, /kaggle/working/IFViT in a Kaggle notebook, the cache in the user's own."""
 
+import errno
 import functools
 import logging
 import os
@@ -82,7 +83,11 @@ def cache_dir() -> Path:
     if given:
         if "://" in given:
             raise UserError(f"IFVIT_CACHE is {given}, and the cache lies on a disk; give a folder's path.")
-        return _chosen_cache(given, absolute(resolve(given)))
+        try:
+            folder = absolute(resolve(given))
+        except UserError as e:
+            raise UserError(f"IFVIT_CACHE is {given}. {e}") from None
+        return _chosen_cache(given, folder)
     return _own_cache(str(_usual_cache() or ""))
 
 
@@ -130,5 +135,5 @@ def unusable(folder: Path) -> str | None:
             return None
     except FileExistsError:
         return "it is no folder"
-    except OSError as e:
-        return e.strerror or str(e)
+    except OSError as e:  # what is full may be read, and have room again when something is written
+        return None if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or str(e)

@@ -1,10 +1,11 @@
 """A user's own cluster.py, tune.py or random.py does not stand in for ours or Python's."""
 
+import os
 from pathlib import Path
 
 import pytest
 
-from ifvit.neighbours import ROOT, path_without_others
+from ifvit.neighbours import ROOT, behind_us, others_before_us, without_current
 
 HERE = str(ROOT)
 
@@ -46,13 +47,23 @@ def test_others_of_our_names_come_behind_ours(tmp_path, kind):
     if kind == "package":
         (other / "cluster/__init__.py").touch()
     (fine := tmp_path / "fine").mkdir()
-    assert path_without_others(["/here", str(other), str(fine), HERE], "/here") == [str(fine), HERE, str(other)]
-    assert path_without_others(["/here", str(other), str(fine)], "/here") == [str(fine), HERE, str(other)]
-    assert path_without_others([str(fine), HERE, str(other)], "/here") == [str(fine), HERE, str(other)]
+    for path in ([str(other), str(fine), HERE], [str(other), str(fine)]):
+        assert others_before_us(path) == [str(other)]
+        assert behind_us(path, [str(other)]) == [str(fine), HERE, str(other)]
+    assert others_before_us([str(fine), HERE, str(other)]) == []
 
 
-def test_a_checkout_is_run_from_its_own_folder():
-    assert path_without_others([HERE, "/x"], HERE) == [HERE, "/x"]
+def test_a_command_finds_its_own_packages_where_others_of_their_names_are_installed(process, tmp_path):
+    (tmp_path / "site/cluster").mkdir(parents=True)
+    (tmp_path / "site/cluster/__init__.py").write_text("raise SystemExit('another cluster')\n")
+    said = process("-m", "ifvit.train_dense", "--help", cwd=tmp_path, PYTHONPATH=f"{tmp_path}/site{os.pathsep}{HERE}")
+    assert said.code == 0 and "--num_epochs" in said.out, said
+
+
+def test_the_current_folder_is_no_place_for_modules_unless_it_is_ours():
+    assert without_current(["/here", "/x"], "/here") == ["/x"]
+    assert without_current(["/x", "/here"], "/here") == ["/x", "/here"]
+    assert without_current([HERE, "/x"], HERE) == [HERE, "/x"]
 
 
 def test_rays_workers_are_not_led_into_the_current_folder(monkeypatch, folder):
