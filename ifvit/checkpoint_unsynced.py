@@ -16,8 +16,11 @@ from ifvit.files import to_disk
 @contextlib.contextmanager
 def synced_as_can_be(folder: Path) -> Iterator[bool]:
     """TensorStore syncs what it writes while this lasts, unless the file system of `folder` refuses to; whether it does."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if to_disk(there):
+    try:
+        syncs = to_disk(next(p for p in (folder, *folder.parents) if p.exists()))
+    except OSError:  # the write itself will tell, and on every process
+        syncs = True
+    if syncs:
         yield True
         return
     defaults = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)

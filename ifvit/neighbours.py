@@ -44,7 +44,11 @@ def _is_root(folder: str) -> bool:
 
 
 if is_command():
-    sys.path[:] = without_current(sys.path, os.getcwd())
+    try:
+        sys.path[:] = without_current(sys.path, os.getcwd())
+    except FileNotFoundError:
+        print("Error: The current folder is gone; change to another one.", file=sys.stderr)
+        sys.exit(2)
     if _others := others_before_us(sys.path):
         sys.path[:] = behind_us(sys.path, _others)
         # for the processes that are started from here, which make a path of their own

@@ -24,6 +24,13 @@ def test_commands_work_beside_a_users_modules(process, folder, module):
     assert said.code == 0 and module in said.out, said
 
 
+def test_a_current_folder_that_is_gone_is_told(process, tmp_path):
+    code = "import os, subprocess, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); " \
+           "sys.exit(subprocess.run([sys.executable, '-m', 'ifvit.train_dense', '--help']).returncode)"
+    said = process("-c", code, cwd=tmp_path, PYTHONPATH=HERE)
+    assert (said.code, said.err) == (2, "Error: The current folder is gone; change to another one.\n"), said
+
+
 def test_a_sweep_works_beside_a_users_cluster(process, folder):
     (folder / "tune.py").unlink()
     said = process("-m", "tune", "--help", cwd=folder, PYTHONPATH=HERE)
