@@ -23,7 +23,7 @@ def claim(count: int) -> set[int]:
     folder.mkdir(exist_ok=True)
     got = {}
     for core in sorted(os.sched_getaffinity(0)):
-        file = (folder / str(core)).open("w")
+        file = (folder / str(core)).open("wb")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -46,7 +46,7 @@ def as_important_as_others() -> None:
     idle processes too, takes a core from them at once, and in a step of several devices all wait for the one that was
     interrupted.
     """
-    if NICENESS in os.environ:  # it was chosen
+    if os.environ.get(NICENESS):  # it was chosen
         return
     with contextlib.suppress(OSError, AttributeError):  # AttributeError: no such thing on this system
         threads = [int(t) for t in os.listdir("/proc/self/task")] if os.path.isdir("/proc/self/task") else [0]

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from cluster.environment import set_default
 from cluster.host import ClusterError, Host
 
 
@@ -69,17 +70,18 @@ class Job:
     packages: tuple[str, ...] = ("jax", "jaxlib")  # of which every host needs the same version
 
 
-def launch(job: Callable[[str], Job], request: Request) -> tuple[int, str]:
+def launch(job: Callable[[str], Job], request: Request, cores: int | None = None) -> tuple[int, str]:
     """Runs a job where the request says, to its end; (exit code, message).
 
-    `job` makes it for a kind of device: `GPU`, `TPU`, `CPU`, or '' where this process is to find out.
+    `job` makes it for a kind of device: `GPU`, `TPU`, `CPU`, or '' where this process is to find out. `cores`: that a
+    Ray which is started here may use; None: all it finds.
     ClusterError when it cannot be had.
     """
     if not request.on_ray():
         return job("").call(Host())
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # two lines that are alike are two lines; Ray reads it when imported
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+    set_default("RAY_DEDUP_LOGS", "0")  # two lines that are alike are two lines; Ray reads it when imported
+    set_default("RAY_COLOR_PREFIX", "0")
     from cluster import on_ray
 
     sys.stdout.flush()
-    return on_ray.run(job, request)
+    return on_ray.run(job, request, cores)

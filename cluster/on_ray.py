@@ -28,6 +28,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cluster.backend import JaxBackendConfig
+from cluster.environment import set_default
 from cluster.host import INTERRUPTED, PREEMPTED, ClusterError, Host
 from cluster.launch import Job, Request
 from cluster.placement import Placement, placement
@@ -38,10 +39,10 @@ START_FAILURES = (RayTaskError, WorkerGroupStartupFailedError)  # of JAX's proce
 RESIZE = 30.0     # seconds between looks for hosts that have come, where the number of workers is a range
 
 
-def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
-    """Runs a job on the cluster of RAY_ADDRESS, or on one of this machine alone; (exit code, message)."""
+def run(job_for: Callable[[str], Job], request: Request, cores: int | None = None) -> tuple[int, str]:
+    """Runs a job on the cluster of RAY_ADDRESS, or on one of this machine alone, of so many cores; (exit code, message)."""
     prepare(request)
-    with session() as alone:
+    with session(cores) as alone:
         place = placement(request, alone)
         job = job_for(place.platform)
         fitting = place.fitting(job.batches)
@@ -52,10 +53,10 @@ def run(job_for: Callable[[str], Job], request: Request) -> tuple[int, str]:
 
 def prepare(request: Request) -> None:
     """Ray Train's settings in this process's environment."""
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")
+    set_default("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    set_default("RAY_CHDIR_TO_TRIAL_DIR", "0")
     if request.hang_timeout:  # a worker that does not even answer
-        os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
+        set_default("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
 
 
 class Trainer(DataParallelTrainer):
@@ -78,7 +79,7 @@ class Trainer(DataParallelTrainer):
         elif self._alone:
             how["scaling_policy"] = WithoutAutoscaler(self.scaling_config)
         if self._alone:  # nobody gives notice to a Ray that the run started: another process less
-            os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+            set_default("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         return super()._initialize_and_run_controller(**how)
 
 

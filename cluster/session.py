@@ -9,11 +9,13 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import ray
 
 from cluster.cores import NICENESS
+from cluster.environment import set_default
 from cluster.host import PREEMPTED, ClusterError
 
 QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}  # of a Ray without a dashboard
@@ -22,18 +24,22 @@ PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
 
 
 @contextlib.contextmanager
-def session(**how) -> Iterator[bool]:
-    """Connected while it lasts; whether Ray runs on this machine alone. `how`: of `ray.init`. ClusterError where nobody answers."""
-    alone = os.environ.get("RAY_ADDRESS", "local") == "local"
+def session(cores: int | None = None, **how) -> Iterator[bool]:
+    """Connected while it lasts; whether Ray runs on this machine alone, where it may use so many cores (None: all it finds).
+
+    `how`: of `ray.init`. ClusterError where nobody answers.
+    """
+    alone = (os.environ.get("RAY_ADDRESS") or "local") == "local"
     if not alone:
         _answers(os.environ["RAY_ADDRESS"])
-    where = {"address": "local", "include_dashboard": False, "_system_config": QUIET} if alone else {}
-    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
-    os.environ.setdefault(NICENESS, "0")  # of workers of a Ray that is started here
+    where = {"address": "local", "include_dashboard": False, "_system_config": QUIET, "num_cpus": cores} if alone else {}
+    set_default("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
+    set_default(NICENESS, "0")  # of workers of a Ray that is started here
     main = threading.current_thread() is threading.main_thread()
     before = main and signal.getsignal(signal.SIGTERM)  # Ray sets its own
     try:
-        ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
+        with _without_modules_of_others():
+            ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
     except (ConnectionError, ValueError) as e:
         raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
                            f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
@@ -54,6 +60,21 @@ def session(**how) -> Iterator[bool]:
         ray.shutdown()
         if main:
             signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _without_modules_of_others() -> Iterator[None]:
+    """In a folder without modules, unless the current one is where this package lies.
+
+    Ray lets its workers look for modules in the current folder first: they would take a cluster.py there for this package.
+    """
+    here = os.getcwd()
+    try:
+        if not os.path.samefile(here, Path(__file__).parent.parent):
+            os.chdir("/")
+        yield
+    finally:
+        os.chdir(here)
 
 
 def _stop(*_) -> NoReturn:

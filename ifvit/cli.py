@@ -17,16 +17,16 @@ from pathlib import Path
 
 import tyro
 
+from ifvit import flags
 from ifvit.errors import Failure, Interrupted, UserError
 
 
 def parse(cls, name: str, argv: list[str]):
     """`cls`, a dataclass of flags, from the command line; unknown flags name the nearest known one."""
     known = ["--" + f.name.rstrip("_") for f in dataclasses.fields(cls)]
-    argv = [word for at, word in enumerate(argv) for word in (  # `--resume` alone is its default
-        [word, "auto"] if word == "--resume" and (at + 1 == len(argv) or argv[at + 1].startswith("--")) else [word])]
-    flags = ["--" + w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")]
-    unknown = [flag for flag in flags if flag not in (*known, "--help")]
+    argv = flags.read(cls, argv)
+    given = ["--" + w[2:].split("=")[0].replace("-", "_") for w in argv if w.startswith("--")]
+    unknown = [flag for flag in given if flag not in (*known, "--help")]
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -46,7 +46,7 @@ def parse(cls, name: str, argv: list[str]):
         near = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
         raise UserError(f"Unknown {'flag' if flag.startswith('-') else 'argument'} {flag}; "
                         + (f"did you mean {near[0]}?" if near else f"python -m {name} --help lists the flags."))
-    return args
+    return flags.from_homes(args)
 
 
 def main(cls, name: str, argv: list[str] | None = None) -> int:
@@ -154,7 +154,7 @@ def use_huge_pages() -> None:
     XLA on CPU allocates its large temporaries anew at every step; faulting them in by 4 kB pages took
     a quarter of a training step's time. glibc reads the setting at the start of a process only.
     """
-    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+    if sys.platform == "linux" and not os.environ.get("GLIBC_TUNABLES"):
         sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]],
                   os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})

@@ -14,6 +14,7 @@ from cluster.host import ClusterError, Host
 from cluster.launch import Job, Request, launch
 from ifvit import cli
 from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
+from ifvit.devices.cores import cores
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.paths import absolute, cache_dir, resolve
@@ -84,7 +85,7 @@ class TrainArgs(ConfigArgs):
         """Trains where the flags say; returns the exit code."""
         request = self.request()
         try:
-            code, message = launch(self._job, request)
+            code, message = launch(self._job, request, cores())
         except ClusterError as e:
             raise UserError(str(e)) from None
         cli.tell(code, message)
@@ -117,6 +118,14 @@ def check_outlives_job(path: str, what: str) -> None:
     if "working_dir_files" in absolute(path):
         raise UserError(f"{what} {path} lies in the job's working directory, which Ray removes; give an absolute path that "
                         "all hosts share.")
+
+
+def check_set(items: tuple[str, ...]) -> None:
+    """UserError for a key that `--set` has two values for: one of them would go missing in silence."""
+    values: dict[str, str] = {}
+    for key, sep, value in (item.partition("=") for item in items):
+        if sep and values.setdefault(key, value) != value:
+            raise UserError(f"--set gives {key} twice ({values[key]!r} and {value!r}); give it once.")
 
 
 def check_common(items: tuple[str, ...]) -> None:
@@ -155,7 +164,7 @@ def run_here(command: str, flags: dict, platform: str, preset: str | None, confi
         ours = configs or args.configs(preset)
         check_backend(platform, host.name)
         if jax.process_index():  # not Ray's rank: a TPU slice numbers its hosts itself
-            sys.stdout = open(os.devnull, "w")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")
             logging.getLogger().handlers.clear()
             cli.prepare_output()
         start(args, preset, ours[0])
@@ -172,6 +181,7 @@ def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, ta
     of `--set`; without it both are plain keys.
     """
     use_cpu_cores()
+    check_set(args.set)
     config = preset(args.preset or preset_name or default_preset(), cls)
     if args.config:
         raw = read_toml(args.config)

@@ -7,6 +7,7 @@ A field's comment says what it is; its metadata holds the range that is checked.
 import dataclasses
 import difflib
 import math
+import os
 import tomllib
 import types
 import typing
@@ -16,6 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from ifvit.errors import UserError
+from ifvit.files import read_text
+from ifvit.paths import from_home, resolve_data
 
 
 # What a field is to the compiled programs: a part of them (PROGRAM), a number that they take as an argument
@@ -37,6 +40,11 @@ def host(default):
     return field(default=default, metadata={"use": HOST})
 
 
+def place(default):
+    """A field of the host's that is a path, or several."""
+    return field(default=default, metadata={"use": HOST, "path": True})
+
+
 TINY = 1e-12  # the lower bound of "positive"
 
 
@@ -45,7 +53,7 @@ class Config:
     """What both modules share. Reads by key too: `config["checkpoint_dir"]`."""
 
     # --- data
-    dataset_root: tuple[str, ...] = host(("synthetic",))  # folders of prints; `synthetic` for generated ones
+    dataset_root: tuple[str, ...] = place(("synthetic",))  # folders of prints; `synthetic` for generated ones
     ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto")  # overrides the prints' resolution; 0: the file's, or the set's; auto: where their ridges tell another, that
     ridges: str = choice("dark", "dark", "light", use=HOST)  # of the prints' images: lighter than the valleys, of some sensors
     names: str = host("")                           # how prints' names are to be read, as --names; '': as known sets' are
@@ -164,17 +172,17 @@ class DenseConfig(Config):
     `python -m ifvit.train_dense --dataset_root DIR`; figures to expect stand in the README.
     """
 
-    checkpoint_dir: str = host("./checkpoints/dense_reg")
+    checkpoint_dir: str = place("./checkpoints/dense_reg")
     dense_loss: str = choice("focal", "focal", "nll")  # LoFTR's focal loss, or the negative log-likelihood
-    loftr_ckpt: str = host("")                        # LoFTR weights that start the transformer ('' for none)
+    loftr_ckpt: str = place("")                        # LoFTR weights that start the transformer ('' for none)
 
 
 @dataclass(frozen=True)
 class MatchConfig(Config):
     """Module 2, the matcher; its pairs are aligned by Module 1 (`dense_reg_ckpt`)."""
 
-    checkpoint_dir: str = host("./checkpoints/matcher")
-    dense_reg_ckpt: str = host("./checkpoints/dense_reg/dense_reg_ckpt.pkl")
+    checkpoint_dir: str = place("./checkpoints/matcher")
+    dense_reg_ckpt: str = place("./checkpoints/dense_reg/dense_reg_ckpt.pkl")
     num_classes: int = number(0, 0, use=HOST)       # ArcFace classes; 0: the training identities, counted
     num_epochs: int = number(70, 1, use=HOST)       # (paper)
     learning_rate: float = number(1e-4, TINY, 10, use=HOST)  # (paper, after its pre-training)
@@ -355,19 +363,33 @@ def preset(name: str, cls):
 
 def read_toml(path: str) -> dict:
     """A `--config` file as a dictionary; top-level keys, and tables `dense` and `match`."""
-    file = Path(path)
+    file = Path(resolve_data(path))
     if not file.is_file():
         raise UserError(f"Config file not found: {path}; give the path of a TOML file.")
     try:
-        return tomllib.loads(file.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        return tomllib.loads(read_text(file, "Config file"))
+    except tomllib.TOMLDecodeError as e:
         raise UserError(f"Config file {path} is not TOML ({e}); mend that line.") from None
 
 
 def with_changes(config, changes: dict):
-    """`config` with keys replaced; lists become tuples; unknown keys name the nearest known one."""
+    """`config` with keys replaced; lists become tuples, `~` in paths the home; unknown keys name the nearest known one."""
+    paths = {f.name for f in dataclasses.fields(config) if f.metadata.get("path")}
     clean = {known_key(type(config), k): tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-    return config.replace(**clean)
+    return config.replace(**{k: _as_paths(v) if k in paths else v for k, v in clean.items()})
+
+
+def _as_paths(value):
+    """A path, or a tuple of them, as the file system has them; what is no text stays, to be refused."""
+    if isinstance(value, tuple):
+        return tuple(map(_as_paths, value))
+    if not isinstance(value, str):
+        return value
+    try:
+        os.fsencode(value)
+    except UnicodeEncodeError:  # a locale without these letters: paths are bytes, and a text file's are UTF-8
+        value = os.fsdecode(value.encode())
+    return from_home(value)
 
 
 def config_of(cls, raw: dict):

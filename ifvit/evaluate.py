@@ -6,7 +6,6 @@
 
 import json
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 
 from ifvit import cli
 from ifvit.errors import UserError
+from ifvit.files import whole, write_whole
 from ifvit.paths import cache_dir
 
 log = logging.getLogger("ifvit")
@@ -86,7 +86,7 @@ class Args:
         result = comparison.compare(scores_in(self.out), scores_in(self.against))
         comparison.print_table(result)
         with written_here(as_path(self.out) / "against.json") as file:
-            _write(file, lambda f: f.write(json.dumps(result, indent=1) + "\n"))
+            write_whole(file, json.dumps(result, indent=1) + "\n")
 
     def score(self) -> None:
         from ifvit.checkpoint.places import as_path, written_here
@@ -173,7 +173,9 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     if jax.process_index() > 0:
         return result
 
-    _write(out / "scores.csv", lambda f: scores_csv.write(f, prints, pairs, scores))
+    with (whole(out / "scores.csv") as part,
+          part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file):
+        scores_csv.write(file, prints, pairs, scores)
     plots.det(out / "det.png", curves)
     of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
     plots.histogram(out / "histogram.png", *(np.concatenate([scores["score"][part] for part in of_kind[kind]])
@@ -181,7 +183,7 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
     numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
     typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
     scorer.picture(prints, pairs[int(typical)], out / "matches.png")
-    _write(out / "metrics.json", lambda f: f.write(json.dumps(result, indent=1) + "\n"))  # last: all is there
+    write_whole(out / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     return result
 
 
@@ -254,14 +256,6 @@ def print_table(result: dict) -> None:
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
         fvc = f" {row['eer_fvc']:9.2%}" if "eer_fvc" in result["macro"] else ""
         print((f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}{fvc}").rstrip())
-
-
-def _write(path: Path, write) -> None:
-    """A file that is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        write(file)
-    os.replace(part, path)
 
 
 if __name__ == "__main__":

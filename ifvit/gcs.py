@@ -16,12 +16,13 @@ import tensorstore as ts
 from etils.epath.gpath import PosixGPath
 
 from ifvit.errors import UserError
+from ifvit.files import write_whole
 
 # A store that does not answer is told of within half a minute: TensorStore would try for a quarter of an hour, and wait
 # for ever on a connection that has gone quiet.
 RETRIES = {"gcs_request_retries": {"max_retries": 3, "initial_delay": "0.5s", "max_delay": "4s"}}
 for _flag, _value in {"CONNECT_TIMEOUT_SECONDS": "5", "LOW_SPEED_TIME_SECONDS": "7", "LOW_SPEED_LIMIT_BYTES": "1"}.items():
-    os.environ.setdefault(f"TENSORSTORE_CURL_{_flag}", _value)
+    os.environ[f"TENSORSTORE_CURL_{_flag}"] = os.environ.get(f"TENSORSTORE_CURL_{_flag}") or _value
 
 MARK = "metadata/metadata"  # a checkpoint is one when this object is there: it is written last and deleted first
 AT_ONCE = 8                 # files on their way: as many as are in memory
@@ -65,7 +66,7 @@ class GcsPath(PosixGPath):
         content = self._read()
         if content is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self))
-        return io.BytesIO(content) if mode == "rb" else io.StringIO(content.decode())
+        return io.BytesIO(content) if mode == "rb" else io.StringIO(content.decode("utf-8"))
 
     def _address(self) -> tuple[str, str]:
         bucket, _, name = os.fspath(self).removeprefix("gs://").partition("/")
@@ -122,9 +123,7 @@ class GcsPath(PosixGPath):
             file = folder / key
             if not key.endswith("/") and not file.exists():  # consoles make a folder of an object with / at its end
                 file.parent.mkdir(parents=True, exist_ok=True)
-                part = file.with_name(f".{file.name}.{os.getpid()}.part")
-                part.write_bytes((self / key).read_bytes())
-                os.replace(part, file)
+                write_whole(file, (self / key).read_bytes())
 
         _each(fetch, self._keys())
 

@@ -1,9 +1,17 @@
-"""Where things lie: the current directory locally, /kaggle/working/IFViT in a Kaggle notebook."""
+"""Where things lie: the current directory locally, /kaggle/working/IFViT in a Kaggle notebook, the cache in the user's own."""
 
+import errno
+import functools
+import logging
 import os
+import pwd
+import tempfile
 from pathlib import Path
 
+from ifvit.errors import UserError
+
 KAGGLE_WORKING = Path("/kaggle/working")
+log = logging.getLogger("ifvit")
 
 
 def on_kaggle() -> bool:
@@ -16,30 +24,116 @@ def base_dir() -> Path:
 
 
 def resolve(path: str) -> str:
-    """A path as given; on Kaggle a relative one moves under /kaggle/working/IFViT.
+    """A path as given; `~` is the home, and on Kaggle a relative path moves under /kaggle/working/IFViT.
 
     `./checkpoints/x` becomes `/kaggle/working/IFViT/checkpoints/x`; absolute paths, URLs and ''
-    stay as they are, and so does every path off Kaggle.
+    stay as they are, and so does every other path off Kaggle. UserError for a home that nobody has.
     """
+    path = from_home(path)
     if not path or os.path.isabs(path) or "://" in path or not on_kaggle():
         return path
     return str(base_dir() / path)
 
 
 def resolve_data(path: str) -> str:
-    """A data path is read where it lies if it exists there; else as `resolve` has it."""
+    """A path that is read: where it lies if it exists there; else as `resolve` has it."""
+    path = from_home(path)
     return path if os.path.exists(path) else resolve(path)
 
 
 def absolute(path: str) -> str:
     """A path that means the same from every directory; URLs do."""
-    return path if "://" in path else os.path.abspath(path)
+    return path if "://" in path else os.path.abspath(from_home(path))
+
+
+def from_home(path: str) -> str:
+    """The path with `~` or `~user` at its beginning as that home: no shell sees the paths in `--flag=~/x`, or in files.
+
+    A path of a file that is there under such a name stays as it is. UserError for a home that nobody has.
+    """
+    if not path.startswith("~"):
+        return path
+    name, slash, rest = path.partition("/")
+    home = home_of(name[1:])
+    if home:
+        return os.path.join(home, rest.lstrip("/")) if slash else home
+    if len(name) > 1 and os.path.exists(path):
+        return path
+    who = f"There is no user {name[1:]}, whose home" if len(name) > 1 else "This user has no home (HOME is not set), which"
+    raise UserError(f"{who} {path} would name; give the path in full, or ./{path} for a folder of that name here.")
+
+
+def home_of(user: str = "") -> str | None:
+    """The home of a user, '' for the one who runs this; None where there is no such thing, as in a bare container."""
+    if not user and os.path.isabs(os.environ.get("HOME", "")):
+        return os.environ["HOME"]
+    try:
+        return (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir or None
+    except KeyError:
+        return None
 
 
 def cache_dir() -> Path:
-    """Prepared prints, generated prints and compiled programs; IFVIT_CACHE moves it."""
-    if "IFVIT_CACHE" in os.environ:
-        return Path(os.environ["IFVIT_CACHE"])
+    """Prepared prints, generated prints and compiled programs; IFVIT_CACHE moves it.
+
+    Where no other place can be written to it is a folder of this user's in the temporary directory, which the log says.
+    UserError where IFVIT_CACHE names no folder that can be written to.
+    """
+    given = os.environ.get("IFVIT_CACHE", "")
+    if given:
+        if "://" in given:
+            raise UserError(f"IFVIT_CACHE is {given}, and the cache lies on a disk; give a folder's path.")
+        try:
+            folder = absolute(resolve(given))
+        except UserError as e:
+            raise UserError(f"IFVIT_CACHE is {given}. {e}") from None
+        return _chosen_cache(given, folder)
+    return _own_cache(str(_usual_cache() or ""))
+
+
+def _usual_cache() -> Path | None:
+    """Where the cache lies if it can; None without a home. Relative paths in XDG_CACHE_HOME are to be ignored, says its standard."""
     if on_kaggle():
         return base_dir() / ".cache"
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "ifvit"
+    xdg, home = os.environ.get("XDG_CACHE_HOME", ""), home_of()
+    if os.path.isabs(xdg):
+        return Path(xdg) / "ifvit"
+    return Path(home) / ".cache" / "ifvit" if home else None
+
+
+@functools.cache  # a process looks once: later the disk may be full, which is told where something is written
+def _chosen_cache(given: str, folder: str) -> Path:
+    if why := unusable(Path(folder)):
+        raise UserError(f"IFVIT_CACHE is {given}, where nothing can be written ({why}); give another folder, or leave it out.")
+    return Path(folder)
+
+
+@functools.cache
+def _own_cache(usual: str) -> Path:
+    why = unusable(Path(usual)) if usual else "there is no home"
+    if not why:
+        return Path(usual)
+    try:
+        folder = Path(tempfile.gettempdir()) / f"ifvit-cache-{os.getuid()}"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        there = folder.lstat()
+        if not folder.is_symlink() and there.st_uid == os.getuid() and not there.st_mode & 0o022 and not unusable(folder):
+            log.warning("The cache lies in %s: %s cannot be written to (%s). IFVIT_CACHE gives it another place.",
+                        folder, usual or "~/.cache", why)
+            return folder
+    except OSError:  # no temporary directory, or something else of that name in it
+        pass
+    raise UserError(f"There is no place for the cache: {usual or '~/.cache'} cannot be written to ({why}); "
+                    "set IFVIT_CACHE to a folder that can be.")
+
+
+def unusable(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, which is made if it is not there; None where something can."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return None
+    except FileExistsError:
+        return "it is no folder"
+    except OSError as e:  # what is full may be read, and have room again when something is written
+        return None if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or str(e)

@@ -20,6 +20,7 @@ from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, check_common, check_outlives_job, given, tried
 from ifvit.config import COMMON, DenseConfig, MatchConfig, read_toml
 from ifvit.errors import UserError
+from ifvit.files import write_whole
 from ifvit.paths import resolve
 
 
@@ -55,7 +56,7 @@ class Args(TrainArgs):
         if code := self._search():
             return code
         found = replace(self, tune=0, config=str(with_best(self.config, sweep)))
-        for config, (name, ckpt) in zip(tried(found.configs, self.preset), json.loads((sweep / "best.json").read_text()).items()):
+        for config, (name, ckpt) in zip(tried(found.configs, self.preset), json.loads((sweep / "best.json").read_text(encoding="utf-8")).items()):
             adopt(ckpt, config.checkpoint_dir, name, self.resume, sweep)
         return replace(found, resume="auto").run()
 
@@ -87,10 +88,10 @@ class Args(TrainArgs):
         fixed = {"dense.batch_size": self.batch_size, "match.batch_size": self.batch_size,
                  "match.num_classes": self.num_classes, "dense.loftr_ckpt": self.loftr_ckpt}
         words = [w for k, v in given(**flags).items() if v != "" for w in (f"--{k}", str(v))]
-        words += [w for item in self.set for w in ("--set", item)]
+        words += [w for item in self.set if item.partition("=")[0] not in given(**fixed) for w in ("--set", item)]  # flags win
         words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
         words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
-        sweep = subprocess.Popen([sys.executable, "-m", "tune", "--module", "both", *words],
+        sweep = subprocess.Popen([sys.executable, "-m", "ifvit.tune", "--module", "both", *words],
                                  env=os.environ | {PARENT: str(os.getpid())})
         before = signal.signal(signal.SIGTERM, lambda *_: sweep.terminate())
         try:
@@ -176,7 +177,7 @@ def with_best(config: str, sweep: Path) -> Path:
     lines = lambda table: [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items()]
     text = "\n".join([*lines(plain), *(line for name, table in tables.items() for line in ("", f"[{name}]", *lines(table)))])
     file = sweep / "train_all.toml"
-    file.write_text(text + "\n")
+    write_whole(file, text + "\n")
     return file
 
 

@@ -93,9 +93,10 @@ def process():
 @pytest.fixture(scope="session")
 def generated(cache):
     """Files of generated prints: generated[finger, impression], fingers 1 to 6, impressions 1 to 3."""
+    from ifvit.devices.cores import cores
     from ifvit.data import synthetic
 
-    files = synthetic.prints(0, 6, 3, cache, workers=os.cpu_count() or 1)
+    files = synthetic.prints(0, 6, 3, cache, workers=cores())
     return {(f, i): files[3 * (f - 1) + i - 1] for f in range(1, 7) for i in range(1, 4)}
 
 

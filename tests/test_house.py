@@ -9,7 +9,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module belongs to the longest name here that it begins with.
 FLOORS = [
-    {"ifvit.errors", "ifvit.constants", "ifvit.files", "ifvit.paths", "ifvit.gcs", "ifvit.config", "ifvit.presets", "ifvit.cli", "ifvit.bar", "ifvit"},
+    {"ifvit.errors", "ifvit.constants", "ifvit.files", "ifvit.paths", "ifvit.gcs", "ifvit.config", "ifvit.presets", "ifvit.cli", "ifvit.bar", "ifvit.flags", "ifvit.neighbours", "ifvit"},
     {"ifvit.devices"},
     {"ifvit.models"},
     {"ifvit.pixels"},

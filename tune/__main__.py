@@ -25,6 +25,7 @@ from ifvit.errors import Failure
 from ifvit.commands import ConfigArgs, build_config, check_common, check_outlives_job, given, named_roots, tried
 from ifvit.config import COMMON, Config, DenseConfig, MatchConfig, completed, config_of, read_toml, with_changes
 from ifvit.errors import UserError
+from ifvit.files import write_whole
 from ifvit.paths import resolve
 from tune import space as spaces
 from tune.space import RUNS, Choice
@@ -297,7 +298,7 @@ def _noted(out: Path) -> dict:
     """What the sweep in a folder is; UserError where that is damaged."""
     file = out / "sweep.json"
     try:
-        return json.loads(file.read_text()) if file.exists() else {}
+        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except ValueError:
         raise UserError(f"{file} is damaged; give --resume never, or another --sweep_dir.") from None
 
@@ -324,7 +325,7 @@ def _check_same_sweep(out: Path, plan, space, data: str) -> None:
                 raise UserError(f"{out} holds a sweep on {what}; give the same, or --resume never, or another --sweep_dir.")
         return
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / "sweep.json", json.dumps(ours, indent=1) + "\n")
+    write_whole(out / "sweep.json", json.dumps(ours, indent=1) + "\n")
 
 
 def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], preset: str) -> None:
@@ -334,7 +335,7 @@ def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], pre
 
     if (out / "best.toml").exists() and (out / "best.json").exists():
         found = {name: config_of(spaces.CONFIGS[name], table) for name, table in read_toml(str(out / "best.toml")).items()}
-        best, trained, new = found | best, json.loads((out / "best.json").read_text()) | trained, best
+        best, trained, new = found | best, json.loads((out / "best.json").read_text(encoding="utf-8")) | trained, best
         if len(best) > len(new) and (other := [k for k in COMMON if best["dense"][k] != best["match"][k]]):
             (old,) = best.keys() - new.keys()
             print(f"What was found for {old} before goes with another {other[0]}: it is left out of {out / 'best.toml'}.")
@@ -343,15 +344,8 @@ def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], pre
                          for table, order in ((best, RUNS), (trained, RUNS.values())))
     searched = {name: {k for r in read_all(out / name) for k in r.values} for name in best}
     header = [f"The best of a sweep from preset {preset}; --config of every training command."]
-    _write(out / "best.toml", results.best_toml(best, searched, header))
-    _write(out / "best.json", json.dumps(trained, indent=1))
-
-
-def _write(file: Path, text: str) -> None:
-    """A file that is there whole or not at all."""
-    part = file.with_name(f"{file.name}.part")
-    part.write_text(text)
-    os.replace(part, file)
+    write_whole(out / "best.toml", results.best_toml(best, searched, header))
+    write_whole(out / "best.json", json.dumps(trained, indent=1))
 
 
 def _move_away(out: Path) -> Path:
@@ -364,7 +358,7 @@ def _move_away(out: Path) -> Path:
 def _alone_in(out: Path) -> Iterator[None]:
     """A sweep's folder for this process alone; UserError where another one has it and does not end."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("a") as file:
+    with (out / "lock").open("ab") as file:
         until = time.monotonic() + PATIENCE
         while True:
             try:

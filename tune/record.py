@@ -6,11 +6,11 @@
 """
 
 import json
-import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ifvit.files import write_whole
 from ifvit.training.metrics import read_rows
 
 
@@ -40,15 +40,13 @@ def note_values(sweep: str | Path, number: int, values: dict, epoch: int = 0, cl
     folder = folder_of(sweep, number)
     folder.mkdir(parents=True, exist_ok=True)
     line = {"from_epoch": epoch, "values": values} | ({"clone_of": clone_of} if clone_of else {})
-    with (folder / "values.jsonl").open("a" if epoch else "w") as file:  # anew, where a crash left half a line
+    with (folder / "values.jsonl").open("a" if epoch else "w", encoding="utf-8") as file:  # anew, where a crash left half a line
         file.write(json.dumps(line) + "\n")
 
 
 def note_end(sweep: str | Path, number: int, how: str, reason: str, seconds: float) -> None:
     folder = folder_of(sweep, number)
-    part = folder / "ended.json.part"
-    part.write_text(json.dumps({"how": how, "reason": reason, "seconds": seconds, "time": time.time()}))
-    os.replace(part, folder / "ended.json")
+    write_whole(folder / "ended.json", json.dumps({"how": how, "reason": reason, "seconds": seconds, "time": time.time()}))
 
 
 def read(sweep: str | Path, number: int) -> Record:
@@ -63,7 +61,7 @@ def read(sweep: str | Path, number: int) -> Record:
         elif r["split"] == "val":
             epochs.append(newest | r)
     try:
-        end = json.loads((folder / "ended.json").read_text())
+        end = json.loads((folder / "ended.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or damaged: the run itself knows how far it is
         end = None
     return Record(number, lines[-1]["values"] if lines else {}, epochs, steps[-1]["step"] if steps else 0,

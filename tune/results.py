@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
 from ifvit.config import Config
+from ifvit.files import write_whole
 from tune.record import Record, order
 from tune.space import OF_THE_RUN, Choice, Range, Space
 
@@ -32,13 +33,14 @@ def best_toml(configs: dict[str, Config], searched: dict[str, set[str]], header:
 
 def write_csv(file: Path, records: list[Record], space: Space, metric: str) -> None:
     """A row for each trial: its end, epochs, steps, seconds, the metric, the values searched."""
-    with file.open("w", newline="") as out:
-        rows = csv.writer(out)
-        rows.writerow(["trial", "ended", "epochs", "steps", "seconds", metric, *space, "reason"])
-        for r in records:
-            end = r.end or {}
-            rows.writerow([r.number, end.get("how", "interrupted"), r.epochs, r.steps, f"{end.get('seconds', 0):.1f}", r.last(metric),
-                           *(json.dumps(r.values[k]) if k in r.values else "" for k in space), end.get("reason", "")])
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(["trial", "ended", "epochs", "steps", "seconds", metric, *space, "reason"])
+    for r in records:
+        end = r.end or {}
+        rows.writerow([r.number, end.get("how", "interrupted"), r.epochs, r.steps, f"{end.get('seconds', 0):.1f}", r.last(metric),
+                       *(json.dumps(r.values[k]) if k in r.values else "" for k in space), end.get("reason", "")])
+    write_whole(file, text.getvalue())
 
 
 def importance(records: list[Record], space: Space, base: Config, metric: str, higher_is_better: bool) -> dict[str, float]:
@@ -113,7 +115,7 @@ table{{border-collapse:collapse;font-size:13px}}tr:nth-child(even){{background:#
 <h2>Trials, best first</h2><table><tr>{head}</tr>
 {body}</table>
 """
-    file.write_text(text)
+    write_whole(file, text)
 
 
 def _short(value) -> str:

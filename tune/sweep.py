@@ -23,6 +23,7 @@ from ray.util.placement_group import placement_group, remove_placement_group
 from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
 from cluster.session import passed_on
 from ifvit.errors import Failure, Interrupted
+from ifvit.devices.cores import cores
 from tune import record
 from tune.samples import Optuna, Random, Samples
 from tune.space import Range, Space
@@ -251,7 +252,7 @@ def placed(plan: Plan, request: Request) -> Plan:
 
     A trial of several workers takes as many whole hosts, by way of Ray Train; here it only holds its place.
     """
-    until = time.monotonic() + (request.wait_for_hosts if "RAY_ADDRESS" in os.environ else 0)
+    until = time.monotonic() + (request.wait_for_hosts if os.environ.get("RAY_ADDRESS") else 0)
     called = None
     while True:
         hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
@@ -302,7 +303,7 @@ def session_options() -> dict:
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # a trial's devices are what Ray gives it, whatever the driver's are
     env = {k: v for k, v in passed_on().items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    return {"runtime_env": {"env_vars": env | {"RAY_CHDIR_TO_TRIAL_DIR": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}}
+    return {"cores": cores(), "runtime_env": {"env_vars": env | {"RAY_CHDIR_TO_TRIAL_DIR": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}}
 
 
 def platform() -> str:

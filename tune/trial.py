@@ -109,12 +109,12 @@ class Trial(tune.Trainable):
         until = time.monotonic() + checkpoint.BARRIER_MS / 1000
         while not checkpoint.complete(path) and time.monotonic() < until:
             time.sleep(0.05)
-        Path(checkpoint_dir, "run.json").write_text(json.dumps({"path": str(path), "last": self._last}))
+        Path(checkpoint_dir, "run.json").write_text(json.dumps({"path": str(path), "last": self._last}), encoding="utf-8")
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Goes on from a checkpoint: its own, or another trial's, which becomes its own under the same name."""
         self.cleanup()
-        noted = json.loads(Path(checkpoint_dir, "run.json").read_text())
+        noted = json.loads(Path(checkpoint_dir, "run.json").read_text(encoding="utf-8"))
         self._last = noted["last"]
         theirs, ours = checkpoint.locate(noted["path"]), self._checkpoint(self._last["epoch"])
         if theirs != ours:
@@ -233,6 +233,6 @@ def _prepare_process(plan: Plan) -> None:
 def _log_to(file: Path) -> None:
     """What this process prints from now on goes there."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    sys.stdout = sys.stderr = file.open("a", buffering=1)
+    sys.stdout = sys.stderr = file.open("a", buffering=1, encoding="utf-8", errors="replace")
     logging.getLogger().handlers.clear()
     cli.prepare_output()

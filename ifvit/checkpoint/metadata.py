@@ -24,7 +24,7 @@ class Damaged(UserError):
 def read_metadata(folder: epath.Path) -> dict:
     """The JSON metadata; UserError where there is none, as in a half-written checkpoint."""
     try:
-        metadata = json.loads((folder / "metadata" / "metadata").read_text())
+        metadata = json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
         if not (folder / "state").is_dir() or not {"config"} <= set(metadata):
             raise KeyError("state or config")
         if "digest" not in metadata and "digests" not in metadata:

@@ -16,6 +16,7 @@ from etils import epath
 
 from ifvit import gcs
 from ifvit.errors import UserError
+from ifvit.files import to_disk
 from ifvit.paths import resolve
 
 OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
@@ -180,12 +181,3 @@ def written_here(path: epath.Path) -> Iterator[Path]:
         here = Path(scratch) / path.name
         yield here
         path.parent.upload(here.parent, [p.relative_to(here.parent) for p in here.parent.rglob("*") if p.is_file()])
-
-
-def to_disk(path: epath.Path) -> None:
-    """Returns when a file's content, or a folder's names, are on the disk itself (fsync)."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,6 +1,5 @@
 """Reading leaves: TensorStore, every process what its devices need, everything against its digest."""
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -13,6 +12,7 @@ from ifvit import gcs
 from ifvit.checkpoint import digest
 from ifvit.checkpoint.metadata import FORBIDDEN, Damaged, check_access, first_line, is_forbidden
 from ifvit.checkpoint.places import kvstore_of
+from ifvit.devices.cores import cores
 from ifvit.errors import UserError
 
 
@@ -33,7 +33,7 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
             wrong[name] = FORBIDDEN if is_forbidden(e) else first_line(e)
             errors.append(e)
 
-    with ThreadPoolExecutor(min(8, 2 * (os.cpu_count() or 1))) as pool:
+    with ThreadPoolExecutor(min(8, 2 * cores())) as pool:
         list(pool.map(read, wanted))
     spread = [n for n, sharding in wanted.items() if sharding is not None]
     sums |= dict(zip(spread, _over_processes([sums.get(n, (0, 0)) for n in spread])))

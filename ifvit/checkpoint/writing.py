@@ -5,7 +5,6 @@ import contextlib
 import datetime
 import itertools
 import json
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,9 @@ from ifvit.checkpoint.metadata import digest_of, reason, versions
 from ifvit.checkpoint.places import UNFINISHED, as_writable_path, discard_unfinished, is_local
 from ifvit.checkpoint.tree import leaves
 from ifvit.devices.processes import exchange
+from ifvit.checkpoint.unsynced import synced_as_can_be, tree_to_disk
+from ifvit.devices.cores import cores
+from ifvit.files import to_disk
 
 BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
 
@@ -58,7 +60,7 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     number, failure = next(_saves), None
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     sizes = [x.nbytes for x in flat.values()]
-    with (_beside(path) as folder, _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer):
+    with (_beside(path) as folder, synced_as_can_be(Path(folder)) as synced, _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer):
         # a name of its own: what is left of a write that failed may still be written to
         fresh = folder / f"{path.name}{UNFINISHED}-{number}"
         try:
@@ -66,6 +68,8 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
                 path.parent.mkdir(parents=True, exist_ok=True)
             writer.save(fresh, _Parts(metadata=MetadataSave(metadata, flat), **items), force=True)
             if first and is_local(path):
+                if not synced:
+                    tree_to_disk(Path(fresh))
                 places.replace(path, fresh)
         except Exception as e:
             failure = e
@@ -206,7 +210,7 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
         return [ocp.future.CommitFutureAwaitingContractedSignals(self._write_part(args.flat))]
 
     async def _write_part(self, flat: dict) -> None:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+        with ThreadPoolExecutor(cores()) as pool:
             self._sums = dict(zip(flat, pool.map(_own_sums, flat.values())))
 
     def exchange_sums(self, number: int) -> None:
@@ -217,8 +221,8 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
                    for n, (dtype, shape) in self._leaves.items()}
         metadata = self._metadata | {"digests": digests}
         metadata["digest"] = digest_of(metadata)
-        (directory / "metadata").write_text(json.dumps(metadata))
-        places.to_disk(directory / "metadata")  # TensorStore does so with its own files
+        (directory / "metadata").write_text(json.dumps(metadata), encoding="utf-8")
+        to_disk(directory / "metadata")  # TensorStore does so with its own files
 
     def save(self, directory: epath.Path, args: MetadataSave) -> None:
         raise NotImplementedError("CompositeCheckpointHandler calls async_save")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from ifvit import gcs
+from ifvit.devices.cores import cores
 from ifvit.data import synthetic
 from ifvit.data.contents import in_order_of_contents
 from ifvit.data.prepare import Decoded, PrintSet, decoded, prepare
@@ -105,6 +106,6 @@ def local_root(root: str) -> str:
 
 def generated(config) -> list[Print]:
     files = synthetic.prints(config.data_seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
-                             workers=os.cpu_count() or 1)
+                             workers=cores())
     wanted = {str(f) for f in files}
     return [replace(p, database=SYNTHETIC) for p in read_root(files[0].parent, synthetic.PPI) if p.path in wanted]

@@ -22,6 +22,7 @@ from ifvit.data.contents import data_digest, sample
 from ifvit.data.images import CANVAS_PPI, BrokenImage, read_picture, seems_light, to_canvas
 from ifvit.data.sources import SYNTHETIC, Print
 from ifvit.data.split import drop_duplicates
+from ifvit.devices.cores import cores
 from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
@@ -162,7 +163,7 @@ def decoded(prints: list[Print], canvas_size: int, cache_dir: str | Path) -> Dec
         with (canvases.writing_to(folder, count * canvas_size**2),
               tqdm(total=count, desc="prints", unit="print", file=sys.stderr, leave=False, dynamic_ncols=True, delay=5,
                    mininterval=1 if sys.stderr.isatty() else 30) as bar,
-              ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool):
+              ThreadPoolExecutor(min(8, cores())) as pool):
             canvases.remove_abandoned(folder)
             for name in missing:
                 with contextlib.closing(_decode_all(databases[name], canvas_size, pool, bar)) as rows:  # a failure ends the pool's work

@@ -15,7 +15,6 @@ import logging
 import math
 import multiprocessing
 import os
-import uuid
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from scipy import ndimage, signal
 from scipy.special import expit
 
 from ifvit.data.canvases import writing_to
+from ifvit.files import whole
 
 VERSION = 2  # part of the cache's name: raise it whenever any picture changes
 PPI = 500
@@ -179,12 +179,8 @@ def _write_finger(seed: int, finger_and_files: tuple[int, list[Path]]) -> None:
     master = master_finger(seed, finger)
     for i, path in enumerate(files, 1):
         if not _whole(path):
-            part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")  # others see a whole file or none
-            try:
+            with whole(path) as part:  # others see a whole file or none
                 Image.fromarray(impression(master, seed, finger, i)).save(part, format="PNG", dpi=(PPI, PPI))
-                os.replace(part, path)
-            finally:
-                part.unlink(missing_ok=True)
 
 
 def _orientation(rng, kind: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

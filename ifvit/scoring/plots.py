@@ -3,7 +3,6 @@
 Figures are made without pyplot, so there is no global state, no window, and threads do not meet.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -19,6 +18,7 @@ from numpy.typing import ArrayLike
 
 from ifvit.errors import UserError
 from ifvit.scoring.rates import eer_of_curve
+from ifvit.files import whole
 
 _GENUINE, _IMPOSTOR = "tab:blue", "tab:orange"
 _GAP = 16  # px of white between two prints
@@ -161,10 +161,5 @@ def _figure(width: float, height: float) -> Figure:
 def _save(figure: Figure, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The same folder, so that the rename does not cross file systems and cannot be seen half done.
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        figure.savefig(unfinished, format="png")
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole(path) as part:
+        figure.savefig(part, format="png")

@@ -20,6 +20,7 @@ from ifvit.training.meter import Meter
 from ifvit.training.metrics import Metrics, one_by_one, read_rows
 from ifvit.training.resume import open_run
 from ifvit.training.saved import saved_tree
+from ifvit.files import write_whole
 from ifvit.training.state import TrainState
 from ifvit.training.task import Task
 
@@ -144,7 +145,7 @@ def _interrupted(step: int, total: int, path: str, saver: Saver, code: int) -> I
 def _write_config(folder: epath.Path, config) -> None:
     def write(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(config.to_dict(), indent=1) + "\n", encoding="utf-8")
+        write_whole(file, json.dumps(config.to_dict(), indent=1) + "\n")
 
     run_folder.write_beside(folder / "config.json", write)
 

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 from tqdm import tqdm
 
+from ifvit.files import write_whole
 from ifvit.training.mirror import Mirror
 
 log = logging.getLogger("ifvit")
@@ -30,7 +30,7 @@ def read_rows(path: Path) -> list[dict]:
     """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
     rows = []
     if path.is_file():
-        for line in path.read_text().splitlines():
+        for line in path.read_bytes().decode("utf-8", "replace").splitlines():
             try:
                 rows.append(json.loads(line))
             except json.JSONDecodeError:
@@ -80,7 +80,7 @@ class Metrics:
         self._began = before[0]["time"] if before else time.time()
         if self.writes:
             try:
-                with file.open("a") as out:
+                with file.open("a", encoding="utf-8") as out:
                     out.write(json.dumps({"time": time.time(), "from_step": first}) + "\n")
             except OSError as e:
                 log.warning("⚠ %s could not be written (%s).", file, e.strerror)
@@ -125,11 +125,9 @@ class Metrics:
         try:
             if self.behind or not self.path.exists():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                part = self.path.with_suffix(".part")
-                part.write_text("".join(self.lines))
-                os.replace(part, self.path)
+                write_whole(self.path, "".join(self.lines))
             else:
-                with self.path.open("a") as file:
+                with self.path.open("a", encoding="utf-8") as file:
                     file.write(more)
             self.behind = False
         except OSError as e:

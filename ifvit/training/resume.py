@@ -83,7 +83,7 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
     else:
         if resume == "never":
             run_folder.move_away(folder, task.name)
-            run_folder.write_beside(folder / ATTEMPTS, lambda file: file.write_text(""))
+            run_folder.write_beside(folder / ATTEMPTS, lambda file: file.write_bytes(b""))
         elif rows:
             print(lost(rows, 0), flush=True)
         state, best = begin(task, placement), None

@@ -84,7 +84,7 @@ def writable(folder: epath.Path) -> str | None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / f".probe-{uuid.uuid4().hex}"
-        probe.write_text("")
+        probe.write_bytes(b"")
         probe.unlink()
     except OSError as e:
         return e.strerror

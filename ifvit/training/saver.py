@@ -52,14 +52,14 @@ class Saver:
 
     def _own(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(self._owner)
+        file.write_text(self._owner, encoding="utf-8")
 
     def _still_ours(self) -> bool:
         """Whether no run was started on this folder after this one; the first process looks, all hear the same."""
         owner = self._owner
         if jax.process_index() == 0:
             try:
-                owner = (self.folder / OWNER).read_text()
+                owner = (self.folder / OWNER).read_text(encoding="utf-8")
             except OSError:  # the folder is gone, or cannot be read: the write itself will tell
                 pass
         return exchange("owner", "" if owner == self._owner else owner, checkpoint.BARRIER_MS)[0] == ""

@@ -33,7 +33,7 @@ def check_folder(config, host) -> None:
             raise UserError(f"Checkpoints cannot be written to {folder} ({why}); give a directory that "
                             + ("all hosts share and may write to." if jax.process_count() > 1 else "may be written to."))
         if jax.process_index() == 0:
-            seen.write_text("")
+            seen.write_bytes(b"")
 
     def look():
         until = time.monotonic() + PATIENCE

@@ -1,0 +1,54 @@
+"""How many cores this process may use, which in a job or a container are fewer than the machine has."""
+
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+CGROUPS = Path("/sys/fs/cgroup")
+OF_THIS_PROCESS = Path("/proc/self/cgroup")
+GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS")  # of a job in Slurm or Grid Engine, where nothing binds it
+
+
+def cores() -> int:
+    """As many as this process may run on (affinity), a container's quota pays for (rounded up), and its job was given."""
+    if hasattr(os, "process_cpu_count"):  # Python 3.13: the affinity too, unless -X cpu_count says otherwise
+        allowed = os.process_cpu_count() or 1
+    elif hasattr(os, "sched_getaffinity"):
+        allowed = len(os.sched_getaffinity(0))
+    else:
+        allowed = os.cpu_count() or 1
+    jobs = [int(os.environ[name]) for name in GIVEN if os.environ.get(name, "").isdecimal()]
+    return max(1, min([allowed, *(n for n in jobs if n), *map(math.ceil, _quotas())]))
+
+
+def _quotas() -> Iterator[float]:
+    """The cores that each control group above this process pays for; none where there is no limit.
+
+    Version 2 has `cpu.max` ("QUOTA PERIOD", or "max PERIOD"), version 1 `cpu.cfs_quota_us` (-1: no limit) and
+    `cpu.cfs_period_us`. In a container the group's own path is often not to be seen, but its files are at the root.
+    """
+    for line in _read(OF_THIS_PROCESS).splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        root = CGROUPS / controllers if controllers else CGROUPS
+        if controllers and not root.is_dir():
+            root = CGROUPS / "cpu"
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            if controllers:
+                words = [_read(folder / "cpu.cfs_quota_us").strip(), _read(folder / "cpu.cfs_period_us").strip()]
+            else:
+                words = _read(folder / "cpu.max").split()
+            if len(words) == 2 and all(w.isdecimal() and int(w) for w in words):
+                yield int(words[0]) / int(words[1])
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
