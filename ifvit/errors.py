@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The message is one sentence that says what is wrong, then the remedy.
     """
+
+
+class CheckpointNotFound(UserError):
+    """There is no checkpoint at the path that was given."""
