@@ -36,6 +36,7 @@ _STORAGES = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16",
     "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
     "Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+    "QInt8": "int8", "QUInt8": "uint8", "QInt32": "int32",
 }  # fmt: skip
 _STORAGE_NAMES = {f"torch.{place}{kind}Storage": dtype for kind, dtype in _STORAGES.items() for place in ("", "cuda.")} | {
     "torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}  # the tensor tells its type
@@ -171,14 +172,17 @@ class _Storages:
         self.known: dict[str, _Storage] = {}
         self.buffers: dict[tuple[str, str], bytes] = {}
 
-    def describe(self, pid: Any) -> _Storage:
+    def describe(self, pid: Any) -> Any:
+        """What stands for something outside the pickle: a storage; the class of a module beside its source; else None."""
         match pid:
             case ("storage", Name(kind), str(key), _, int(length), *view) if kind in _STORAGE_NAMES and length >= 0 and view in ([], [None]):
                 storage = _Storage(_STORAGE_NAMES[kind], key, length)
                 if self.known.setdefault(key, storage) != storage:
                     raise Broken(f"storage {key!r:.100} has two descriptions")
                 return storage
-        raise Broken("a storage of an unknown kind")
+            case ("module", Name() as made, *_):
+                return made
+        return None
 
     def of(self, name: str, x: Any, dtype: str | None) -> tuple[bytes, np.dtype]:
         """The bytes of a storage, and the type of the elements in it."""
