@@ -25,7 +25,7 @@ import safetensors
 
 from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.foreign import numpy_arrays
-from ifvit.foreign.pickles import MAX_INSTRUCTIONS, MAX_NAME, Broken, Call, Dict, Name, parse, printable
+from ifvit.foreign.pickles import MAX_INSTRUCTIONS, MAX_NAME, Broken, Call, Dict, List, Name, parse, printable
 from ifvit.foreign.plain import Builder
 
 _NUMPY = "float32 float64 float16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128"
@@ -225,7 +225,7 @@ def _arrays(root: Any, wanted: Callable[[str], bool], storages: _Storages, size:
 
 def _tensors(root: Any) -> Iterator[tuple[str, Call]]:
     """Every tensor and numpy array that lies in a value, with the way to it; each container is entered once."""
-    seen: set[int] = set()
+    seen: set[Call | Dict | List] = set()
     left = MAX_INSTRUCTIONS
     todo = [("", root)]
     while todo:
@@ -238,9 +238,10 @@ def _tensors(root: Any) -> Iterator[tuple[str, Call]]:
         if type(x) is Call and (x.name in _TENSORS or x.name in _OTHER_TENSORS or x.name in numpy_arrays.ARRAYS):
             yield way, x
             continue
-        if type(x) not in (Call, Dict, list, tuple) or id(x) in seen or len(way) > MAX_NAME:
+        if type(x) not in (Call, Dict, List, tuple) or len(way) > MAX_NAME or type(x) is not tuple and x in seen:
             continue
-        seen.add(id(x))
+        if type(x) is not tuple:
+            seen.add(x)
         inside = _inside(x)
         left -= len(inside)
         if left < 0:

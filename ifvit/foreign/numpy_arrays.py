@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from ifvit.errors import UserError
-from ifvit.foreign.pickles import REMEDY, Broken, Call, Dict, Name, printable
+from ifvit.foreign.pickles import REMEDY, Broken, Call, Dict, List, Name, printable
 
 _NUMBERS = "bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128".split()
 _PLAIN = {name: np.dtype(name) for name in _NUMBERS}
@@ -90,7 +90,7 @@ def _values(array: np.ndarray, spend: Callable) -> Any:
             return []
         match array.dtype.kind:
             case "S":
-                array = np.char.decode(array, "latin1")
+                array = np.array([x.decode("latin1") for x in array.ravel()]).reshape(array.shape)
             case "m":  # with its unit: "5 seconds"
                 array = np.array([str(x) for x in array.ravel()]).reshape(array.shape)
         return array.astype(str).tolist()
@@ -103,8 +103,8 @@ def _objects(dtype: np.dtype, raw: Any, shape: tuple, spend: Callable, plain: Ca
     if dtype.names is not None:
         return f"numpy.ndarray of {dtype.itemsize}-byte records with objects"
     if not shape:  # a scalar is the object itself, an array of no dimension has it in a list
-        return plain(raw[0] if type(raw) is list and len(raw) == 1 else raw)
-    if type(raw) is not list or math.prod(shape) != len(raw):
+        return plain(raw[0] if type(raw) is List and len(raw) == 1 else raw)
+    if type(raw) is not List or math.prod(shape) != len(raw):
         raise Broken("an array of objects of another number than its shape")
     items = [plain(item) for item in raw]
     if not items:
@@ -116,6 +116,8 @@ def _objects(dtype: np.dtype, raw: Any, shape: tuple, spend: Callable, plain: Ca
 
 def raw_bytes(x: Any, spend: Callable) -> bytes | bytearray | None:
     """The bytes that stand at a place, as any protocol writes them; None where none do."""
+    while type(x) is Call and x.name == "builtins.bytearray" and len(x.args) == 1:
+        x = x.args[0]
     if type(x) in (bytes, bytearray):
         return x
     if type(x) is Call:  # protocols 0 to 2 have no bytes
@@ -125,8 +127,6 @@ def raw_bytes(x: Any, spend: Callable) -> bytes | bytearray | None:
                 return letters.encode("latin1")
             case ("builtins.bytes" | "builtins.bytearray"), ():
                 return b""
-            case "builtins.bytearray", (content,) if type(content) is bytes:
-                return content
             case "builtins.bytearray", (str(letters), "latin-1"):
                 spend(size=len(letters))
                 return letters.encode("latin1")
@@ -153,7 +153,7 @@ def _dtype(x: Any, spend: Callable, depth: int = 0) -> tuple[np.dtype, bool]:
     if code in ("O", "O8", "O4"):
         return np.dtype(object), False
     if code in ("M8", "m8"):
-        code += _unit(state)
+        code += _unit(state, spend)
     if not _OTHERS.fullmatch(code):
         raise UserError(f"holds an array of type {printable(code[:50])}, which is neither of numbers nor of text; it was "
                         f"refused and nothing in it was run. {REMEDY}")
@@ -161,13 +161,12 @@ def _dtype(x: Any, spend: Callable, depth: int = 0) -> tuple[np.dtype, bool]:
     return (dtype, swapped) if dtype.kind in "Mm" else (dtype.newbyteorder(">" if order == ">" else "<"), False)
 
 
-def _unit(state: tuple) -> str:
+def _unit(state: tuple, spend: Callable) -> str:
     """`[25ms]` of a datetime64's state, which ends with its unit."""
     match state[8:]:
-        case ((_, (bytes(unit), int(count), *_)),):
-            return f"[{count if count != 1 else ''}{unit.decode('latin1')}]"
-        case ((_, (str(unit), int(count), *_)),):
-            return f"[{count if count != 1 else ''}{unit}]"
+        case ((_, (unit, int(count), *_)),):
+            unit = unit.encode() if type(unit) is str else raw_bytes(unit, spend)
+            return f"[{count if count != 1 else ''}{unit.decode('latin1')}]" if unit else ""
     return ""
 
 

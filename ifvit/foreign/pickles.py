@@ -9,6 +9,7 @@ of them knows stays a description.
 Keys of dictionaries are never hashed: to hash a tuple that is nested deeply enough ends the process.
 """
 
+import codecs
 import io
 import pickletools
 import re
@@ -40,6 +41,7 @@ _VALUES = frozenset(
     "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT STRING BINSTRING SHORT_BINSTRING UNICODE BINUNICODE "
     "SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8".split()
 )
+codecs.lookup("raw-unicode-escape")  # Python would import it while it reads text of protocol 0
 
 
 class Broken(Exception):
@@ -51,6 +53,13 @@ class Name:
     """A class or a function that a pickle names, `module.attribute`."""
 
     name: str
+
+
+class List(list):
+    """A list or a set. Like all that can contain itself it is known by identity, and never compared."""
+
+    __slots__ = ()
+    __eq__, __hash__ = object.__eq__, object.__hash__
 
 
 @dataclass(eq=False, slots=True)
@@ -71,7 +80,7 @@ class Call:
     what: Any                # a Name, or a Call whose outcome would be called
     args: tuple
     state: Any = None        # its attributes, mostly a Dict
-    items: list = field(default_factory=list)                    # appended to it
+    items: list = field(default_factory=List)                    # appended to it
     pairs: list[tuple[Any, Any]] = field(default_factory=list)   # set in it
 
     @property
@@ -87,10 +96,10 @@ class Call:
 
 
 def parse(file: BinaryIO | bytes, persistent: Callable[[Any], Any] | None = None) -> Any:
-    """The value that a pickle describes, of None, bool, int, float, str, bytes, list, tuple, Dict, Name and Call.
+    """The value that a pickle describes, of None, bool, int, float, str, bytes, tuple, List, Dict, Name and Call.
 
     `file` is read up to the pickle's end; its `read(n)` must not make room for more than is there. Sets
-    come as lists. `persistent` is given what stands for something outside the pickle, and returns what
+    come as Lists. `persistent` is given what stands for something outside the pickle, and returns what
     is to stand there; without it such a pickle is refused.
 
     Raises Broken, UserError (a name that could do harm, bounds), and what `pickletools` raises.
@@ -123,14 +132,14 @@ def parse(file: BinaryIO | bytes, persistent: Callable[[Any], Any] | None = None
             case "EMPTY_DICT":
                 stack.append(Dict())
             case "EMPTY_LIST" | "EMPTY_SET":
-                stack.append([])
+                stack.append(List())
             case "EMPTY_TUPLE":
                 stack.append(())
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 stack.append(tuple(_pop(stack, int(op.name[-1]))))
             case "TUPLE" | "FROZENSET" | "LIST" | "DICT":
                 items, stack = stack, below.pop()
-                stack.append(items if op.name == "LIST" else Dict(_pairs(items)) if op.name == "DICT" else tuple(items))
+                stack.append(List(items) if op.name == "LIST" else Dict(_pairs(items)) if op.name == "DICT" else tuple(items))
             case "APPEND" | "SETITEM":
                 items = _pop(stack, 1 if op.name == "APPEND" else 2)
                 _add(stack[-1], items, in_pairs=op.name == "SETITEM")
@@ -190,7 +199,7 @@ def _pairs(items: list) -> list[tuple[Any, Any]]:
     if len(items) % 2:
         raise Broken("a key without a value")
     pairs = list(zip(items[::2], items[1::2]))
-    if any(type(key) in (list, Dict, bytearray) for key, _ in pairs):
+    if any(type(key) in (List, Dict, bytearray) for key, _ in pairs):
         raise Broken("a key that can be none")
     return pairs
 
@@ -200,7 +209,7 @@ def _add(target: Any, items: list, in_pairs: bool) -> None:
         (target.pairs if in_pairs else target.items).extend(_pairs(items) if in_pairs else items)
     elif in_pairs and type(target) is Dict:
         target.pairs.extend(_pairs(items))
-    elif not in_pairs and type(target) is list:
+    elif not in_pairs and type(target) is List:
         target.extend(items)
     else:
         raise Broken("items for something that takes none")
@@ -239,7 +248,7 @@ def _call(what: Any, args: Any) -> Call:
                 made.args = content
             elif type(content) is Dict:
                 made.pairs = content.pairs
-            elif type(content) is list:
+            elif type(content) is List:
                 made.items = content
             elif base != "builtins.object":
                 made.args = (content,)

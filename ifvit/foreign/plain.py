@@ -11,7 +11,7 @@ import numpy as np
 
 from ifvit.errors import UserError
 from ifvit.foreign import numpy_arrays
-from ifvit.foreign.pickles import REMEDY, Broken, Call, Dict, Name
+from ifvit.foreign.pickles import REMEDY, Broken, Call, Dict, List, Name
 
 _MAX_NODES = 1_000_000   # visited, so that shared references cannot multiply
 _MAX_DEPTH = 200
@@ -55,10 +55,10 @@ class Builder:
     def __init__(self, size: int):
         self.nodes = _MAX_NODES
         self.bytes = _MAX_COPIES * size + _SLACK
-        self.open: set[int] = set()  # what is being built now: it may contain itself
+        self.open: set[Call | Dict | List] = set()  # what is being built now: it may contain itself
         self.depth = self.deepest = 0
         self.inert = 0               # how many StandIns are being built around it
-        self.built: dict[int, tuple[Any, int, int, int]] = {}  # values, and the nodes, bytes and levels that they took
+        self.built: dict[Call, tuple[Any, int, int, int]] = {}  # values, and the nodes, bytes and levels that they took
 
     def spend(self, nodes: int = 0, size: int = 0) -> None:
         self.nodes -= nodes
@@ -79,22 +79,25 @@ class Builder:
         if type(x) is Name:
             dtype = numpy_arrays.DTYPE_NAME.fullmatch(x.name)
             return dtype[1] if dtype else x.name
-        if id(x) in self.open or self.depth > _MAX_DEPTH:
+        can_contain_itself = type(x) in (Call, Dict, List)  # a tuple only by way of one of these
+        if self.depth > _MAX_DEPTH or can_contain_itself and x in self.open:
             return self.cut(x)
         levels = 3 if type(x) is Call else 1  # of Python's own stack a call takes more
-        self.open.add(id(x))
+        if can_contain_itself:
+            self.open.add(x)
         self.depth += levels
         self.deepest = max(self.deepest, self.depth)
         try:
             if type(x) is Dict:
                 return self.dictionary(x.pairs)
-            if type(x) in (list, tuple):
+            if type(x) in (List, tuple):
                 return [self.plain(item) for item in x]
             if type(x) is Call:
                 return self.call(x)
         finally:
             self.depth -= levels
-            self.open.discard(id(x))
+            if can_contain_itself:
+                self.open.discard(x)
         raise Broken("something that stands outside the file")
 
     def cut(self, x: Any) -> str:
@@ -129,8 +132,8 @@ class Builder:
     # --- objects ---
 
     def call(self, x: Call) -> Any:
-        if id(x) in self.built:
-            value, nodes, size, levels = self.built[id(x)]
+        if x in self.built:
+            value, nodes, size, levels = self.built[x]
             if self.depth + levels > _MAX_DEPTH + 3:
                 return self.cut(x)
             self.deepest = max(self.deepest, self.depth + levels)
@@ -142,7 +145,7 @@ class Builder:
         if value is NotImplemented:
             value = self.stand_in(x)
         if isinstance(value, (StandIn, np.ndarray)) or x.name in numpy_arrays.ARRAYS:
-            self.built[id(x)] = value, nodes - self.nodes, size - self.bytes, self.deepest - self.depth
+            self.built[x] = value, nodes - self.nodes, size - self.bytes, self.deepest - self.depth
         self.deepest = max(deepest, self.deepest)
         return value
 
@@ -158,11 +161,11 @@ class Builder:
             match x.args:
                 case (Dict(pairs),):
                     return self.dictionary(pairs)
-                case (list(items),) if all(type(i) in (list, tuple) and len(i) == 2 for i in items):  # Python 2's
+                case (list(items),) if all(type(i) in (List, tuple) and len(i) == 2 for i in items):  # Python 2's
                     return self.dictionary(items)
             return {}
-        if x.name in _LISTS and len(x.args) < 3 and all(type(a) in (list, tuple, int, type(None)) for a in x.args):
-            return [self.plain(item) for item in x.args[0]] if x.args and type(x.args[0]) in (list, tuple) else []
+        if x.name in _LISTS and len(x.args) < 3 and all(type(a) in (List, tuple, int, type(None)) for a in x.args):
+            return [self.plain(item) for item in x.args[0]] if x.args and type(x.args[0]) in (List, tuple) else []
         if x.name in _VALUES and len(x.args) == 1 and type(x.args[0]) in (int, float, str, bool):
             return self.plain(x.args[0])
         if x.name in _RECORDS and x.attributes() is not None and (not x.args or type(x.args[0]) is Dict):
@@ -254,7 +257,7 @@ class Builder:
 
     def json(self, x: Any) -> Any:
         """The same in JSON: arrays become numbers and lists, large ones their type and shape; objects their class and content."""
-        told: set[int] = set()
+        told: set[StandIn] = set()
 
         def of(x: Any) -> Any:
             if isinstance(x, dict):
@@ -263,8 +266,8 @@ class Builder:
                 return [of(value) for value in x]
             if isinstance(x, StandIn):
                 self.spend(nodes=1)
-                again, parts = id(x) in told, {"arguments": x.args or None, "state": x.state}
-                told.add(id(x))
+                again, parts = x in told, {"arguments": x.args or None, "state": x.state}
+                told.add(x)
                 return {"class": x.name} | ({} if again else {k: of(v) for k, v in parts.items() if v is not None})
             return self.numbers(x) if isinstance(x, np.ndarray) else x
 
