@@ -246,7 +246,9 @@ def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
             fresh.unlink()
 
 
+COMMANDS = {"export": Export}
+
 if __name__ == "__main__":
     from ifvit import cli
 
-    sys.exit(cli.main_with_commands({"export": Export}, "ifvit.loftr"))
+    sys.exit(cli.main_with_commands(COMMANDS, "ifvit.loftr"))
