@@ -8,6 +8,10 @@ class UserError(Exception):
     """
 
 
+class CheckpointNotFound(UserError):
+    """There is no checkpoint at the path that was given."""
+
+
 class Failure(Exception):
     """The run itself failed, e.g. the loss is NaN: exit code 1, no traceback."""
 

@@ -12,6 +12,7 @@ import numpy as np
 from ifvit import checkpoint, cli
 from ifvit.foreign import legacy_transformer
 from ifvit.errors import UserError
+from ifvit.errors import CheckpointNotFound
 from ifvit.paths import resolve
 
 RULE = "=" * 60
@@ -88,11 +89,9 @@ class _Module1:
     def __init__(self, path: str):
         try:
             self.folder = checkpoint.locate(path)
-        except UserError as e:
-            if "not found" in str(e):
-                raise UserError(f"Module 1 checkpoint not found: {path}; train Module 1 first, or give its path with "
-                                "--pretrained_ckpt.") from None
-            raise
+        except CheckpointNotFound:
+            raise CheckpointNotFound(f"Module 1 checkpoint not found: {path}; train Module 1 first, or give its path with "
+                                     "--pretrained_ckpt.") from None
         self.notes: list[str] = []
         if not self.folder.is_dir():
             self._of_legacy()
@@ -120,11 +119,7 @@ class _Module1:
 
     def _map(self, params: dict) -> None:
         """Other code's transformer, mapped to the names used here."""
-        try:
-            self.name, tree, self.notes = legacy_transformer.transformer(params)
-        except UserError as e:
-            raise UserError(str(e).replace("Module 1 checkpoint,", f"Module 1 checkpoint {self.folder},")
-                            .replace("of this checkpoint", f"of {self.folder}")) from None
+        self.name, tree, self.notes = legacy_transformer.transformer(params, self.folder)
         self.metadata, self.arrays = None, checkpoint.leaves(tree)
         self.shapes = {n: x.shape for n, x in self.arrays.items()}
 

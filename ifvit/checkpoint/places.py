@@ -17,6 +17,7 @@ from etils import epath
 from ifvit import gcs
 from ifvit.errors import UserError
 from ifvit.files import to_disk
+from ifvit.errors import CheckpointNotFound
 from ifvit.paths import resolve
 
 OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
@@ -67,7 +68,7 @@ def locate(path: str | Path) -> epath.Path:
     if not (there and has_name(folder)) and has_name(old(folder)):
         return old(folder)
     if not there:
-        raise UserError(f"Checkpoint not found: {path}; give the path of a checkpoint directory.")
+        raise CheckpointNotFound(f"Checkpoint not found: {path}; give the path of a checkpoint directory.")
     return folder
 
 

@@ -4,6 +4,7 @@ The legacy code (flax linen) has layers of its own for each print, `layers.{i}.0
 biased projections; what has a place in LoFTR's layer is mapped, what has none is said, the rest is refused.
 """
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -27,21 +28,22 @@ _SHAPES = {f"{name}/kernel": (1, 1) for name in ("q_proj", "k_proj", "v_proj", "
     "norm2/bias": (1,)}
 
 
-def transformer(params: dict) -> tuple[str, dict, list[str]]:
+def transformer(params: dict, path: os.PathLike | None = None) -> tuple[str, dict, list[str]]:
     """Module 1's transformer: name, `{"layer_0": {"q_proj": {"kernel": (in, out)}, …}, …}`, and notes on it.
 
     Arrays are float32. Understood: our names, and linen's or torch's for layers of LoFTR, of which
     there may be one per print (`layers.0.0`, `layers.0.1`); then print 0's are taken. The notes are
-    sentences, one for each thing that was changed or left out.
+    sentences, one for each thing that was changed or left out. `path` is the checkpoint that errors name.
 
     Raises UserError: there is none, it is of another architecture, or arrays are missing, left over
     or of other shapes (each named).
     """
-    name, tree = _find(params)
+    name, tree = _find(params, path)
+    where = path or "this checkpoint"
     flat = dict(_flat(tree))
     if any(re.match(r"(self|cross)_attn_\d+_layer_\d+/", path) for path in flat):
         raise UserError(
-            f"The {name} of this checkpoint is another architecture: its layers are standard attention with biases "
+            f"The {name} of {where} is another architecture: its layers are standard attention with biases "
             "(MultiHeadDotProductAttention, LayerNorm_0, Dense_0), and it has position encodings of its own; LoFTR's "
             "layers have no place for them. Train Module 1 anew.")
     arrays, biases, problems, odd_types = _places(flat)
@@ -49,7 +51,7 @@ def transformer(params: dict) -> tuple[str, dict, list[str]]:
     problems += _mismatches(arrays, prints)
     if problems:
         more = [f"and {len(problems) - 500} more"] if len(problems) > 500 else []
-        raise UserError(f"The {name} of this checkpoint does not fit LoFTR's layers: {'; '.join(problems[:500] + more)}. "
+        raise UserError(f"The {name} of {where} does not fit LoFTR's layers: {'; '.join(problems[:500] + more)}. "
                         "Give a checkpoint with a transformer of LoFTR's layers, or train Module 1 anew.")
 
     notes = []
@@ -77,7 +79,7 @@ def transformer(params: dict) -> tuple[str, dict, list[str]]:
     return name, mapped, notes
 
 
-def _find(params: dict) -> tuple[str, dict]:
+def _find(params: dict, path: os.PathLike | None) -> tuple[str, dict]:
     level = [params]
     for _ in range(3):  # bare, under `params`, `model` or `dense_reg`, or under two of them
         for name in _TRANSFORMERS:
@@ -85,7 +87,8 @@ def _find(params: dict) -> tuple[str, dict]:
                 if isinstance(tree.get(name), dict):
                     return name, tree[name]
         level = [child for tree in level for child in tree.values() if isinstance(child, dict)]
-    raise NoTransformer(f"No transformer found in Module 1 checkpoint, which has {', '.join(sorted(params)) or 'nothing'} "
+    place = f" {path}" if path else ""
+    raise NoTransformer(f"No transformer found in Module 1 checkpoint{place}, which has {', '.join(sorted(params)) or 'nothing'} "
                     f"and no {' or '.join(_TRANSFORMERS)}; train Module 1 again.")
 
 

@@ -1,170 +1,103 @@
-"""Reads the arrays of a PyTorch or safetensors checkpoint without torch, and executes nothing in it.
+"""The named arrays of a PyTorch or safetensors checkpoint, without torch; nothing in it is executed.
 
-A torch file is a pickle, and a pickle can call anything it can name. Here it can name only what a
-state dict needs, and all it gets are immutable descriptions (strings, tuples); the arrays are cut
-from the file's bytes after the pickle has been read, with numpy checking the bounds.
+A torch file is a pickle; `foreign.pickles` describes what it asks for. The tensors in it are found by
+walking through dictionaries, lists and objects, whatever their classes; those that are wanted are cut from
+the file's bytes, with numpy checking the bounds.
 
-Formats: the zip of `torch.save` >= 1.6 and the legacy one before it (torch/serialization.py);
-safetensors (github.com/huggingface/safetensors, "Format").
+Formats: the zip of `torch.save` >= 1.6 and the legacy one before it (torch/serialization.py), a whole module
+or a dictionary in them; a pickle of a dictionary of tensors or numpy arrays; safetensors.
 """
 
 import io
-import json
 import math
-import pickle
+import mmap
 import struct
 import sys
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Callable, NamedTuple
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+import safetensors
 
-from ifvit.errors import UserError
+from ifvit.errors import CheckpointNotFound, UserError
+from ifvit.foreign import numpy_arrays
+from ifvit.foreign.pickles import MAX_INSTRUCTIONS, MAX_NAME, Broken, Call, Dict, List, Name, parse, printable
+from ifvit.foreign.plain import Builder
 
 _NUMPY = "float32 float64 float16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128"
-_DTYPES = {name: np.dtype(name) for name in _NUMPY.split()} | {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {name: np.dtype(name) for name in _NUMPY.split()} | {
+    name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
 
 _STORAGES = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16",
     "Long": "int64", "Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8",
     "Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
+    "QInt8": "int8", "QUInt8": "uint8", "QInt32": "int32",
 }  # fmt: skip
+_STORAGE_NAMES = {f"torch.{place}{kind}Storage": dtype for kind, dtype in _STORAGES.items() for place in ("", "cuda.")} | {
+    "torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}  # the tensor tells its type
 
-_SAFETENSORS = {
-    "F32": "float32", "F64": "float64", "F16": "float16", "BF16": "bfloat16",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
+_SAFETENSORS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
-# What a pickle may name. Every value is immutable: a pickle can set attributes on what it is given.
-_ALLOWED = (
-    {"torch.Size": tuple}
-    | {f"torch.{kind}Storage": dtype for kind, dtype in _STORAGES.items()}
-    | {f"torch.{dtype}": dtype for dtype in _DTYPES}
-)
+_TENSORS = frozenset({"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"})
+# Functions around a tensor, which is the first of their arguments.
+_AROUND = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+                     "torch._utils._rebuild_device_tensor_from_numpy", "torch.nn.parameter.Parameter"})
+_OTHER_TENSORS = {"torch._utils._rebuild_qtensor": "quantised", "torch._utils._rebuild_sparse_tensor": "sparse",
+                  "torch._utils._rebuild_sparse_csr_tensor": "sparse", "torch._utils._rebuild_nested_tensor": "nested",
+                  "torch._utils._rebuild_meta_tensor_no_storage": "without values"}
+_MODULES = ("_parameters", "_buffers", "_modules")  # of a torch.nn.Module; they are no part of a tensor's name
 
-_LEGACY_MAGIC = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_MAX_HEADER = 100_000_000  # bytes of JSON, safetensors' own limit
 
 
-class _Storage(NamedTuple):
-    dtype: str
+@dataclass(frozen=True)
+class _Storage:
+    """Where a tensor's numbers lie."""
+
+    dtype: str | None  # None: bytes, the tensor tells its type
     key: str
-    length: int  # elements
+    length: int        # elements, or bytes
 
 
-class _Tensor(NamedTuple):
-    storage: Any
-    offset: Any  # elements, as size and stride
-    size: Any
-    stride: Any
+def read_arrays(path: str | Path, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    """The arrays of a checkpoint that are `wanted`, by their names.
 
+    A name is the way to a tensor: keys, positions and attributes, joined by dots, as
+    `state_dict.matcher.backbone.conv1.weight`. Shapes and types are the file's (bfloat16 as
+    `ml_dtypes.bfloat16`). What else lies in the file is not looked at.
 
-class _Broken(Exception):
-    """The file's content contradicts itself."""
-
-
-def read_state_dict(path: str | Path) -> dict[str, np.ndarray]:
-    """The named arrays of a checkpoint, as read-only views of its bytes.
-
-    A nested `{"state_dict": {...}}` is unwrapped. Shapes and dtypes are the file's
-    (bfloat16 as `ml_dtypes.bfloat16`).
-
-    Raises UserError: the file is missing, unreadable, truncated or corrupt, of no known format, or
-    holds something other than tensors; a pickle's forbidden name is named.
+    Raises UserError: the file is missing, unreadable, truncated or corrupt, of no known format, asks for
+    something that could do harm, or holds a wanted tensor in a form that cannot be read (named).
     """
     path = Path(path)
     try:
         with path.open("rb") as file:
-            head = file.read(len(_LEGACY_MAGIC))
-            file.seek(0)
+            head = file.read(9)
             if head.startswith(b"PK\x03\x04"):
-                return _read_zip(file)
-            if head == _LEGACY_MAGIC:
-                return _read_legacy(file)
+                return _read_zip(file, wanted)
             if head[8:9] == b"{":
-                return _read_safetensors(file)
+                return _read_safetensors(path, wanted)
+            if head.startswith(b"\x80"):
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:  # it reads no more than is there
+                    return _read_pickles(content, len(content), wanted)
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     except FileNotFoundError:
-        raise UserError(f"Checkpoint not found: {path}. Give the path of a .ckpt, .pth or .safetensors file.") from None
+        raise CheckpointNotFound(f"Checkpoint not found: {path}. Give the path of a .ckpt, .pth or .safetensors file.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Give a file that this user may read.") from None
     except Exception as error:  # a hostile or damaged file can make the parsers raise nearly anything
-        raise UserError(f"{path} is truncated or corrupt ({error}). Download or save it again.") from error
+        raise UserError(f"{path} is truncated or corrupt ({printable(str(error)[:200])}). Download or save it again.") from error
     raise UserError(f"{path} is neither a PyTorch nor a safetensors checkpoint. Give a file that torch.save wrote.")
 
 
-class _Unpickler(pickle._Unpickler):
-    """Python's own unpickler in Python: C's makes room for any index of its memo that a file names.
-
-    Keys of dictionaries are text or numbers: to hash a tuple that is nested deeply enough ends the process.
-    """
-
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
-                if code not in (pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0])}
-
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
-        self.storages: dict[str, _Storage] = {}
-
-    def load_dict(self) -> None:
-        items = self.pop_mark()
-        self.append(_dictionary(zip(items[::2], items[1::2], strict=True)))
-
-    def load_setitem(self) -> None:
-        value, key = self.stack.pop(), self.stack.pop()
-        self.stack[-1][_key(key)] = value
-
-    def load_setitems(self) -> None:
-        items = self.pop_mark()
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            self.stack[-1][_key(key)] = value
-
-    dispatch |= {pickle.DICT[0]: load_dict, pickle.SETITEM[0]: load_setitem, pickle.SETITEMS[0]: load_setitems}
-
-    def find_class(self, module: str, name: str) -> Any:
-        full_name = f"{module}.{name}"
-        # Fresh functions each time: attributes that a pickle sets on them are gone with them.
-        if full_name == "torch._utils._rebuild_tensor_v2":
-            return lambda storage, offset, size, stride, *_: _Tensor(storage, offset, size, stride)
-        if full_name == "torch._utils._rebuild_parameter":
-            return lambda data, *_: data
-        if full_name == "collections.OrderedDict":
-            return lambda items=(): OrderedDict(_dictionary(items))
-        if full_name in _ALLOWED:
-            return _ALLOWED[full_name]
-        raise UserError(
-            f"asks for {full_name}, which a file of plain weights does not need, and was not run. "
-            "Save the weights alone: torch.save(model.state_dict(), PATH)."
-        )
-
-    def persistent_load(self, pid: Any) -> _Storage:
-        tag, dtype, key, _location, length, *view = pid
-        if tag != "storage" or type(dtype) is not str or dtype not in _DTYPES or type(key) is not str or not _is_count(length) or any(v is not None for v in view):
-            raise _Broken(f"unknown storage {pid!r:.100}")
-        storage = self.storages.setdefault(key, _Storage(dtype, key, length))
-        if storage != (dtype, key, length):
-            raise _Broken(f"storage {key!r:.100} has two descriptions")
-        return storage
-
-
-def _key(key: Any) -> str | int:
-    if type(key) not in (str, int):
-        raise _Broken(f"a key that is a {type(key).__name__}")
-    return key
-
-
-def _dictionary(items: Iterable) -> dict:
-    return {_key(key): value for key, value in items}
-
-
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: BinaryIO, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -173,92 +106,194 @@ def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
         order = "little"  # files before torch 2.1 do not say
         if f"{root}byteorder" in archive.namelist():
             order = _member(archive, f"{root}byteorder").decode()
-        state = _Unpickler(io.BytesIO(_member(archive, pickles[0]))).load()
-        return _arrays(state, lambda storage: _member(archive, f"{root}data/{storage.key}"), order)
+        if order not in ("little", "big"):
+            raise Broken(f"byte order {order!r:.100}")
+        raw = _member(archive, pickles[0])
+        storages = _Storages(order, lambda storage: _member(archive, f"{root}data/{storage.key}"))
+        return _arrays(parse(raw, storages.describe), wanted, storages, len(raw))
 
 
 def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     # torch never compresses; a compressed member could be of any size once unpacked.
     if archive.getinfo(name).compress_type != zipfile.ZIP_STORED:
-        raise _Broken(f"member {name} is compressed")
+        raise Broken(f"member {name} is compressed")
     return archive.read(name)  # checks the CRC
 
 
-def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
-    _magic, protocol, _system = (_Unpickler(file).load() for _ in range(3))
-    if protocol != _LEGACY_PROTOCOL:
-        raise _Broken(f"protocol {protocol!r:.100}")
-    unpickler = _Unpickler(file)
-    state = unpickler.load()
-    raw = {}
-    for key in _Unpickler(file).load():
-        dtype, _, length = unpickler.storages[key]
-        if struct.unpack("<q", _exactly(file, 8)) != (length,):
-            raise _Broken(f"storage {key} has another length")
-        raw[key] = _exactly(file, length * _DTYPES[dtype].itemsize)
-    return _arrays(state, lambda storage: raw[storage.key], "little")
+def _read_pickles(file: BinaryIO, size: int, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    """The legacy format, which begins with a number, or a pickle as `pickle.dump` writes it."""
+    storages = _Storages("little", None)
+    root = parse(file, storages.describe)
+    if type(root) is int and root == _LEGACY_MAGIC:
+        root = _read_legacy(file, storages)
+    return _arrays(root, wanted, storages, size)
 
 
-def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
-    (header_length,) = struct.unpack("<Q", _exactly(file, 8))
-    if header_length > _MAX_HEADER:
-        raise _Broken(f"a header of {header_length} bytes")
-    header = json.loads(_exactly(file, header_length))
-    header.pop("__metadata__", None)
-    raw = file.read()
+def _read_legacy(file: BinaryIO, storages: "_Storages") -> Any:
+    """What follows the magic number: the pickles, and the places of the storages after them."""
+    protocol, _system = parse(file), parse(file)
+    if type(protocol) is not int or protocol != _LEGACY_PROTOCOL:
+        raise Broken("another protocol than 1001")
+    root = parse(file, storages.describe)
+    places = {}
+    for key in parse(file):
+        storage = storages.known[key]
+        length = struct.unpack("<q", _exactly(file, 8))
+        if length != (storage.length,):
+            raise Broken(f"storage {key} has another length")
+        places[key] = file.tell(), storage.length * _DTYPES[storage.dtype or "uint8"].itemsize
+        _skip(file, places[key][1])
+
+    def read(storage: _Storage) -> bytes:
+        at, count = places[storage.key]
+        file.seek(at)
+        return _exactly(file, count)
+
+    storages.read = read
+    return root
+
+
+def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
     arrays = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in _SAFETENSORS:
-            raise UserError(f"holds {name} as {entry['dtype']}, which is not supported. Save it as F32.")
-        dtype = _DTYPES[_SAFETENSORS[entry["dtype"]]]
-        begin, end = entry["data_offsets"]
-        if not (_is_count(begin) and _is_count(end) and begin <= end <= len(raw) and _are_counts(entry["shape"])):
-            raise _Broken(f"{name} lies outside the file")
-        if math.prod(entry["shape"]) * dtype.itemsize != end - begin:
-            raise _Broken(f"{name} has another size than its shape")
-        arrays[name] = np.ndarray(entry["shape"], dtype, _native(raw[begin:end], dtype, "little"))
+    with safetensors.safe_open(path, framework="np") as file:
+        for name in filter(wanted, file.keys()):
+            kind = file.get_slice(name).get_dtype()
+            if kind not in _SAFETENSORS:
+                raise UserError(f"holds {name} as {kind}, which is not supported. Save it as F32.")
+            arrays[name] = file.get_tensor(name)
     return arrays
 
 
-def _arrays(state: Any, read: Callable[[_Storage], bytes], order: str) -> dict[str, np.ndarray]:
-    """The tensors that a pickle described, cut from their storages' bytes."""
-    if isinstance(state, dict) and isinstance(state.get("state_dict"), dict):
-        state = state["state_dict"]
-    if not isinstance(state, dict):
-        raise UserError("holds no state dict. Save one: torch.save(model.state_dict(), PATH).")
-    if order not in ("little", "big"):
-        raise _Broken(f"byte order {order!r:.100}")
+class _Storages:
+    """The storages that a pickle refers to, and their bytes."""
 
-    buffers: dict[str, bytes] = {}
-    arrays = {}
-    for name, tensor in state.items():
-        if not (isinstance(name, str) and isinstance(tensor, _Tensor)):
-            raise UserError(
-                f"holds {name!r:.100} ({type(tensor).__name__}), which is not a tensor. "
-                "Save the weights alone: torch.save(model.state_dict(), PATH)."
-            )
-        storage = tensor.storage
-        if not isinstance(storage, _Storage):
-            raise _Broken(f"{name} has no storage")
-        dtype = _DTYPES[storage.dtype]
-        if storage.key not in buffers:
-            buffers[storage.key] = _native(read(storage), dtype, order)
-        arrays[name] = _view(name, tensor, dtype, buffers[storage.key])
-    return arrays
+    def __init__(self, order: str, read: Callable[[_Storage], bytes] | None):
+        self.order, self.read = order, read
+        self.known: dict[str, _Storage] = {}
+        self.buffers: dict[tuple[str, str], bytes] = {}
+
+    def describe(self, pid: Any) -> Any:
+        """What stands for something outside the pickle: a storage; the class of a module beside its source; else None."""
+        match pid:
+            case ("storage", Name(kind), str(key), _, int(length), *view) if kind in _STORAGE_NAMES and length >= 0 and view in ([], [None]):
+                storage = _Storage(_STORAGE_NAMES[kind], key, length)
+                if self.known.setdefault(key, storage) != storage:
+                    raise Broken(f"storage {key!r:.100} has two descriptions")
+                return storage
+            case ("module", Name() as made, *_):
+                return made
+        return None
+
+    def of(self, name: str, x: Any, dtype: str | None) -> tuple[bytes, np.dtype]:
+        """The bytes of a storage, and the type of the elements in it."""
+        if type(x) is Call and x.name == "torch.storage._load_from_bytes":  # as pickle itself writes a tensor
+            return self._in_bytes(name, x, dtype)
+        if type(x) is not _Storage or self.read is None:
+            raise Broken(f"{name} has no storage")
+        dtype = x.dtype or dtype
+        if dtype not in _DTYPES or x.dtype and self.known[x.key] != x:
+            raise UserError(f"holds {name} in a type of its own. Save it as float32: model.float().state_dict().")
+        if (x.key, dtype) not in self.buffers:
+            raw = self.read(x)
+            if len(raw) < x.length * (_DTYPES[dtype].itemsize if x.dtype else 1):
+                raise Broken(f"storage {x.key:.100} is shorter than it says")
+            self.buffers[x.key, dtype] = _native(raw, _DTYPES[dtype], self.order)
+        return self.buffers[x.key, dtype], _DTYPES[dtype]
+
+    @staticmethod
+    def _in_bytes(name: str, x: Call, dtype: str | None) -> tuple[bytes, np.dtype]:
+        if len(x.args) != 1 or type(x.args[0]) is not bytes:
+            raise Broken(f"{name} has no storage")
+        file, inner = io.BytesIO(x.args[0]), _Storages("little", None)
+        if parse(file) != _LEGACY_MAGIC:
+            raise Broken(f"{name} has a storage of an unknown format")
+        return inner.of(name, _read_legacy(file, inner), dtype)
 
 
-def _view(name: str, tensor: _Tensor, dtype: np.dtype, buffer: bytes) -> np.ndarray:
-    (_, _, length), offset, size, stride = tensor
-    if not (_is_count(offset) and _are_counts(size) and _are_counts(stride) and len(size) == len(stride)):
-        raise _Broken(f"{name} has an impossible size or stride")
+def _arrays(root: Any, wanted: Callable[[str], bool], storages: _Storages, size: int) -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
+    builder = Builder(size)
+    for name, tensor in _tensors(root):
+        if not wanted(name):
+            continue
+        if name in found:
+            raise UserError(f"holds two tensors of the name {printable(name)}. Save the weights alone: "
+                            "torch.save(model.state_dict(), PATH).")
+        found[name] = _array(printable(name), tensor, storages, builder)
+    return found
+
+
+def _tensors(root: Any) -> Iterator[tuple[str, Call]]:
+    """Every tensor and numpy array that lies in a value, with the way to it; each container is entered once."""
+    seen: set[Call | Dict | List] = set()
+    left = MAX_INSTRUCTIONS
+    todo = [("", root)]
+    while todo:
+        way, x = todo.pop()
+        while type(x) is Call and x.name in _AROUND and x.args:
+            x = x.args[0]
+        match x:  # a tensor of a class of its own: the function that makes it, the class, the function's arguments
+            case Call(Name("torch._tensor._rebuild_from_type_v2"), (Name(made), _, tuple(args), *_)) if made in _TENSORS | _OTHER_TENSORS.keys():
+                x = Call(Name(made), args)
+        if type(x) is Call and (x.name in _TENSORS or x.name in _OTHER_TENSORS or x.name in numpy_arrays.ARRAYS):
+            yield way, x
+            continue
+        if type(x) not in (Call, Dict, List, tuple) or len(way) > MAX_NAME or type(x) is not tuple and x in seen:
+            continue
+        if type(x) is not tuple:
+            seen.add(x)
+        inside = _inside(x)
+        left -= len(inside)
+        if left < 0:
+            raise UserError(f"refers to the same content more than {MAX_INSTRUCTIONS:,} times. Save the weights alone: "
+                            "torch.save(model.state_dict(), PATH).")
+        todo += [(f"{way}.{key}" if way and key else way or key, value) for key, value in reversed(inside)]
+
+
+def _inside(x: Any) -> list[tuple[str, Any]]:
+    """What lies in a container, with its name there; '' where the name does not count."""
+    if type(x) is Call:
+        inside = _named(x.pairs) + [(str(i), value) for i, value in enumerate(x.items)]
+        attributes = _named((x.attributes() or {}).items()) if x.state is not None else []
+        inside += [("" if key in _MODULES else key, value) for key, value in attributes]
+        return inside or [(str(i), value) for i, value in enumerate(x.args)]
+    return _named(x.pairs) if type(x) is Dict else [(str(i), value) for i, value in enumerate(x)]
+
+
+def _named(pairs: Any) -> list[tuple[str, Any]]:
+    return [(str(key), value) for key, value in pairs if type(key) is int or type(key) is str and len(key) <= MAX_NAME]
+
+
+def _array(name: str, x: Call, storages: _Storages, builder: Builder) -> np.ndarray:
+    if x.name in _OTHER_TENSORS:
+        raise UserError(f"holds {name} as a tensor that is {_OTHER_TENSORS[x.name]}. Save the model's plain tensors, in "
+                        "float32.")
+    if x.name in numpy_arrays.ARRAYS:
+        array = numpy_arrays.build(x, builder.spend, lambda _: None)
+        if not isinstance(array, np.ndarray):
+            raise UserError(f"holds {name} as an array that is not one of numbers. Save it as float32.")
+        return array
+    dtype = None
+    match x.args:
+        case (_, _, _, _, _, _, Name(kind), *_) if x.name.endswith("_v3"):
+            dtype = kind.removeprefix("torch.")
+    storage, offset, size, stride, *_ = x.args
+    if not (_is_count(offset) and _are_counts(size := _plain(size)) and _are_counts(stride := _plain(stride)) and len(size) == len(stride)):
+        raise Broken(f"{name} has an impossible size or stride")
+    buffer, kind = storages.of(name, storage, dtype)
     if math.prod(size) == 0:
-        return np.empty(size, dtype)
+        return np.empty(size, kind)
+    length = len(buffer) // kind.itemsize
     if math.prod(size) > length:  # a stride of 0 makes an array of any size out of one element
         raise UserError(f"holds {name} with more elements than it stores. Save it with .contiguous().")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride))
-    if last >= length or len(buffer) < length * dtype.itemsize:
-        raise _Broken(f"{name} reaches beyond its storage")
-    return np.ndarray(size, dtype, buffer, offset * dtype.itemsize, [step * dtype.itemsize for step in stride])
+    if offset + sum((n - 1) * step for n, step in zip(size, stride)) >= length:
+        raise Broken(f"{name} reaches beyond its storage")
+    return np.ndarray(size, kind, buffer, offset * kind.itemsize, [step * kind.itemsize for step in stride])
+
+
+def _plain(size: Any) -> Any:
+    """torch.Size is a tuple, or a call of it with one."""
+    return size.args[0] if type(size) is Call and size.name == "torch.Size" and len(size.args) == 1 else size
 
 
 def _native(raw: bytes, dtype: np.dtype, order: str) -> bytes:
@@ -269,11 +304,19 @@ def _native(raw: bytes, dtype: np.dtype, order: str) -> bytes:
 
 
 def _exactly(file: BinaryIO, count: int) -> bytes:
+    """So many bytes; of an mmap and of a BytesIO no more than is there."""
+    raw = file.read(count)
+    if len(raw) != count:
+        raise Broken("it ends too early")
+    return raw
+
+
+def _skip(file: BinaryIO, count: int) -> None:
     here = file.tell()
-    if count > file.seek(0, io.SEEK_END) - here:  # before reading: a false count must not allocate
-        raise _Broken("it ends too early")
-    file.seek(here)
-    return file.read(count)
+    file.seek(0, io.SEEK_END)
+    if here + count > file.tell():
+        raise Broken("it ends too early")
+    file.seek(here + count)
 
 
 def _is_count(value: Any) -> bool:

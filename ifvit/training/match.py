@@ -19,6 +19,7 @@ from ifvit.data.prepare import PrintSet
 from ifvit.data.protocols import draw, pairs_all, take
 from ifvit.errors import UserError
 from ifvit.scoring.scores import fit_fusion, match_scores, score_pairs
+from ifvit.errors import CheckpointNotFound
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.task import Task
@@ -148,11 +149,9 @@ def module1_folder(config) -> epath.Path:
     """Where Module 1's checkpoint lies; UserError where there is none."""
     try:
         return checkpoint.locate(config.dense_reg_ckpt)
-    except UserError as e:
-        if "not found" not in str(e):
-            raise
-        raise UserError(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
-                        "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
+    except CheckpointNotFound:
+        raise CheckpointNotFound(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
+                                 "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
 
 
 def like_module1(config: MatchConfig) -> MatchConfig:
