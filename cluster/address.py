@@ -32,9 +32,10 @@ def ray_address() -> str:
                 "ray": "an address of Ray Client, which cannot run a training"}.get(scheme, "no address of a Ray cluster")
         raise ClusterError(f"{VARIABLE}={address} is {what}; {REMEDY}.")
     host, colon, port = address.rpartition(":")
-    if not colon or (":" in address and not (host.startswith("[") and host.endswith("]")) and ":" in host):
+    if not colon:
         raise ClusterError(f"{VARIABLE}={address} has no port; {REMEDY}.")
-    if not host or set(host) & set(" ,/@") or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+    in_brackets = host.startswith("[") and host.endswith("]")  # of IPv6
+    if not host or set(host) & set(" ,/@") or (":" in host and not in_brackets) or not (port.isdecimal() and 0 < int(port) < 65536):
         raise ClusterError(f"{VARIABLE}={address} is not HOST:PORT; {REMEDY}.")
     return address
 

@@ -46,10 +46,11 @@ OF_PEERS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 @dataclass(frozen=True)
 class Explained:
-    """One sentence or two, with the remedy; `again`: whether another start may go well, on other hosts perhaps."""
+    """One sentence or two, with the remedy."""
 
     sentence: str
-    again: bool
+    again: bool     # whether another start may go well, on other hosts perhaps
+    code: int = 1   # exit code: 2 where the user's environment asks for what there is not
 
 
 def explained(error: BaseException) -> Explained | None:
@@ -80,14 +81,16 @@ def _no_devices(error: BaseException, said: str) -> Explained | None:
         return None
     busy = next((s for pattern, s, _ in KNOWN if s.startswith("Another process has") and re.search(pattern, why)), "")
     if busy:
-        return Explained(f"{busy}. JAX says: {_short(why)}.", False)
+        return Explained(f"{busy}. JAX says: {_short(why)}.", False, 2)
     asked = f"JAX_PLATFORMS={_platforms()}" if _platforms() else f"JAX's plugin for {name}"
     hidden = "".join(f"; {k} is {v or 'empty'}" for k in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "TPU_VISIBLE_CHIPS")
                      if (v := os.environ.get(k)) is not None and (k[:4] != "TPU_" or "tpu" in name) and (k[:4] == "TPU_" or "tpu" not in name))
     remedy = "unset JAX_PLATFORMS or set it to cpu" if _platforms() else "set JAX_PLATFORMS=cpu to do without it"
+    if "PJRT_NAMES_AND_LIBRARY_PATHS" in os.environ:
+        remedy = f"mend or unset PJRT_NAMES_AND_LIBRARY_PATHS, or {remedy}"
     extra = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}.get(name.split(",")[0].strip().lower())
     install = f", or install the extra `{extra}` and look after the driver" if extra else ""
-    return Explained(f"{asked} gives JAX no device on this machine ({_short(why)}{hidden}); {remedy}{install}.", False)
+    return Explained(f"{asked} gives JAX no device on this machine ({_short(why)}{hidden}); {remedy}{install}.", False, 2)
 
 
 def _short(why: str) -> str:
@@ -118,16 +121,16 @@ def cannot_import(error: BaseException) -> str:
         return f"{error.name} is not installed; install the project anew (pip install .), in a fresh environment."
     if not any(file.endswith(("/jax/__init__.py", "/jaxlib/__init__.py")) for file in files):
         return ""
-    set_ = [k for k in os.environ if k.startswith("JAX_") and k not in ("JAX_PLATFORMS",)]
-    variables = f" or mend {', '.join(sorted(set_))}" if isinstance(error, ValueError) and set_ else ""
-    return (f"JAX cannot be imported ({_short(str(error)) or type(error).__name__}); install the project anew, in a fresh environment"
-            f" (jax and jaxlib of one version){variables}.")
+    why = _short(str(error)) or type(error).__name__
+    if named := [k for k in os.environ if k.startswith("JAX_") and k.lower() in why.lower()]:
+        return f"{named[0]}={os.environ[named[0]]} is nothing that JAX knows ({why}); mend it, or unset it."
+    return f"JAX cannot be imported ({why}); install the project anew, in a fresh environment (jax and jaxlib of one version)."
 
 
 def in_one_line(record: logging.LogRecord) -> bool:
     """A filter of JAX's log: a plugin that cannot be used is a line, not a traceback; the run goes on without it."""
     if record.exc_info and isinstance(record.exc_info[1], Exception):
         lines = str(record.exc_info[1]).strip().splitlines() or [record.exc_info[0].__name__]
-        record.msg = f"⚠ {record.getMessage()}: {' '.join(line.strip() for line in lines)[:400]}. JAX goes on without it."
+        record.msg = f"⚠ {record.getMessage().replace(' %s', '')}: {' '.join(line.strip() for line in lines)[:400]}. JAX goes on without it."
         record.args, record.exc_info, record.exc_text = (), None, None
     return True

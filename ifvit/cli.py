@@ -152,7 +152,7 @@ def outcome(call: Callable[[], object], tried_again: bool = False) -> tuple[int,
         known = explained(e)
         if known is None or (known.again and tried_again):
             raise
-        return 1, known.sentence
+        return known.code, known.sentence
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ray.tune.experiment import Trial as Tried
 
+from cluster import placement
 from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
 from ifvit.cli import Failure, Interrupted
@@ -453,8 +454,8 @@ def test_hosts_for_trials_that_are_still_to_come_are_asked_for_and_waited_for(mo
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     hosts, called = [{"CPU": 2.0}], []
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
-    monkeypatch.setattr(sweep, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
-    monkeypatch.setattr(sweep, "remove_placement_group", called.append)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
+    monkeypatch.setattr(placement, "remove_placement_group", called.append)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: hosts.append({"CPU": 8.0, "GPU": 1.0}))
     assert sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1)).platform == "GPU"
     assert called == [([{"CPU": 1, "GPU": 1}], "STRICT_SPREAD"), "group"]
@@ -464,7 +465,8 @@ def test_hosts_for_trials_that_are_still_to_come_are_asked_for_and_waited_for(mo
     assert not called
 
 
-def test_a_trial_whose_jax_has_no_gpu_says_so(tmp_path):
+def test_a_trial_whose_jax_has_no_gpu_says_so(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(UserError, match="has a GPU from Ray, and JAX finds none there"):
         trial._run(dataclasses.replace(plan(tmp_path), platform="GPU"), plan(tmp_path).base, "auto", Host())
 
@@ -518,7 +520,8 @@ def test_a_trial_that_is_stopped_ends_where_it_stands():
     (RuntimeError("INTERNAL: a kernel failed\nmore"), (1, "RuntimeError: INTERNAL: a kernel failed")),
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), (1, "The memory of the device is full. --set accumulate=4 goes through a batch in "
                                                                   "four parts (in train_all --set dense.accumulate=4 --set match.accumulate=4), "
-                                                                  "--set compute_dtype=bfloat16 or --set remat=true take less of it. JAX says: "
+                                                                  "--set compute_dtype=bfloat16 or --set remat=true take less of it; nvidia-smi shows whether "
+                                                                  "another process has some. JAX says: "
                                                                   "RESOURCE_EXHAUSTED: Out of memory")),
 ])
 def test_whatever_befalls_a_trial_is_its_own_end_with_a_reason(error, said):
