@@ -373,7 +373,7 @@ def test_two_one_gpu_workers_of_a_host_see_different_gpus(monkeypatch, tmp_path)
     with_gpus(monkeypatch, 2)
     monkeypatch.setenv("IFVIT_TEST", "passed on")
     job = Job(functools.partial(look, tmp_path), "look", (4,), variables=("IFVIT_",))
-    assert launch.launch(lambda platform: job, Request(num_workers="2")) == (0, "")
+    assert launch.launch(lambda platform: job, Request(num_workers="2", devices="gpu")) == (0, "")
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     assert sorted(s["gpus"] for s in seen) == ["0", "1"]
     assert [(s["processes"], s["process"], s["devices"]) for s in seen] == [(2, 0, 2), (2, 1, 2)]

@@ -22,7 +22,7 @@ from ifvit import cli, commands
 # ---- the devices that JAX is told to use
 
 
-@pytest.mark.parametrize("platforms, name", [("cuda", "ifvit.train_dense"), ("nonsense", "tune")])
+@pytest.mark.parametrize("platforms, name", [("cuda", "ifvit.train_dense"), ("nonsense", "ifvit.train_all")])
 def test_a_platform_that_is_not_there_is_named_with_the_variable(process, tmp_path, platforms, name):
     said = process("-m", name, "--dataset_root", "synthetic", cwd=tmp_path, JAX_PLATFORMS=platforms)
     assert said.code == 2 and said.err.startswith(f"Error: JAX_PLATFORMS={platforms} gives JAX no device on this machine"), said

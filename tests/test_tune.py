@@ -438,11 +438,13 @@ def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path)
     ([{"CPU": 64.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),
 ])
 def test_a_trial_gets_its_share_of_a_host(hosts, request_, gets, monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
     assert sweep.placed(plan(tmp_path), sweep.Request(8, **request_)).resources == gets
 
 
 def test_a_trial_of_several_workers_takes_whole_hosts(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}] * 5)
     placed = sweep.placed(plan(tmp_path), sweep.Request(8, workers=2))
     assert (placed.workers, placed.at_once, placed.platform) == (2, 2, "GPU") and "GPU" not in placed.resources
