@@ -7,6 +7,9 @@ from cluster.host import ClusterError
 VARIABLE = "RAY_ADDRESS"
 REMEDY = "unset it, give HOST:6379 (what `ray start --head` prints), or --runtime local"
 
+DASHBOARD = "the address of Ray's dashboard, for `ray job submit`"
+OTHERS = {"http": DASHBOARD, "https": DASHBOARD, "ray": "an address of Ray Client, which cannot run a training"}
+
 
 def given() -> bool:
     """Whether RAY_ADDRESS names anything; blanks do not."""
@@ -28,14 +31,13 @@ def ray_address() -> str:
         return address or "local"
     scheme, separator, _ = address.partition("://")
     if separator:
-        what = {"http": "the address of Ray's dashboard, for `ray job submit`", "https": "the address of Ray's dashboard, for `ray job submit`",
-                "ray": "an address of Ray Client, which cannot run a training"}.get(scheme, "no address of a Ray cluster")
-        raise ClusterError(f"{VARIABLE}={address} is {what}; {REMEDY}.")
+        raise ClusterError(f"{VARIABLE}={address} is {OTHERS.get(scheme, 'no address of a Ray cluster')}; {REMEDY}.")
     host, colon, port = address.rpartition(":")
     if not colon:
         raise ClusterError(f"{VARIABLE}={address} has no port; {REMEDY}.")
-    in_brackets = host.startswith("[") and host.endswith("]")  # of IPv6
-    if not host or set(host) & set(" ,/@") or (":" in host and not in_brackets) or not (port.isdecimal() and 0 < int(port) < 65536):
+    good_port = port.isdecimal() and 0 < int(port) < 65536
+    good_host = host and not set(host) & set(" ,/@") and (":" not in host or (host[0], host[-1]) == ("[", "]"))  # IPv6
+    if not (good_host and good_port):
         raise ClusterError(f"{VARIABLE}={address} is not HOST:PORT; {REMEDY}.")
     return address
 

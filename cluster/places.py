@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,17 +23,21 @@ OBJECTS = 200 * 10**6  # bytes of the object store where it lies on a disk
 
 
 def of_ray() -> dict:
-    """Options of `ray.init` for a Ray of this machine alone: none where Ray's own choice will do. ClusterError where nothing will."""
+    """Options of `ray.init` for a Ray of this machine alone: none where Ray's own choice will do.
+
+    ClusterError where nothing will.
+    """
     usual = Path(private.temp_dir())
     folder, options = usual, {}
     if not takes_sockets(usual):
         folder = next(filter(takes_sockets, _others()), None)
         if folder is None:
-            raise ClusterError(f"Ray can have no sockets in {usual} (RAY_TMPDIR, TMPDIR), /tmp or /var/tmp; set RAY_TMPDIR to a "
-                               "directory with a short name that you may write to, or give --runtime local.")
-        print(f"Ray's sockets go to {folder}: {usual} (RAY_TMPDIR, TMPDIR) is too long a name, not there, or not writable.", flush=True)
+            raise ClusterError(f"Ray can have no sockets in {usual} (RAY_TMPDIR, TMPDIR), /tmp or /var/tmp; set RAY_TMPDIR "
+                               "to a directory with a short name that you may write to, or give --runtime local.")
+        print(f"Ray's sockets go to {folder}: {usual} (RAY_TMPDIR, TMPDIR) is too long a name, not there, or not writable.",
+              flush=True)
         options["_temp_dir"] = str(folder)
-    if os.path.isdir("/dev") and _free_shared_memory() < SHARED:
+    if sys.platform == "linux" and _free_shared_memory() < SHARED:
         options |= {"_plasma_directory": str(folder), "object_store_memory": OBJECTS}
     return options
 

@@ -11,7 +11,7 @@ import ray
 # Where Ray puts its sockets if nobody says otherwise, by RAY_TMPDIR and TMPDIR.
 from ray._common.utils import get_default_ray_temp_dir as temp_dir
 
-# Processes beside the workers, of no use to a run: one for Ray Data's datasets, one that asks a dashboard for the controller.
+# Processes beside the workers, of no use to a run: for Ray Data's datasets, and to ask a dashboard for the controller.
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
@@ -25,7 +25,7 @@ from ray.train.v2._internal.execution import context as train_context
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 
-# How many workers there are: `_count_possible_workers`, and `_send_resource_request`, to an autoscaler that a Ray alone has not.
+# How many workers there are (`_count_possible_workers`), and requests to an autoscaler, which a Ray alone has not.
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
 
 # Where these are handed in: `_create_default_callbacks`, `_initialize_and_run_controller`.
@@ -41,10 +41,11 @@ NODE_ID_LABEL = ray._raylet.RAY_NODE_ID_KEY  # by which an actor is kept on the 
 SYSTEM_CONFIG = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # a call that Ray's coordinator (GCS) answers, and nothing else does
 
-__all__ = ["ALIVE", "CHECKED", "NODE_ID_LABEL", "SYSTEM_CONFIG", "ControllerError", "DataParallelTrainer", "DatasetsCallback",
-           "DefaultFailurePolicy", "ElasticScalingPolicy", "FailureDecision", "FixedScalingPolicy", "PlacementGroupCleanerCallback",
-           "TrainingFailedError", "WorkerGroupError", "WorkerGroupStartupFailedError", "WorkerGroupStartupTimeoutError",
-           "cache_every_process", "is_ray", "temp_dir", "train_context"]
+__all__ = [
+    "ALIVE", "CHECKED", "NODE_ID_LABEL", "SYSTEM_CONFIG", "ControllerError", "DataParallelTrainer", "DatasetsCallback",
+    "DefaultFailurePolicy", "ElasticScalingPolicy", "FailureDecision", "FixedScalingPolicy",
+    "PlacementGroupCleanerCallback", "TrainingFailedError", "WorkerGroupError", "WorkerGroupStartupFailedError",
+    "WorkerGroupStartupTimeoutError", "cache_every_process", "is_ray", "temp_dir", "train_context"]
 
 
 def is_ray(address: str, seconds: float = 30) -> bool:
@@ -56,7 +57,8 @@ def is_ray(address: str, seconds: float = 30) -> bool:
         with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
             channel.unary_unary(ALIVE)(b"", timeout=seconds)
     except grpc.RpcError as e:
-        return e.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+        status = grpc.StatusCode
+        return e.code() not in (status.UNAVAILABLE, status.UNIMPLEMENTED, status.DEADLINE_EXCEEDED)
     return True
 
 

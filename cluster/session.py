@@ -25,12 +25,14 @@ PASSED_ON = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")
 
 @contextlib.contextmanager
 def session(**how) -> Iterator[bool]:
-    """Connected while it lasts; whether Ray runs on this machine alone. `how`: of `ray.init`. ClusterError where nobody answers."""
+    """Connected while it lasts; whether Ray runs on this machine alone. `how`: of `ray.init`.
+
+    ClusterError where nobody answers.
+    """
     address = ray_address()
     alone = address == "local"
-    os.environ.pop(VARIABLE, None)  # blanks, say; Ray would read it too
-    if not alone:
-        os.environ[VARIABLE] = address
+    if VARIABLE in os.environ:  # Ray reads it too, and knows neither blanks nor line ends
+        os.environ[VARIABLE] = "" if alone else address
     hosts = [socket.gethostname(), ray.util.get_node_ip_address()]
     if not alone and address != "auto":
         hosts.append(host_and_port(address)[0])
@@ -47,11 +49,13 @@ def session(**how) -> Iterator[bool]:
         ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
     except (ConnectionError, ValueError) as e:
         if alone:
-            raise
+            raise ClusterError(f"Ray cannot be started on this machine ({_one_line(e)[:500]}); --runtime local does "
+                               "without it.") from None
         if address == "auto":
-            raise ClusterError(f"{VARIABLE}=auto, and no Ray runs on this machine; start one (ray start --head), or {REMEDY}.") from None
-        raise ClusterError(f"Ray cannot be reached at {VARIABLE}={address} ({_one_line(e)}); start it there (ray start --head), or "
-                           f"{REMEDY}.") from None
+            raise ClusterError(f"{VARIABLE}=auto, and no Ray runs on this machine; start one (ray start --head), or "
+                               f"{REMEDY}.") from None
+        raise ClusterError(f"Ray cannot be reached at {VARIABLE}={address} ({_one_line(e)[:500]}); start it there (ray start "
+                           f"--head), or {REMEDY}.") from None
     except SystemExit:  # Ray's own answer to SIGTERM
         _stop()
     except (RuntimeError, ray.exceptions.AuthenticationError) as e:  # another version of Ray or Python, or no token
@@ -90,9 +94,11 @@ def _answers(address: str, seconds: float = 15) -> None:
             socket.create_connection(host_and_port(address), timeout=5).close()
             if tls or private.is_ray(address):
                 return
-            why = f"What answers at {VARIABLE}={address} is not Ray's coordinator, whose port is 6379 where nobody chose another"
+            why = (f"What answers at {VARIABLE}={address} is not Ray's coordinator, whose port is 6379 where nobody chose "
+                   "another")
         except OSError as e:
-            why = f"Nobody answers at {VARIABLE}={address} ({e.strerror or e}); start Ray there (ray start --head), or mend the address"
+            why = (f"Nobody answers at {VARIABLE}={address} ({e.strerror or e}); start Ray there (ray start --head), or mend "
+                   "the address")
         if time.monotonic() > until:
             raise ClusterError(f"{why}: {REMEDY}.")
         time.sleep(1)

@@ -1,4 +1,4 @@
-"""XLA_FLAGS that XLA does not know end a process on the spot, with pages of usage: they are tried in another one first."""
+"""XLA_FLAGS that XLA does not know end a process at once, with pages of usage: they are tried in another one first."""
 
 import functools
 import os
@@ -19,9 +19,10 @@ def unfit() -> str:
 def _tried(flags: str) -> str:
     if not flags.strip():
         return ""
-    said = subprocess.run([sys.executable, "-c", READ], env=os.environ | {"XLA_FLAGS": flags}, text=True, errors="replace",
-                          capture_output=True)
-    told = re.search(r"(Unknown flags? in XLA_FLAGS|Couldn't interpret value|Could not open file|Flag parsing failed).*", said.stderr)
+    said = subprocess.run([sys.executable, "-c", READ], env=os.environ | {"XLA_FLAGS": flags}, text=True,
+                          errors="replace", capture_output=True)
+    told = re.search(r"(Unknown flags? in XLA_FLAGS|Couldn't interpret value|Could not open file|Flag parsing failed).*",
+                     said.stderr)
     if not said.returncode or not told:  # whatever else it has will show itself, and better
         return ""
     return f"XLA refuses XLA_FLAGS={flags} ({told[0].strip().rstrip('.')[:200]}); mend the flag, or unset the variable."

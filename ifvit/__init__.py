@@ -4,7 +4,7 @@ import sys
 
 
 def _tell_failed_imports(kind, error, trace) -> None:
-    """A sentence where JAX cannot be imported, which a command does before it can say anything itself; else the traceback."""
+    """A sentence where JAX cannot be imported, which happens before a command can say anything; else the traceback."""
     from cluster.jax_errors import cannot_import
 
     if why := cannot_import(error):
