@@ -15,6 +15,9 @@ from ray.train.backend import Backend, BackendConfig
 from ray.util.tpu import get_tpu_coordinator_env_vars
 
 from cluster.cores import as_important_as_others
+from cluster.private import cache_every_process
+from cluster.proxies import reach_directly
+from cluster.xla_flags import unfit
 
 problem = ""  # in a worker: why its group cannot run; told by the training function, whose errors reach the user
 
@@ -41,7 +44,8 @@ class JaxBackend(Backend):
         workers, count = worker_group.get_workers(), len(worker_group)
         versions = worker_group.execute(_versions, backend_config.packages)
         address, port, why = worker_group.execute_single(0, _coordinator, backend_config.port)
-        why = _difference([w.metadata.node_ip for w in workers], versions) or why
+        hosts = [w.metadata.node_ip for w in workers]
+        why = _difference(hosts, versions) or next(filter(None, worker_group.execute(_unfit)), why)
         slices = worker_group.get_worker_group_context().num_slices if backend_config.platform == "TPU" else 1
         starting = []
         for rank, worker in enumerate(workers):
@@ -51,7 +55,7 @@ class JaxBackend(Backend):
                 env = get_tpu_coordinator_env_vars(coordinator_address=address, num_slices=slices,
                                                    slice_id=rank * slices // count)
             starting.append(worker.execute_async(_start, why, f"{address}:{port}", count, rank, backend_config, env,
-                                                 (context.local_rank, context.local_world_size)))
+                                                 (context.local_rank, context.local_world_size), hosts))
         ray.get(starting)
 
     def on_shutdown(self, worker_group, backend_config: JaxBackendConfig) -> None:
@@ -91,8 +95,19 @@ def _coordinator(port: int) -> tuple[str, int, str]:
         return address, s.getsockname()[1], ""
 
 
+def _unfit() -> str:
+    """In the worker: why JAX does not even start in its environment, a sentence; '' where it does."""
+    try:
+        import jax  # noqa: F401
+    except (ImportError, RuntimeError, ValueError) as e:
+        why = f"JAX cannot be imported ({e}); install the project anew, in a fresh environment"
+    else:
+        why = unfit()
+    return f"On host {ray.util.get_node_ip_address()}: {why.rstrip('.')}." if why else ""
+
+
 def _start(why: str, coordinator: str, count: int, rank: int, config: JaxBackendConfig, env: dict,
-           place: tuple[int, int]) -> None:
+           place: tuple[int, int], hosts: list[str]) -> None:
     """In the worker: its share of the host's cores and its turn on them, its platform, its place among JAX's processes."""
     global problem
     problem = why
@@ -106,23 +121,10 @@ def _start(why: str, coordinator: str, count: int, rank: int, config: JaxBackend
     if count > 1 and not why:
         import jax
 
+        reach_directly(hosts)
+        jax.config.update("jax_check_proxy_envs", False)  # a warning of what has just been seen to
         if config.platform == "CPU":
-            _cache_every_process()
+            cache_every_process()
         jax.distributed.initialize(coordinator, count, rank, initialization_timeout=config.initialization_timeout,
                                    heartbeat_timeout_seconds=config.heartbeat_timeout,
                                    cluster_detection_method="deactivate")
-
-
-def _cache_every_process() -> None:
-    """Lets each process write what it compiles to the compilation cache, where its key is its own.
-
-    JAX lets the first process alone write: on GPU and TPU the key is the same for all. On CPU it is not, and the
-    others would compile for minutes at every start (jax 0.10: `compiler._cache_write`, `cache_key.get`).
-    """
-    from jax._src import compilation_cache, compiler, config
-
-    def write(key, seconds, name, client, executable, host_callbacks):
-        if not host_callbacks and seconds >= config.persistent_cache_min_compile_time_secs.value:
-            compilation_cache.put_executable_and_time(key, name, executable, client, int(seconds))
-
-    compiler._cache_write = write

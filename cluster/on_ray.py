@@ -18,20 +18,17 @@ import ray
 import ray.train
 from ray.exceptions import RayTaskError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, FixedScalingPolicy
-from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
-from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
 from cluster.backend import JaxBackendConfig
 from cluster.environment import set_default
 from cluster.host import INTERRUPTED, PREEMPTED, ClusterError, Host
-from cluster.launch import Job, Request
+from cluster.job import Job, Request
+from cluster.jax_errors import explained
 from cluster.placement import Placement, placement
+from cluster.private import (
+    NODE_ID_LABEL, DataParallelTrainer, DatasetsCallback, DefaultFailurePolicy, ElasticScalingPolicy, FailureDecision,
+    FixedScalingPolicy, PlacementGroupCleanerCallback, TrainingFailedError, WorkerGroupError, WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError)
 from cluster.session import passed_on, session
 from cluster.worker import LOOK, Desk, Ended, work
 
@@ -45,9 +42,9 @@ def run(job_for: Callable[[str], Job], request: Request, cores: int | None = Non
     with session(cores) as alone:
         place = placement(request, alone)
         job = job_for(place.platform)
-        fitting = place.fitting(job.batches)
+        fitting = place.fitting(job)
         if fitting.workers[0] > place.workers[0]:  # are there hosts for so many?
-            fitting = placement(replace(request, num_workers="{}:{}".format(*fitting.workers)), alone).fitting(job.batches)
+            fitting = placement(replace(request, num_workers="{}:{}".format(*fitting.workers)), alone).fitting(job)
         return run_connected(job, request, fitting, alone, Host())
 
 
@@ -158,8 +155,8 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
     print(f"Ray: {low if low == high else f'{low} to {high}'} worker{'s' if high > 1 else ''}, each with "
           + ", ".join(f"{v:g} {k}" for k, v in place.resources.items()), flush=True)
     desk = ray.remote(num_cpus=0)(Desk).options(
-        scheduling_strategy="DEFAULT", label_selector={ray._raylet.RAY_NODE_ID_KEY: ray.get_runtime_context().get_node_id()}).remote()
-    env = {k: v for k, v in passed_on().items() if k != "JAX_PLATFORMS" or place.platform == "CPU"}
+        scheduling_strategy="DEFAULT", label_selector={NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}).remote()
+    env = {k: v for k, v in passed_on(job.variables).items() if k != "JAX_PLATFORMS" or place.platform == "CPU"}
     if place.platform == "CPU":
         env["JAX_PLATFORMS"] = "cpu"
     if sys.platform == "linux":
@@ -167,7 +164,7 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train notes its own state there; nothing of the run
         try:
             trainer = Trainer(
-                place, job.batches, desk, request.max_failures, alone, train_loop_config={"job": job, "request": request, "desk": desk, "cwd": os.getcwd()},
+                place, job.batches, desk, request.max_failures, alone, train_loop_config={"job": ray.cloudpickle.dumps(job), "request": request, "desk": desk, "cwd": os.getcwd()},
                 backend_config=JaxBackendConfig(place.platform, job.packages, request.coordinator_port),
                 scaling_config=ScalingConfig(
                     num_workers=high if low == high else (low, high), resources_per_worker=place.resources,
@@ -230,4 +227,14 @@ def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, s
     if (cause := getattr(error, "controller_failure", None)) and not isinstance(cause, START_FAILURES):
         return 1, f"Ray could not run it: {_first_line(cause)}. Its checkpoints, if there are any, are whole."
     return 1, (f"The run has failed {max_failures + 1} times without getting on, last with: "
-               f"{_first_line(error)}. Its checkpoints are whole; the same command goes on from them.")
+               f"{_first_line(error)}. Its checkpoints are whole; the same command goes on from them.{_remedy(error)}")
+
+
+def _remedy(error: BaseException) -> str:
+    """What can be done about the error of JAX's runtime that workers, or their start, have failed with; '' where nothing is known."""
+    of_workers = getattr(error, "worker_failures", {}).values()
+    for cause in (*of_workers, getattr(error, "controller_failure", None), error):
+        cause = getattr(cause, "cause", None) or cause  # Ray's error of a task holds the task's own
+        if cause is not None and (known := explained(cause)):
+            return f" {known.sentence.partition(' JAX says: ')[0]}"
+    return ""

@@ -1,15 +1,19 @@
 """Which hosts of a Ray cluster a job's workers go to, and what each of them gets."""
 
+import os
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from cluster.host import ClusterError
-from cluster.launch import Request
+from cluster.job import Job, Request
 
+T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Placement:
@@ -27,14 +31,14 @@ class Placement:
         devices = 1 if self.platform == "CPU" else int(self.resources[self.platform])
         return all(batch % (workers * devices) == 0 for batch in batches)
 
-    def fitting(self, batches: tuple[int, ...]) -> "Placement":
-        """The same with at most as many workers as divide the batches; ClusterError where none does, or another number was asked."""
+    def fitting(self, job: Job) -> "Placement":
+        """The same with at most as many workers as divide the job's batches; ClusterError where none does, or another number was asked."""
         low, high = self.workers
-        found = [n for n in range(low if self.exactly else 1, high + 1) if self.fits(n, batches)]
+        found = [n for n in range(low if self.exactly else 1, high + 1) if self.fits(n, job.batches)]
         if not found:
             devices = "" if self.platform == "CPU" else f" of {self.resources[self.platform]:g} {self.platform}s"
-            raise ClusterError(f"Batches of {' and '.join(map(str, batches))} pairs do not divide among {high} workers{devices}; "
-                               "use another --num_workers, or a --batch_size that is a multiple.")
+            raise ClusterError(f"Batches of {' and '.join(map(str, job.batches))} {job.item} do not divide among {high} "
+                               f"workers{devices}; use another --num_workers, or {job.another_batch}.")
         if found[-1] < high:
             print(f"{found[-1]} workers, not {high}: more do not divide the batch", flush=True)
         if low < high and self.exactly and found[0] > low:
@@ -49,42 +53,92 @@ def placement(request: Request, alone: bool) -> Placement:
     cluster does not have in time what is asked.
     """
     asked = request.workers()
-    low, high = asked or (1, 0)
-    until = time.monotonic() + (0 if alone else request.wait_for_hosts)
-    called = None
-    while True:
-        nodes = [n for n in ray.nodes() if n["Alive"]]
-        platform = request.devices.upper() if request.devices != "auto" else next(
-            (p for p in ("TPU", "GPU") if any(n["Resources"].get(p) for n in nodes)), "CPU")
+
+    def look(nodes: list[dict]) -> Placement | Missing:
+        low, high = asked or (1, 0)
+        platform = request.devices.upper() if request.devices != "auto" else kind_of_devices(nodes, alone)
         a_host = request.workers_per_host or 1
         if alone and asked and not request.workers_per_host:  # all of them, as far as there are devices for them
             high = max(low, min([high, *(int(n["Resources"].get(platform, 0)) for n in nodes)]))
             a_host = high
         hosts = [n for n in nodes if min(n["Resources"].get(p, 0) for p in ("CPU", platform)) >= a_host]
         if len(hosts) * a_host >= low and (asked or hosts):
-            break
-        if not (alone or called):  # an autoscaler brings what somebody asks for
-            called = placement_group([{"CPU": a_host, platform: a_host}] * -(-low // a_host), strategy="STRICT_SPREAD")
-        if time.monotonic() > until:
-            if called:
-                remove_placement_group(called)
-            there = Counter(", ".join(f"{n['Resources'].get(p, 0):g} {p}" for p in ("CPU", "GPU", "TPU")
-                                      if p == "CPU" or n["Resources"].get(p)) for n in nodes)
-            raise ClusterError(
-                f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
-                f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are {', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; start more "
-                "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
-                "--wait_for_hosts.")
-        time.sleep(0.5)
-    if called:
-        remove_placement_group(called)  # from here on the workers' own claims count
+            return _shares(platform, hosts, a_host, (low, high) if asked else None)
+        there = Counter(", ".join(f"{n['Resources'].get(p, 0):g} {p}" for p in ("CPU", "GPU", "TPU")
+                                  if p == "CPU" or n["Resources"].get(p)) for n in nodes)
+        return Missing([{"CPU": a_host, platform: a_host}] * -(-low // a_host), (
+            f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
+            f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are "
+            f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {_of_jax_platforms(request, platform)}start more "
+            "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
+            "--wait_for_hosts."))
+
+    return wait_for_hosts(look, 0 if alone else request.wait_for_hosts)
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What a cluster has not: bundles of resources, one a host, and the sentence for the user if they do not come."""
+
+    bundles: list[dict[str, float]]
+    sentence: str
+
+
+def wait_for_hosts(look: Callable[[list[dict]], T | Missing], seconds: float) -> T:
+    """What `look` makes of the hosts that are alive, once they are enough; ClusterError when they are not in time.
+
+    An autoscaler brings what somebody asks for: it is asked for what was missing at first.
+    """
+    until = time.monotonic() + seconds
+    called = None
+    try:
+        while isinstance(found := look([n for n in ray.nodes() if n["Alive"]]), Missing):
+            if seconds and not called:
+                called = placement_group(found.bundles, strategy="STRICT_SPREAD")
+            if time.monotonic() > until:
+                raise ClusterError(found.sentence)
+            time.sleep(0.5)
+        return found
+    finally:
+        if called:
+            remove_placement_group(called)  # from here on the workers' own claims count
+
+
+KINDS = {"cpu": "CPU", "cuda": "GPU", "gpu": "GPU", "rocm": "GPU", "tpu": "TPU"}  # JAX's platforms, as Ray has them
+
+
+def kind_of_devices(nodes: list[dict], alone: bool) -> str:
+    """What a run's workers have: TPU, GPU or CPU, by JAX_PLATFORMS and by what the hosts have.
+
+    JAX_PLATFORMS=cpu of a driver says nothing of other hosts: it is often set where the driver runs alone.
+    ClusterError for a platform that Ray's workers cannot have.
+    """
+    wished = [word.strip() for word in os.environ.get("JAX_PLATFORMS", "").split(",") if word.strip()]
+    if unknown := [word for word in wished if word not in KINDS]:
+        raise ClusterError(f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names {unknown[0]}, which Ray's workers cannot have; unset "
+                           "it, or set it to cpu, cuda or tpu.")
+    kinds = [KINDS[word] for word in wished]
+    if not kinds or (kinds == ["CPU"] and not alone):
+        kinds = ["TPU", "GPU", "CPU"]
+    return next((k for k in kinds if any(n["Resources"].get(k) for n in nodes)), "CPU" if "CPU" in kinds else kinds[0])
+
+
+def _of_jax_platforms(request: Request, platform: str) -> str:
+    """The remedy where JAX_PLATFORMS asks for the devices that are missing."""
+    if request.devices != "auto" or platform == "CPU" or not os.environ.get("JAX_PLATFORMS"):
+        return ""
+    return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} asks for them: unset it, or "
+
+
+def _shares(platform: str, hosts: list[dict], a_host: int, asked: tuple[int, int] | None) -> Placement:
+    """What each of `a_host` workers gets of its host."""
     each = min(int(n["Resources"][platform]) for n in hosts) // a_host
     resources = {"CPU": float(each)} if platform == "CPU" else {"CPU": 1.0, platform: float(each)}
-    most = high if asked else len(hosts) * a_host
-    found = Placement(platform, resources, (low if asked else most, most), bool(asked))
-    if platform == "TPU" and most > 1:
-        labels = hosts[0]["Labels"]
-        pod = labels.get("ray.io/tpu-pod-type", "")  # v6e-16
-        found = Placement(platform, resources, found.workers, found.exactly, labels.get("ray.io/tpu-topology"),
-                          f"TPU-{pod.split('-')[0].upper()}" if pod else None)
-    return found
+    most = asked[1] if asked else len(hosts) * a_host
+    workers = (asked[0] if asked else most, most)
+    if platform != "TPU" or most == 1:
+        return Placement(platform, resources, workers, bool(asked))
+    labels = hosts[0]["Labels"]
+    pod = labels.get("ray.io/tpu-pod-type", "")  # v6e-16
+    return Placement(platform, resources, workers, bool(asked), labels.get("ray.io/tpu-topology"),
+                     f"TPU-{pod.split('-')[0].upper()}" if pod else None)

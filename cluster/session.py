@@ -10,17 +10,20 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from collections.abc import Iterable
 from typing import NoReturn
 
 import ray
 
+from cluster import places, private
+from cluster.address import REMEDY, VARIABLE, host_and_port, ray_address
 from cluster.cores import NICENESS
 from cluster.environment import set_default
 from cluster.host import PREEMPTED, ClusterError
+from cluster.proxies import reach_directly
 
-QUIET = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}  # of a Ray without a dashboard
 # what is set for the driver holds for its workers: their programs and caches are the same
-PASSED_ON = ("IFVIT_", "JAX_", "XLA_", "LIBTPU_", "NCCL_")
+PASSED_ON = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")
 
 
 @contextlib.contextmanager
@@ -29,10 +32,18 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
 
     `how`: of `ray.init`. ClusterError where nobody answers.
     """
-    alone = (os.environ.get("RAY_ADDRESS") or "local") == "local"
-    if not alone:
-        _answers(os.environ["RAY_ADDRESS"])
-    where = {"address": "local", "include_dashboard": False, "_system_config": QUIET, "num_cpus": cores} if alone else {}
+    address = ray_address()
+    alone = address == "local"
+    if VARIABLE in os.environ:  # Ray reads it too, and knows neither blanks nor line ends
+        os.environ[VARIABLE] = "" if alone else address
+    hosts = [socket.gethostname(), ray.util.get_node_ip_address()]
+    if not alone and address != "auto":
+        hosts.append(host_and_port(address)[0])
+        _answers(address)
+    reach_directly(hosts)
+    where = {"address": address}
+    if alone:
+        where |= {"include_dashboard": False, "_system_config": private.SYSTEM_CONFIG, "num_cpus": cores} | places.of_ray()
     set_default("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
     set_default(NICENESS, "0")  # of workers of a Ray that is started here
     main = threading.current_thread() is threading.main_thread()
@@ -41,15 +52,20 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
         with _without_modules_of_others():
             ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
     except (ConnectionError, ValueError) as e:
-        raise ClusterError(f"Ray cannot be reached at {os.environ.get('RAY_ADDRESS', 'this machine')} "
-                           f"({str(e).splitlines()[0]}); start it (ray start --head), or mend RAY_ADDRESS.") from None
+        if alone:
+            raise ClusterError(f"Ray cannot be started on this machine ({_one_line(e)[:500]}); --runtime local does "
+                               "without it.") from None
+        if address == "auto":
+            raise ClusterError(f"{VARIABLE}=auto, and no Ray runs on this machine; start one (ray start --head), or "
+                               f"{REMEDY}.") from None
+        raise ClusterError(f"Ray cannot be reached at {VARIABLE}={address} ({_one_line(e)[:500]}); start it there (ray start "
+                           f"--head), or {REMEDY}.") from None
     except SystemExit:  # Ray's own answer to SIGTERM
         _stop()
     except (RuntimeError, ray.exceptions.AuthenticationError) as e:  # another version of Ray or Python, or no token
         if alone:
             raise
-        why = " ".join(line.strip() for line in str(e).splitlines() if line.strip())
-        raise ClusterError(f"Ray at {os.environ['RAY_ADDRESS']} refuses this process: {why[:500]}") from None
+        raise ClusterError(f"Ray at {address} refuses this process: {_one_line(e)[:500]}") from None
     if main:
         signal.signal(signal.SIGTERM, _stop)
     try:
@@ -83,21 +99,29 @@ def _stop(*_) -> NoReturn:
     sys.exit(PREEMPTED)
 
 
-def passed_on() -> dict[str, str]:
-    """The driver's environment as far as its workers need it."""
-    return {k: v for k, v in os.environ.items() if k.startswith(PASSED_ON)}
+def passed_on(variables: Iterable[str] = ()) -> dict[str, str]:
+    """The driver's environment as far as its workers need it; `variables`: beginnings of more names."""
+    return {k: v for k, v in os.environ.items() if k.startswith((*PASSED_ON, *variables))}
 
 
 def _answers(address: str, seconds: float = 15) -> None:
-    """ClusterError where nobody listens at HOST:PORT for so long; Ray itself would try for minutes."""
-    host, _, port = address.rpartition(":")
+    """ClusterError where no Ray answers at HOST:PORT for so long; Ray itself would try for minutes."""
     until = time.monotonic() + seconds
-    while port.isdigit() and "/" not in address:
+    tls = os.environ.get("RAY_USE_TLS", "0") not in ("", "0")  # its certificates are Ray's affair
+    while True:
         try:
-            socket.create_connection((host, int(port)), timeout=5).close()
-            return
+            socket.create_connection(host_and_port(address), timeout=5).close()
+            if tls or private.is_ray(address):
+                return
+            why = (f"What answers at {VARIABLE}={address} is not Ray's coordinator, whose port is 6379 where nobody chose "
+                   "another")
         except OSError as e:
-            if time.monotonic() > until:
-                raise ClusterError(f"Nobody answers at RAY_ADDRESS={address} ({e.strerror or e}); start Ray there (ray start "
-                                   "--head), or mend the address.") from None
+            why = (f"Nobody answers at {VARIABLE}={address} ({e.strerror or e}); start Ray there (ray start --head), or mend "
+                   "the address")
+        if time.monotonic() > until:
+            raise ClusterError(f"{why}: {REMEDY}.")
         time.sleep(1)
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -8,11 +8,11 @@ import time
 
 import ray
 import ray.train
-from ray.train.v2._internal.execution import context as train_context
 
 from cluster import backend
 from cluster.host import SAVE, Host, watchdog
-from cluster.launch import Job, Request
+from cluster.job import Job, Request
+from cluster.private import train_context
 
 LOOK = 2.0  # seconds between looks for word from the driver, or the workers, and for a notice of preemption
 
@@ -121,7 +121,7 @@ def work(config: dict) -> None:
         raise Ended(2, backend.problem)
     for name in ("ray.train", train_context.__file__):  # the other is named by its file
         logging.getLogger(name).setLevel(logging.WARNING)  # else it repeats what is reported to it, on every worker
-    job: Job = config["job"]
+    job: Job = ray.cloudpickle.loads(config["job"])  # not before: it imports JAX, which may be the problem
     with contextlib.suppress(OSError):  # relative paths mean what they mean where the job was started, if that is here
         os.chdir(config["cwd"])
     worker = Worker(config["request"], config["desk"])

@@ -17,8 +17,16 @@ from pathlib import Path
 
 import tyro
 
+from cluster import xla_flags
+from cluster.jax_errors import explained, in_one_line
 from ifvit import flags
 from ifvit.errors import Failure, Interrupted, UserError
+
+
+FULL_DEVICE = (
+    "The memory of the device is full. --set accumulate=4 goes through a batch in four parts (in train_all "
+    "--set dense.accumulate=4 --set match.accumulate=4), --set compute_dtype=bfloat16 or --set remat=true take "
+    "less of it; nvidia-smi shows whether another process has some. JAX says: {}")
 
 
 def parse(cls, name: str, argv: list[str]):
@@ -75,7 +83,13 @@ def main_with_commands(commands: dict[str, type], name: str) -> int:
 def _guard(call: Callable[[], int | None]) -> int:
     prepare_output()
     value: list[int | None] = []
-    code, message = outcome(lambda: value.append(call()))
+
+    def begin():
+        if why := xla_flags.unfit():
+            raise UserError(why)
+        value.append(call())
+
+    code, message = outcome(begin)
     tell(code, message)
     return code or value[0] or 0
 
@@ -87,6 +101,7 @@ def prepare_output() -> None:
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # tracebacks of Orbax's writes that fail
     logging.getLogger("jax").setLevel(logging.WARNING)  # in Ray's workers it would tell of every platform that is not there
+    logging.getLogger("jax._src.xla_bridge").addFilter(in_one_line)
     if not isinstance(sys.unraisablehook, _UnraisableHook):
         sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     for stream in (sys.stdout, sys.stderr):
@@ -108,8 +123,11 @@ def tell(code: int, message: str) -> None:
         print(message if code in (75, 130) else f"Error: {message}", file=sys.stderr, flush=True)
 
 
-def outcome(call: Callable[[], object]) -> tuple[int, str]:
-    """Calls it: exit code and message of the ends that have one. Anything else is raised: a defect, or a host that is gone."""
+def outcome(call: Callable[[], object], tried_again: bool = False) -> tuple[int, str]:
+    """Calls it: exit code and message of the ends that have one. Anything else is raised: a defect, or a host that is gone.
+
+    `tried_again`: somebody starts this process again when it raises; what may go well then is raised too.
+    """
     try:
         call()
         return 0, ""
@@ -124,12 +142,13 @@ def outcome(call: Callable[[], object]) -> tuple[int, str]:
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""
-    except RuntimeError as e:  # JAX's is one
-        if not str(e).startswith("RESOURCE_EXHAUSTED"):
+    except (RuntimeError, AssertionError) as e:  # JAX's are
+        if str(e).startswith("RESOURCE_EXHAUSTED"):
+            return 1, FULL_DEVICE.format(str(e).splitlines()[0][:200])
+        known = explained(e)
+        if known is None or (known.again and tried_again):
             raise
-        return 1, ("The memory of the device is full. --set accumulate=4 goes through a batch in four parts (in train_all "
-                   "--set dense.accumulate=4 --set match.accumulate=4), --set compute_dtype=bfloat16 or --set remat=true take "
-                   f"less of it. JAX says: {str(e).splitlines()[0][:200]}")
+        return known.code, known.sentence
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise

@@ -11,7 +11,8 @@ from typing import Annotated, ClassVar, Literal
 import tyro
 
 from cluster.host import ClusterError, Host
-from cluster.launch import Job, Request, launch
+from cluster.job import Job, Request
+from cluster.launch import launch
 from ifvit import cli
 from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
 from ifvit.devices.cores import cores
@@ -110,7 +111,10 @@ class TrainArgs(ConfigArgs):
         for config in configs:
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
         return Job(functools.partial(run_here, self.command, asdict(self), platform, preset, configs), name,
-                   tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"))
+                   tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"), **JOB)
+
+
+JOB = {"item": "pairs", "another_batch": "a --batch_size that is a multiple", "variables": ("IFVIT_",)}  # what all of ours have
 
 
 def check_outlives_job(path: str, what: str) -> None:
@@ -141,6 +145,9 @@ def check_backend(platform: str, name: str) -> None:
     import jax
 
     if platform not in ("", "CPU") and jax.default_backend() == "cpu":
+        if os.environ.get("JAX_PLATFORMS"):
+            raise UserError(f"{name or 'This process'} has a {platform} from Ray, and there JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} forbids "
+                            "it; unset that where Ray is started on that host, or give --devices cpu.")
         raise UserError(f"{name or 'This process'} has a {platform} from Ray, and JAX finds none there; install the project with the "
                         f"extra {'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver.")
 
@@ -171,7 +178,7 @@ def run_here(command: str, flags: dict, platform: str, preset: str | None, confi
         args.train(ours, host)
 
     cli.prepare_output()
-    return cli.outcome(call)
+    return cli.outcome(call, tried_again=bool(platform))
 
 
 def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, table: str = ""):

@@ -15,7 +15,7 @@ from typing import ClassVar
 from etils import epath
 
 from cluster.host import PREEMPTED
-from cluster.launch import Request
+from cluster.job import Request
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, check_common, check_outlives_job, given, tried
 from ifvit.config import COMMON, DenseConfig, MatchConfig, read_toml

@@ -375,8 +375,9 @@ def test_a_terminal_that_has_no_such_sign_gets_another(process, tmp_path):
     assert said.code == 2 and "? Module 1 checkpoint not found: nowhere" in said.out and "Traceback" not in said.err
 
 
-def test_a_jax_without_the_gpu_that_ray_gave_its_process_is_told():
+def test_a_jax_without_the_gpu_that_ray_gave_its_process_is_told(monkeypatch):
     """It would train what is meant for a GPU on its cores."""
+    monkeypatch.delenv("JAX_PLATFORMS")
     args, host = train_dense.Args(preset="smoke"), Host()
     host.name = "host 10.0.0.7, process 3"
     code, message = run_here("ifvit.train_dense", asdict(args), "GPU", "smoke", args.configs("smoke"), host)

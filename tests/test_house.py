@@ -21,7 +21,7 @@ FLOORS = [
     {"ifvit.training"},
     {"ifvit.commands", "ifvit.checkpoint.__main__", "ifvit.evaluate", "ifvit.verify", "ifvit.prints", "ifvit.train_dense", "ifvit.train_match"},
     {"tune"},
-    {"ifvit.train_all"},
+    {"ifvit.train_all", "ifvit.tune"},
 ]
 FLOOR = {name: n for n, names in enumerate(FLOORS) for name in names}
 

@@ -24,7 +24,6 @@ from hostile import refused, watch  # noqa: F401, fixtures
 from ifvit import legacy
 from ifvit.errors import UserError
 from ifvit.training.saved import _without_empty
-from ifvit.training.loop import _without_empty
 
 PROTOCOLS = range(6)
 PARAMS = {"dense": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "bias": np.ones(3, np.float32)}}

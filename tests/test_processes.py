@@ -23,8 +23,8 @@ import jax, pytest
 
 rank, port, folder, prints = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
 jax.distributed.initialize(f"127.0.0.1:{port}", 2, rank)
-from cluster import backend
-backend._cache_every_process()
+from cluster import private
+private.cache_every_process()
 from cluster.host import Host, SAVE
 from ifvit import train_dense
 from ifvit.devices import processes

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from ray.tune.experiment import Trial as Tried
 
+from cluster import placement
 from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
 from ifvit.errors import Failure, Interrupted
@@ -437,11 +438,13 @@ def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path)
     ([{"CPU": 64.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),
 ])
 def test_a_trial_gets_its_share_of_a_host(hosts, request_, gets, monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
     assert sweep.placed(plan(tmp_path), sweep.Request(8, **request_)).resources == gets
 
 
 def test_a_trial_of_several_workers_takes_whole_hosts(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0, "GPU": 4.0}}] * 5)
     placed = sweep.placed(plan(tmp_path), sweep.Request(8, workers=2))
     assert (placed.workers, placed.at_once, placed.platform) == (2, 2, "GPU") and "GPU" not in placed.resources
@@ -453,8 +456,8 @@ def test_hosts_for_trials_that_are_still_to_come_are_asked_for_and_waited_for(mo
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     hosts, called = [{"CPU": 2.0}], []
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
-    monkeypatch.setattr(sweep, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
-    monkeypatch.setattr(sweep, "remove_placement_group", called.append)
+    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
+    monkeypatch.setattr(placement, "remove_placement_group", called.append)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: hosts.append({"CPU": 8.0, "GPU": 1.0}))
     assert sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1)).platform == "GPU"
     assert called == [([{"CPU": 1, "GPU": 1}], "STRICT_SPREAD"), "group"]
@@ -464,7 +467,8 @@ def test_hosts_for_trials_that_are_still_to_come_are_asked_for_and_waited_for(mo
     assert not called
 
 
-def test_a_trial_whose_jax_has_no_gpu_says_so(tmp_path):
+def test_a_trial_whose_jax_has_no_gpu_says_so(monkeypatch, tmp_path):
+    monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(UserError, match="has a GPU from Ray, and JAX finds none there"):
         trial._run(dataclasses.replace(plan(tmp_path), platform="GPU"), plan(tmp_path).base, "auto", Host())
 
@@ -518,7 +522,8 @@ def test_a_trial_that_is_stopped_ends_where_it_stands():
     (RuntimeError("INTERNAL: a kernel failed\nmore"), (1, "RuntimeError: INTERNAL: a kernel failed")),
     (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), (1, "The memory of the device is full. --set accumulate=4 goes through a batch in "
                                                                   "four parts (in train_all --set dense.accumulate=4 --set match.accumulate=4), "
-                                                                  "--set compute_dtype=bfloat16 or --set remat=true take less of it. JAX says: "
+                                                                  "--set compute_dtype=bfloat16 or --set remat=true take less of it; nvidia-smi shows whether "
+                                                                  "another process has some. JAX says: "
                                                                   "RESOURCE_EXHAUSTED: Out of memory")),
 ])
 def test_whatever_befalls_a_trial_is_its_own_end_with_a_reason(error, said):

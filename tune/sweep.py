@@ -18,12 +18,14 @@ from ray.tune import CheckpointConfig, FailureConfig, RunConfig
 from ray.tune.experiment import Trial as Tried
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
-from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster.host import INTERRUPTED, PREEMPTED, ClusterError
+from cluster.address import alone
+from cluster.host import INTERRUPTED, PREEMPTED
+from cluster.placement import Missing, kind_of_devices, wait_for_hosts
 from cluster.session import passed_on
 from ifvit.errors import Failure, Interrupted
 from ifvit.devices.cores import cores
+from ifvit.commands import JOB
 from tune import record
 from tune.samples import Optuna, Random, Samples
 from tune.space import Range, Space
@@ -252,12 +254,11 @@ def placed(plan: Plan, request: Request) -> Plan:
 
     A trial of several workers takes as many whole hosts, by way of Ray Train; here it only holds its place.
     """
-    until = time.monotonic() + (request.wait_for_hosts if os.environ.get("RAY_ADDRESS") else 0)
-    called = None
-    while True:
-        hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
+    def look(nodes: list[dict]) -> Plan | Missing:
+        hosts = [n["Resources"] for n in nodes]
         every = sum(int(h.get("CPU", 0)) for h in hosts)
-        kind = "GPU" if request.accelerators and platform() == "CPU" else platform()  # GPUs may be still to come
+        found = kind_of_devices(nodes, alone())
+        kind = "GPU" if request.accelerators and found == "CPU" else found  # GPUs may be still to come
         cores = max((int(h.get("CPU", 0)) for h in hosts), default=0)
         beside = min((h.get("CPU", 0) / h[kind] for h in hosts if h.get(kind)), default=0)  # cores for each accelerator
         if request.workers > 1:
@@ -269,21 +270,16 @@ def placed(plan: Plan, request: Request) -> Plan:
             wanted = {"CPU": request.cpus or max(1, int(beside * share)), kind: share}
         room = sum(all(h.get(k, 0) >= v for k, v in wanted.items()) for h in hosts)
         if room >= request.workers:
-            if called:
-                remove_placement_group(called)
-            plan = dataclasses.replace(plan, platform=kind, resources=wanted, workers=request.workers)
-            return dataclasses.replace(plan, resources={"memory": 1}, at_once=room // request.workers) if request.workers > 1 else plan
-        if time.monotonic() < until and not called:  # an autoscaler brings what somebody asks for
-            called = placement_group([wanted] * request.workers, strategy="STRICT_SPREAD")
-        if time.monotonic() > until:
-            if called:
-                remove_placement_group(called)
-            asked = " and ".join(f"{v:g} {k}" for k, v in wanted.items())
-            there = ", ".join(" and ".join(f"{h.get(k, 0):g} {k}" for k in wanted) for h in hosts)
-            where = f"on each of {request.workers} hosts" if request.workers > 1 else "on one host"
-            raise ClusterError(f"The cluster cannot fit a trial: it asks for {asked} {where}, and there are {there or 'no hosts'}; "
-                               "ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts.")
-        time.sleep(1)
+            at = dataclasses.replace(plan, platform=kind, resources=wanted, workers=request.workers)
+            return dataclasses.replace(at, resources={"memory": 1}, at_once=room // request.workers) if request.workers > 1 else at
+        asked = " and ".join(f"{v:g} {k}" for k, v in wanted.items())
+        there = ", ".join(" and ".join(f"{h.get(k, 0):g} {k}" for k in wanted) for h in hosts)
+        where = f"on each of {request.workers} hosts" if request.workers > 1 else "on one host"
+        return Missing([wanted] * request.workers, (
+            f"The cluster cannot fit a trial: it asks for {asked} {where}, and there are {there or 'no hosts'}; "
+            "ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts."))
+
+    return wait_for_hosts(look, 0 if alone() else request.wait_for_hosts)
 
 
 def _complain(records: list[record.Record], plan: Plan) -> None:
@@ -302,11 +298,10 @@ def session_options() -> dict:
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # a trial's devices are what Ray gives it, whatever the driver's are
-    env = {k: v for k, v in passed_on().items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
+    env = {k: v for k, v in passed_on(JOB["variables"]).items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     return {"cores": cores(), "runtime_env": {"env_vars": env | {"RAY_CHDIR_TO_TRIAL_DIR": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}}
 
 
 def platform() -> str:
     """What the cluster's trials run on: TPU, GPU or CPU."""
-    hosts = [n["Resources"] for n in ray.nodes() if n["Alive"]]
-    return next((p for p in ("TPU", "GPU") if any(h.get(p) for h in hosts)), "CPU")
+    return kind_of_devices([n for n in ray.nodes() if n["Alive"]], alone())

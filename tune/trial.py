@@ -24,7 +24,7 @@ from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
 from ifvit.checkpoint.places import duplicate
 from ifvit.errors import Interrupted
-from ifvit.commands import check_backend
+from ifvit.commands import JOB, check_backend
 from ifvit.config import Config, with_changes
 from ifvit.paths import cache_dir
 from ifvit.training.match import like_module1
@@ -139,13 +139,13 @@ class Trial(tune.Trainable):
         if self._plan.workers == 1:
             return _run(self._plan, config, self._resume, host)
         from cluster import on_ray
-        from cluster.launch import Job, Request
+        from cluster.job import Job, Request
         from cluster.placement import placement
 
         request = Request(num_workers=str(self._plan.workers))
         on_ray.prepare(request)
-        job = Job(functools.partial(run_on_hosts, self._plan, config, self._resume), f"trial-{self.trial_name}", (config.micro_batch,))
-        code, message = on_ray.run_connected(job, request, placement(request, False).fitting(job.batches), False, host)
+        job = Job(functools.partial(run_on_hosts, self._plan, config, self._resume), f"trial-{self.trial_name}", (config.micro_batch,), **JOB)
+        code, message = on_ray.run_connected(job, request, placement(request, False).fitting(job), False, host)
         if code:
             raise Interrupted(message, code)
 
@@ -165,7 +165,7 @@ def run_on_hosts(plan: Plan, config: Config, resume: str, host: Host) -> tuple[i
     use_cpu_cores()
     cli.use_compilation_cache(cache_dir() / "compiled")
     _log_to(Path(os.devnull) if jax.process_index() else Path(config.checkpoint_dir) / "log.txt")
-    return cli.outcome(lambda: _run(plan, config, resume, host))
+    return cli.outcome(lambda: _run(plan, config, resume, host), tried_again=True)
 
 
 class Loop(Host):

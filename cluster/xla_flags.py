@@ -1,0 +1,28 @@
+"""XLA_FLAGS that XLA does not know end a process at once, with pages of usage: they are tried in another one first."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+# lets XLA read its flags, without looking for devices: a private name of jaxlib, checked on 0.10
+READ = "from jaxlib import _jax; _jax.CompileOptions().executable_build_options.debug_options"
+
+
+def unfit() -> str:
+    """Why XLA would end a process with this environment, a sentence with its remedy; '' where it would not."""
+    return _tried(os.environ.get("XLA_FLAGS", ""))
+
+
+@functools.cache
+def _tried(flags: str) -> str:
+    if not flags.strip():
+        return ""
+    said = subprocess.run([sys.executable, "-c", READ], env=os.environ | {"XLA_FLAGS": flags}, text=True,
+                          errors="replace", capture_output=True)
+    told = re.search(r"(Unknown flags? in XLA_FLAGS|Couldn't interpret value|Could not open file|Flag parsing failed).*",
+                     said.stderr)
+    if not said.returncode or not told:  # whatever else it has will show itself, and better
+        return ""
+    return f"XLA refuses XLA_FLAGS={flags} ({told[0].strip().rstrip('.')[:200]}); mend the flag, or unset the variable."
