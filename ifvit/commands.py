@@ -14,7 +14,7 @@ from cluster.host import ClusterError, Host
 from cluster.job import Job, Request
 from cluster.launch import launch
 from ifvit import cli
-from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, parse_value, preset, read_toml, with_changes
+from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, keys_with, parse_value, preset, read_toml, with_changes
 from ifvit.devices.cores import cores
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
@@ -135,7 +135,7 @@ def check_set(items: tuple[str, ...]) -> None:
 def check_common(items: tuple[str, ...]) -> None:
     """UserError for a `--set match.KEY=…` of a setting that a search takes from Module 1, unless that is given the same."""
     values = {key: value for key, _, value in (item.partition("=") for item in items)}
-    for k in COMMON:
+    for k in keys_with(COMMON):
         if f"match.{k}" in values and values[f"match.{k}"] != values.get(f"dense.{k}"):
             raise UserError(f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too, the same.")
 

@@ -1,4 +1,4 @@
-"""Configurations of both modules, and their presets.
+"""Configurations of both modules.
 
 A field's comment says what it is; its metadata holds the range that is checked. Values marked
 (paper) are IFViT's (arXiv 2404.08237), LoFTR's where that says nothing.
@@ -16,9 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
+from ifvit.constants import MASK_CELL, STRIDE
 from ifvit.errors import UserError
 from ifvit.files import read_text
 from ifvit.paths import from_home, resolve_data
+from ifvit.presets import PRESETS
 
 
 # What a field is to the compiled programs: a part of them (PROGRAM), a number that they take as an argument
@@ -26,23 +28,37 @@ from ifvit.paths import from_home, resolve_data
 PROGRAM, SCALAR, HOST = "program", "scalar", "host"
 
 
-def number(default, lo=-math.inf, hi=math.inf, use=PROGRAM, word=None):
+# What a field is to a run and to a sweep; most are none of these.
+FREE = "free"      # a run goes on with another value of it, and is the same run
+OWN = "own"        # a run's own affair: no setting to hand on
+SWEEP = "sweep"    # the same for all trials of a sweep, or they could not be compared
+COMMON = "common"  # the same for both modules: their windows and networks share it
+LIVE = "live"      # the host's, and may change while a run trains
+
+
+def number(default, lo=-math.inf, hi=math.inf, use=PROGRAM, word=None, roles=frozenset()):
     """A numeric field with its closed range; `word`: what it may be instead."""
-    return field(default=default, metadata={"lo": lo, "hi": hi, "use": use} | ({"word": word} if word else {}))
+    return field(default=default, metadata={"lo": lo, "hi": hi, "use": use, "roles": roles} | ({"word": word} if word else {}))
 
 
-def choice(default, *choices, use=PROGRAM):
-    return field(default=default, metadata={"choices": choices, "use": use})
+def choice(default, *choices, use=PROGRAM, roles=frozenset()):
+    """A field that has one of some values."""
+    return field(default=default, metadata={"choices": choices, "use": use, "roles": roles})
 
 
-def host(default):
+def program(default, roles=frozenset()):
+    """A field of any kind that compiled programs depend on."""
+    return field(default=default, metadata={"roles": roles})
+
+
+def host(default, roles=frozenset()):
     """A field of any kind that no compiled program depends on."""
-    return field(default=default, metadata={"use": HOST})
+    return field(default=default, metadata={"use": HOST, "roles": roles})
 
 
-def place(default):
+def place(default, roles=frozenset()):
     """A field of the host's that is a path, or several."""
-    return field(default=default, metadata={"use": HOST, "path": True})
+    return field(default=default, metadata={"use": HOST, "path": True, "roles": roles})
 
 
 TINY = 1e-12  # the lower bound of "positive"
@@ -53,28 +69,28 @@ class Config:
     """What both modules share. Reads by key too: `config["checkpoint_dir"]`."""
 
     # --- data
-    dataset_root: tuple[str, ...] = place(("synthetic",))  # folders of prints; `synthetic` for generated ones
-    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto")  # overrides the prints' resolution; 0: the file's, or the set's; auto: where their ridges tell another, that
-    ridges: str = choice("dark", "dark", "light", use=HOST)  # of the prints' images: lighter than the valleys, of some sensors
-    names: str = host("")                           # how prints' names are to be read, as --names; '': as known sets' are
-    held_out: float = number(0.1, TINY, 0.9, use=HOST)  # share of fingers kept for validation
-    data_seed: int = number(0, 0, 2**31 - 1, use=HOST)  # chooses them, and the generated prints: seeds can be compared
+    dataset_root: tuple[str, ...] = place(("synthetic",), roles={FREE, OWN})  # folders of prints; `synthetic` for generated ones
+    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto", roles={OWN})  # overrides the prints' resolution; 0: the file's, or the set's; auto: where their ridges tell another, that
+    ridges: str = choice("dark", "dark", "light", use=HOST, roles={OWN})  # of the prints' images: lighter than the valleys, of some sensors
+    names: str = host("", roles={FREE, OWN})  # how prints' names are to be read, as --names; '': as known sets' are
+    held_out: float = number(0.1, TINY, 0.9, use=HOST, roles={SWEEP})  # share of fingers kept for validation
+    data_seed: int = number(0, 0, 2**31 - 1, use=HOST, roles={SWEEP})  # chooses them, and the generated prints: seeds can be compared
     synthetic_fingers: int = number(300, 2, use=HOST)  # how many generated fingers, where generated ones are used
     synthetic_impressions: int = number(8, 1, use=HOST)  # and impressions of each
-    synthetic_share: float = number(0.0, 0, 1, use=HOST)  # share of pairs drawn from generated fingers beside real ones
-    input_workers: int = number(0, 0, 256, use=HOST)  # Grain worker processes a host; 0: threads of this process
-    max_broken: float = number(0.1, 0, 1, use=HOST)  # share of unreadable images above which a run refuses
+    synthetic_share: float = number(0.0, 0, 1, use=HOST, roles={LIVE})  # share of pairs drawn from generated fingers beside real ones
+    input_workers: int = number(0, 0, 256, use=HOST, roles={FREE, OWN})  # Grain worker processes a host; 0: threads of this process
+    max_broken: float = number(0.1, 0, 1, use=HOST, roles={FREE})  # share of unreadable images above which a run refuses
     canvas_size: int = number(512, 64, 4096)        # px at 500 ppi, what the host hands to the device
     # --- network
-    input_ppi: float = number(200.0, 50, 1000)      # resolution the network sees
-    image_size: int = number(128, 16, 2048)         # px, side of its window, a multiple of 8 (paper)
-    resnet_widths: tuple[int, ...] = (64, 128, 256, 512)  # channels of the ResNet-18 stages (paper)
-    transformer: str = choice("loftr", "loftr", "siamese")  # linear attention, or plain softmax
-    transformer_width: int = number(256, 4)         # (paper)
-    transformer_heads: int = number(8, 1)           # (paper)
-    transformer_layers: int = number(4, 1, 64)      # pairs of a self and a cross layer (paper)
-    temp_bug_fix: bool = True                       # False: position encoding of LoFTR's published outdoor_ds weights
-    similarity: str = choice("scaled_dot", "scaled_dot", "cosine")  # cosine has a learned scale
+    input_ppi: float = number(200.0, 50, 1000, roles={COMMON})  # resolution the network sees
+    image_size: int = number(128, 16, 2048, roles={COMMON})  # px, side of its window, a multiple of 8 (paper)
+    resnet_widths: tuple[int, ...] = program((64, 128, 256, 512), roles={COMMON})  # channels of the ResNet-18 stages (paper)
+    transformer: str = choice("loftr", "loftr", "siamese", roles={COMMON})  # linear attention, or plain softmax
+    transformer_width: int = number(256, 4, roles={COMMON})  # (paper)
+    transformer_heads: int = number(8, 1, roles={COMMON})  # (paper)
+    transformer_layers: int = number(4, 1, 64, roles={COMMON})  # pairs of a self and a cross layer (paper)
+    temp_bug_fix: bool = program(True, roles={COMMON})  # False: position encoding of LoFTR's published outdoor_ds weights
+    similarity: str = choice("scaled_dot", "scaled_dot", "cosine", roles={COMMON})  # cosine has a learned scale
     temperature: float = number(0.1, 1e-4, 100)     # of the dual softmax over scaled_dot (paper)
     cosine_scale: float = number(20.0, 0.01, 1e4, use=HOST)  # where cosine's learned scale starts
     # --- matching
@@ -93,27 +109,27 @@ class Config:
     partial: float = number(1.0, 0, 1, use=SCALAR)  # how often only a part of the finger touches
     # --- training
     batch_size: int = number(128, 1)                # pairs a step, over all devices (paper)
-    num_epochs: int = number(100, 1, use=HOST)
+    num_epochs: int = number(100, 1, use=HOST, roles={SWEEP})
     pairs_per_epoch: int = number(0, 0, use=HOST)   # 0: four for each training print (paper: 100,360 of 25,090)
-    impostor_share: float = number(0.25, 0, 0.9, use=HOST)  # of the pairs (paper: 25,000 of 100,000)
-    learning_rate: float = number(1e-3, TINY, 10, use=HOST)  # peak (paper)
+    impostor_share: float = number(0.25, 0, 0.9, use=HOST, roles={LIVE})  # of the pairs (paper: 25,000 of 100,000)
+    learning_rate: float = number(1e-3, TINY, 10, use=HOST, roles={LIVE})  # peak (paper)
     warmup: float = number(0.05, 0, 1, use=HOST)    # share of all steps
     final_lr: float = number(0.01, 0, 1, use=HOST)  # of the peak, at the end of the cosine
     weight_decay: float = number(2e-4, 0, 10, use=SCALAR)  # (paper)
     grad_clip: float = number(1.0, TINY, use=SCALAR)  # global norm
     accumulate: int = number(1, 1)                  # micro-batches a step, gradients averaged; BatchNorm sees one whole
     compute_dtype: str = choice("float32", "float32", "bfloat16")  # of the networks; parameters are float32
-    remat: bool = False                             # activations computed again in the backward pass: less memory
-    val_pairs: int = number(512, 0, use=HOST)       # validation pairs an epoch
-    patience: int = number(0, 0, use=HOST)          # epochs without a better validation that end a run; 0: none do
+    remat: bool = program(False, roles={FREE})  # activations computed again in the backward pass: less memory
+    val_pairs: int = number(512, 0, use=HOST, roles={SWEEP})  # validation pairs an epoch
+    patience: int = number(0, 0, use=HOST, roles={SWEEP})  # epochs without a better validation that end a run; 0: none do
     # --- checkpoints: one is written after every epoch; what is kept for good
-    save_every: int = number(5, 1, use=HOST)        # epochs between periodic checkpoints, which are all kept
-    save_steps: int = number(0, 0, use=HOST)        # steps between checkpoints within an epoch; 0: none
-    keep_last: int = number(2, 1, use=HOST)         # newest ones kept, whatever they are
-    keep_best: int = number(1, 1, use=HOST)         # best epochs kept, by validation; 1: `…_best` alone, a copy
+    save_every: int = number(5, 1, use=HOST, roles={FREE, OWN})  # epochs between periodic checkpoints, which are all kept
+    save_steps: int = number(0, 0, use=HOST, roles={FREE, OWN})  # steps between checkpoints within an epoch; 0: none
+    keep_last: int = number(2, 1, use=HOST, roles={FREE, OWN})  # newest ones kept, whatever they are
+    keep_best: int = number(1, 1, use=HOST, roles={FREE, OWN})  # best epochs kept, by validation; 1: `…_best` alone, a copy
     # --- devices
-    model_parallel: int = number(1, 1, use=HOST)    # devices that share one copy of parameters and moments (FSDP)
-    seed: int = number(0, 0, 2**31 - 1, use=SCALAR)
+    model_parallel: int = number(1, 1, use=HOST, roles={FREE, OWN})  # devices that share one copy of parameters and moments (FSDP)
+    seed: int = number(0, 0, 2**31 - 1, use=SCALAR, roles={OWN})
 
     def __post_init__(self):
         for f in dataclasses.fields(self):
@@ -121,16 +137,16 @@ class Config:
             if kind_of(f) is float and type(value) is int:  # as TOML has it
                 object.__setattr__(self, f.name, float(value))
             check(f, getattr(self, f.name))
-        if self.image_size % 8:
-            raise UserError(f"image_size is {self.image_size}, not a multiple of the stride 8; "
-                            f"use {self.image_size // 8 * 8 + 8}.")
+        if self.image_size % STRIDE:
+            raise UserError(f"image_size is {self.image_size}, not a multiple of the stride {STRIDE}; "
+                            f"use {self.image_size // STRIDE * STRIDE + STRIDE}.")
         if self.batch_size % self.accumulate:
             raise UserError(f"A batch of {self.batch_size} does not divide into {self.accumulate} micro-batches; use "
                             f"--set accumulate={math.gcd(self.batch_size, self.accumulate)}.")
-        if self.canvas_size % 8:
-            raise UserError(f"canvas_size is {self.canvas_size}, not a multiple of 8; "
-                            f"use {self.canvas_size // 8 * 8 + 8}.")
-        if self.transformer_width % (4 * self.transformer_heads) and self.transformer_width % self.transformer_heads:
+        if self.canvas_size % MASK_CELL:
+            raise UserError(f"canvas_size is {self.canvas_size}, not a multiple of {MASK_CELL}; "
+                            f"use {self.canvas_size // MASK_CELL * MASK_CELL + MASK_CELL}.")
+        if self.transformer_width % self.transformer_heads:
             raise UserError(f"transformer_width {self.transformer_width} is not a multiple of transformer_heads "
                             f"{self.transformer_heads}; change one of them.")
         if self.transformer_width % 4:
@@ -169,24 +185,24 @@ class Config:
 class DenseConfig(Config):
     """Module 1, dense registration.
 
-    `python -m ifvit.train_dense --dataset_root DIR`; figures to expect stand in the README.
+    `python -m ifvit.train_dense --dataset_root DIR`; figures to expect stand in docs/figures.md.
     """
 
-    checkpoint_dir: str = place("./checkpoints/dense_reg")
+    checkpoint_dir: str = place("./checkpoints/dense_reg", roles={FREE, OWN})
     dense_loss: str = choice("focal", "focal", "nll")  # LoFTR's focal loss, or the negative log-likelihood
-    loftr_ckpt: str = place("")                        # LoFTR weights that start the transformer ('' for none)
+    loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
 
 
 @dataclass(frozen=True)
 class MatchConfig(Config):
     """Module 2, the matcher; its pairs are aligned by Module 1 (`dense_reg_ckpt`)."""
 
-    checkpoint_dir: str = place("./checkpoints/matcher")
-    dense_reg_ckpt: str = place("./checkpoints/dense_reg/dense_reg_ckpt.pkl")
-    num_classes: int = number(0, 0, use=HOST)       # ArcFace classes; 0: the training identities, counted
-    num_epochs: int = number(70, 1, use=HOST)       # (paper)
-    learning_rate: float = number(1e-4, TINY, 10, use=HOST)  # (paper, after its pre-training)
-    impostor_share: float = number(0.5, 0, 0.9, use=HOST)
+    checkpoint_dir: str = place("./checkpoints/matcher", roles={FREE, OWN})
+    dense_reg_ckpt: str = place("./checkpoints/dense_reg/dense_reg_ckpt.pkl", roles={FREE, OWN})
+    num_classes: int = number(0, 0, use=HOST, roles={OWN})  # ArcFace classes; 0: the training identities, counted
+    num_epochs: int = number(70, 1, use=HOST, roles={SWEEP})  # (paper)
+    learning_rate: float = number(1e-4, TINY, 10, use=HOST, roles={LIVE})  # (paper, after its pre-training)
+    impostor_share: float = number(0.5, 0, 0.9, use=HOST, roles={LIVE})
     rotation: float = number(20.0, 0, 180, use=SCALAR)  # degrees; of each print on its own, before alignment
     partial: float = number(0.3, 0, 1, use=SCALAR)
     share_global_local: bool = True                 # one transformer in both branches, or seeded alike and then apart
@@ -197,7 +213,7 @@ class MatchConfig(Config):
     embedding_size: int = number(256, 2)            # of each branch (paper)
     embedding_grid: int = number(8, 1, 64)          # the head pools a branch's cells to this many a side
     embedding_channels: int = number(32, 1)         # of this many channels before the last linear map
-    global_weight: float = number(0.6, 0, 1, use=HOST)  # of the fused cosine; the local branch has the rest (paper)
+    global_weight: float = number(0.6, 0, 1, use=HOST, roles={LIVE})  # of the fused cosine; the local branch has the rest (paper)
     calibration_pairs: int = number(4000, 4, use=HOST)  # of held-out fingers, to fit the fused score and its thresholds
     # --- losses
     loss_dense: float = number(0.5, 0, use=SCALAR)  # L_D (paper)
@@ -240,13 +256,10 @@ def kind_of(f: dataclasses.Field) -> type:
     return typing.get_args(f.type)[0] if "word" in f.metadata else f.type
 
 
-# what both modules' windows and networks must have in common
-COMMON = ("transformer", "transformer_width", "transformer_heads", "transformer_layers", "resnet_widths", "input_ppi",
-          "image_size", "similarity", "temp_bug_fix")
-
-# what a run may change and still be the same run
-FREE = {"checkpoint_dir", "dataset_root", "names", "input_workers", "max_broken", "dense_reg_ckpt", "loftr_ckpt",
-        "save_every", "save_steps", "keep_last", "keep_best", "model_parallel", "remat"}
+def keys_with(role: str) -> tuple[str, ...]:
+    """The keys of either module that have a role."""
+    found = [f.name for cls in (DenseConfig, MatchConfig) for f in dataclasses.fields(cls) if role in f.metadata.get("roles", ())]
+    return tuple(dict.fromkeys(found))
 
 
 def completed(cls, saved: dict) -> dict:
@@ -307,44 +320,6 @@ def parse_value(cls, key: str, text: str):
     except (ValueError, KeyError):
         name = getattr(kind, "__name__", str(kind))
         raise UserError(f"--set {key}={text}: {text!r} is not of type {name}; give one.") from None
-
-
-# What each preset changes. `paper` is the dataclasses' defaults.
-_SMALL_NET = dict(resnet_widths=(16, 32, 64), transformer_width=64, transformer_heads=4, transformer_layers=2,
-                  similarity="cosine", dense_loss="nll", input_ppi=350.0, image_size=224, batch_size=16,
-                  match_border=0, match_threshold=0.1)
-# the best of sweeps of 24 and 16 trials (README, "Sweeps")
-_FOUND = dict(learning_rate=8e-3, warmup=0.18, weight_decay=1.3e-4, impostor_share=0.31, noise=0.74, thickness=1.5,
-              distortion=0.22, partial=0.59, rotation=55.0, cosine_scale=7.5)
-_FOUND_MATCH = dict(learning_rate=3.5e-4, warmup=0.16, weight_decay=3.7e-5, impostor_share=0.56, partial=0.89, rotation=42.0,
-                    synthetic_share=0.12, loss_dense=1.7, loss_embedding=0.13, loss_arcface=0.03, embedding_margin=0.23,
-                    arcface_margin=0.47, arcface_scale=18.0, global_weight=0.61)
-# quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
-_QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
-_SMOKE_NET = dict(resnet_widths=(8, 8, 16), transformer_width=16, transformer_heads=2, transformer_layers=1,
-                  similarity="cosine", dense_loss="nll", input_ppi=200.0, image_size=64, batch_size=4,
-                  match_border=0, match_threshold=0.1, canvas_size=256, synthetic_fingers=6, synthetic_impressions=2,
-                  held_out=0.34, pairs_per_epoch=8, num_epochs=2, val_pairs=8, save_every=1, alignment_samples=32,
-                  alignment_matches=32)
-
-PRESETS = {
-    "paper": (dict(), dict()),
-    "cpu": (
-        dict(_SMALL_NET, **_FOUND, pairs_per_epoch=1600, num_epochs=12, val_pairs=128, save_every=2,
-             synthetic_fingers=100, synthetic_share=0.25),
-        dict(_SMALL_NET, **_FOUND_MATCH, pairs_per_epoch=1280, num_epochs=4, val_pairs=192, seed_resnet=True,
-             save_every=2, synthetic_fingers=100, roi_size=96, embedding_channels=16, match_threshold=0.05,
-             calibration_pairs=1000),
-    ),
-    "quick": (
-        dict(_SMALL_NET, **_QUICK, learning_rate=3e-3, pairs_per_epoch=960, num_epochs=5, val_pairs=64, rotation=35.0),
-        dict(_SMALL_NET, **_QUICK, learning_rate=1e-3, pairs_per_epoch=480, num_epochs=4, val_pairs=96, rotation=8.0,
-             seed_resnet=True, loss_embedding=1.0, loss_arcface=0.1, arcface_scale=30.0, roi_size=64,
-             embedding_channels=16, match_threshold=0.05, calibration_pairs=300),
-    ),
-    "smoke": (_SMOKE_NET, dict(_SMOKE_NET, seed_resnet=True, roi_size=32, embedding_size=32, embedding_channels=8,
-                               calibration_pairs=8)),
-}
 
 
 def default_preset() -> str:

@@ -18,7 +18,7 @@ from cluster.host import PREEMPTED
 from cluster.job import Request
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, check_common, check_outlives_job, given, tried
-from ifvit.config import COMMON, DenseConfig, MatchConfig, read_toml
+from ifvit.config import COMMON, DenseConfig, MatchConfig, keys_with, read_toml
 from ifvit.errors import UserError
 from ifvit.files import write_whole
 from ifvit.paths import resolve
@@ -116,7 +116,7 @@ class Args(TrainArgs):
             checkpoint_dir=self.matcher_checkpoint_dir, batch_size=self.batch_size, num_classes=self.num_classes),
             preset, "match")
         if not self.tune:  # a search gives Module 2 what its Module 1 has
-            for k in COMMON:
+            for k in keys_with(COMMON):
                 if dense[k] != match[k]:
                     raise UserError(f"{k} is {dense[k]} for Module 1 and {match[k]} for Module 2, which starts from its transformer; "
                                     f"give both the same (--set dense.{k}=… --set match.{k}=…).")

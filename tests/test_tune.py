@@ -17,7 +17,7 @@ from cluster import placement
 from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
 from ifvit.errors import Failure, Interrupted
-from ifvit.config import HOST, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, preset, use_of
+from ifvit.config import HOST, OWN, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, keys_with, preset, use_of
 from ifvit.errors import UserError
 from ifvit.training.dense import dense_program
 from tune import record, results, space, sweep, trial
@@ -597,7 +597,7 @@ def test_best_toml_makes_the_same_configuration_whatever_the_preset(tmp_path):
     from ifvit.train_all import Args as TrainAll
     from ifvit.train_dense import Args as TrainDense
 
-    handed_on = lambda config: {k: v for k, v in config.to_dict().items() if k not in space.OF_THE_RUN}
+    handed_on = lambda config: {k: v for k, v in config.to_dict().items() if k not in keys_with(OWN)}
     found = (*TrainAll(config=str(file), preset="paper").configs(None), *TrainDense(config=str(file)).configs("cpu"))
     assert [handed_on(c) for c in found] == [handed_on(c) for c in (dense, match, dense)]
 

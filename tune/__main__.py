@@ -23,7 +23,7 @@ from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.errors import Failure
 from ifvit.commands import ConfigArgs, build_config, check_common, check_outlives_job, given, named_roots, tried
-from ifvit.config import COMMON, Config, DenseConfig, MatchConfig, completed, config_of, read_toml, with_changes
+from ifvit.config import COMMON, FREE, Config, DenseConfig, MatchConfig, completed, config_of, keys_with, read_toml, with_changes
 from ifvit.errors import UserError
 from ifvit.files import write_whole
 from ifvit.paths import resolve
@@ -176,7 +176,7 @@ class Args(ConfigArgs):
             config = with_changes(config, spaces.fixed(table[name]))
             items = [item.partition("=")[0].rpartition(".") for item in self.set]
             asked = {key for of, _, key in items if of == prefix}  # is not searched
-            if name == "match" and (theirs := [k for k in COMMON if k in table[name]]):
+            if name == "match" and (theirs := [k for k in keys_with(COMMON) if k in table[name]]):
                 raise UserError(f"{theirs[0]} of Module 2 is that of its Module 1; leave it out of [match].")
             space = spaces.space_for(name, config, table[name], self.search, asked)
             if self.scheduler == "pbt":
@@ -238,7 +238,7 @@ def _with_module1(config: MatchConfig, given: tuple[str, ...]) -> MatchConfig:
     from ifvit.training.match import like_module1
 
     found = like_module1(config)
-    for k in COMMON:
+    for k in keys_with(COMMON):
         if found[k] != config[k] and any(item.startswith((f"{k}=", f"match.{k}=")) for item in given):
             raise UserError(f"{k} is {found[k]} of Module 1 ({config.dense_reg_ckpt}), and --set gives Module 2 {config[k]}; leave that out.")
     return found
@@ -305,14 +305,14 @@ def _noted(out: Path) -> dict:
 
 def _check_same_sweep(out: Path, plan, space, data: str) -> None:
     """Notes what the sweep is; UserError where the folder holds another one. `data`: digest of the prints."""
-    from ifvit.config import FREE
+    free = keys_with(FREE)
 
-    base = {k: v for k, v in plan.base.to_dict().items() if k not in FREE}
+    base = {k: v for k, v in plan.base.to_dict().items() if k not in free}
     ours = json.loads(json.dumps({"metric": plan.metric, "configuration": base, "data": data,
                                   "module1": _modules1(plan.base, space) if plan.module == "match" else [],
                                   "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()}}))
     if theirs := _noted(out):
-        theirs["configuration"] = {k: v for k, v in completed(type(plan.base), theirs["configuration"]).items() if k not in FREE}
+        theirs["configuration"] = {k: v for k, v in completed(type(plan.base), theirs["configuration"]).items() if k not in free}
         for part in ("configuration", "space"):
             for key in ours[part].keys() | theirs[part].keys():
                 if ours[part].get(key) != theirs[part].get(key):
@@ -336,7 +336,7 @@ def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], pre
     if (out / "best.toml").exists() and (out / "best.json").exists():
         found = {name: config_of(spaces.CONFIGS[name], table) for name, table in read_toml(str(out / "best.toml")).items()}
         best, trained, new = found | best, json.loads((out / "best.json").read_text(encoding="utf-8")) | trained, best
-        if len(best) > len(new) and (other := [k for k in COMMON if best["dense"][k] != best["match"][k]]):
+        if len(best) > len(new) and (other := [k for k in keys_with(COMMON) if best["dense"][k] != best["match"][k]]):
             (old,) = best.keys() - new.keys()
             print(f"What was found for {old} before goes with another {other[0]}: it is left out of {out / 'best.toml'}.")
             best.pop(old), trained.pop(RUNS[old], None)

@@ -12,10 +12,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ifvit.config import Config
+from ifvit.config import OWN, Config, keys_with
 from ifvit.files import write_whole
 from tune.record import Record, order
-from tune.space import OF_THE_RUN, Choice, Range, Space
+from tune.space import Choice, Range, Space
 
 EDGE = 0.05  # of a range: nearer to its end, the best may lie beyond it
 
@@ -26,7 +26,7 @@ def best_toml(configs: dict[str, Config], searched: dict[str, set[str]], header:
     for table, config in configs.items():
         out += ["", f"[{table}]"]
         for key, value in config.to_dict().items():
-            if key not in OF_THE_RUN:
+            if key not in keys_with(OWN):
                 out.append(f"{key} = {json.dumps(value)}" + ("  # searched" if key in searched.get(table, ()) else ""))
     return "\n".join(out) + "\n"
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from ifvit.config import PROGRAM, SCALAR, DenseConfig, MatchConfig, known_key, use_of
+from ifvit.config import LIVE, OWN, PROGRAM, SCALAR, SWEEP, DenseConfig, MatchConfig, keys_with, known_key, use_of
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 
@@ -69,12 +69,6 @@ class Choice:
 
 
 Space = dict[str, Range | Choice]
-
-# a run's own affairs: no settings to hand on
-OF_THE_RUN = {"dataset_root", "ppi", "ridges", "names", "checkpoint_dir", "dense_reg_ckpt", "loftr_ckpt", "seed", "num_classes", "input_workers",
-              "model_parallel", "save_every", "save_steps", "keep_last", "keep_best"}
-# what has to be the same for all trials, or they could not be compared
-OF_THE_SWEEP = {"num_epochs", "patience", "held_out", "data_seed", "val_pairs"}
 
 _TRAINING: Space = {
     "learning_rate": Range(0.2, 5, "log", "decides more than anything else, and depends on all else", times=True),
@@ -130,7 +124,7 @@ def space_for(module: str, base, changes: dict | None = None, only: tuple[str, .
         space.pop("synthetic_share", None)  # there are none
     for key, value in (changes or {}).items():
         known_key(type(base), key)
-        if isinstance(value, (list, dict)) and key in OF_THE_RUN | OF_THE_SWEEP:
+        if isinstance(value, (list, dict)) and key in (*keys_with(OWN), *keys_with(SWEEP)):
             raise UserError(f"{key} cannot be searched: it has to be the same for all trials; give one value.")
         if isinstance(value, list):
             space[key] = Choice(tuple(tuple(v) if isinstance(v, list) else v for v in value), "asked for")
@@ -286,8 +280,7 @@ def read_space(table: dict) -> dict[str, dict]:
 
 def changeable(space: Space) -> Space:
     """What may change while a trial runs: numbers that are no part of the compiled program, and not of its beginning."""
-    of_the_run = {"learning_rate", "impostor_share", "synthetic_share", "global_weight"}
-    return {k: p for k, p in space.items() if isinstance(p, Range) and (_use(k) == SCALAR or k in of_the_run)}
+    return {k: p for k, p in space.items() if isinstance(p, Range) and (_use(k) == SCALAR or k in keys_with(LIVE))}
 
 
 def _use(key: str) -> str:

@@ -10,7 +10,7 @@ from etils import epath
 
 from ifvit import checkpoint
 from ifvit.scoring import rates
-from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, with_changes
+from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, keys_with, with_changes
 from ifvit.data.contents import known
 from ifvit.data.gather import overlap
 from ifvit.data.loader import PairSource, batches
@@ -129,7 +129,7 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
         print(f"⚠ {folder} was made by other code: its transformer seeds Module 2, and pairs are not aligned.", flush=True)
         return None
     ours = config.to_dict()
-    for k in COMMON:
+    for k in keys_with(COMMON):
         if found.metadata["config"][k] != ours[k]:
             raise UserError(f"Module 1 in {folder} was trained with {k} = {found.metadata['config'][k]}, Module 2 is "
                             f"configured with {ours[k]}; give both the same (--set {k}=…).")
@@ -159,7 +159,7 @@ def like_module1(config: MatchConfig) -> MatchConfig:
     if not config.dense_reg_ckpt or not (folder := module1_folder(config)).is_dir():
         return config
     theirs = checkpoint.read_metadata(folder)["config"]
-    return with_changes(config, {k: theirs[k] for k in COMMON if k in theirs})
+    return with_changes(config, {k: theirs[k] for k in keys_with(COMMON) if k in theirs})
 
 
 def balanced_pairs(prints: PrintSet, count: int) -> list[Pair]:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from cluster.host import Host
 from ifvit import checkpoint
 from ifvit.checkpoint.digest import digest
-from ifvit.config import FREE, completed
+from ifvit.config import FREE, completed, keys_with
 from ifvit.devices.processes import exchange
 from ifvit.devices.sharding import make_mesh, shardings
 from ifvit.errors import UserError
@@ -65,7 +65,7 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
     again = "again" in exchange("again", "again" if resume != "auto" and host.has_begun(this) else "")
     if again and resume == "never":  # this command's own processes are started again: once was asked for
         resume, again = "auto", False
-    found, history = find_resume(task, folder, resume, again, abstract, placement, FREE | may_change)
+    found, history = find_resume(task, folder, resume, again, abstract, placement, {*keys_with(FREE), *may_change})
     rows = read_rows(folder / "metrics.jsonl")
     if found and found.metadata["finished"]:
         checkpoint.discard_unfinished(folder, f"{task.name}_*")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from cluster.host import Host
 from ifvit import checkpoint, cli, train_dense, train_match
-from ifvit.config import COMMON, DenseConfig, MatchConfig, parse_value, preset, read_toml, with_changes
+from ifvit.config import COMMON, DenseConfig, MatchConfig, keys_with, parse_value, preset, read_toml, with_changes
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.evaluate import evaluate
@@ -47,7 +47,7 @@ def main() -> None:
     base = base.replace(dataset_root=tuple(args.dataset_root))
     if args.pretrained_ckpt:
         theirs = checkpoint.read_metadata(checkpoint.locate(args.pretrained_ckpt))["config"]
-        base = with_changes(base, {"dense_reg_ckpt": args.pretrained_ckpt} | {k: theirs[k] for k in COMMON})
+        base = with_changes(base, {"dense_reg_ckpt": args.pretrained_ckpt} | {k: theirs[k] for k in keys_with(COMMON)})
 
     def train(config) -> Path:
         if args.pretrained_ckpt:
