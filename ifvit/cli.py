@@ -11,6 +11,7 @@ import io
 import itertools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ from pathlib import Path
 import tyro
 
 from ifvit.errors import UserError
+
+
+ROOM_FOR_PROGRAMS = 50e6  # bytes
 
 
 class Interrupted(Exception):
@@ -178,6 +182,9 @@ def use_compilation_cache(folder: Path) -> None:
 
     try:
         os.makedirs(folder, exist_ok=True)
+        disk = shutil.disk_usage(folder)
+        if disk.total and disk.free < ROOM_FOR_PROGRAMS:  # JAX would leave cut files there, and fail to read them ever after
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
         logging.getLogger("ifvit").warning("Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
                                            "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)

@@ -52,8 +52,8 @@ class Args:
         check_ppi(self.ppi)
         if not self.roots:
             raise UserError("No folder is named; give one or more, such as python -m ifvit.prints DIR.")
-        if not 0 < self.held_out < 1:
-            raise UserError(f"--held_out is {self.held_out}; give a share of the fingers between 0 and 1, such as 0.1.")
+        if not 0 < self.held_out <= 0.9:
+            raise UserError(f"--held_out is {self.held_out}; give a share of the fingers above 0 and at most 0.9, such as 0.1.")
         reading = read_folders(self.roots, self.ppi, self.ridges, self.names)
         found = decoded(reading.prints, DenseConfig.canvas_size, cache_dir())
         used, _ = found.without_copies(across=True)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ifvit.data import scale
+from ifvit.data.images import RIDGE_PERIOD
 from ifvit.data.prepare import Decoded, seem_light
 from ifvit.data.sources import Print, Reading
 from ifvit.data.walk import LeftOut, file_digest, natural
@@ -27,6 +28,7 @@ class Database:
     sizes: tuple[tuple[str, int], ...]  # "WIDTH × HEIGHT" in px and how many prints, the commonest first
     ppi: tuple[tuple[float, str, int], ...]  # resolution, what told it, how many prints; the commonest first
     period: float | None           # px of the file from ridge to ridge, median
+    suggested_ppi: int | None      # at which that period is an adult's, about: fingers and sensors differ by a third
     fitting_ppi: float | None      # the resolution that the ridges tell, where it is far from that of many
     ridges: str                    # dark or light: as read
     seem: str                      # dark or light: what most prints look like
@@ -44,13 +46,19 @@ class Database:
     def resolution(self) -> str:
         ppi, told, count = self.ppi[0]
         rest = f", {self.prints - count} others {', '.join(f'{p:g}' for p, _, _ in self.ppi[1:4])}" if len(self.ppi) > 1 else ""
-        fit = f"; {self.fitting_ppi:g} would fit the ridges" if self.fitting_ppi else ""
-        return f"{ppi:g} ({told}{rest}{fit})"
-
+        return f"{ppi:g} ({told}{rest})"
 
     def distance(self) -> str:
-        """Of the ridges."""
-        return f"{self.period:.1f}" + (f" ({self.blank} blank)" if self.blank else "") if self.period else "?"
+        """From ridge to ridge, px."""
+        return f"{self.period:.1f}" if self.period else "?"
+
+    def suggestion(self) -> str:
+        """The resolution that the ridges suggest; loud where another is read."""
+        about = f"about {self.suggested_ppi}" if self.suggested_ppi else "?"
+        return f"⚠ {self.fitting_ppi:g}" if self.fitting_ppi else about
+
+    def colour(self) -> str:
+        return self.ridges if self.seem == self.ridges else f"⚠ {self.ridges}, seem {self.seem}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,8 @@ class Summary:
     def lines(self) -> list[str]:
         """Three lines for a run's log: what there is, at which scale, what is missing."""
         several = f" in {len(self.databases)} databases" if len(self.databases) > 1 else ""
-        scale = [f"{d.name} {d.size()} px, ppi {d.resolution()}, ridges {d.distance()} px apart" for d in self.databases]
+        scale = [f"{d.name} {d.size()} px, ppi {d.resolution()}, ridges {d.distance()} px apart"
+                 + (f" ({d.suggestion()} ppi would fit)" if d.fitting_ppi else "") for d in self.databases]
         return [f"Prints: {self.prints} of {self.fingers} fingers{several}: "
                 + _some([f"{d.name} {d.counts()}" for d in self.databases], ", "),
                 f"Scale: {_some(scale, '; ')}",
@@ -80,8 +89,10 @@ class Summary:
 
     def table(self) -> list[str]:
         """A line a database, then what is left out, and the split."""
-        rows = [("database", "fingers × impressions", "prints", "size, px", "ppi", "ridges, px", "names", "held out")]
-        rows += [(d.name, d.counts(), str(d.prints), d.size(), d.resolution(), d.distance(), d.layout, str(len(d.held_out)))
+        rows = [("database", "fingers × impressions", "prints", "size, px", "ppi", "ridge period, px", "suggests, ppi", "ridges", "names",
+                 "held out")]
+        rows += [(d.name, d.counts(), str(d.prints), d.size(), d.resolution(), d.distance(), d.suggestion(), d.colour(), d.layout,
+                  str(len(d.held_out)))
                  for d in self.databases]
         widths = [max(map(len, column)) for column in zip(*rows)]
         return [*("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows), "",
@@ -150,8 +161,9 @@ def _database(name: str, layout: str, prints: list[Print], records: list[dict], 
     fitting = next((scale.fitting_ppi(g, groups) for g in sorted(groups, key=lambda g: -len(g.records)) if g.off), None)
     light = prints[0].light
     colours = ("light", "dark") if light else ("dark", "light")
+    period = float(np.median(periods)) if periods else None
     return Database(name, layout, len(impressions), (min(impressions.values()), max(impressions.values())), len(prints), tuple(sizes),
-                    tuple((ppi, told, n) for (ppi, told), n in resolutions), float(np.median(periods)) if periods else None, fitting,
+                    tuple((ppi, told, n) for (ppi, told), n in resolutions), period, round(period / RIDGE_PERIOD) if period else None, fitting,
                     colours[0], colours[otherwise], sum(r["blank"] for r in records), held_out)
 
 
