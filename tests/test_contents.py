@@ -32,8 +32,15 @@ def files(prints) -> set[str]:
 @pytest.fixture
 def tree(tmp_path) -> Path:
     """Two databases of 12 and 9 fingers."""
-    return grow(tmp_path / "prints", *(f"{db}/{f}_{i}.png" for db, first, last in (("optical-set", 1, 12), ("swipe-set", 101, 109))
-                                       for f in range(first, last + 1) for i in (1, 2)))
+    return grow(
+        tmp_path / "prints",
+        *(
+            f"{db}/{f}_{i}.png"
+            for db, first, last in (("optical-set", 1, 12), ("swipe-set", 101, 109))
+            for f in range(first, last + 1)
+            for i in (1, 2)
+        ),
+    )
 
 
 def renamed(tree: Path) -> Path:

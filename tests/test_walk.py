@@ -24,18 +24,45 @@ def test_what_pillow_reads_is_read(tmp_path, kind):
 
 
 def test_archives_and_kinds_that_are_not_read_are_counted(tmp_path, caplog):
-    grow(tmp_path, "DB1/1_1.png", "DB2.zip", "DB3.zip", "DB4.tar", "DB1/1_2.an2", "DB1/1_3.raw", "raw/0001", "DB1/1_4.tif.gz")
+    grow(
+        tmp_path,
+        "DB1/1_1.png",
+        "DB2.zip",
+        "DB3.zip",
+        "DB4.tar",
+        "DB1/1_2.an2",
+        "DB1/1_3.raw",
+        "raw/0001",
+        "DB1/1_4.tif.gz",
+    )
     reading = read([tmp_path])
-    for part in ("7 files are of kinds that are not read", "2 .zip", "1 .an2", "1 .raw", "1 .tar", "1 .gz", "1 without extension", "unpack the archives"):
+    for part in (
+        "7 files are of kinds that are not read",
+        "2 .zip",
+        "1 .an2",
+        "1 .raw",
+        "1 .tar",
+        "1 .gz",
+        "1 without extension",
+        "unpack the archives",
+    ):
         assert part in caplog.text
     assert {Path(x.path).name: x.reason for x in reading.left_out} == {
-        **{name: f"an archive, which has to be unpacked ({kind})" for name, kind in
-           (("DB2.zip", ".zip"), ("DB3.zip", ".zip"), ("DB4.tar", ".tar"), ("1_4.tif.gz", ".gz"))},
-        **{name: f"not an image that is read ({kind})" for name, kind in (("1_2.an2", ".an2"), ("1_3.raw", ".raw"), ("0001", "without extension"))}}
+        **{
+            name: f"an archive, which has to be unpacked ({kind})"
+            for name, kind in (("DB2.zip", ".zip"), ("DB3.zip", ".zip"), ("DB4.tar", ".tar"), ("1_4.tif.gz", ".gz"))
+        },
+        **{
+            name: f"not an image that is read ({kind})"
+            for name, kind in (("1_2.an2", ".an2"), ("1_3.raw", ".raw"), ("0001", "without extension"))
+        },
+    }
 
 
 def test_texts_and_minutiae_beside_prints_are_no_prints(tmp_path, caplog):
-    reading = read([grow(tmp_path, "DB1/1_1.png", "README", "LICENSE", "a.md", "b.csv", "DB1/1_1.xyt", "DB1/1_1.txt", "c.sha256")])
+    reading = read(
+        [grow(tmp_path, "DB1/1_1.png", "README", "LICENSE", "a.md", "b.csv", "DB1/1_1.xyt", "DB1/1_1.txt", "c.sha256")]
+    )
     assert not caplog.text and not reading.left_out
 
 
@@ -45,16 +72,24 @@ def test_a_root_of_archives_says_that_they_have_to_be_unpacked(tmp_path):
 
 
 def test_what_is_left_out_is_told_with_its_reason(tmp_path):
-    grow(tmp_path, "sd300/500/png/roll/00001000_roll_500_03.png", "sd300/500/png/plain/00001000_plain_500_13.png",
-         "sd300/1000/png/roll/00001000_roll_1000_03.png", "sd300/500/png/roll/thumbnail.png",
-         "sd300/images/latent/00002304_1C_R_L01_BP_S22_1200PPI_8BPC_1CH_LP03_1.png")
+    grow(
+        tmp_path,
+        "sd300/500/png/roll/00001000_roll_500_03.png",
+        "sd300/500/png/plain/00001000_plain_500_13.png",
+        "sd300/1000/png/roll/00001000_roll_1000_03.png",
+        "sd300/500/png/roll/thumbnail.png",
+        "sd300/images/latent/00002304_1C_R_L01_BP_S22_1200PPI_8BPC_1CH_LP03_1.png",
+    )
     (tmp_path / "sd300/500/gone.png").symlink_to(tmp_path / "nowhere")
     reading = read([tmp_path])
     assert len(reading.prints) == 1
     assert {Path(x.path).name: x.reason for x in reading.left_out} == {
-        "00001000_plain_500_13.png": "a slap or a palm", "00001000_roll_1000_03.png": "further copy of an impression",
-        "thumbnail.png": "no known set's name", "00002304_1C_R_L01_BP_S22_1200PPI_8BPC_1CH_LP03_1.png": "a latent whose finger its name does not tell",
-        "gone.png": "link that leads nowhere"}
+        "00001000_plain_500_13.png": "a slap or a palm",
+        "00001000_roll_1000_03.png": "further copy of an impression",
+        "thumbnail.png": "no known set's name",
+        "00002304_1C_R_L01_BP_S22_1200PPI_8BPC_1CH_LP03_1.png": "a latent whose finger its name does not tell",
+        "gone.png": "link that leads nowhere",
+    }
 
 
 def test_a_pipe_with_a_prints_name_is_not_waited_for(tmp_path, caplog):
@@ -64,9 +99,18 @@ def test_a_pipe_with_a_prints_name_is_not_waited_for(tmp_path, caplog):
 
 
 # Root may read everything, unless it gives that up.
-DROP = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
-READ = "import logging, sys; logging.basicConfig(format='%(message)s', stream=sys.stdout); from ifvit.data.sources import read; r = read([sys.argv[1]]); " \
-       "print(len(r.prints), [(x.path, x.reason) for x in r.left_out])"
+DROP = (
+    ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-dac_override,-dac_read_search"]
+    if os.getuid() == 0
+    else []
+)
+READ = """
+import logging, sys
+from ifvit.data.sources import read
+logging.basicConfig(format="%(message)s", stream=sys.stdout)
+reading = read([sys.argv[1]])
+print(len(reading.prints), [(x.path, x.reason) for x in reading.left_out])
+"""
 
 
 def test_folders_and_files_that_may_not_be_read_are_named(tmp_path):
@@ -81,7 +125,11 @@ def test_folders_and_files_that_may_not_be_read_are_named(tmp_path):
             (tmp_path / name).chmod(0o755)
     assert f"1 folders cannot be listed, and what they hold is left out: {tmp_path / 'DB2'}" in said, said
     assert "2 files cannot be read and are left out" in said and "links lead nowhere" not in said
-    assert said.splitlines()[-1].startswith("1 ") and "'folder cannot be listed'" in said and said.count("'file cannot be read'") == 2
+    assert (
+        said.splitlines()[-1].startswith("1 ")
+        and "'folder cannot be listed'" in said
+        and said.count("'file cannot be read'") == 2
+    )
 
 
 def test_a_root_that_may_not_be_listed_is_a_users_error(tmp_path):

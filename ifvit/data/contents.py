@@ -14,7 +14,7 @@ ALL_SAMPLES = 2048  # and of all databases
 
 
 def data_digest(prints: Iterable[Print]) -> str:
-    """Of which files are of one finger, and which fingers of one database: the same for the same prints in other folders.
+    """Of which files are of one finger, and which fingers of one database, in whatever folders.
 
     Generated prints count by their names: another machine may draw a grey level otherwise.
     """
@@ -27,13 +27,16 @@ def data_digest(prints: Iterable[Print]) -> str:
 
 def in_order_of_contents(prints: Sequence[Print]) -> list[Print]:
     """The databases in an order that does not depend on their names, the prints of each as they come."""
-    contents = {database: sorted((p.finger, os.stat(p.path).st_size) for p in some) for database, some in _by_database(prints).items()}
+    contents = {
+        database: sorted((p.finger, os.stat(p.path).st_size) for p in some)
+        for database, some in _by_database(prints).items()
+    }
     order = {database: k for k, database in enumerate(sorted(contents, key=lambda d: (contents[d], d)))}
     return sorted(prints, key=lambda p: order[p.database])
 
 
 def sample(prints: Iterable[Print]) -> list[str]:
-    """Digests of some files of each database, by which they are known again: the lowest ones. Of generated prints none."""
+    """Digests of some files of each database, the lowest ones, by which it is known again. Of generated prints none."""
     databases = _by_database([p for p in prints if p.database != SYNTHETIC])
     size = max(1, min(SAMPLE, ALL_SAMPLES // max(1, len(databases))))
     return sorted(d for some in databases.values() for d in sorted({file_digest(p.path)[:16] for p in some})[:size])

@@ -34,17 +34,18 @@ _PATTERNS = {
     "CrossMatch": r"(?P<finger>(?P<subject>\d+)_(?P<position>\d+))_(?P<impression>\d+)",
     "CASIA": r"(?P<finger>(?P<subject>\d+)_[LR]\d)_(?P<impression>\d+)",
     "SOCOFing": r"(?P<finger>(?P<subject>\d+)__[MF]_(?:Left|Right)_[a-z]+)_finger(?:_(?P<change>CR|Obl|Zcut))?",
-    "RidgeBase": r"(?P<session>\d)_(?P<subject>\d{4,})_(?P<hand>Left|Right)_(?P<word>Thumb|Index|Middle|Ring|Little|Four_Fingers)",
-    "RidgeBase contactless": r"(?P<session>\d)_(?P<device>[a-z0-9 ]+)_(?P<subject>\d{4,})_(?P<background>\d)_(?P<hand>LEFT|RIGHT)_image_"
-                             r"fingerprint(?P<shot>[a-z0-9]+)(?:_0?\.\d+|_0\.\d+e-?\d+)?(?:_(?P<word>\d))?",
+    "RidgeBase": r"(?P<session>\d)_(?P<subject>\d{4,})_(?P<hand>Left|Right)_"
+    r"(?P<word>Thumb|Index|Middle|Ring|Little|Four_Fingers)",
+    "RidgeBase contactless": r"(?P<session>\d)_(?P<device>[a-z0-9 ]+)_(?P<subject>\d{4,})_(?P<background>\d)_"
+    r"(?P<hand>LEFT|RIGHT)_image_fingerprint(?P<shot>[a-z0-9]+)(?:_0?\.\d+|_0\.\d+e-?\d+)?(?:_(?P<word>\d))?",
     "SD4": r"(?P<impression>[fs])(?P<finger>\d{4})_\d{2}",
     "SD14": r"(?P<impression>[fs])(?P<finger>\d{7})",
     "SD27": r"(?P<finger>[GBU]\d{3})(?P<impression>[LT])\d{1,2}[UI]",
     "SD300": rf"(?P<subject>\d+)_(?P<capture>{_CAPTURES})_(?P<ppi>\d+)_(?P<frgp>\d\d)",
     "SD302": r"(?P<subject>\d+)_(?P<device>[^_]+)_(?:(?P<ppi>\d+)_)?"
-             rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
+    rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
     "SD301": r"(?P<subject>\d+)_(?P<encounter>[^_]+)_(?P<device>[^_]+)_(?P<ppi>\d+)_"
-             rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
+    rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
     "latent": r"\d+_\w+_\d+PPI_\d+BPC_\d+CH_\w+",  # of SD301 and SD302: of which finger, the name does not tell
 }
 _PATTERNS = {layout: re.compile(p, re.IGNORECASE) for layout, p in _PATTERNS.items()}
@@ -71,7 +72,9 @@ def read_name(path: Path) -> Name | None:
     if layout == "FVC":
         return Name(layout, m["finger"], m["impression"], fvc_ppi(folder), ids=(m["finger"],))
     if layout == "CrossMatch":
-        return Name(layout, m["finger"], m["impression"], fvc_ppi(folder), ids=(m["finger"], m["subject"], m["position"]))
+        return Name(
+            layout, m["finger"], m["impression"], fvc_ppi(folder), ids=(m["finger"], m["subject"], m["position"])
+        )
     if layout == "CASIA":
         return Name(layout, m["finger"].upper(), m["impression"], ids=(m["finger"], m["subject"]))
     if layout == "SOCOFing":
@@ -90,8 +93,13 @@ def read_name(path: Path) -> Name | None:
     parts = [said.get(k) for k in ("encounter", "device", "capture")]
     parts += ["thumb"] if int(m["frgp"]) != frgp else []
     ppi = m["ppi"] or next((p for p in folder.parts[::-1] if p in ("500", "1000", "2000")), 0)
-    return Name(layout, f"{m['subject']}_{frgp:02d}", "_".join(p for p in parts if p), float(ppi) or None,
-                ids=(said["device"],) if said.get("device") else ())
+    return Name(
+        layout,
+        f"{m['subject']}_{frgp:02d}",
+        "_".join(p for p in parts if p),
+        float(ppi) or None,
+        ids=(said["device"],) if said.get("device") else (),
+    )
 
 
 def _ridgebase(layout: str, said: dict) -> Name:
@@ -105,8 +113,18 @@ def _ridgebase(layout: str, said: dict) -> Name:
 # --- hand and finger in words
 
 _HAND = {"left": "left", "right": "right", "l": "left", "r": "right", "lh": "left", "rh": "right"}
-_FINGER = {"thumb": "thumb", "index": "index", "fore": "index", "forefinger": "index", "pointer": "index", "middle": "middle", "ring": "ring",
-           "little": "little", "pinky": "little", "pinkie": "little"}
+_FINGER = {
+    "thumb": "thumb",
+    "index": "index",
+    "fore": "index",
+    "forefinger": "index",
+    "pointer": "index",
+    "middle": "middle",
+    "ring": "ring",
+    "little": "little",
+    "pinky": "little",
+    "pinkie": "little",
+}
 _NOISE = {"finger", "fingers", "hand", "fingerprint", "print", "fp"}
 _GLUED = re.compile(rf"(left|right|[lr])?({'|'.join(_FINGER)})(finger)?(\d*)", re.IGNORECASE)
 
@@ -121,7 +139,7 @@ def _words(text: str) -> list[str]:
 
 
 def hand_and_finger(text: str) -> tuple[str, list[str], list[str]]:
-    """The finger that words name, such as `left_index`, and the words before and after: '' and all where they name none."""
+    """The finger that words name, such as `left_index`, and the words before and after; '' and all of them else."""
     words = _words(text)
     lower = [w.lower() for w in words]
     fingers = [k for k, w in enumerate(lower) if w in _FINGER]
@@ -130,7 +148,7 @@ def hand_and_finger(text: str) -> tuple[str, list[str], list[str]]:
     if len(fingers) > 1 or len(hands) > 1 or not told:
         return "", words, []
     name = "_".join([_HAND[lower[k]] for k in hands] + [_FINGER[lower[k]] for k in fingers])
-    return name, words[:told[0]], [w for k, w in enumerate(words) if k > told[0] and k not in told]
+    return name, words[: told[0]], [w for k, w in enumerate(words) if k > told[0] and k not in told]
 
 
 def in_words(stem: str) -> Name | None:
@@ -152,12 +170,14 @@ _POLYU_HRF = re.compile(r".*polyu.*hrf.*|hrf|dbii?([-_ ].*)?", re.IGNORECASE)
 
 @functools.lru_cache(maxsize=4096)
 def fvc_ppi(folder: Path) -> float | None:
-    """By year and number of the database, wherever the path tells them: FVC2002/DB2_A, fvc-2002/DB2_A_png, FVC2002_DB2_A."""
+    """By year and number of the database, wherever a path tells: FVC2002/DB2_A, fvc-2002/DB2_A_png, FVC2002_DB2."""
     for path in (folder, folder.resolve()):
         parts = [part.lower() for part in path.parts[::-1]]  # the nearest tells
         year = next((m[1] for part in parts if (m := re.search(r"fvc[-_ ]?(200[0246])(?!\d)", part))), None)
         number = next((m for part in parts if (m := re.search(r"(?<![a-z])db[-_ ]?([1-4])(?!\d)", part))), None)
-        if year and number and not re.search(r"\d{3}", number.string[number.end():]):  # DB2_A_500ppi has been resampled
+        if (
+            year and number and not re.search(r"\d{3}", number.string[number.end() :])
+        ):  # DB2_A_500ppi has been resampled
             return _FVC_PPI.get((f"fvc{year}", f"db{number[1]}"))
     return None
 

@@ -6,7 +6,9 @@ from ifvit.data.names import nfc
 from ifvit.errors import UserError
 
 FIELDS = ("finger", "impression", "database", "subject")
-_HELP = "Write it like '{finger}/{impression}' or '{database}/{subject}_{finger}_{impression}', * for what does not matter."
+_HELP = (
+    "Write it like '{finger}/{impression}' or '{database}/{subject}_{finger}_{impression}', * for what does not matter."
+)
 
 
 class Pattern:
@@ -32,19 +34,23 @@ class Pattern:
             elif field is None:
                 expression += re.escape(token)
             elif field not in FIELDS:
-                raise UserError(f"--names '{text}' has a field {{{field}}} that is not known; known are "
-                                f"{', '.join('{' + f + '}' for f in FIELDS)} and *. {_HELP}")
+                raise UserError(
+                    f"--names '{text}' has a field {{{field}}} that is not known; known are "
+                    f"{', '.join('{' + f + '}' for f in FIELDS)} and *. {_HELP}"
+                )
             else:
                 expression += rf"(?P={field})" if field in seen else rf"(?P<{field}>[^/]+?)"
                 seen.add(field)
         if "finger" not in seen:
             raise UserError(f"--names '{text}' has no {{finger}}. {_HELP}")
         if re.search(r"[}*]\{|\}\*", text):
-            raise UserError(f"--names '{text}' has two fields with nothing between them, so where one ends is not told. {_HELP}")
+            raise UserError(
+                f"--names '{text}' has two fields with nothing between them, so where one ends is not told. {_HELP}"
+            )
         self._expression = re.compile(expression)
 
     def fit(self, path: str) -> tuple[str, str, str] | None:
-        """(database or '', finger, impression) of a path below the root without its extension, None where it does not fit."""
+        """(database or '', finger, impression) of a path below the root, without extension; None if it does not fit."""
         m = self._expression.fullmatch(path)
         if not m:
             return None

@@ -1,33 +1,18 @@
 """What folders say: the database of a print, and the finger where its file's name tells none.
 
-Parts of a set (train, gallery), sessions, conditions (wet, dry) and sensors hold the same fingers again: they are no databases
-of their own, wherever in the path they stand, and become part of the impression's name. Nor are a finger's and a person's folders.
+Parts of a set, sessions and the like (`ifvit.data.parts`) are no databases of their own, and neither are the folders
+of a finger and of a person.
 """
 
-import os
 import re
-import unicodedata
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from ifvit.data.names import FOLDERS, Name, hand_and_finger, nfc
+from ifvit.data.parts import absolute, without_parts
 from ifvit.errors import UserError
 
-_SETS = r"[-_ ]?(?:sets?|data|images?|imgs?|prints?|fingerprints?|split|part)?[-_ ]?\d*"
-_KINDS = {
-    "part": rf"(?:images?|imgs?|prints?|fingerprints?|data)?[-_ ]?(?:train(?:ing)?|val(?:id|idation)?|dev|test(?:ing)?|eval(?:uation)?|gallery|"
-            rf"galleries|probes?|query|queries|enrol(?:l|led|ment|lment|ments|lments)?|verif(?:y|ication)|references?|templates?){_SETS}"
-            r"|(?:fold|split)[-_ ]?\d+",
-    "session": r"(?:first|second|third|fourth|fifth|\d(?:st|nd|rd|th))[-_ ]?(?:session|visit|day|round)"
-               r"|(?:session|sess|visit|day|round|week|month)[-_ ]?(?:\d+|[a-d])",
-    "condition": r"(?:very[-_ ]?)?(?:wet|dry|normal|moist|oily|greasy|dirty|dusty|clean|latents?|humid|cold|warm|sweaty|natural|distorted|"
-                 r"indoors?|outdoors?|(?:low|light|medium|normal|high|heavy|strong)[-_ ]?pressure|(?:low|medium|high|good|bad|poor)[-_ ]?quality)"
-                 r"(?:[-_ ]?(?:fingers?|skin|condition|prints?|fingerprints?|images?))?",
-    "sensor": r"(?:device|sensor|scanner|reader|camera|phone)[-_ ]?(?:\d+|[a-z])|optical|capacitive|thermal|ultrasonic|ultrasound|swipe|"
-              r"(?:touch|contact)(?:less|[-_ ]?based)?|smart[-_ ]?phone|mobile|webcam",
-}
-_KINDS = {kind: re.compile(p, re.IGNORECASE) for kind, p in _KINDS.items()}
 # Folders of a set's own that stand between its name and the files.
 _OWN = {
     "SOCOFing": re.compile(r"real|altered(-\w+)?", re.IGNORECASE),
@@ -37,10 +22,18 @@ _OWN = {
     "SD4": re.compile(r"figs_\d+|images|png\w*", re.IGNORECASE),
     "SD14": re.compile(r"images|png\w*|wsq", re.IGNORECASE),
 }
-_NIST = re.compile(r"figs_\d+|images|png\w*|\d+|roll|plain|slap-segmented|[a-z-]*slap[a-z-]*|[a-z-]*palm[a-z-]*", re.IGNORECASE)
+_NIST = re.compile(
+    r"figs_\d+|images|png\w*|\d+|roll|plain|slap-segmented|[a-z-]*slap[a-z-]*|[a-z-]*palm[a-z-]*", re.IGNORECASE
+)
 _NIST_TOP = {"friction-ridge", "challengers", "baseline"}
-_COMPETITION = re.compile(r"(?:fvc[-_ ]?\d{4}.*?)?db[-_ ]?\d[-_ ]?[ab]?(?:[-_ ].*)?|fvc[-_ ]?\d{4}.*", re.IGNORECASE)  # never a finger's folder
-_PERSON = re.compile(r"(?:subjects?|persons?|people|user|usr|subj|individual|volunteer|id|identity|class|client|p|s|u|n)?[-_ ]?\d+", re.IGNORECASE)
+# Never a finger's folder.
+_COMPETITION = re.compile(
+    r"(?:fvc[-_ ]?\d{4}.*?)?db[-_ ]?\d[-_ ]?[ab]?(?:[-_ ].*)?|fvc[-_ ]?\d{4}.*", re.IGNORECASE
+)
+_PERSON = re.compile(
+    r"(?:subjects?|persons?|people|user|usr|subj|individual|volunteer|id|identity|class|client|p|s|u|n)?[-_ ]?\d+",
+    re.IGNORECASE,
+)
 
 
 @dataclass
@@ -55,44 +48,10 @@ class Found:
     parts: tuple[tuple[str, str], ...] = ()  # the folders that hold the same fingers again: (kind, name)
 
 
-def kind_of(folder: str) -> str:
-    """part, session, condition or sensor, and '' for all other folders."""
-    return next((kind for kind, pattern in _KINDS.items() if pattern.fullmatch(folder)), "")
-
-
-def absolute(folder: Path) -> Path:
-    """Its path from the top, in the form in which names are compared."""
-    return Path(nfc(os.path.abspath(folder)))
-
-
-def common_top(roots: list[Path]) -> Path:
-    """The folder that holds all roots: what lies below it tells a print's place, whichever roots are given."""
-    places = [absolute(root) for root in roots]
-    top = places[0]
-    while not all(top == p or top in p.parents for p in places):
-        top = top.parent
-    return top
-
-
-def without_parts(folder: Path, top: Path) -> tuple[Path, tuple[tuple[str, str], ...]]:
-    """`folder`, which is `top` or lies in it, without the folders that hold the same fingers again, and those, from above.
-
-    Above `top` only those that follow one another count: a set is not of the folder `test` in which somebody keeps everything.
-    """
-    keep, parts = list(top.parts), []
-    while len(keep) > 2 and (kind := kind_of(keep[-1])):
-        parts.insert(0, (kind, keep.pop()))
-    for word in folder.parts[len(top.parts):]:
-        if kind := kind_of(word):
-            parts.append((kind, word))
-        else:
-            keep.append(word)
-    return Path(*keep), tuple(parts)
-
-
 def settle(found: list[Found], top: Path) -> list[str]:
-    """Gives every print its database's folder, its finger and its impression. Returns what it took for what, where that is in doubt.
+    """Gives every print its database's folder, its finger and its impression.
 
+    Returns: what it took for what, where that is in doubt.
     Raises: UserError where names tell a hand and a finger, and not of whom.
     """
     told: list[str] = []
@@ -135,8 +94,9 @@ def _climb(found: list[Found], floor: Path, own: re.Pattern | None) -> None:
         place = todo.pop(0)
         if floor not in place.parents or _COMPETITION.fullmatch(place.name):
             continue
-        if any(all(_is_of(place.name, f.name.ids, k) for f in places[place]) for k in range(len(places[place][0].name.ids))):
-            for f in places[place]:
+        here = places[place]
+        if any(all(_is_called(place.name, f.name.ids[k]) for f in here) for k in range(len(here[0].name.ids))):
+            for f in here:
                 f.anchor = place.parent
             if place.parent not in places:
                 todo.append(place.parent)
@@ -152,12 +112,12 @@ def _above(folder: Path, words: re.Pattern | None) -> Path:
     return folder
 
 
-def _is_of(folder: str, ids: tuple[str, ...], k: int) -> bool:
-    """Whether a folder is called as the k-th of the ids is, zeros and a word before it apart: 7, 007, finger_7."""
-    if folder.casefold() == ids[k].casefold():
-        return True
+def _is_called(folder: str, word: str) -> bool:
+    """Whether a folder is called so, zeros and a word before a number apart: 7, 007, finger_7."""
     number = re.fullmatch(r"[a-z_\- ]*?0*(\d+)", folder, re.IGNORECASE)
-    return bool(number) and ids[k].isdecimal() and int(number[1]) == int(ids[k])
+    return folder.casefold() == word.casefold() or (
+        bool(number) and word.isdecimal() and int(number[1]) == int(word)
+    )
 
 
 def _folders_of_numbers(found: list[Found], floor: Path, told: list[str]) -> None:
@@ -172,15 +132,20 @@ def _folders_of_numbers(found: list[Found], floor: Path, told: list[str]) -> Non
         if single and len(set.union(*numbers.values())) == len(places):
             pass  # a number a folder, and no number twice
         elif single and (alike or len(places) > 2):
-            told.append(f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for a folder a finger, the number before the _ for none, since "
-                        "every folder has one alone; where folders are persons or databases, say so with --names, e.g. "
-                        "--names '{database}/{finger}_{impression}'.")
+            told.append(
+                f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for a folder a finger, the "
+                "number before the _ for none, since every folder has one alone; where folders are persons or "
+                "databases, say so with --names, e.g. --names '{database}/{finger}_{impression}'."
+            )
             for place, some in places.items():
                 for f in some:
                     f.finger, f.impression = place.name, nfc(f.path.stem)
         elif alike and all(n.isdecimal() and int(n) <= 10 for n in set.union(*numbers.values())):
-            told.append(f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for PERSON/FINGER_IMPRESSION; where a folder is one finger, "
-                        "say so with --names '{finger}/{impression}', where it is a database with --names '{database}/{finger}_{impression}'.")
+            told.append(
+                f"{parent}: names such as {'/'.join(example.parts[-2:])} are taken for PERSON/FINGER_IMPRESSION; "
+                "where a folder is one finger, say so with --names '{finger}/{impression}', where it is a database "
+                "with --names '{database}/{finger}_{impression}'."
+            )
             for place, some in places.items():
                 for f in some:
                     f.finger = f"{place.name}_{f.finger}"
@@ -203,33 +168,43 @@ def _folders_of_fingers(found: list[Found], floor: Path, told: list[str]) -> Non
     """A folder a finger, in a person's or in a database's."""
     for f in found:
         f.finger, f.anchor = f.anchor.name, f.anchor.parent
-        if hand_and_finger(f.finger)[0] and hand_and_finger(f.anchor.name) in (("left", [], []), ("right", [], [])) and floor in f.anchor.parents:
-            f.finger, f.anchor = f"{f.anchor.name}_{f.finger}", f.anchor.parent  # left/index
+        hand = hand_and_finger(f.anchor.name) in (("left", [], []), ("right", [], []))
+        if hand and hand_and_finger(f.finger)[0] and floor in f.anchor.parents:  # left/index
+            f.finger, f.anchor = f"{f.anchor.name}_{f.finger}", f.anchor.parent
     for parent, places in _siblings(found, floor).items():
         fingers = {f.finger for some in places.values() for f in some}
         words = all(hand_and_finger(finger)[0] and not any(hand_and_finger(finger)[1:]) for finger in fingers)
-        numbers = all(_PERSON.fullmatch(place.name) for place in places) and all(n.isdecimal() and int(n) <= 10 for n in fingers)
+        numbers = all(_PERSON.fullmatch(place.name) for place in places) and all(
+            n.isdecimal() and int(n) <= 10 for n in fingers
+        )
         if len(places) < 2 or not (words or numbers):
             continue
         example = next(iter(places.values()))[0].path
-        told.append(f"{parent}: places such as {'/'.join(example.parts[-3:])} are taken for PERSON/FINGER/IMPRESSION; where the first folder is a database, "
-                    "say so with --names '{database}/{finger}/{impression}'.")
+        told.append(
+            f"{parent}: places such as {'/'.join(example.parts[-3:])} are taken for PERSON/FINGER/IMPRESSION; where "
+            "the first folder is a database, say so with --names '{database}/{finger}/{impression}'."
+        )
         for place, some in places.items():
             for f in some:
                 f.finger, f.anchor = f"{place.name}_{f.finger}", parent
 
 
 def _hands(found: list[Found], floor: Path, told: list[str]) -> None:
-    """Names that tell hand and finger in words: whose, the folder that is called as a word of them says, else the words before, else the folder."""
+    """Names that tell hand and finger in words.
+
+    Whose, says the folder that is called as one of the other words is; else the words before; else the folder.
+    """
     persons = set()
     for f in found:
         chain = [p for p in (f.anchor, *f.anchor.parents) if floor in p.parents]
-        place = next((p for p in chain if any(_is_of(p.name, f.name.ids, k) for k in range(len(f.name.ids)))), None)
+        place = next((p for p in chain if any(_is_called(p.name, word) for word in f.name.ids)), None)
         if place:
             subject, f.anchor = place.name, place.parent
         elif f.name.subject == "?":
-            raise UserError(f"{f.path} tells a hand and a finger, and which of the words before them is the person is not known. Say so with "
-                            "--names, e.g. --names '{subject}_{impression}_{finger}'.")
+            raise UserError(
+                f"{f.path} tells a hand and a finger, and which of the words before them is the person is not known. "
+                "Say so with --names, e.g. --names '{subject}_{impression}_{finger}'."
+            )
         elif f.name.subject:
             subject = f.name.subject
         elif chain:
@@ -239,11 +214,13 @@ def _hands(found: list[Found], floor: Path, told: list[str]) -> None:
         persons.add(subject)
         f.finger = f"{subject}_{f.name.finger}".strip("_")
         if place:
-            f.impression = "_".join(word for word in f.name.ids if not _is_of(place.name, (word,), 0)) or "1"
+            f.impression = "_".join(word for word in f.name.ids if not _is_called(place.name, word)) or "1"
     example = found[0]
-    told.append(f"{example.path.parent}: names tell hand and finger, such as {example.path.name}, which is taken for finger {example.finger}, "
-                f"impression {example.impression}; {len(persons)} persons in all. Where that is wrong, say what is what with --names, e.g. "
-                "--names '{subject}/{finger}_{impression}'.")
+    told.append(
+        f"{example.path.parent}: names tell hand and finger, such as {example.path.name}, which is taken for finger "
+        f"{example.finger}, impression {example.impression}; {len(persons)} persons in all. Where that is wrong, say "
+        "what is what with --names, e.g. --names '{subject}/{finger}_{impression}'."
+    )
 
 
 def _nist_set(folder: Path, device: str | None) -> Path:
@@ -254,54 +231,5 @@ def _nist_set(folder: Path, device: str | None) -> Path:
         folder = Path(*folder.parts[: tops[-1]])
         words = _NIST
     folder = _above(folder, words)
-    return folder.with_name(re.sub(r"(sd-?30[012])[a-z]$", r"\1", folder.name, flags=re.IGNORECASE)) if folder.name else folder
-
-
-def doubts(found: list[Found]) -> list[str]:
-    """Where one database has been made of several folders, or of spellings that differ, and it could be otherwise."""
-    told = []
-    databases = defaultdict(list)
-    for f in found:
-        databases[f.anchor].append(f)
-    for anchor, some in databases.items():
-        told += _sensors(anchor, some) + _same_names(anchor, some) + _spellings(anchor, some)
-    return told
-
-
-_REMEDY = "where they are of other fingers, say so with --names, e.g. --names '{database}/{finger}_{impression}'."
-
-
-def _sensors(anchor: Path, found: list[Found]) -> list[str]:
-    fingers = defaultdict(set)
-    for f in found:
-        for kind, word in f.parts:
-            if kind == "sensor":
-                fingers[word].add(f.finger)
-    shared = len(fingers) > 1 and set.intersection(*fingers.values())
-    return [f"{anchor}: {' and '.join(sorted(fingers))} are taken for sensors that took the same fingers, such as {min(shared)}; {_REMEDY}"] if shared else []
-
-
-def _same_names(anchor: Path, found: list[Found]) -> list[str]:
-    """Parts in which a finger has an impression of the same name: further ones, or other fingers'."""
-    seen: dict[tuple, Found] = {}
-    count, example = 0, None
-    for f in found:
-        rest = tuple(part for part in f.parts if part[0] != "part")
-        key = f.finger, f.name.layout, nfc(f.path.stem), rest
-        other = seen.setdefault(key, f)
-        if other.parts != f.parts:
-            count, example = count + 1, example or (other, f)
-    if not count:
-        return []
-    a, b = example
-    return [f"{anchor}: {count} prints have the same name in two parts of it, such as {a.path} and {b.path}, and are taken for the same fingers; {_REMEDY}"]
-
-
-def _spellings(anchor: Path, found: list[Found]) -> list[str]:
-    """Fingers that differ in nothing but case, leading zeros or the width of letters."""
-    spelled = defaultdict(set)
-    for finger in {f.finger for f in found}:
-        spelled[re.sub(r"\d+", lambda m: str(int(m[0])), unicodedata.normalize("NFKC", finger).casefold())].add(finger)
-    twice = [sorted(s) for s in spelled.values() if len(s) > 1]
-    return [f"{anchor}: {' and '.join(min(twice))} are taken for different fingers ({len(twice)} such names differ in case or zeros alone); where they are "
-            "one, rename the folders or files."] if twice else []
+    whole = re.sub(r"(sd-?30[012])[a-z]$", r"\1", folder.name, flags=re.IGNORECASE)
+    return folder.with_name(whole) if whole else folder

@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from ifvit.data import places
+from ifvit.data.doubts import doubts
 from ifvit.data.names import FOLDERS, LATENT, SLAP, Name, hand_and_finger, in_words, nfc, read_name
+from ifvit.data.parts import absolute, common_top, without_parts
 from ifvit.data.pattern import Pattern
-from ifvit.data.places import Found, absolute, common_top, settle, without_parts
+from ifvit.data.places import Found, settle
 from ifvit.data.walk import EXTENSIONS, LeftOut, Walk, file_digest, natural, walk, warnings
 from ifvit.errors import UserError
 
@@ -57,7 +58,9 @@ def read_root(root: str | Path, ppi: float | Literal["auto"] | None = None) -> l
     return read_roots([root], ppi)
 
 
-def read_roots(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = "") -> list[Print]:
+def read_roots(
+    roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = ""
+) -> list[Print]:
     """The prints under some folders. See `read`."""
     return read(roots, ppi, ridges, names).prints
 
@@ -94,24 +97,42 @@ def read(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None
     best, copies, apart = _best(found)
     if copies:
         # A card scanned at three ppi, or a print stored as tif and png, is one impression.
-        log.warning("%d files left out: further copies of an impression, at another ppi "
-                    "or in another format", len(copies))
+        log.warning(
+            "%d files left out: further copies of an impression, at another ppi or in another format", len(copies)
+        )
     left_out += [LeftOut(str(f.path), COPY) for f in copies]
     if apart:
-        log.warning("%d files are named as another impression of their finger and are not the same, such as %s and %s: they are taken for "
-                    "further impressions. Where they are of other fingers, say so with --names.", len(apart), *(f.path for f in apart[0]))
+        log.warning(
+            "%d files are named as another impression of their finger and are not the same, such as %s and %s: they "
+            "are taken for further impressions. Where they are of other fingers, say so with --names.",
+            len(apart),
+            *(f.path for f in apart[0]),
+        )
     if not pattern:
-        told += places.doubts(best)
+        told += doubts(best)
     for line in told:
         log.warning("%s", line)
     databases = _database_names({f.anchor for f in best})
     number, ppi_from = (None, "the ridges") if ppi == "auto" else (ppi, "--ppi" if ppi else "the set")
-    prints = [Print(str(f.path), databases[f.anchor], f.finger, f.impression, number or f.name.ppi, f.name.altered, ridges == "light", ppi_from)
-              for f in best]
+    prints = [
+        Print(
+            str(f.path),
+            databases[f.anchor],
+            f.finger,
+            f.impression,
+            number or f.name.ppi,
+            f.name.altered,
+            ridges == "light",
+            ppi_from,
+        )
+        for f in best
+    ]
     prints.sort(key=lambda p: [natural(v) for v in (p.database, p.finger, p.impression, p.path)])
     if pattern and len(prints) > 1 and len({p.identity for p in prints}) == 1:
-        raise UserError(f"By --names '{names}' all {len(prints)} prints are of one finger, {prints[0].finger!r}, such as {prints[0].path} and "
-                        f"{prints[-1].path}. Put {{finger}} where they differ.")
+        raise UserError(
+            f"By --names '{names}' all {len(prints)} prints are of one finger, {prints[0].finger!r}, such as "
+            f"{prints[0].path} and {prints[-1].path}. Put {{finger}} where they differ."
+        )
     return Reading(prints, tuple(left_out), {databases[f.anchor]: f.name.layout for f in best})
 
 
@@ -124,7 +145,7 @@ def _by_pattern(root: Path, met: Walk, pattern: Pattern) -> tuple[list[Found], l
             path = folder / file
             if fit := pattern.fit(nfc(path.relative_to(root).with_suffix("").as_posix())):
                 database, finger, impression = fit
-                known = read_name(absolute(folder) / file)
+                known = read_name(Path(os.path.abspath(path)))
                 name = Name("--names", finger, impression, known and known.ppi, bool(known and known.altered))
                 found.append(Found(path, name, Path(os.sep, database) if database else base, finger, impression))
             else:
@@ -133,10 +154,18 @@ def _by_pattern(root: Path, met: Walk, pattern: Pattern) -> tuple[list[Found], l
         if not misfits:
             raise UserError(_nothing_known(root, met, []))
         example = Path(misfits[0].path).relative_to(root).with_suffix("").as_posix()
-        raise UserError(f"--names '{pattern.text}' fits none of the {len(misfits)} images under {root}; a path below it is '{example}'. "
-                        "Give a pattern of such paths, without the extension; **/ stands for any folders.")
+        raise UserError(
+            f"--names '{pattern.text}' fits none of the {len(misfits)} images under {root}; a path below it is "
+            f"'{example}'. Give a pattern of such paths, without the extension; **/ stands for any folders."
+        )
     if misfits:
-        log.warning("%s: %d files left out, they do not fit --names '%s', such as %s", root, len(misfits), pattern.text, misfits[0].path)
+        log.warning(
+            "%s: %d files left out, they do not fit --names '%s', such as %s",
+            root,
+            len(misfits),
+            pattern.text,
+            misfits[0].path,
+        )
     return found, misfits
 
 
@@ -166,8 +195,13 @@ def _by_name(root: Path, met: Walk, top: Path) -> tuple[list[Found], list[LeftOu
             by_folder += [Found(folder / file, Name(FOLDERS, None, nfc(Path(file).stem))) for file in files]
     if by_folder:
         fingers = {short[f.path.parent] for f in by_folder}
-        log.info("%s: the names of %d files tell no finger, so each of their %d folders is taken for one, such as %s",
-                 root, len(by_folder), len(fingers), by_folder[0].path.parent)
+        log.info(
+            "%s: the names of %d files tell no finger, so each of their %d folders is taken for one, such as %s",
+            root,
+            len(by_folder),
+            len(fingers),
+            by_folder[0].path.parent,
+        )
     for f in read:
         if f.name.finger is None:
             unfit.append(LeftOut(str(f.path), f.name.why))
@@ -178,14 +212,13 @@ def _by_name(root: Path, met: Walk, top: Path) -> tuple[list[Found], list[LeftOu
         if paths := [x.path for x in unfit if x.reason == why]:
             log.info("%s: %d files left out, each %s, such as %s", root, len(paths), why, paths[0])
     if misfits:
-        log.warning("%s: %d files left out, their names fit no known set, such as %s",
-                    root, len(misfits), misfits[0])
+        log.warning("%s: %d files left out, their names fit no known set, such as %s", root, len(misfits), misfits[0])
     return kept, unfit + [LeftOut(str(path), MISFIT) for path in misfits]
 
 
 def _names_in(folder: Path, files: list[str]) -> tuple[str, dict[str, Name | None]]:
     """The layout that most of a folder's files have, and what each file's name says."""
-    place = absolute(folder)
+    place = Path(os.path.abspath(folder))  # as it is: some names are understood with a look into the file
     names = {file: read_name(place / file) for file in files}
     layouts = Counter(name.layout for name in names.values() if name)
     if not layouts:
@@ -198,17 +231,19 @@ def _names_in(folder: Path, files: list[str]) -> tuple[str, dict[str, Name | Non
 
 
 def _best(found: list[Found]) -> tuple[list[Found], list[Found], list[tuple[Found, Found]]]:
-    """Of each impression the file that is nearest to 500 ppi, the first of such; further copies; and what only seems one.
+    """Of each impression the file that is nearest to 500 ppi; further copies; and what only seems one.
 
-    A file that lies in two parts of a set, the same to the byte, is a copy. One that has an impression's name, kind and ppi and
-    other bytes is a print of its own, and comes with the other one.
+    A file that lies in two parts of a set, the same to the byte, is a copy. One that has an impression's name, kind and
+    ppi and other bytes is a print of its own, and comes with the other one.
     """
     kept, copies, apart = [], [], []
     for some in _grouped(found, lambda f: (f.anchor, f.finger, f.impression)):
         first, *others = sorted(some, key=lambda f: abs((f.name.ppi or 500) - 500))
         ours = [first]
         for f in others:
-            if (f.path.suffix.lower(), f.name.ppi) != (first.path.suffix.lower(), first.name.ppi) or _same_bytes(f, ours):
+            if (f.path.suffix.lower(), f.name.ppi) != (first.path.suffix.lower(), first.name.ppi) or _same_bytes(
+                f, ours
+            ):
                 copies.append(f)
             else:
                 ours.append(f)
@@ -238,14 +273,19 @@ def _nothing_known(root: Path, met: Walk, images: list[Path]) -> str:
     counts = met.others + Counter(p.suffix.lower() for p in images)
     refused = "; ".join(warnings(root, met.left_out))
     if not counts:
-        return f"{root} is empty. Give --dataset_root a folder that holds prints." if not refused else f"{root} holds no print: {refused}"
+        return (
+            f"{root} is empty. Give --dataset_root a folder that holds prints."
+            if not refused
+            else f"{root} holds no print: {refused}"
+        )
     kinds = ", ".join(f"{n} {e}" for e, n in counts.most_common())
     example = f", with names such as {images[0].name}" if images else ""
     unpack = " Unpack the archives." if any("archive" in x.reason for x in met.left_out) else ""
     return (
         f"{root} holds no print that is known, only {counts.total()} files: {kinds}"
-        f"{example}.{unpack} Name prints FINGER_IMPRESSION.ext, put them in one folder a finger, or say how their names are to be read, such as "
-        f"--names '{{finger}}-{{impression}}'; images end in {' '.join(sorted(EXTENSIONS))}."
+        f"{example}.{unpack} Name prints FINGER_IMPRESSION.ext, put them in one folder a finger, or say how their "
+        f"names are to be read, such as --names '{{finger}}-{{impression}}'; images end in "
+        f"{' '.join(sorted(EXTENSIONS))}."
     )
 
 
@@ -253,10 +293,12 @@ def _database_names(anchors: set[Path]) -> dict[Path, str]:
     """The last parts of each folder's path, as many as tell it from the others."""
     depth = dict.fromkeys(anchors, 1)
     while True:
-        names = {a: "/".join(a.parts[-depth[a]:]) for a in anchors}
+        names = {a: "/".join(a.parts[-depth[a] :]) for a in anchors}
         count = Counter(names.values())
         # Neighbours of one that needs its parent's name get it too: FVC2002/DB4_B.
-        crowded = {a.parent for a in anchors if count[names[a]] > 1 or names[a] == SYNTHETIC}  # that is the generated prints'
+        crowded = {
+            a.parent for a in anchors if count[names[a]] > 1 or names[a] == SYNTHETIC
+        }  # that is the generated prints'
         if not crowded:
             return names
         for anchor in anchors:

@@ -11,9 +11,7 @@ from ifvit.data.walk import file_digest
 from ifvit.errors import UserError
 
 
-def split_by_finger(
-    prints: Sequence[Print], held_out: float, seed: int
-) -> tuple[list[Print], list[Print]]:
+def split_by_finger(prints: Sequence[Print], held_out: float, seed: int) -> tuple[list[Print], list[Print]]:
     """Training prints and held-out ones; no finger is in both.
 
     In every database the fingers are ranked by a digest of (seed, finger) and the
@@ -29,13 +27,19 @@ def split_by_finger(
     for p in prints:
         databases[p.database].append((p.finger, p.impression))
     groups = defaultdict(list)  # of members (database, finger) and what they are ranked by
-    # Small databases may have a finger of the same name: they take turns in an order that is their folders' names' at last only.
+    # Small databases may have fingers of the same name. They take turns; their own names decide the order at last only.
     turns = defaultdict(itertools.count)
     for database in sorted(databases, key=lambda d: (sorted(databases[d]), d.rpartition("/")[2], d)):
         members = {finger for finger, _ in databases[database]}
         small = len(members) < 4
         for finger in members:
-            words = [SYNTHETIC, finger] if database == SYNTHETIC else [str(next(turns[finger])), finger] if small else [finger]
+            words = (
+                [SYNTHETIC, finger]
+                if database == SYNTHETIC
+                else [str(next(turns[finger])), finger]
+                if small
+                else [finger]
+            )
             digest = hashlib.sha256("\0".join((str(seed), *words)).encode(errors="surrogateescape")).digest()
             groups[None if small else database].append((digest, (database, finger)))
 
@@ -51,7 +55,8 @@ def split_by_finger(
 def drop_duplicates(prints: Sequence[Print], across: bool = True) -> tuple[list[Print], list[Print]]:
     """Kept and dropped: of files equal to the byte under different fingers, the first stays.
 
-    They would be a genuine pair that is labelled impostor. `across`: databases; else a copy in another one does not count.
+    They would be a genuine pair that is labelled impostor. `across`: databases; else a copy in another one does not
+    count.
     """
     owner: dict[tuple, tuple[str, str]] = {}
     kept, dropped = [], []

@@ -12,14 +12,20 @@ from pathlib import Path
 
 from ifvit.errors import UserError
 
-EXTENSIONS = {".tif", ".tiff", ".png", ".bmp", ".dib", ".jpg", ".jpeg", ".jpe", ".jfif", ".wsq", ".pgm", ".ppm", ".pnm",
-              ".jp2", ".j2k", ".j2c", ".jpc", ".jpx", ".gif", ".webp"}
-_ARCHIVES = {".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar", ".iso"}
+EXTENSIONS = {
+    f".{kind}"
+    for kind in "tif tiff png bmp dib jpg jpeg jpe jfif wsq pgm ppm pnm jp2 j2k j2c jpc jpx gif webp".split()
+}
+_ARCHIVES = {f".{kind}" for kind in "zip tar tgz gz bz2 xz zst 7z rar iso".split()}
 # What lies beside prints and is none: texts, tables, minutiae, checksums, code.
-_DOCUMENTS = {".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".doc", ".docx", ".rtf", ".odt", ".csv", ".tsv", ".xls", ".xlsx", ".json",
-              ".jsonl", ".xml", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".log", ".lst", ".list", ".xyt", ".min", ".mnt", ".md5", ".sha1",
-              ".sha256", ".py", ".ipynb", ".m", ".sh", ".bat", ".ps1", ".c", ".h", ".cpp", ".java", ".db", ".bib", ".tex", ".license"}
-_DOCUMENT_NAMES = re.compile(r"readme|licen[sc]e|changelog|notice|authors|citation|makefile|md5sums?|sha\d+sums?", re.IGNORECASE)
+_DOCUMENTS = {
+    f".{kind}"
+    for kind in "txt md rst html htm pdf doc docx rtf odt csv tsv xls xlsx json jsonl xml yaml yml toml ini cfg log "
+    "lst list xyt min mnt md5 sha1 sha256 py ipynb m sh bat ps1 c h cpp java db bib tex license".split()
+}
+_DOCUMENT_NAMES = re.compile(
+    r"readme|licen[sc]e|changelog|notice|authors|citation|makefile|md5sums?|sha\d+sums?", re.IGNORECASE
+)
 
 UNLISTED = "folder cannot be listed"
 UNREAD = "file cannot be read"
@@ -56,7 +62,8 @@ def walk(root: Path) -> Walk:
 
     def unlisted(error: OSError) -> None:
         if Path(error.filename) == root:
-            raise UserError(f"{root} cannot be listed ({error.strerror}). Ask for the right to read it, or give another --dataset_root.")
+            raise UserError(f"{root} cannot be listed ({error.strerror}). Ask for the right to read it, or give "
+                            "another --dataset_root.")
         met.left_out.append(LeftOut(str(error.filename), UNLISTED))
 
     for place, inner, files in os.walk(root, followlinks=True, onerror=unlisted):
@@ -109,7 +116,8 @@ def warnings(root: Path, left_out: Iterable[LeftOut]) -> Iterable[str]:
         yield (f"{root}: {len(paths)} folders cannot be listed, and what they hold is left out: {', '.join(paths[:5])}"
                f"{' …' if len(paths) > 5 else ''}; ask for the right to read them.")
     if paths := of(lambda r: r.startswith(UNREAD)):
-        yield f"{root}: {len(paths)} files cannot be read and are left out, such as {paths[0]}; ask for the right to read them."
+        yield (f"{root}: {len(paths)} files cannot be read and are left out, such as {paths[0]}; ask for the right to "
+               "read them.")
     if paths := of(lambda r: r == NOWHERE):
         yield f"{root}: {len(paths)} links lead nowhere and are left out, such as {paths[0]}"
     if paths := of(lambda r: r.endswith("pipe, socket or device")):
@@ -119,8 +127,8 @@ def warnings(root: Path, left_out: Iterable[LeftOut]) -> Iterable[str]:
         count = Counter(x.reason.rpartition("(")[2].rstrip(")") for x in unread)
         kinds = ", ".join(f"{n} {kind}" for kind, n in count.most_common())
         unpack = "unpack the archives; " if any(x.reason.startswith("an archive") for x in unread) else ""
-        yield (f"{root}: {len(unread)} files are of kinds that are not read and are left out: {kinds}, such as {unread[0].path}; "
-               f"{unpack}images end in {' '.join(sorted(EXTENSIONS))}.")
+        yield (f"{root}: {len(unread)} files are of kinds that are not read and are left out: {kinds}, such as "
+               f"{unread[0].path}; {unpack}images end in {' '.join(sorted(EXTENSIONS))}.")
 
 
 def file_digest(path: str | Path) -> str:
