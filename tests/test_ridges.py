@@ -102,6 +102,15 @@ def test_halved_and_enlarged_prints_are_named_with_the_resolution_that_fits(tmp_
     assert float(told.split(" ppi would fit")[0].split()[-1]) == pytest.approx(fit, rel=0.03)
 
 
+def test_pictures_that_show_no_ridges_are_told(tmp_path, caplog):
+    folder = a_set(tmp_path / "coarse", 9.0, impressions=(1,), dpi=(480, 480))
+    for finger in range(1, 7):
+        coarse = np.random.default_rng(finger).normal(128, 40, (300, 260)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(coarse).save(folder / f"{finger}_2.png")
+    told = prepared(folder, tmp_path, caplog)[1]
+    assert any("cannot be measured on coarse, 6 prints read at 500 ppi" in t for t in told)
+
+
 def test_two_resolutions_of_prints_of_one_size_are_told(tmp_path, caplog):
     a_set(tmp_path / "mixed", 9.0, impressions=(1,))
     a_set(tmp_path / "mixed", 9.0, impressions=(2,), dpi=(300, 300))

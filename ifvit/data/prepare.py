@@ -26,7 +26,7 @@ from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
 AHEAD = 256  # prints that are decoded before the first of them is written, at most: canvases in memory
-VERSION = 3  # to be raised when a canvas, or a record, changes
+VERSION = 4  # to be raised when a canvas, or a record, changes
 log = logging.getLogger("ifvit")
 
 
@@ -189,7 +189,7 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
 
     The record of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi",
     "the set", "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no ridges seen), and
-    detail, how fine it is (`ridges.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
+    detail, how fine it is where those are wide (`scale.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
     else its file holds; blank, whether its mask is empty. Of one that cannot be read: path; broken, the reason.
     """
     generated = prints[0].database == SYNTHETIC

@@ -35,8 +35,11 @@ class Group:
 
     @property
     def unclear(self) -> bool:
-        """Whether too few show ridges to judge the resolution by."""
-        return len(self.records) < self.unseen or not self.records
+        """Whether too few show ridges, or they tell too different periods, to judge the resolution by."""
+        if len(self.records) <= 2 * self.unseen:
+            return True
+        fine, coarse = np.percentile([r["period"] for r in self.records], [25, 75])
+        return coarse > 1.7 * fine
 
     @property
     def period(self) -> float:
@@ -50,13 +53,14 @@ class Group:
 
     @property
     def off(self) -> bool:
-        return not self.unclear and self._is_off(self.at_500, float(np.median([r["detail"] for r in self.records])),
-                            1.0 if len(self.records) >= FEW else 1.2)
+        detail = [r["detail"] for r in self.records if r["detail"] is not None]
+        return not self.unclear and self._is_off(self.at_500, float(np.median(detail)) if detail else 1.0,
+                                                 1.0 if len(self.records) >= FEW else 1.2)
 
     @property
     def off_alone(self) -> int:
         """How many of the prints would be found to be off by themselves."""
-        return sum(self._is_off(r["period"] * CANVAS_PPI / self.ppi, r["detail"], 1.0) for r in self.records)
+        return sum(self._is_off(r["period"] * CANVAS_PPI / self.ppi, r["detail"] or 0.0, 1.0) for r in self.records)
 
     def _is_off(self, at_500: float, detail: float, margin: float) -> bool:
         if FINEST / margin <= at_500 <= COARSEST * margin:
@@ -70,9 +74,11 @@ class Group:
 
 def measured(path: str, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: str) -> dict:
     """What is known of a print's scale, for its record: the file, its size in px, the resolution that it is read at and what
-    tells that, px from ridge to ridge (None: no ridges seen), and how fine its detail is."""
+    tells that, px from ridge to ridge (None: no ridges seen), and how fine its detail is where those are wide."""
+    period = ridge_period(grey)
+    wide = period is not None and period * CANVAS_PPI / ppi > COARSEST
     return {"path": path, "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from,
-            "period": ridge_period(grey), "detail": fine_detail(grey)}
+            "period": period, "detail": fine_detail(grey) if wide else None}
 
 
 def groups(records: Iterable[tuple[str, dict]]) -> list[Group]:
@@ -103,8 +109,9 @@ def remarks(records: Iterable[tuple[str, dict]]) -> list[str]:
     """What looks wrong with the resolutions of prints, each with a remedy; of (database, record) pairs."""
     records = list(records)
     known = groups(records)
-    unclear = [f"⚠ Of {g.database} only {len(g.records)} of {len(g.records) + g.unseen} prints read at {g.ppi:.4g} ppi show ridges that can "
-               "be measured: they are too coarse or too small, or no prints." for g in known if g.unclear and g.unseen >= FEW]
+    unclear = [f"⚠ The distance of ridges cannot be measured on {g.database}, {len(g.records) + g.unseen} prints read at {g.ppi:.4g} ppi: "
+               "they are too coarse or too small, or no prints; look at some with python -m ifvit.prints DIR --sheet FILE.png."
+               for g in known if g.unclear and len(g.records) + g.unseen >= FEW]
     return [_off(g, fitting_ppi(g, known)) for g in known if g.off] + unclear + _mixed(records, known) + _notes(records)
 
 
