@@ -40,13 +40,13 @@ def _numbers(anchor: Path, found: list[Found]) -> list[str]:
             ]
     elif len(sets) > 1 and all({int(n) for n in some} in (set(range(1, 11)), set(range(10))) for some in sets):
         return [
-            f"{anchor}: names such as {example} are taken for FINGER_IMPRESSION, ten of each; where they are a person's ten "
-            "fingers, say so with --names '**/{subject}_{finger}'."
+            f"{anchor}: names such as {example} are taken for FINGER_IMPRESSION, ten of each; where they are a "
+            "person's ten fingers, say so with --names '**/{subject}_{finger}'."
         ]
     elif min(map(len, sets)) > max(20, 4 * len(sets)):
         return [
-            f"{anchor}: names such as {example} are taken for FINGER_IMPRESSION, {len(sets)} fingers; where it is the other "
-            "way round, say so with --names '**/{impression}_{finger}'."
+            f"{anchor}: names such as {example} are taken for FINGER_IMPRESSION, {len(sets)} fingers; where it is the "
+            "other way round, say so with --names '**/{impression}_{finger}'."
         ]
     return []
 
