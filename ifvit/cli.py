@@ -177,17 +177,19 @@ def use_huge_pages() -> None:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compiled steps outlive the process; a second run starts training in seconds. Where there is no room for them it does without."""
+    """Compiled steps outlive the process; a second run starts training in seconds. Without room it does without."""
     import jax
 
     try:
         os.makedirs(folder, exist_ok=True)
         disk = shutil.disk_usage(folder)
-        if disk.total and disk.free < ROOM_FOR_PROGRAMS:  # JAX would leave cut files there, and fail to read them ever after
+        # On a full disk JAX leaves cut files, and fails to read them ever after.
+        if disk.total and disk.free < ROOM_FOR_PROGRAMS:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
-        logging.getLogger("ifvit").warning("Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
-                                           "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)
+        logging.getLogger("ifvit").warning(
+            "Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
+            "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
