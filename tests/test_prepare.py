@@ -7,10 +7,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from ifvit import cli
 from ifvit.data import prepare as preparing
 from ifvit.data import synthetic
 from ifvit.data.canvases import ABANDONED, remove_abandoned, writing_to
@@ -215,12 +218,16 @@ def test_what_else_goes_wrong_while_the_cache_is_written_is_a_defect(tmp_path):
         raise OSError(24, os.strerror(24))
 
 
-def test_a_cache_for_compiled_programs_that_cannot_be_made_stops_no_command(tmp_path, caplog):
-    from ifvit import cli
-
-    (tmp_path / "cache").write_text("")
+@pytest.mark.parametrize("why", ["a file is in the way", "the disk is full"])
+def test_a_cache_for_compiled_programs_that_cannot_be_kept_stops_no_command(tmp_path, caplog, monkeypatch, why):
+    before = jax.config.jax_compilation_cache_dir
+    if why == "the disk is full":
+        monkeypatch.setattr("ifvit.cli.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**6))
+    else:
+        (tmp_path / "cache").write_text("")
     cli.use_compilation_cache(tmp_path / "cache" / "compiled")
     assert "Compiled programs are not kept" in caplog.text and "IFVIT_CACHE" in caplog.text
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_full_disk_ends_the_work_soon(prints, tmp_path, decodings, monkeypatch):
