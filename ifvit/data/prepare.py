@@ -103,12 +103,12 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
 
 
 def _decode_all(prints, canvas_size, folder, key):
-    """Writes the canvases, the masks, and the record: `broken` [(path, why)], and `prints`, in the canvases' order a dict each.
+    """Writes canvases, masks, and the record: `broken` [(path, why)], and `prints`, a dict each in the canvases' order.
 
     Of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi", "the set",
     "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no ridges seen), and detail,
-    how fine it is where those are wide (`scale.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
-    else its file holds.
+    how fine it is where those are wide (`scale.py`); light, whether its ridges seem light as it is read (None: not
+    looked at); note, what else its file holds.
     """
     log.info("Preparing %d prints", len(prints))
     folder.mkdir(parents=True, exist_ok=True)
@@ -139,7 +139,8 @@ def _decode_all(prints, canvas_size, folder, key):
         masks = np.lib.format.open_memmap(parts[1], "w+", bool, (len(prints), canvas_size // 8, canvas_size // 8))
         with ThreadPoolExecutor(max(1, min(8, os.cpu_count() or 1))) as pool:
             asked = [p for p in prints if p.ppi_from == scale.ASKED and p.database != SYNTHETIC]
-            fitted = scale.fitted((p.database, r) for p, r in zip(asked, pool.map(lambda p: look(p)[0], asked)) if not isinstance(r, str))
+            looked = zip(asked, pool.map(lambda p: look(p)[0], asked))
+            fitted = scale.fitted((p.database, r) for p, r in looked if not isinstance(r, str))
             for p, result in zip(prints, pool.map(one, prints)):
                 if isinstance(result, str):
                     broken.append((p.path, result))
