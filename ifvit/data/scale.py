@@ -19,7 +19,7 @@ FINEST, COARSEST, DOUBTFUL = 6.25, 10.5, 13.6
 SENSORS = (500.0, 512.0, 569.0, 1000.0)  # what sensors have; 300 is what an editor or a flat-bed scanner writes
 ENLARGED = 10 ** -1.75  # less than this is in the finest detail of a picture that was enlarged by 1.6 or more
 FEW = 5  # prints: fewer may be odd fingers
-NEAR = 0.12  # a resolution so near to what the ridges tell is taken for what was meant
+SIBLING, USUAL = 0.2, 0.09  # so near to what the ridges tell another resolution of the database, or a usual one, is meant
 
 ASKED = "the ridges"  # `Print.ppi_from` of prints that are to be read as their ridges tell: --ppi auto
 
@@ -97,8 +97,9 @@ def groups(records: Iterable[tuple[str, dict]]) -> list[Group]:
 def fitting_ppi(group: Group, others: Iterable[Group]) -> float:
     """The resolution that the ridges tell: one of the database's others, or a usual one, if near, else to 5 ppi."""
     told = group.period / RIDGE_PERIOD
-    meant = [g.ppi for g in others if g.database == group.database and not g.unclear and not g.off] + [500.0, 1000.0]
-    return next((ppi for ppi in meant if abs(told / ppi - 1) < NEAR), 5.0 * max(1, round(told / 5)))
+    right = [g.ppi for g in others if g.database == group.database and not g.unclear and not g.off]
+    meant = [(ppi, SIBLING) for ppi in right] + [(500.0, USUAL), (1000.0, USUAL)]
+    return next((ppi for ppi, near in meant if abs(told / ppi - 1) < near), 5.0 * max(1, round(told / 5)))
 
 
 def fitted(records: Iterable[tuple[str, dict]]) -> dict[str, float]:
