@@ -46,7 +46,8 @@ class Config:
 
     # --- data
     dataset_root: tuple[str, ...] = host(("synthetic",))  # folders of prints; `synthetic` for generated ones
-    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto")  # overrides the prints' resolution; 0: the file's, or the set's; auto: where their ridges tell another, that
+    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto")  # overrides the prints' resolution; 0: the file's, or the set's;
+    #                                                 auto: that too, but where the ridges tell another, theirs
     ridges: str = choice("dark", "dark", "light", use=HOST)  # of the prints' images: lighter than the valleys, of some sensors
     names: str = host("")                           # how prints' names are to be read, as --names; '': as known sets' are
     held_out: float = number(0.1, TINY, 0.9, use=HOST)  # share of fingers kept for validation

@@ -26,7 +26,7 @@ from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
 AHEAD = 256  # prints that are decoded before the first of them is written, at most: canvases in memory
-VERSION = 4  # to be raised when a canvas, or a record, changes
+VERSION = 5  # to be raised when a canvas, or a record, changes
 log = logging.getLogger("ifvit")
 
 
