@@ -11,6 +11,7 @@ import io
 import itertools
 import logging
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,7 @@ FULL_DEVICE = (
     "The memory of the device is full. --set accumulate=4 goes through a batch in four parts (in train_all "
     "--set dense.accumulate=4 --set match.accumulate=4), --set compute_dtype=bfloat16 or --set remat=true take "
     "less of it; nvidia-smi shows whether another process has some. JAX says: {}")
+ROOM_FOR_PROGRAMS = 50e6  # bytes
 
 
 def parse(cls, name: str, argv: list[str]):
@@ -180,14 +182,19 @@ def use_huge_pages() -> None:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compiled steps outlive the process; a second run starts training in seconds. Where there is no room for them it does without."""
+    """Compiled steps outlive the process; a second run starts training in seconds. Without room it does without."""
     import jax
 
     try:
         os.makedirs(folder, exist_ok=True)
+        disk = shutil.disk_usage(folder)
+        # On a full disk JAX leaves cut files, and fails to read them ever after.
+        if disk.total and disk.free < ROOM_FOR_PROGRAMS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     except OSError as e:
-        logging.getLogger("ifvit").warning("Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
-                                           "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)
+        logging.getLogger("ifvit").warning(
+            "Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
+            "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

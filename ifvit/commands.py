@@ -39,7 +39,7 @@ class ConfigArgs:
     seed: int | None = None
     """of the training; `--set data_seed=N` chooses held-out fingers and generated prints [0]"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of all prints, whatever their files and sets tell; `auto`: where the distance of their ridges tells another, that"""
+    """resolution of all prints, whatever their files and sets tell; `auto`: what these tell, unless the ridges tell another"""
     ridges: Literal["dark", "light"] | None = None
     """in the prints' images; `light` of sensors that show them white on black [dark]"""
     names: str | None = None

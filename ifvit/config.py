@@ -70,7 +70,8 @@ class Config:
 
     # --- data
     dataset_root: tuple[str, ...] = place(("synthetic",), roles={FREE, OWN})  # folders of prints; `synthetic` for generated ones
-    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto", roles={OWN})  # overrides the prints' resolution; 0: the file's, or the set's; auto: where their ridges tell another, that
+    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto", roles={OWN})  # overrides the prints' resolution; 0: the file's, or the set's;
+    #                                                 auto: that too, but where the ridges tell another, theirs
     ridges: str = choice("dark", "dark", "light", use=HOST, roles={OWN})  # of the prints' images: lighter than the valleys, of some sensors
     names: str = host("", roles={FREE, OWN})  # how prints' names are to be read, as --names; '': as known sets' are
     held_out: float = number(0.1, TINY, 0.9, use=HOST, roles={SWEEP})  # share of fingers kept for validation

@@ -44,7 +44,7 @@ class Args:
     batch_size: int = 16
     """pairs at once"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of all prints, whatever their files and sets tell; `auto`: where the distance of their ridges tells another, that"""
+    """resolution of all prints, whatever their files and sets tell; `auto`: what these tell, unless the ridges tell another"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
     names: str = ""

@@ -33,7 +33,7 @@ class Args:
     json: bool = False
     """print {"score", "decision", "matches"} as JSON"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of both prints, whatever the files and their sets tell; `auto`: where the distance of the ridges tells another, that"""
+    """resolution of both prints, whatever the files and their sets tell; `auto`: what these tell, unless the ridges tell another"""
     ridges: Literal["dark", "light"] = "dark"
     """in both images; `light` of sensors that show them white on black"""
 
@@ -75,7 +75,8 @@ class Canvases:
         return self.arrays[i]
 
 
-def on_canvases(paths: list[str], ppi: float | Literal["auto"] | None, canvas_size: int, ridges: str = "dark") -> Canvases:
+def on_canvases(paths: list[str], ppi: float | Literal["auto"] | None, canvas_size: int,
+                ridges: str = "dark") -> Canvases:
     """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
     from ifvit.data import scale
     from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
@@ -88,9 +89,11 @@ def on_canvases(paths: list[str], ppi: float | Literal["auto"] | None, canvas_si
             grey, tag = decode(path)
         except BrokenImage as e:
             raise UserError(f"{e}; give an image that can be read.") from None
-        number = print_ppi(known_ppi(path) if ppi in (None, "auto") else ppi, tag)
+        known = known_ppi(path) if ppi in (None, "auto") else ppi
+        number = print_ppi(known, tag)
         if ppi == "auto":
-            number = scale.fitted([("", scale.measured(path, grey, number, "assumed"))]).get(path, number)
+            told = "the set" if known else "file's tag" if tag else "assumed"
+            number = scale.fitted([("", scale.measured(path, grey, number, told))]).get(path, number)
         arrays.append(to_canvas(255 - grey if ridges == "light" else grey, number, canvas_size))
         if not arrays[-1][1].any():
             raise UserError(f"{path} shows no ridges: it is blank, too faint or too small; give another image, or its --ppi.")

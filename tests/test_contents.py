@@ -111,7 +111,7 @@ def test_hosts_may_have_the_data_under_other_names(tree):
     shutil.copytree(tree / "optical-set", other / "z")
     shutil.copytree(tree / "swipe-set", other / "a")
     config = preset("smoke", DenseConfig)
-    here, there = (gather.read_prints(config.replace(dataset_root=(str(root),))) for root in (tree, other))
+    here, there = (gather.read_prints(config.replace(dataset_root=(str(root),))).prints for root in (tree, other))
     assert gather.listing(here) == gather.listing(there)
     assert gather.listing(here) != gather.listing(here[:-1])
 

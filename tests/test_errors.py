@@ -361,6 +361,7 @@ def test_verifying_at_a_rate_that_is_none(fails, module2, generated, fmr):
     ("train_all", ["--dense_checkpoint_dir", "--matcher_checkpoint_dir", "--num_classes", "--loftr_ckpt"]),
     ("evaluate", ["--checkpoint", "--dataset_root", "--out", "--protocol"]),
     ("verify", ["--checkpoint", "--fmr", "--picture", "--json"]),
+    ("prints", ["--ppi", "--ridges", "--names", "--held_out", "--sheet", "--json"]),
     ("load_module1_weights", ["--module1_ckpt"]),
 ])
 def test_help_names_the_flags(command, name, flags, tmp_path):

@@ -364,7 +364,11 @@ def test_prints_that_tell_no_resolution_are_counted(prints, tmp_path, caplog):
 def test_prints_that_the_checkpoint_was_trained_on_are_told(command, module1, prints, tmp_path):
     told = "The checkpoint was trained on prints of"
     assert told in command("evaluate", "--checkpoint", module1.path, "--dataset_root", prints / "DB1", "--out", "OUT", cwd=tmp_path).out
-    shutil.copytree(prints / "DB1", tmp_path / "others")
+    shutil.copytree(prints / "DB1", tmp_path / "renamed")
+    assert told in command("evaluate", "--checkpoint", module1.path, "--dataset_root", "renamed", "--out", "OUT1", cwd=tmp_path).out
+    (tmp_path / "others").mkdir()
+    for file in (prints / "DB1").iterdir():
+        Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "others" / file.name)
     assert told not in command("evaluate", "--checkpoint", module1.path, "--dataset_root", "others", "--out", "OUT2", cwd=tmp_path).out
 
 

@@ -14,6 +14,8 @@ from ifvit.data.prepare import prepare
 from ifvit.data.sources import Print
 from ifvit.data.tags import NOT_SQUARE
 
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of what is malformed on purpose
+
 Y, X = np.mgrid[:60, :80]
 RINGS = (128 + 100 * np.sin(np.hypot(X - 30, Y - 25) * 0.7)).astype(np.uint8)
 EXIF_JUNK = [b"", b"\0", b"Exif\0\0\x00\x08\x00\x02", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x05\0\x06\0\0\0\0\0\0", bytes(range(256)),

@@ -105,7 +105,7 @@ def test_a_pattern_that_fits_nothing_or_makes_one_finger_of_all_is_refused_with_
 def test_a_configuration_names_prints_too(tmp_path):
     grow(tmp_path, *(f"x-{f}-{i}.png" for f in (1, 2) for i in (1, 2)))
     config = preset("smoke", DenseConfig).replace(dataset_root=(str(tmp_path),), names="x-{finger}-{impression}")
-    assert {p.finger for p in read_prints(config)} == {"1", "2"}
+    assert {p.finger for p in read_prints(config).prints} == {"1", "2"}
     with pytest.raises(UserError, match="all prints are generated"):
         read_prints(config.replace(dataset_root=("synthetic",)))
 

@@ -268,3 +268,27 @@ def test_nists_pairs_of_two_files_are_of_one_finger(tmp_path, name, finger, impr
 def test_fingers_that_differ_in_case_or_zeros_alone_are_told(tmp_path, caplog):
     read_root(grow(tmp_path, "train/07/a.png", "val/7/b.png"))
     assert "07 and 7 are taken for different fingers" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "names, told",
+    [
+        (
+            [f"{p}_{s}_{i}.png" for p in (1, 2, 3) for s in (1, 2) for i in (1, 2)],
+            "PERSON_FINGER_IMPRESSION; where the number in the middle",
+        ),
+        (
+            [f"{p:03d}_{f}.png" for p in (1, 2, 3) for f in range(1, 11)],
+            r"FINGER_IMPRESSION, ten of each; where they are a person's ten fingers",
+        ),
+        (
+            [f"{i}_{f}.png" for i in (1, 2) for f in range(1, 31)],
+            "FINGER_IMPRESSION, 2 fingers; where it is the other way round",
+        ),
+        ([f"{p}_{f}_{i}.png" for p in (1, 2) for f in (3, 4) for i in (1, 2)], ""),
+        ([f"{f}_{i}.png" for f in range(10) for i in range(8)], ""),
+    ],
+)
+def test_numbers_that_could_be_something_else_are_said_to_be_taken_for_what(tmp_path, caplog, names, told):
+    read_root(grow(tmp_path, *names))
+    assert told in caplog.text and ("--names" in caplog.text) == bool(told)

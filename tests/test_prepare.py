@@ -1,4 +1,4 @@
-"""Decoded prints in the cache: found again, made again where they are damaged, and told where they cannot be written."""
+"""Decoded prints in the cache: found again, made again where damaged, and told where they cannot be written."""
 
 import os
 import shutil
@@ -7,10 +7,13 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 import pytest
 
+from ifvit import cli
 from ifvit.data import prepare as preparing
 from ifvit.data import synthetic
 from ifvit.data.canvases import ABANDONED, remove_abandoned, writing_to
@@ -92,9 +95,21 @@ def spoil(path: Path):
     path.write_bytes(b"{" + path.read_bytes()[1:])
 
 
-@pytest.mark.parametrize("end, damage", [
-    (end, damage) for end in (".canvas.npy", ".mask.npy") for damage in (Path.unlink, cut, lengthen, spoil, lambda p: p.write_bytes(b""))
-] + [(".json", damage) for damage in (cut, lambda p: p.write_text("{}"), lambda p: p.write_text('{"prints": []}'), lambda p: p.write_bytes(b"\xff"))])
+def filled_with(content: bytes):
+    return lambda path: path.write_bytes(content)
+
+
+OF_ARRAYS = [Path.unlink, cut, lengthen, spoil, filled_with(b"")]
+OF_RECORDS = [cut, filled_with(b"{}"), filled_with(b'{"prints": []}'), filled_with(b"\xff")]
+
+
+@pytest.mark.parametrize(
+    "end, damage",
+    [
+        *((end, damage) for end in (".canvas.npy", ".mask.npy") for damage in OF_ARRAYS),
+        *((".json", damage) for damage in OF_RECORDS),
+    ],
+)
 def test_a_damaged_cache_is_told_and_made_again(prints, tmp_path, caplog, end, damage):
     good = canvases(read_root(prints / "DB1"), tmp_path)
     (piece,) = pieces(tmp_path, end)
@@ -134,7 +149,7 @@ def test_parts_that_a_killed_process_left_are_removed_when_they_are_old(tmp_path
     assert sorted(tmp_path.iterdir()) == [young, whole]
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, cut, lambda p: p.write_bytes(b"")])
+@pytest.mark.parametrize("damage", [Path.unlink, cut, filled_with(b"")])
 def test_a_generated_print_that_is_damaged_is_made_again(tmp_path, caplog, damage):
     files = synthetic.prints(0, 2, 1, tmp_path)
     good = [f.read_bytes() for f in files]
@@ -153,7 +168,10 @@ from ifvit.data import synthetic
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_root
 cache = pathlib.Path(sys.argv[1])
-calls = {"real": lambda: prepare(read_root(sys.argv[3]), 128, 0.0, cache), "generated": lambda: synthetic.prints(0, 1, 3, cache)}
+calls = {
+    "real": lambda: prepare(read_root(sys.argv[3]), 128, 0.0, cache),
+    "generated": lambda: synthetic.prints(0, 1, 3, cache),
+}
 print(*cli.outcome(calls[sys.argv[2]]))
 print("left:", sum(p.is_file() for p in cache.rglob("*")))
 """
@@ -169,9 +187,11 @@ def on_a_disk(commands: str, *words) -> str:
     return ended.stdout
 
 
-@pytest.mark.parametrize("kind, size", [("real", "100k"), ("real", "148k"), ("generated", "20k"), ("generated", "156k")])
+@pytest.mark.parametrize(
+    "kind, size", [("real", "100k"), ("real", "148k"), ("generated", "20k"), ("generated", "156k")]
+)
 def test_a_full_disk_is_told_in_a_sentence_and_nothing_half_written_is_left(prints, tmp_path, kind, size):
-    """With too little room from the start, or by a little: 9 canvases of 16 kB with masks and record, 3 files of 200 kB in all."""
+    """From the start, or near the end: 9 canvases of 16 kB with masks and record, 3 files of 200 kB in all."""
     said = on_a_disk(f"mount -t tmpfs -o size={size} none {tmp_path}", tmp_path, kind, prints / "DB1").splitlines()
     assert said[-2].startswith("2 The disk of the cache") and "No space left" in said[-2] and "IFVIT_CACHE" in said[-2]
     assert said[-1] == ("left: 2" if (kind, size) == ("generated", "156k") else "left: 0")  # whole files stay
@@ -187,7 +207,8 @@ def test_a_read_only_cache_serves_what_it_has_and_else_is_told(prints, tmp_path)
 
 def test_a_file_where_the_cache_belongs_is_told(prints, tmp_path):
     (tmp_path / "cache").write_text("")
-    for call in (lambda: prepare(read_root(prints), SIDE, 0.0, tmp_path / "cache"), lambda: synthetic.prints(0, 1, 1, tmp_path / "cache")):
+    cache = tmp_path / "cache"
+    for call in (lambda: prepare(read_root(prints), SIDE, 0.0, cache), lambda: synthetic.prints(0, 1, 1, cache)):
         with pytest.raises(UserError, match="a file is in the way. Set IFVIT_CACHE to a folder"):
             call()
 
@@ -197,16 +218,21 @@ def test_what_else_goes_wrong_while_the_cache_is_written_is_a_defect(tmp_path):
         raise OSError(24, os.strerror(24))
 
 
-def test_a_cache_for_compiled_programs_that_cannot_be_made_stops_no_command(tmp_path, caplog):
-    from ifvit import cli
-
-    (tmp_path / "cache").write_text("")
+@pytest.mark.parametrize("why", ["a file is in the way", "the disk is full"])
+def test_a_cache_for_compiled_programs_that_cannot_be_kept_stops_no_command(tmp_path, caplog, monkeypatch, why):
+    before = jax.config.jax_compilation_cache_dir
+    if why == "the disk is full":
+        monkeypatch.setattr("ifvit.cli.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**6))
+    else:
+        (tmp_path / "cache").write_text("")
     cli.use_compilation_cache(tmp_path / "cache" / "compiled")
     assert "Compiled programs are not kept" in caplog.text and "IFVIT_CACHE" in caplog.text
+    assert jax.config.jax_compilation_cache_dir == before
 
 
 def test_a_full_disk_ends_the_work_soon(prints, tmp_path, decodings, monkeypatch):
     """Not after all prints have been decoded."""
+
     def full(*_):
         raise OSError(28, os.strerror(28))
 

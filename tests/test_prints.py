@@ -27,9 +27,12 @@ def drawn(seed: int, height: int, width: int, period: float) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """A: 5 fingers × 2 with a tag of 500 ppi; B: 4 fingers × 3, one of them once more, without a tag; and some that is left out."""
+    """A: 5 fingers × 2 with a tag of 500 ppi; B: 4 × 3, one of them once more, without a tag; some is left out."""
     root = tmp_path_factory.mktemp("two")
-    for database, fingers, impressions, size, period, tag in (("A", 5, 2, (240, 220), 9.0, {"dpi": (500, 500)}), ("B", 4, 3, (200, 210), 8.0, {})):
+    for database, fingers, impressions, size, period, tag in (
+        ("A", 5, 2, (240, 220), 9.0, {"dpi": (500, 500)}),
+        ("B", 4, 3, (200, 210), 8.0, {}),
+    ):
         (root / database).mkdir()
         for f in range(1, fingers + 1):
             for i in range(1, impressions + 1):
@@ -43,28 +46,37 @@ def two(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def told(two, command, tmp_path_factory):
-    said = command("prints", two, "--json", cwd=tmp_path_factory.mktemp("cwd"))
+    return read_json(command("prints", two, "--json", cwd=tmp_path_factory.mktemp("cwd")))
+
+
+def read_json(said) -> dict:
+    """What follows the log, which in a process of its own is on stderr."""
     assert said.code == 0, said
-    return json.loads(said.out[said.out.index("{\n"):])  # in a process of its own stdout holds nothing else
+    return json.loads(said.out[said.out.index("{\n") :])
 
 
 def test_databases_fingers_and_impressions_are_counted(told):
     assert (told["prints"], told["fingers"]) == (23, 9)
-    assert [(d["name"], d["fingers"], d["impressions"], d["prints"]) for d in told["databases"]] == [("A", 5, [2, 2], 10), ("B", 4, [3, 4], 13)]
+    counted = [(d["name"], d["fingers"], d["impressions"], d["prints"]) for d in told["databases"]]
+    assert counted == [("A", 5, [2, 2], 10), ("B", 4, [3, 4], 13)]
 
 
 def test_sizes_resolutions_and_what_told_them_and_the_ridges_distance(told):
     a, b = told["databases"]
     assert a["sizes"] == [{"size": "220 × 240", "prints": 10}]
     assert b["sizes"] == [{"size": "210 × 200", "prints": 12}, {"size": "210 × 300", "prints": 1}]
-    assert a["ppi"] == [{"ppi": 500, "from": "file's tag", "prints": 10}] and b["ppi"] == [{"ppi": 500, "from": "assumed", "prints": 13}]
+    assert a["ppi"] == [{"ppi": 500, "from": "file's tag", "prints": 10}]
+    assert b["ppi"] == [{"ppi": 500, "from": "assumed", "prints": 13}]
     assert a["period"] == pytest.approx(9, rel=0.05) and b["period"] == pytest.approx(8, rel=0.05)
     assert (a["ridges"], a["seem"], a["blank"]) == ("dark", "dark", 0)
 
 
 def test_what_is_left_out_is_counted_by_reason_with_an_example(two, told):
     left_out = {row["example"]: (row["count"], row["reason"]) for row in told["left_out"]}
-    assert left_out[f"{two / 'A/6_1.png'}: not an image, or its header is broken"] == (1, "an image that cannot be read")
+    assert left_out[f"{two / 'A/6_1.png'}: not an image, or its header is broken"] == (
+        1,
+        "an image that cannot be read",
+    )
     assert left_out[str(two / "A/more.zip")][0] == 1 and "archive" in left_out[str(two / "A/more.zip")][1]
     assert told["copies"] == [{"path": str(two / "A/3_3.png"), "equal_to": str(two / "A/2_1.png")}]
 
@@ -74,8 +86,9 @@ def test_the_split_is_the_one_that_training_makes(two, told, command, tmp_path):
     _, train, held_out = gather(config, Host())
     fingers = {(d["name"], f) for d in told["databases"] for f in d["held_out"]}
     assert fingers == {p.identity for p in held_out.prints} and len(fingers) == 4
-    assert told["training"] == {"prints": len(train), "fingers": 5} and told["held_out"] == {"prints": len(held_out), "fingers": 4}
-    others = [json.loads((said := command("prints", two, "--json", "--data_seed", seed, cwd=tmp_path).out)[said.index("{\n"):]) for seed in range(1, 4)]
+    assert told["training"] == {"prints": len(train), "fingers": 5}
+    assert told["held_out"] == {"prints": len(held_out), "fingers": 4}
+    others = [read_json(command("prints", two, "--json", "--data_seed", seed, cwd=tmp_path)) for seed in range(1, 4)]
     assert any({(d["name"], f) for d in other["databases"] for f in d["held_out"]} != fingers for other in others)
 
 
@@ -90,7 +103,16 @@ def test_the_table_says_the_same(two, command, tmp_path):
 
 
 def test_stdout_is_json_and_nothing_else(two, process, tmp_path):
-    said = process("-m", "ifvit.prints", two, "--json", "--sheet", tmp_path / "sheet.png", cwd=tmp_path, IFVIT_CACHE=str(tmp_path / "cache"))
+    said = process(
+        "-m",
+        "ifvit.prints",
+        two,
+        "--json",
+        "--sheet",
+        tmp_path / "sheet.png",
+        cwd=tmp_path,
+        IFVIT_CACHE=str(tmp_path / "cache"),
+    )
     assert said.code == 0 and json.loads(said.out)["prints"] == 23
     assert "Preparing 25 prints" in said.err and (tmp_path / "sheet.png").exists()
 
@@ -104,8 +126,9 @@ def test_a_sheet_shows_every_print_with_the_outline_of_its_mask(two, command, tm
     sheet = np.asarray(Image.open(tmp_path / "new/sheet.png"))
     assert sheet.shape[1] == COLUMNS * SIDE  # 23 prints: three rows, the last of three
     row = sheet.shape[0] // 3
-    red = (sheet[..., 0].astype(int) - sheet[..., 1] > 100)
-    shown = [bool(red[r * row : r * row + SIDE, c * SIDE : (c + 1) * SIDE].any()) for r in range(3) for c in range(COLUMNS)]
+    red = sheet[..., 0].astype(int) - sheet[..., 1] > 100
+    places = [(r * row, c * SIDE) for r in range(3) for c in range(COLUMNS)]
+    shown = [bool(red[y : y + SIDE, x : x + SIDE].any()) for y, x in places]
     assert shown == [True] * 23 + [False] * 7
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["sheet.png"]
 
@@ -124,15 +147,18 @@ def test_a_sheet_shows_as_many_prints_of_each_database_as_there_is_room_for():
 # --- what is wrong
 
 
-@pytest.mark.parametrize("words, said", [
-    ((), "No folder is named"),
-    (("nowhere",), "no folder nowhere"),
-    (("{two}", "--ppi", "-1"), "--ppi is -1"),
-    (("{two}", "--held_out", "1.5"), "--held_out is 1.5"),
-    (("{two}", "--names", "{{finger}}-x"), "--names '{finger}-x' fits none"),
-    (("{two}", "--sheets", "x"), "did you mean --sheet?"),
-    (("{two}", "--sheet", "/dev/null/sheet.png"), "cannot be written"),
-])
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ((), "No folder is named"),
+        (("nowhere",), "no folder nowhere"),
+        (("{two}", "--ppi", "-1"), "--ppi is -1"),
+        (("{two}", "--held_out", "1.5"), "--held_out is 1.5"),
+        (("{two}", "--names", "{{finger}}-x"), "--names '{finger}-x' fits none"),
+        (("{two}", "--sheets", "x"), "did you mean --sheet?"),
+        (("{two}", "--sheet", "/dev/null/sheet.png"), "cannot be written"),
+    ],
+)
 def test_a_mistake_is_told_in_a_sentence(two, command, tmp_path, words, said):
     found = command("prints", *(w.format(two=two) for w in words), cwd=tmp_path)
     assert found.code == 2 and said in found.err and found.err.count("\n") == 1, found
@@ -144,7 +170,8 @@ def test_prints_that_training_would_refuse_are_shown_and_it_is_said(two, command
         shutil.copy(two / f"B/1_{i}.png", tmp_path / "few")
     (tmp_path / "few/2_1.png").write_bytes(b"")
     said = command("prints", tmp_path / "few", cwd=tmp_path)
-    assert said.code == 0 and "Training needs two fingers or more" in said.out and "Training refuses more than 10%" in said.out, said
+    assert said.code == 0, said
+    assert "Training needs two fingers or more" in said.out and "Training refuses more than 10%" in said.out
 
 
 def test_of_light_ridges_it_is_said(two, command, tmp_path):
@@ -153,6 +180,18 @@ def test_of_light_ridges_it_is_said(two, command, tmp_path):
         Image.fromarray(255 - np.asarray(image)).save(tmp_path / f"{f}_1.png")
     said = command("prints", tmp_path, cwd=tmp_path)
     assert "seem to be light" in said.out and "--ridges light" in said.out
+
+
+def test_a_resolution_that_the_ridges_contradict_is_said_with_the_one_that_fits(command, tmp_path):
+    """Ridges 18 px apart at 500 ppi are twice an adult's: 1000 ppi fits."""
+    for f in range(1, 7):
+        drawn(f, 480, 440, 18.0).save(tmp_path / f"{f}_1.png")
+    found = read_json(command("prints", tmp_path, "--json", cwd=tmp_path))
+    (database,) = found["databases"]
+    assert database["suggested_ppi"] == pytest.approx(1000, rel=0.05) and database["fitting_ppi"] == 1000
+    assert any("1000 ppi would fit" in remark and "--ppi auto" in remark for remark in found["remarks"])
+    (database,) = read_json(command("prints", tmp_path, "--json", "--ppi", "auto", cwd=tmp_path))["databases"]
+    assert database["ppi"] == [{"ppi": 1000, "from": "the ridges", "prints": 6}] and database["fitting_ppi"] is None
 
 
 # --- runs log the same
@@ -166,15 +205,18 @@ def test_training_logs_the_same_in_three_lines(two, started, tmp_path):
     said, _, _ = started("train_dense", "--preset", "smoke", "--dataset_root", two, cwd=tmp_path, create=False)
     prints, scale, left_out = three_lines(said.out)
     assert prints == "Prints: 23 of 9 fingers in 2 databases: A 5 × 2, B 4 × 3 to 4"
-    assert re.search(r"A 220 × 240 px, ppi 500 \(file's tag\), ridges (8.[89]|9.[012]) px apart; B 210 × 200 and 1 other size px, ppi 500 \(assumed\)", scale)
-    assert "archive" in left_out and "6_1.png" in left_out and "3_3.png" in left_out and "prints of 4 fingers held out" in left_out
+    assert re.search(r"A 220 × 240 px, ppi 500 \(file's tag\), ridges (8.[89]|9.[012]) px apart; B 210 × 200 ", scale)
+    assert "B 210 × 200 and 1 other size px, ppi 500 (assumed), ridges " in scale
+    for part in ("archive", "6_1.png", "3_3.png", "prints of 4 fingers held out"):
+        assert part in left_out
 
 
 def test_generated_prints_are_in_it(started, tmp_path):
     said, _, _ = started("train_dense", "--preset", "smoke", cwd=tmp_path, create=False)
     prints, scale, left_out = three_lines(said.out)
     assert prints == "Prints: 12 of 6 fingers: synthetic 6 × 2"
-    assert "ppi 500" in scale and left_out == "Left out: nothing. 6 prints of 3 fingers to train on, 6 prints of 3 fingers held out"
+    assert "ppi 500" in scale
+    assert left_out == "Left out: nothing. 6 prints of 3 fingers to train on, 6 prints of 3 fingers held out"
 
 
 def test_evaluation_logs_the_same_without_a_split(two, command, monkeypatch, tmp_path):
@@ -184,4 +226,5 @@ def test_evaluation_logs_the_same_without_a_split(two, command, monkeypatch, tmp
     said = command("evaluate", "--checkpoint", "any", "--dataset_root", two, "--out", tmp_path / "out", cwd=tmp_path)
     assert said.code == 0, said
     prints, _, left_out = three_lines(said.out)
-    assert prints.startswith("Prints: 23 of 9 fingers in 2 databases: A 5 × 2") and "archive" in left_out and "held out" not in left_out
+    assert prints.startswith("Prints: 23 of 9 fingers in 2 databases: A 5 × 2")
+    assert "archive" in left_out and "held out" not in left_out

@@ -1,16 +1,19 @@
 """The distance of ridges is measured in pixels, and a resolution that does not fit it is told, or with `auto` mended."""
 
+import importlib
 import logging
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ifvit import cli
 from ifvit.config import DenseConfig, MatchConfig, config_of, parse_value
 from ifvit.data.prepare import prepare
 from ifvit.data.ridges import fine_detail, ridge_period
 from ifvit.data.sources import read_root
 from ifvit.errors import UserError
+from ifvit.verify import on_canvases
 
 
 def drawn(period: float, finger: int = 0, shape=(300, 260), angle: float | None = None) -> np.ndarray:
@@ -141,6 +144,23 @@ def test_auto_leaves_what_is_right(tmp_path, caplog):
     auto, _ = prepared(folder, tmp_path, caplog, ppi="auto")
     for i in range(len(plain)):
         np.testing.assert_array_equal(plain.canvas(i)[0], auto.canvas(i)[0])
+
+
+def test_a_single_print_is_scaled_by_its_ridges_too(tmp_path):
+    Image.fromarray(drawn(9.0)).save(tmp_path / "a.png", dpi=(300, 300))
+    Image.fromarray(drawn(9.0, 1)).save(tmp_path / "b.png")
+    periods = [ridge_period(canvas) for canvas, _ in on_canvases([tmp_path / "a.png", tmp_path / "b.png"], "auto", 512).arrays]
+    np.testing.assert_allclose(periods, 9, rtol=0.04)
+
+
+@pytest.mark.parametrize("command", ["train_dense", "train_match", "train_all", "evaluate", "verify"])
+def test_every_command_that_reads_prints_takes_auto(command):
+    words = {"evaluate": ["--checkpoint", "c", "--dataset_root", "d"], "verify": ["a", "b"]}.get(command, [])
+    args = importlib.import_module(f"ifvit.{command}").Args
+    for ppi, value in (("auto", "auto"), ("569", 569.0)):
+        assert cli.parse(args, command, [*words, "--ppi", ppi]).ppi == value
+    with pytest.raises(UserError):
+        cli.parse(args, command, [*words, "--ppi", "fast"])
 
 
 def test_auto_is_a_resolution_in_flags_files_and_saved_configurations():

@@ -6,15 +6,15 @@ What decides the pixels stays, byte for byte; so do tags of the resolution that 
 import struct
 import zlib
 
-# width, height, bits, compression, photometric, fill order, strips, orientation, samples, planes, T4/T6 options, predictor,
-# palette, tiles, extra samples, sample format, JPEG and YCbCr
-_TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325, 338, 339,
-                *range(512, 522), 347, *range(529, 533)}
+# width, height, bits, compression, photometric, fill order, strips, orientation, samples, planes, T4 and T6 options,
+# predictor, palette, tiles, extra samples, sample format, JPEG and YCbCr
+_TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325,
+                338, 339, *range(512, 522), 347, *range(529, 533)}
 _TIFF_RESOLUTION = {282: (5, 1), 283: (5, 1), 296: (3, 1)}  # (type, count) of a tag that is as it should be
 
 
 def without_metadata(raw: bytes) -> bytes | None:
-    """The same picture as a file of the same format; None for a format whose metadata cannot be told from its pixels."""
+    """The same picture as a file of the same format; None for a format whose metadata are not told from its pixels."""
     if raw.startswith(b"\x89PNG\r\n\x1a\n"):
         return _png(raw)
     if raw.startswith(b"\xff\xd8"):

@@ -48,7 +48,7 @@ def load(place: Files) -> tuple[UInt8[np.ndarray, "N C C"], Bool[np.ndarray, "N 
 
 
 def records(stem: Path, count: int, side: int) -> list[dict] | None:
-    """What is known of each of `count` prints on canvases of `side` px; None unless all three files are there and whole."""
+    """What is known of each of `count` prints on canvases of `side` px; None unless all files are there and whole."""
     try:
         text = Path(f"{stem}.json").read_text(encoding="utf-8")
     except (FileNotFoundError, NotADirectoryError):
@@ -85,7 +85,8 @@ def write(stem: Path, count: int, side: int, rows: Iterable[tuple[np.ndarray, np
         with open(parts[0], "wb") as canvases, open(parts[1], "wb") as masks:
             for file, kind, shape in zip((canvases, masks), (np.uint8, bool), shapes(count, side)):
                 np.lib.format.write_array_header_1_0(
-                    file, {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape})
+                    file, {"descr": np.dtype(kind).str, "fortran_order": False, "shape": shape}
+                )
             for canvas, mask, record in rows:
                 canvases.write(np.ascontiguousarray(canvas).data)
                 masks.write(np.ascontiguousarray(mask).data)
@@ -104,7 +105,7 @@ def write(stem: Path, count: int, side: int, rows: Iterable[tuple[np.ndarray, np
 
 @contextlib.contextmanager
 def writing_to(cache: Path, needed: int = 0) -> Iterator[None]:
-    """Around whatever writes into the cache: makes the folder, and tells a disk that is full or refuses in one sentence.
+    """Around what writes into the cache: makes the folder, and tells a disk that is full or refuses in one sentence.
 
     needed: bytes that will be written; where they are not free it says so at once.
     """
@@ -116,11 +117,14 @@ def writing_to(cache: Path, needed: int = 0) -> Iterator[None]:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"The cache {cache} cannot be made, a file is in the way. Set IFVIT_CACHE to a folder.") from None
+        raise UserError(
+            f"The cache {cache} cannot be made, a file is in the way. Set IFVIT_CACHE to a folder."
+        ) from None
     except OSError as e:
         if e.errno in (errno.ENOSPC, errno.EDQUOT):
             size = f", and {math.ceil(needed / 1e6):,} MB are needed" if needed else ""
-            raise UserError(f"The disk of the cache {cache} is full ({e.strerror}){size}. {remedy}, or free some.") from e
+            full = f"The disk of the cache {cache} is full ({e.strerror}){size}"
+            raise UserError(f"{full}. {remedy}, or free some.") from e
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG):
             raise
         raise UserError(f"The cache {cache} cannot be written ({e.strerror}). {remedy}.") from e

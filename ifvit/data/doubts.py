@@ -18,8 +18,37 @@ def doubts(found: list[Found]) -> list[str]:
     for f in found:
         databases[f.anchor].append(f)
     for anchor, some in databases.items():
-        told += _sensors(anchor, some) + _same_names(anchor, some) + _spellings(anchor, some)
+        told += _numbers(anchor, some) + _sensors(anchor, some) + _same_names(anchor, some) + _spellings(anchor, some)
     return told
+
+
+def _numbers(anchor: Path, found: list[Found]) -> list[str]:
+    """Numbers that may be of a person, a session or the other way round."""
+    seconds = defaultdict(set)  # of each first number, or first two
+    for f in found:
+        if f.name.layout in ("FVC", "CrossMatch") and f.finger == f.name.finger:
+            seconds[f.finger].add(f.name.impression)
+    if not seconds:
+        return []
+    example = next(f.path.name for f in found if f.finger in seconds)
+    sets = list(seconds.values())
+    if found[0].name.layout == "CrossMatch":
+        if {finger.rpartition("_")[2] for finger in seconds} <= {"0", "1", "2", "01", "02"}:
+            return [
+                f"{anchor}: names such as {example} are taken for PERSON_FINGER_IMPRESSION; where the number in the "
+                "middle is a session, say so with --names '**/{finger}_*_{impression}'."
+            ]
+    elif len(sets) > 1 and all({int(n) for n in some} in (set(range(1, 11)), set(range(10))) for some in sets):
+        return [
+            f"{anchor}: names such as {example} are taken for FINGER_IMPRESSION, ten of each; where they are a "
+            "person's ten fingers, say so with --names '**/{subject}_{finger}'."
+        ]
+    elif min(map(len, sets)) > max(20, 4 * len(sets)):
+        return [
+            f"{anchor}: names such as {example} are taken for FINGER_IMPRESSION, {len(sets)} fingers; where it is the "
+            "other way round, say so with --names '**/{impression}_{finger}'."
+        ]
+    return []
 
 
 def _sensors(anchor: Path, found: list[Found]) -> list[str]:

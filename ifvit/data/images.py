@@ -65,7 +65,7 @@ def read_picture(path: str | Path, max_megapixels: float = 20) -> Picture:
     if head[:2] == b"\xff\xa0":
         _need_wsq(path)
     try:
-        with open(path, "rb") as file:  # not by its name: Pillow maps such a file, and a TIFF that lies on its side wrongly
+        with open(path, "rb") as file:  # by its name Pillow would map it, wrongly where a TIFF lies on its side
             return _read(file, path, max_megapixels)
     except UserError:
         raise

@@ -10,12 +10,13 @@ SEVERAL_PAGES = "hold several pages, of which the largest is read, of equal ones
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
 
 
 def to_largest_page(image: Image.Image) -> bool:
-    """Turns to the page with the most pixels, the first of equal ones; whether others are more than thumbnails of it."""
+    """Turns to the page with the most pixels, of equal ones the first; whether others are more than its thumbnails."""
     try:
         count = getattr(image, "n_frames", 1)
     except Exception:  # a broken page further on does not make this one worse
@@ -30,7 +31,7 @@ def to_largest_page(image: Image.Image) -> bool:
 
 
 def larger_sub_picture(raw: bytes, pixels: int) -> bytes | None:
-    """A TIFF with a larger picture below its first page (its SubIFDs), as a file whose first page is that; else None."""
+    """Of a TIFF with a larger picture below its first page (a SubIFD) the file with that as first page; else None."""
     order = "<" if raw[:2] == b"II" else ">"
     first = tiff_entries(raw, struct.unpack_from(order + "I", raw, 4)[0]) if raw[2:4] in (b"*\0", b"\0*") else None
     places = [offset for tag, place in first or [] if tag == 330 for offset in tiff_numbers(raw, place)]

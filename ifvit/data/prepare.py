@@ -27,7 +27,7 @@ from ifvit.errors import UserError
 
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
 AHEAD = 256  # prints that are decoded before the first of them is written, at most: canvases in memory
-VERSION = 3  # to be raised when a canvas, or a record, changes
+VERSION = 5  # to be raised when a canvas, or a record, changes
 log = logging.getLogger("ifvit")
 
 
@@ -85,11 +85,13 @@ class Decoded:
         return [(p, r) for p, r in zip(self.everything.prints, self.records) if "broken" not in r]
 
     def without_copies(self, across: bool) -> tuple[list[Print], list[Print]]:
-        """Readable prints, and those of them that are files equal to the byte to ones of other fingers. See `drop_duplicates`."""
+        """Readable prints, and those left out as copies of prints of other fingers. See `drop_duplicates`."""
         return drop_duplicates([p for p, _ in self.readable], across)
 
 
-def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False) -> PrintSet:
+def prepare(
+    prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False
+) -> PrintSet:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
     Unreadable images and byte-identical files of other identities are left out and named in the
@@ -100,19 +102,27 @@ def prepare(prints: list[Print], canvas_size: int, max_broken: float, cache_dir:
     found = decoded(prints, canvas_size, cache_dir)
     _report_broken([(p.path, why) for p, why in found.broken], len(prints), max_broken)
     if assumed := sorted(p.path for p, r in found.readable if r["ppi_from"] == "assumed"):
-        log.info("%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
-                 len(assumed), CANVAS_PPI, assumed[0])
+        log.info(
+            "%d prints tell no resolution and are read at %d ppi, such as %s; --ppi says otherwise",
+            len(assumed),
+            CANVAS_PPI,
+            assumed[0],
+        )
     if fitted := sorted(p.path for p, r in found.readable if r["ppi_from"] == scale.ASKED):
         log.info("%d prints are read at the resolution that their ridges tell, such as %s", len(fitted), fitted[0])
     kept, dropped = found.without_copies(across=not apart)
     if dropped:
-        log.warning("%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
-                    len(dropped), dropped[0].path)
+        log.warning(
+            "%d prints are byte-identical to prints of other fingers and are left out, e.g. %s",
+            len(dropped),
+            dropped[0].path,
+        )
     for remark in remarks(found, kept):
         log.warning("%s", remark)
     blank = blank_ones(found, kept)
     if len(blank) == len(kept):
-        raise UserError(f"None of {len(kept)} prints shows ridges, e.g. {blank[0]}. Give their resolution with --ppi, or other prints.")
+        none = f"None of {len(kept)} prints shows ridges, e.g. {blank[0]}"
+        raise UserError(f"{none}. Give their resolution with --ppi, or other prints.")
     return found.everything.subset(kept)
 
 
@@ -121,7 +131,8 @@ def remarks(found: Decoded, kept: list[Print]) -> list[str]:
     said = []
     for name, example in seem_light(found).items():
         seem = "dark" if found.everything.prints[0].light else "light"
-        said.append(f"⚠ The ridges of {name} seem to be {seem}, e.g. of {example}; --ridges {seem} reads all prints so.")
+        what = f"⚠ The ridges of {name} seem to be {seem}, e.g. of {example}"
+        said.append(f"{what}; --ridges {seem} reads all prints so.")
     said += scale.remarks((p.database, r) for p, r in found.readable if p.database != SYNTHETIC)
     if blank := blank_ones(found, kept):
         said.append(f"{len(blank)} prints show no ridges: they are blank, too faint or too small, e.g. {blank[0]}")
@@ -135,7 +146,7 @@ def blank_ones(found: Decoded, kept: list[Print]) -> list[str]:
 
 
 def seem_light(found: Decoded) -> dict[str, str]:
-    """Databases of which more than a quarter of the prints that were looked at seem to be of the other polarity, with an example."""
+    """Databases of whose prints, those looked at, more than a quarter seem to have the other polarity; an example."""
     looked_at, seem = Counter(), defaultdict(list)
     for p, record in found.readable:
         if record["light"] is not None:
@@ -160,13 +171,24 @@ def decoded(prints: list[Print], canvas_size: int, cache_dir: str | Path) -> Dec
     if missing:
         count = sum(len(databases[name]) for name in missing)
         log.info("Preparing %d prints", count)
-        with (canvases.writing_to(folder, count * canvas_size**2),
-              tqdm(total=count, desc="prints", unit="print", file=sys.stderr, leave=False, dynamic_ncols=True, delay=5,
-                   mininterval=1 if sys.stderr.isatty() else 30) as bar,
-              ThreadPoolExecutor(min(8, cores())) as pool):
+        with (
+            canvases.writing_to(folder, count * canvas_size**2),
+            tqdm(
+                total=count,
+                desc="prints",
+                unit="print",
+                file=sys.stderr,
+                leave=False,
+                dynamic_ncols=True,
+                delay=5,
+                mininterval=1 if sys.stderr.isatty() else 30,
+            ) as bar,
+            ThreadPoolExecutor(min(8, cores())) as pool,
+        ):
             canvases.remove_abandoned(folder)
             for name in missing:
-                with contextlib.closing(_decode_all(databases[name], canvas_size, pool, bar)) as rows:  # a failure ends the pool's work
+                # Closed, it ends the pool's work where a write fails.
+                with contextlib.closing(_decode_all(databases[name], canvas_size, pool, bar)) as rows:
                     known[name] = canvases.write(stems[name], len(databases[name]), canvas_size, rows)
     places = {name: {p: row for row, p in enumerate(some)} for name, some in databases.items()}
     number = {name: n for n, name in enumerate(databases)}
@@ -178,20 +200,23 @@ def decoded(prints: list[Print], canvas_size: int, cache_dir: str | Path) -> Dec
 def _key(prints: list[Print], canvas_size: int) -> str:
     """Of what the canvases and records of a database depend on: files, and how they are read."""
     try:
-        stats = [(os.path.abspath(p.path), s.st_size, s.st_mtime_ns, p.ppi, p.ppi_from, p.light, p.database == SYNTHETIC)
-                 for p in prints for s in [os.stat(p.path)]]
+        files = [(os.path.abspath(p.path), s.st_size, s.st_mtime_ns) for p in prints for s in [os.stat(p.path)]]
     except OSError as e:
         raise UserError(f"{e.filename} cannot be read: {e.strerror}. Check the path and its rights.") from e
-    return hashlib.sha256(json.dumps([VERSION, canvas_size, stats]).encode()).hexdigest()[:20]
+    how = [(p.ppi, p.ppi_from, p.light, p.database == SYNTHETIC) for p in prints]
+    return hashlib.sha256(json.dumps([VERSION, canvas_size, files, how]).encode()).hexdigest()[:20]
 
 
-def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor, bar: tqdm) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
+def _decode_all(
+    prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor, bar: tqdm
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict]]:
     """Canvas, mask and record of each print of a database, in order; of one that cannot be read an empty canvas.
 
-    The record of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that ("--ppi",
-    "the set", "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no ridges seen), and
-    detail, how fine it is where those are wide (`scale.py`); light, whether its ridges seem light as it is read (None: not looked at); note, what
-    else its file holds; blank, whether its mask is empty. Of one that cannot be read: path; broken, the reason.
+    The record of a print: path; width and height in px; the ppi it is read at, and ppi_from, what tells that
+    ("--ppi", "the set", "file's tag", "assumed", "the ridges"); period, px from ridge to ridge in the file (None: no
+    ridges seen), and detail, how fine it is where those are wide (`scale.py`); light, whether its ridges seem light as
+    it is read (None: not looked at); note, what else its file holds; blank, whether its mask is empty. Of one that
+    cannot be read: path; broken, the reason.
     """
     generated = prints[0].database == SYNTHETIC
     looked_at = set() if generated else set(prints[:: -(-len(prints) // SAMPLE)])
@@ -206,7 +231,9 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
         grey = 255 - picture.grey if p.light else picture.grey
         ppi, ppi_from = (fitted[p.path], scale.ASKED) if p.path in fitted else _resolution(p, picture.ppi)
         return scale.measured(p.path, grey, ppi, ppi_from) | {
-            "light": seems_light(grey, ppi) if p in looked_at else None, "note": picture.note}, grey
+            "light": seems_light(grey, ppi) if p in looked_at else None,
+            "note": picture.note,
+        }, grey
 
     def one(p: Print) -> tuple[np.ndarray, np.ndarray, dict]:
         record, grey = look(p)
@@ -216,7 +243,8 @@ def _decode_all(prints: list[Print], canvas_size: int, pool: ThreadPoolExecutor,
         return canvas, mask, record | {"blank": bool(not mask.any())}
 
     asked = [p for p in prints if p.ppi_from == scale.ASKED and not generated]
-    fitted = scale.fitted((p.database, r) for p, r in zip(asked, pool.map(lambda p: look(p)[0], asked)) if "broken" not in r)
+    seen = [record for record, _ in pool.map(look, asked)]
+    fitted = scale.fitted((p.database, r) for p, r in zip(asked, seen) if "broken" not in r)
     for at in range(0, len(prints), AHEAD):
         for row in pool.map(one, prints[at : at + AHEAD]):
             bar.update()

@@ -7,7 +7,7 @@ import numpy as np
 import scipy.fft
 from jaxtyping import Float, UInt8
 
-LOOKS = (64, 32)    # px, sides of the windows of the first look; the smaller ones where ridges are too fine for the larger
+LOOKS = (64, 32)    # px, sides of the windows of the first look; the smaller where ridges are too fine for the larger
 FIRST, SECOND = 16, 32  # that many windows are looked at, spread over those with contrast
 SHORTEST, LONGEST = 2.2, 25.0  # px, ridge periods that the first look knows
 PERIODS = 8         # that many fit in a window of the second look
@@ -15,7 +15,7 @@ PEAK_SHARE = 0.2    # of a window's power that its peak holds, where there are r
 
 
 def ridge_period(grey: UInt8[np.ndarray, "H W"]) -> float | None:
-    """The distance from ridge to ridge in pixels of the image, the median over its windows; None where no ridges are seen.
+    """The distance from ridge to ridge in pixels of the image, the median over windows; None where no ridges are seen.
 
     Nothing need be known of the resolution: a first look with windows of 64 px finds the period roughly, a
     second one measures it with windows of eight periods. Large images are made smaller before.
@@ -52,7 +52,7 @@ def fine_detail(grey: UInt8[np.ndarray, "H W"]) -> float:
 
 
 def _median_period(grey: np.ndarray, window: int, low: float, high: float, most: int, rise: float) -> float | None:
-    """1 / frequency of the highest peak from `low` to `high`, in cycles a pixel: the median over windows of `window` px.
+    """1 / frequency of the highest peak from `low` to `high`, in cycles a pixel: the median over windows.
 
     A window counts by its peak's power, and the more the nearer it is to the print's middle: towards the rim
     ridges blur, and below the first joint they are wider. Peaks are compared times the frequency to the power `rise`.
@@ -74,11 +74,17 @@ def _median_period(grey: np.ndarray, window: int, low: float, high: float, most:
     return 1 / at[ridges][order][np.searchsorted(weight, weight[-1] / 2)]
 
 
-def _spectra(grey: np.ndarray, window: int, most: int) -> tuple[Float[np.ndarray, "N F F/2+1"], Float[np.ndarray, " N"]]:
-    """Windows that overlap by half, at most so many of those with contrast: their power spectra, and 1 in the middle of them all, falling off to the rim."""
+def _spectra(
+    grey: np.ndarray, window: int, most: int
+) -> tuple[Float[np.ndarray, "N F F/2+1"], Float[np.ndarray, " N"]]:
+    """Power spectra of windows that overlap by half, at most so many of those with contrast.
+
+    And how near each is to the middle of them all: 1 there, falling off to the rim.
+    """
     starts = [np.linspace(0, n - window, max(1, 2 * n // window - 1)).astype(int) for n in grey.shape]
-    windows = np.lib.stride_tricks.sliding_window_view(grey, (window, window))[np.ix_(*starts)].reshape(-1, window, window)
-    contrast = windows[:, ::4, ::4].astype(np.float32).var((1, 2))  # a sixteenth of the pixels tells enough
+    windows = np.lib.stride_tricks.sliding_window_view(grey, (window, window))[np.ix_(*starts)]
+    windows = windows.reshape(-1, window, window)
+    contrast = windows[:, ::2, ::2].astype(np.float32).var((1, 2))
     there = np.flatnonzero(contrast >= 0.3 * np.percentile(contrast, 80))
     if len(there) > most:
         there = there[np.linspace(0, len(there) - 1, most).astype(int)]
@@ -96,20 +102,17 @@ def _spectra(grey: np.ndarray, window: int, most: int) -> tuple[Float[np.ndarray
 def _peak(power, row, column) -> tuple[np.ndarray, np.ndarray]:
     """In each spectrum the peak's frequency by a parabola through the logarithms, and the power around it."""
     size, last = power.shape[1], power.shape[2] - 1
-    each = np.arange(len(power))
-
-    def around(down: int, across: int) -> np.ndarray:
-        r, c = row + down, column + across
-        beyond = (c < 0) | (c > last)  # the other half of the plane is this one turned by 180°
-        c = np.where(c < 0, -c, np.where(c > last, size - c, c))
-        return power[each, np.where(beyond, -r, r) % size, c]
+    down, across = np.mgrid[-1:2, -1:2][..., None]
+    r, c = row + down, column + across
+    beyond = (c < 0) | (c > last)  # the other half of the plane is this one turned by 180°
+    c = np.where(c < 0, -c, np.where(c > last, size - c, c))
+    near = power[np.arange(len(power)), np.where(beyond, -r, r) % size, c]  # (3, 3, N)
 
     def vertex(before: np.ndarray, here: np.ndarray, after: np.ndarray) -> np.ndarray:
-        before, here, after = (np.log(p + 1e-6) for p in (before, here, after))
         bend = before - 2 * here + after
         return np.where(bend < -1e-6, 0.5 * (before - after) / np.minimum(bend, -1e-6), 0).clip(-0.5, 0.5)
 
-    near = {(i, j): around(i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)}
-    y = np.where(row > size // 2, row - size, row) + vertex(near[-1, 0], near[0, 0], near[1, 0])
-    x = column + vertex(near[0, -1], near[0, 0], near[0, 1])
-    return np.hypot(y, x) / size, sum(near.values())
+    height = np.log(near + 1e-6)
+    y = np.where(row > size // 2, row - size, row) + vertex(*height[:, 1])
+    x = column + vertex(*height[1])
+    return np.hypot(y, x) / size, near.sum((0, 1))

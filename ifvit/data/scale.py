@@ -19,14 +19,14 @@ FINEST, COARSEST, DOUBTFUL = 6.25, 10.5, 13.6
 SENSORS = (500.0, 512.0, 569.0, 1000.0)  # what sensors have; 300 is what an editor or a flat-bed scanner writes
 ENLARGED = 10 ** -1.75  # less than this is in the finest detail of a picture that was enlarged by 1.6 or more
 FEW = 5  # prints: fewer may be odd fingers
-NEAR = 0.12  # a resolution so near to what the ridges tell is taken for what was meant
+SIBLING, USUAL = 0.2, 0.09  # so near to what the ridges tell another resolution of the database, or a usual one, is meant
 
 ASKED = "the ridges"  # `Print.ppi_from` of prints that are to be read as their ridges tell: --ppi auto
 
 
 @dataclass(frozen=True)
 class Group:
-    """Prints of a database that are read at one resolution: their records (`prepare`), those whose ridges are seen, and the count of the others."""
+    """Prints of a database that are read at one resolution: records of those that show ridges, a count of others."""
 
     database: str
     ppi: float
@@ -65,16 +65,20 @@ class Group:
     def _is_off(self, at_500: float, detail: float, margin: float) -> bool:
         if FINEST / margin <= at_500 <= COARSEST * margin:
             return False
-        if not COARSEST * margin < at_500 <= DOUBTFUL * margin:
+        if not COARSEST * margin < at_500 <= DOUBTFUL:
             return True
-        # Some sensors have such wide ridges. So do narrow ones that a picture's enlarging, or an editor's tag, makes wide.
+        # Some sensors show ridges so wide. So are narrow ones of a picture that was enlarged, or has an editor's tag.
         told = Counter(r["ppi_from"] for r in self.records).most_common(1)[0][0]
-        return detail < ENLARGED or (told in ("--ppi", "file's tag") and not any(abs(self.ppi / s - 1) < 0.02 for s in SENSORS))
+        of_a_sensor = any(abs(self.ppi / sensor - 1) < 0.02 for sensor in SENSORS)
+        return detail < ENLARGED or (told in ("--ppi", "file's tag") and not of_a_sensor)
 
 
 def measured(path: str, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: str) -> dict:
-    """What is known of a print's scale, for its record: the file, its size in px, the resolution that it is read at and what
-    tells that, px from ridge to ridge (None: no ridges seen), and how fine its detail is where those are wide."""
+    """What is known of a print's scale, for its record.
+
+    The file, its size in px, the resolution that it is read at and what tells that, px from ridge to ridge (None: no
+    ridges seen), and how fine its detail is, where those are wide (else None).
+    """
     period = ridge_period(grey)
     wide = period is not None and period * CANVAS_PPI / ppi > COARSEST
     return {"path": path, "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from,
@@ -93,8 +97,9 @@ def groups(records: Iterable[tuple[str, dict]]) -> list[Group]:
 def fitting_ppi(group: Group, others: Iterable[Group]) -> float:
     """The resolution that the ridges tell: one of the database's others, or a usual one, if near, else to 5 ppi."""
     told = group.period / RIDGE_PERIOD
-    meant = [g.ppi for g in others if g.database == group.database and not g.unclear and not g.off] + [500.0, 1000.0]
-    return next((ppi for ppi in meant if abs(told / ppi - 1) < NEAR), 5.0 * max(1, round(told / 5)))
+    right = [g.ppi for g in others if g.database == group.database and not g.unclear and not g.off]
+    meant = [(ppi, SIBLING) for ppi in right] + [(500.0, USUAL), (1000.0, USUAL)]
+    return next((ppi for ppi, near in meant if abs(told / ppi - 1) < near), 5.0 * max(1, round(told / 5)))
 
 
 def fitted(records: Iterable[tuple[str, dict]]) -> dict[str, float]:
@@ -109,21 +114,22 @@ def remarks(records: Iterable[tuple[str, dict]]) -> list[str]:
     """What looks wrong with the resolutions of prints, each with a remedy; of (database, record) pairs."""
     records = list(records)
     known = groups(records)
-    unclear = [f"⚠ The distance of ridges cannot be measured on {g.database}, {len(g.records) + g.unseen} prints read at {g.ppi:.4g} ppi: "
-               "they are too coarse or too small, or no prints; look at some with python -m ifvit.prints DIR --sheet FILE.png."
+    unclear = [f"⚠ The distance of ridges cannot be measured on {g.database}, {len(g.records) + g.unseen} prints read at "
+               f"{g.ppi:.4g} ppi: they are too coarse or too small, or no prints; look at some with "
+               "python -m ifvit.prints DIR --sheet FILE.png."
                for g in known if g.unclear and len(g.records) + g.unseen >= FEW]
     return [_off(g, fitting_ppi(g, known)) for g in known if g.off] + unclear + _mixed(records, known) + _notes(records)
 
 
 def _off(group: Group, fit: float) -> str:
     told = " and ".join(sorted({r["ppi_from"] for r in group.records}))
-    return (f"⚠ The ridges of {group.database} are {group.at_500:.1f} px apart at 500 ppi if its prints have the {group.ppi:.4g} ppi "
-            f"that they are read at ({told}), and adults' are about 9: {fit:g} ppi would fit, which --ppi auto takes "
-            f"({group.off_alone} of {len(group.records)} prints tell so by themselves, e.g. {group.records[0]['path']}).")
+    return (f"⚠ The ridges of {group.database} are {group.at_500:.1f} px apart at 500 ppi if its prints have the "
+            f"{group.ppi:.4g} ppi that they are read at ({told}), and adults' are about 9: {fit:g} ppi would fit, which "
+            f"--ppi auto takes ({group.off_alone} of {len(group.records)} prints tell so by themselves, e.g. {group.records[0]['path']}).")
 
 
 def _mixed(records: list[tuple[str, dict]], known: list[Group]) -> list[str]:
-    """Prints of one database and one size in pixels at several resolutions, unless their ridges agree that they are so."""
+    """Prints of one database and one size in pixels at several resolutions, unless their ridges confirm these."""
     sizes = defaultdict(lambda: defaultdict(list))
     for database, r in records:
         sizes[database, r["width"], r["height"]][r["ppi"]].append(r)
@@ -131,12 +137,12 @@ def _mixed(records: list[tuple[str, dict]], known: list[Group]) -> list[str]:
     said = {}
     for (database, width, height), by_ppi in sizes.items():
         periods = [at_500.get((database, ppi)) for ppi in by_ppi]
-        agree = all(periods) and max(periods) <= 1.25 * min(periods)
-        if len(by_ppi) > 1 and not agree and database not in said:
+        confirmed = all(periods) and max(periods) <= 1.25 * min(periods)
+        if max(by_ppi) > 1.02 * min(by_ppi) and not confirmed and database not in said:
             some = "; ".join(f"{len(rs)} at {ppi:.4g} ppi ({rs[0]['ppi_from']}), such as {rs[0]['path']}"
                              for ppi, rs in sorted(by_ppi.items(), key=lambda item: -len(item[1])))
-            said[database] = (f"⚠ Prints of {database} have one size, {width} × {height} pixels, and are read at several resolutions: "
-                              f"{some}. --ppi NUMBER reads all at one, --ppi auto as their ridges tell.")
+            said[database] = (f"⚠ Prints of {database} have one size, {width} × {height} pixels, and are read at several "
+                              f"resolutions: {some}. --ppi NUMBER reads all at one, --ppi auto as their ridges tell.")
     return list(said.values())
 
 

@@ -14,15 +14,18 @@ from ifvit.data.canvases import MASK_CELL
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 
-MOST = 60         # prints on a sheet
+MOST = 60  # prints on a sheet
 COLUMNS = 10
-SIDE = 240        # px of a print's picture
-CAPTION = 30      # px below it, for two lines
+SIDE = 240  # px of a print's picture
+CAPTION = 30  # px below it, for two lines
 EDGE = (220, 30, 30)
 
 
 def contact_sheet(path: str | Path, prints: PrintSet, captions: Sequence[str]) -> None:
-    """Writes a PNG of at most `MOST` of the prints, spread over databases and in each over fingers; `captions`: a second line for each."""
+    """Writes a PNG of at most `MOST` of the prints, spread over databases and in each over fingers.
+
+    `captions`: of each print, a line below its name. UserError where the file cannot be written.
+    """
     chosen = spread([p.database for p in prints.prints], MOST)
     rows = -(-len(chosen) // COLUMNS)
     sheet = Image.new("RGB", (min(COLUMNS, len(chosen)) * SIDE, rows * (SIDE + CAPTION)), "white")
@@ -31,7 +34,8 @@ def contact_sheet(path: str | Path, prints: PrintSet, captions: Sequence[str]) -
     for place, i in enumerate(chosen):
         row, column = divmod(place, COLUMNS)
         x, y = column * SIDE, row * (SIDE + CAPTION)
-        sheet.paste(Image.fromarray(outlined(*prints.canvas(i))).resize((SIDE - 4, SIDE - 4), Image.Resampling.BOX), (x + 2, y + 2))
+        picture = Image.fromarray(outlined(*prints.canvas(i)))
+        sheet.paste(picture.resize((SIDE - 4, SIDE - 4), Image.Resampling.BOX), (x + 2, y + 2))
         p = prints.prints[i]
         for line, text in enumerate((f"{p.database} {p.finger}_{p.impression}", captions[i])):
             draw.text((x + 4, y + SIDE - 1 + 14 * line), fitting(text, font, SIDE - 8), "black", font)
@@ -49,12 +53,13 @@ def contact_sheet(path: str | Path, prints: PrintSet, captions: Sequence[str]) -
 
 
 def spread(databases: Sequence[str], most: int) -> list[int]:
-    """At most `most` numbers of prints, of each database as many as of the others where it has them, evenly over its own."""
+    """At most `most` numbers of prints: of each database as many as of others where it has them, spread over it."""
     members: dict[str, list[int]] = {}
     for i, name in enumerate(databases):
         members.setdefault(name, []).append(i)
     share, left = {}, most
-    for n, name in enumerate(sorted(members, key=lambda name: len(members[name]))):  # what small ones leave is for larger ones
+    # What small databases leave is for larger ones.
+    for n, name in enumerate(sorted(members, key=lambda name: len(members[name]))):
         share[name] = min(len(members[name]), left // (len(members) - n))
         left -= share[name]
     return [mine[k * len(mine) // share[name]] for name, mine in members.items() for k in range(share[name])]

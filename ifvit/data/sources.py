@@ -37,7 +37,8 @@ class Print:
     ppi: float | None  # None: the file's tag where it can be believed, else 500
     altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
     light: bool = False  # its ridges, and its valleys dark
-    ppi_from: str = field(default="the set", compare=False)  # what tells `ppi`: "the set" or "--ppi"; "the ridges": they may tell another
+    # What tells `ppi`: "--ppi" or "the set"; "the ridges": the set, and its ridges are to tell where that is wrong.
+    ppi_from: str = field(default="the set", compare=False)
 
     @property
     def identity(self) -> tuple[str, str]:
@@ -65,7 +66,9 @@ def read_roots(
     return read(roots, ppi, ridges, names).prints
 
 
-def read(roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = "") -> Reading:
+def read(
+    roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = ""
+) -> Reading:
     """The prints under some folders, by database, finger and impression in natural order.
 
     A file that is reached twice counts once. A database is named by its folder; where

@@ -139,7 +139,7 @@ def impression(master: MasterFinger, seed: int, finger: int, impression: int) ->
 def prints(seed: int, fingers: int, impressions: int, cache_dir: str | Path, workers: int = 1) -> list[Path]:
     """Impressions 1..impressions of fingers 1..fingers as PNG files, finger by finger.
 
-    They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those already there, and whole, are used.
+    They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those there, and whole, are used.
     UserError where the cache cannot be written.
     """
     folder = Path(cache_dir) / f"synthetic_v{VERSION}_{seed}"
@@ -149,7 +149,7 @@ def prints(seed: int, fingers: int, impressions: int, cache_dir: str | Path, wor
     if not missing:
         return sum(paths.values(), [])
     if damaged := [path for _, files in missing for path in files if path.exists() and not _whole(path)]:
-        log.warning("%d generated prints in the cache are damaged and are made again, such as %s", len(damaged), damaged[0])
+        log.warning("%d generated prints in the cache are damaged and made again, such as %s", len(damaged), damaged[0])
     with writing_to(folder, BYTES * sum(not _whole(path) for _, files in missing for path in files)):
         if workers == 1 or len(missing) < 2:
             list(map(job, missing))

@@ -8,7 +8,7 @@ NOT_SQUARE = "tell two resolutions, one across and one down, and count as tellin
 
 
 def ppi_tags(image: Image.Image) -> tuple[float, float]:
-    """Pixels an inch across and down, as Pillow reads them from any unit; (0, 0) where none is told, or in an odd form."""
+    """Pixels an inch across and down, as Pillow reads them from any unit; (0, 0) where none are told, or oddly."""
     try:
         x, y = (float(v) for v in image.info["dpi"])
     except (KeyError, TypeError, ValueError, ZeroDivisionError, OverflowError):
