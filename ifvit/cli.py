@@ -19,6 +19,7 @@ import tyro
 
 from ifvit import flags
 from ifvit.errors import UserError
+from ifvit.paths import lend_home
 
 
 class Interrupted(Exception):
@@ -86,6 +87,7 @@ def main_with_commands(commands: dict[str, type], name: str) -> int:
 
 def _guard(call: Callable[[], int | None]) -> int:
     prepare_output()
+    lend_home()
     value: list[int | None] = []
     code, message = outcome(lambda: value.append(call()))
     tell(code, message)
