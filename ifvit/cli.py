@@ -22,6 +22,7 @@ from cluster import xla_flags
 from cluster.jax_errors import explained, in_one_line
 from ifvit import flags
 from ifvit.errors import Failure, Interrupted, UserError
+from ifvit.paths import lend_home
 
 
 FULL_DEVICE = (
@@ -84,6 +85,7 @@ def main_with_commands(commands: dict[str, type], name: str) -> int:
 
 def _guard(call: Callable[[], int | None]) -> int:
     prepare_output()
+    lend_home()
     value: list[int | None] = []
 
     def begin():

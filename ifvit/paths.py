@@ -65,12 +65,38 @@ def from_home(path: str) -> str:
 
 def home_of(user: str = "") -> str | None:
     """The home of a user, '' for the one who runs this; None where there is no such thing, as in a bare container."""
-    if not user and os.path.isabs(os.environ.get("HOME", "")):
-        return os.environ["HOME"]
+    given = os.environ.get("HOME", "")
+    if not user and os.path.isabs(given) and given != str(_temporary_folder()):
+        return given
     try:
         return (pwd.getpwnam(user) if user else pwd.getpwuid(os.getuid())).pw_dir or None
     except KeyError:
         return None
+
+
+def lend_home() -> None:
+    """Sets HOME for the libraries where there is no home, to the folder that the cache lies in then: Ray ends without one."""
+    folder = _temporary_folder()
+    if home_of() is None and folder and _is_private(folder):
+        os.environ["HOME"] = str(folder)
+
+
+def _temporary_folder() -> Path | None:
+    """This user's in the temporary directory, whether it is there or not."""
+    try:
+        return Path(tempfile.gettempdir()) / f"ifvit-cache-{os.getuid()}"
+    except FileNotFoundError:  # there is no temporary directory
+        return None
+
+
+def _is_private(folder: Path) -> bool:
+    """Whether a folder is this user's alone; it is made if it is not there."""
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        there = folder.lstat()
+    except OSError:
+        return False
+    return not folder.is_symlink() and there.st_uid == os.getuid() and not there.st_mode & 0o022
 
 
 def cache_dir() -> Path:
@@ -113,16 +139,10 @@ def _own_cache(usual: str) -> Path:
     why = unusable(Path(usual)) if usual else "there is no home"
     if not why:
         return Path(usual)
-    try:
-        folder = Path(tempfile.gettempdir()) / f"ifvit-cache-{os.getuid()}"
-        folder.mkdir(mode=0o700, exist_ok=True)
-        there = folder.lstat()
-        if not folder.is_symlink() and there.st_uid == os.getuid() and not there.st_mode & 0o022 and not unusable(folder):
-            log.warning("The cache lies in %s: %s cannot be written to (%s). IFVIT_CACHE gives it another place.",
-                        folder, usual or "~/.cache", why)
-            return folder
-    except OSError:  # no temporary directory, or something else of that name in it
-        pass
+    folder = _temporary_folder()
+    if folder and _is_private(folder) and not unusable(folder):
+        log.warning("The cache lies in %s: %s cannot be written to (%s). IFVIT_CACHE gives it another place.", folder, usual or "~/.cache", why)
+        return folder
     raise UserError(f"There is no place for the cache: {usual or '~/.cache'} cannot be written to ({why}); "
                     "set IFVIT_CACHE to a folder that can be.")
 

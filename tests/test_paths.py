@@ -144,6 +144,17 @@ def test_without_a_home_the_cache_is_a_folder_of_this_users_alone_and_the_log_sa
     assert str(there) in line and "IFVIT_CACHE" in line
 
 
+def test_libraries_get_a_home_where_there_is_none_and_tilde_still_has_none(unknown, monkeypatch):
+    monkeypatch.setenv("HOME", "")
+    paths.lend_home()
+    assert os.environ["HOME"] == f"{unknown}/tmp/ifvit-cache-{os.getuid()}" and os.path.isdir(os.environ["HOME"])
+    with pytest.raises(UserError, match="no home"):
+        paths.resolve("~/x")
+    monkeypatch.setenv("HOME", "/h")
+    paths.lend_home()
+    assert os.environ["HOME"] == "/h"
+
+
 @pytest.mark.parametrize("useless", ["/dev/null", "/proc/nothing", "file"])
 def test_a_useless_xdg_cache_home_costs_no_run(bare, monkeypatch, caplog, useless):
     monkeypatch.setenv("HOME", str(bare))
