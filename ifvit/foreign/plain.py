@@ -123,7 +123,9 @@ class Builder:
         if type(x) is str:
             return self.text(x)
         value = self.plain(x)
-        if isinstance(value, list):
+        if isinstance(value, np.ndarray):  # a scalar
+            value = self.numbers(value) if not value.ndim else "…"
+        elif isinstance(value, list):
             value = f"({', '.join(map(str, value))})" if all(not isinstance(v, (list, dict, StandIn)) for v in value) else "…"
         elif isinstance(value, StandIn):
             value = f"{value.name}({', '.join(str(a) for a in value.args if not isinstance(a, (list, dict, StandIn)))})"
