@@ -122,11 +122,11 @@ class Builder:
         """Text for a key; of an object its name, or what it stands for where that is text."""
         if type(x) is str:
             return self.text(x)
-        value = self.plain(x)
-        if isinstance(value, list):
-            value = f"({', '.join(map(str, value))})" if all(not isinstance(v, (list, dict, StandIn)) for v in value) else "…"
-        elif isinstance(value, StandIn):
-            value = f"{value.name}({', '.join(str(a) for a in value.args if not isinstance(a, (list, dict, StandIn)))})"
+        value = self.json(self.plain(x))
+        if isinstance(value, dict) and value.get("class"):
+            value = f"{value['class']}({', '.join(map(str, value.get('arguments', [])))})"
+        elif isinstance(value, list):
+            value = f"({', '.join(map(str, value))})"
         return self.text(str(value)[:1000])
 
     # --- objects ---

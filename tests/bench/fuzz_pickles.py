@@ -13,6 +13,7 @@ case is printed with the seed that makes it again.
 import argparse
 import collections
 import contextlib
+import datetime
 import os
 import pickle
 import pickletools
@@ -21,6 +22,7 @@ import struct
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -67,6 +69,11 @@ def samples() -> dict[str, bytes]:
         "record": {"state": TrainState(step=1, apply_fn=None, params=params, tx=None, opt_state=tx.init(params))},
         "nnx": {"params": nnx.state(nnx.Linear(2, 2, rngs=nnx.Rngs(0))), "rng": jax.random.key(1),
                 "metadata": argparse.Namespace(a=collections.OrderedDict(b=1))},
+        "values": {"params": params, "timestamp": datetime.datetime(2024, 5, 1, tzinfo=datetime.timezone.utc),
+                   "metadata": {"text": np.array(["a", "é"]), "days": np.array(["2024-05-01"], "M8[D]"), "rng": np.random.default_rng(0),
+                                "records": np.array([(1, 2.5)], [("n", ">i4"), ("x", "f8")]), "objects": np.array([1, None, "a"], object),
+                                "masked": np.ma.array([1, 2], mask=[True, False]), "seen": collections.Counter(a=2), (1, None): {2.5: {1}},
+                                "last": collections.deque([1.0], 5), "id": uuid.UUID(int=5), "error": ValueError("a", params)}},
     }
     files = {f"{name}, protocol {p}": pickle.dumps(x, p) for name, x in contents.items() for p in range(6)}
     with tempfile.TemporaryDirectory() as folder:
