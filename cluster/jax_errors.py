@@ -54,7 +54,7 @@ STATUS = rf"({'|'.join(OF_PEERS)}|FAILED_PRECONDITION|INTERNAL|UNKNOWN|NOT_FOUND
 
 NO_DEVICES = re.compile(  # the name of a platform, or of a plugin's file, and the reason
     r"Unable to initialize backend '([^']*)': ?(.*)|Backend '(.*)' failed to initialize: (.*)"
-    r"|Unknown backend:? '?(\w+)(.*)|Failed to open (\S+): (.*)", re.DOTALL)
+    r"|Unknown backend:? '?(\w+)(.*)|Failed to open (\S+): (.*shared object.*)", re.DOTALL)
 VISIBLE = {"tpu": ("TPU_VISIBLE_CHIPS",)}  # what hides devices of a platform
 GPUS_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 EXTRAS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # of this project, by platform
