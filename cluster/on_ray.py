@@ -164,7 +164,8 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train notes its own state there; nothing of the run
         try:
             trainer = Trainer(
-                place, job.batches, desk, request.max_failures, alone, train_loop_config={"job": ray.cloudpickle.dumps(job), "request": request, "desk": desk, "cwd": os.getcwd()},
+                place, job.batches, desk, request.max_failures, alone,
+                train_loop_config={"job": ray.cloudpickle.dumps(job), "request": request, "desk": desk, "cwd": os.getcwd()},
                 backend_config=JaxBackendConfig(place.platform, job.packages, request.coordinator_port),
                 scaling_config=ScalingConfig(
                     num_workers=high if low == high else (low, high), resources_per_worker=place.resources,
@@ -231,7 +232,7 @@ def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, s
 
 
 def _remedy(error: BaseException) -> str:
-    """What can be done about the error of JAX's runtime that workers, or their start, have failed with; '' where nothing is known."""
+    """What can be done about an error of JAX's runtime that workers, or their start, have failed with; else ''."""
     of_workers = getattr(error, "worker_failures", {}).values()
     for cause in (*of_workers, getattr(error, "controller_failure", None), error):
         cause = getattr(cause, "cause", None) or cause  # Ray's error of a task holds the task's own

@@ -32,13 +32,16 @@ class Placement:
         return all(batch % (workers * devices) == 0 for batch in batches)
 
     def fitting(self, job: Job) -> "Placement":
-        """The same with at most as many workers as divide the job's batches; ClusterError where none does, or another number was asked."""
+        """The same with at most as many workers as divide the job's batches.
+
+        ClusterError where none does, or another number was asked.
+        """
         low, high = self.workers
         found = [n for n in range(low if self.exactly else 1, high + 1) if self.fits(n, job.batches)]
         if not found:
             devices = "" if self.platform == "CPU" else f" of {self.resources[self.platform]:g} {self.platform}s"
-            raise ClusterError(f"Batches of {' and '.join(map(str, job.batches))} {job.item} do not divide among {high} "
-                               f"workers{devices}; use another --num_workers, or {job.another_batch}.")
+            raise ClusterError(f"Batches of {' and '.join(map(str, job.batches))} {job.item} do not divide among "
+                               f"{high} workers{devices}; use another --num_workers, or {job.another_batch}.")
         if found[-1] < high:
             print(f"{found[-1]} workers, not {high}: more do not divide the batch", flush=True)
         if low < high and self.exactly and found[0] > low:
@@ -69,9 +72,9 @@ def placement(request: Request, alone: bool) -> Placement:
         return Missing([{"CPU": a_host, platform: a_host}] * -(-low // a_host), (
             f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
             f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are "
-            f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {_of_jax_platforms(request, platform)}start more "
-            "hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer with "
-            "--wait_for_hosts."))
+            f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {_of_jax_platforms(request, platform)}"
+            "start more hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer "
+            "with --wait_for_hosts."))
 
     return wait_for_hosts(look, 0 if alone else request.wait_for_hosts)
 
@@ -115,8 +118,8 @@ def kind_of_devices(nodes: list[dict], alone: bool) -> str:
     """
     wished = [word.strip() for word in os.environ.get("JAX_PLATFORMS", "").split(",") if word.strip()]
     if unknown := [word for word in wished if word not in KINDS]:
-        raise ClusterError(f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names {unknown[0]}, which Ray's workers cannot have; unset "
-                           "it, or set it to cpu, cuda or tpu.")
+        raise ClusterError(f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names {unknown[0]}, which Ray's workers cannot "
+                           "have; unset it, or set it to cpu, cuda or tpu.")
     kinds = [KINDS[word] for word in wished]
     if not kinds or (kinds == ["CPU"] and not alone):
         kinds = ["TPU", "GPU", "CPU"]

@@ -12,7 +12,7 @@ HERE = ("localhost", "127.0.0.1", "::1")
 
 
 def reach_directly(hosts: Iterable[str]) -> None:
-    """No proxy for these hosts and this one, from this process and those it starts. To be called before they connect."""
+    """No proxy for these hosts and this one, from this process and what it starts. To be called before they connect."""
     if not any(value for name, value in os.environ.items() if name.lower() in NAMES):
         return
     both = _words("no_proxy") | _words("NO_PROXY")  # Python reads the second only where there is no first

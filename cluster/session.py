@@ -58,8 +58,8 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
         if address == "auto":
             raise ClusterError(f"{VARIABLE}=auto, and no Ray runs on this machine; start one (ray start --head), or "
                                f"{REMEDY}.") from None
-        raise ClusterError(f"Ray cannot be reached at {VARIABLE}={address} ({_one_line(e)[:500]}); start it there (ray start "
-                           f"--head), or {REMEDY}.") from None
+        raise ClusterError(f"Ray cannot be reached at {VARIABLE}={address} ({_one_line(e)[:500]}); start it there (ray "
+                           f"start --head), or {REMEDY}.") from None
     except SystemExit:  # Ray's own answer to SIGTERM
         _stop()
     except (RuntimeError, ray.exceptions.AuthenticationError) as e:  # another version of Ray or Python, or no token
@@ -113,11 +113,11 @@ def _answers(address: str, seconds: float = 15) -> None:
             socket.create_connection(host_and_port(address), timeout=5).close()
             if tls or private.is_ray(address):
                 return
-            why = (f"What answers at {VARIABLE}={address} is not Ray's coordinator, whose port is 6379 where nobody chose "
-                   "another")
+            why = (f"What answers at {VARIABLE}={address} is not Ray's coordinator, whose port is 6379 where nobody "
+                   "chose another")
         except OSError as e:
-            why = (f"Nobody answers at {VARIABLE}={address} ({e.strerror or e}); start Ray there (ray start --head), or mend "
-                   "the address")
+            why = (f"Nobody answers at {VARIABLE}={address} ({e.strerror or e}); start Ray there (ray start --head), "
+                   "or mend the address")
         if time.monotonic() > until:
             raise ClusterError(f"{why}: {REMEDY}.")
         time.sleep(1)

@@ -8,6 +8,7 @@ import sys
 
 # lets XLA read its flags, without looking for devices: a private name of jaxlib, checked on 0.10
 READ = "from jaxlib import _jax; _jax.CompileOptions().executable_build_options.debug_options"
+REFUSED = r"(Unknown flags? in XLA_FLAGS|Couldn't interpret value|Could not open file|Flag parsing failed).*"
 
 
 def unfit() -> str:
@@ -21,8 +22,7 @@ def _tried(flags: str) -> str:
         return ""
     said = subprocess.run([sys.executable, "-c", READ], env=os.environ | {"XLA_FLAGS": flags}, text=True,
                           errors="replace", capture_output=True)
-    told = re.search(r"(Unknown flags? in XLA_FLAGS|Couldn't interpret value|Could not open file|Flag parsing failed).*",
-                     said.stderr)
+    told = re.search(REFUSED, said.stderr)
     if not said.returncode or not told:  # whatever else it has will show itself, and better
         return ""
     return f"XLA refuses XLA_FLAGS={flags} ({told[0].strip().rstrip('.')[:200]}); mend the flag, or unset the variable."

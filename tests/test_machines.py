@@ -19,6 +19,17 @@ from cluster.host import ClusterError
 from cluster.job import Job, Request
 from ifvit import cli, commands
 
+@pytest.fixture
+def proxy(monkeypatch):
+    for name in list(os.environ):
+        if name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # so that they are put back
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return monkeypatch
+
+
 # ---- the devices that JAX is told to use
 
 
@@ -155,6 +166,21 @@ def test_what_is_no_address_is_said_at_once_with_every_remedy(monkeypatch, comma
     assert Request(runtime="local").on_ray() is False  # which is not kept from running
 
 
+@pytest.mark.parametrize("given, address, alone", [
+    ("  ", "local", True), ("local", "local", True), (" 10.0.0.1:6379\n", "10.0.0.1:6379", False)])
+def test_ray_is_told_the_address_without_its_blanks_and_the_host_goes_past_proxies(proxy, given, address, alone):
+    proxy.setenv("RAY_ADDRESS", given)
+    proxy.setenv("http_proxy", "http://proxy:3128")
+    seen = {}
+    proxy.setattr(ray, "init", lambda **how: seen.update(how))
+    proxy.setattr(ray, "shutdown", lambda: None)
+    proxy.setattr(session, "_answers", lambda address: None)
+    with session.session() as is_alone:
+        assert (seen["address"], is_alone) == (address, alone)
+        assert os.environ["RAY_ADDRESS"] == ("" if alone else address)
+    assert ("10.0.0.1" in os.environ["no_proxy"].split(",")) != alone and "localhost" in os.environ["no_grpc_proxy"]
+
+
 def test_auto_where_no_ray_runs(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(ray, "init", raising_with(ConnectionError("Could not find any running Ray instance.")))
@@ -258,17 +284,6 @@ def test_little_or_no_shared_memory_puts_rays_objects_on_the_disk(monkeypatch):
 
 
 # ---- proxies
-
-
-@pytest.fixture
-def proxy(monkeypatch):
-    for name in list(os.environ):
-        if name.lower().endswith("_proxy"):
-            monkeypatch.delenv(name)
-    for name in ("no_proxy", "NO_PROXY", "no_grpc_proxy"):  # so that they are put back
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    return monkeypatch
 
 
 @pytest.mark.parametrize("name", ["http_proxy", "HTTPS_PROXY", "ALL_PROXY", "grpc_proxy"])

@@ -36,6 +36,7 @@ address="${HEAD_IP:-$(hostname -I | cut -d' ' -f1)}:$((20000 + SLURM_JOB_ID % 10
 # Whoever reaches Ray's ports and has no token is refused; srun hands the token to all hosts.
 RAY_AUTH_TOKEN="${RAY_AUTH_TOKEN:-$(umask 077; ray get-auth-token --generate 2>/dev/null)}"
 export RAY_AUTH_MODE=token RAY_AUTH_TOKEN
+export RAY_TMPDIR="${RAY_TMPDIR:-/tmp/ray-$UID}"         # on every host; a job's TMPDIR may be too long for Ray's sockets
 export RAY_worker_niceness=0                            # not 15: the training is what these hosts are there for
 export RAY_SYMMETRIC_RUN_CLUSTER_WAIT_TIMEOUT=600       # 30 s are few where Python starts from a network disk
 
