@@ -27,13 +27,17 @@ class _Lines:
         if now - self.told >= self.every and self.done < self.total:
             self.told = now
             rate = self.done / (now - self.began)
-            log.info("%s: %s of %s %ss, %.1f a second, %s left", self.name, f"{self.done:,}", f"{self.total:,}", self.unit, rate,
-                     tqdm.format_interval((self.total - self.done) / rate))
+            left = tqdm.format_interval((self.total - self.done) / rate)
+            log.info("%s: %s of %s %ss, %.1f a second, %s left", self.name, f"{self.done:,}", f"{self.total:,}",
+                     self.unit, rate, left)
 
 
 @contextmanager
 def bar(name: str, total: int, unit: str, every: float = 60.0) -> Iterator[tqdm | _Lines]:
-    """An object with `update(count)`, to be told how many units more are done. Of several processes the first one shows it."""
+    """An object with `update(count)`, to be told how many units more are done.
+
+    Of several processes the first one shows it.
+    """
     silent = jax.process_index() > 0
     if silent or sys.stderr.isatty():
         with tqdm(total=total, desc=name, unit=unit, file=sys.stderr, mininterval=1, delay=QUIET, dynamic_ncols=True,

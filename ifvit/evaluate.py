@@ -1,7 +1,7 @@
 """Scores every pair of one or more databases with a trained checkpoint, and writes rates, scores and a DET plot.
 
     python -m ifvit.evaluate --checkpoint ./checkpoints/matcher/matcher_ckpt --dataset_root DIR --out OUT
-    python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one system better than another, on the same pairs
+    python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one better than another, on the same pairs
 """
 
 import json
@@ -37,10 +37,9 @@ class Args:
     protocol: Literal["fvc", "all"] = "fvc"
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
     max_pairs: int | None = None
-    """of a database: all its genuine pairs, and a fixed draw of its impostor pairs that fills them up; left out, all pairs"""
+    """of a database: all genuine pairs, and a fixed draw of its impostor pairs that fills them up; left out, all"""
     against: str = ""
-    """another evaluation's scores.csv of the same pairs: the difference of the rates, with its interval; without
-    --checkpoint and --dataset_root of the scores that lie in --out"""
+    """scores.csv of the same pairs: the differences to it with intervals; without --checkpoint, of --out's"""
     batch_size: int = 16
     """pairs at once"""
     ppi: float | Literal["auto"] | None = None
@@ -61,8 +60,8 @@ class Args:
     def check(self) -> None:
         """UserError for flags that do not fit; before anything is read."""
         if not (self.checkpoint and self.dataset_root) and (self.checkpoint or self.dataset_root or not self.against):
-            raise UserError("--checkpoint and --dataset_root are both needed to score prints; with --against alone, the "
-                            "scores that lie in --out are compared.")
+            raise UserError("--checkpoint and --dataset_root are both needed to score prints; with --against alone, "
+                            "the scores that lie in --out are compared.")
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
         if self.max_pairs is not None and self.max_pairs < 2:
@@ -74,7 +73,8 @@ class Args:
 
             theirs = scores_in(self.against)
             if theirs == str(as_path(self.out) / "scores.csv"):
-                raise UserError(f"--against {self.against} lies in --out itself; give another evaluation's scores, or another --out.")
+                raise UserError(f"--against {self.against} lies in --out itself; give another evaluation's scores, or "
+                                "another --out.")
             if not self.checkpoint:
                 scores_in(self.out)
 
@@ -114,8 +114,8 @@ class Args:
         print_table(result)
         few = [name for name, row in result["databases"].items() if row["impostor"] < 1000]
         if few and self.protocol == "fvc":
-            print(f"(A false match rate of 0.1 % cannot be seen in fewer than 1000 impostor pairs, as of {few[0]}; --protocol all "
-                  "compares every pair.)")
+            print(f"(A false match rate of 0.1 % cannot be seen in fewer than 1000 impostor pairs, as of {few[0]}; "
+                  "--protocol all compares every pair.)")
 
 
 def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
@@ -134,7 +134,8 @@ def check_ppi(ppi: float | Literal["auto"] | None) -> None:
         raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500, or auto.")
 
 
-def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16, max_pairs: int | None = None) -> dict:
+def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16,
+             max_pairs: int | None = None) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 
     `max_pairs`: of a database; as many of its impostor pairs are drawn as fill its genuine ones up. Databases without
@@ -164,7 +165,8 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
         drawn[name] = intervals.bootstrap(genuine, impostor, *_fingers(pairs, name, finger))
         rows[name] |= intervals.of(drawn[name])
         if protocol == "all" and "impostors_in_all" not in rows[name]:
-            rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[_of_first_impressions(pairs, name, prints.prints)])
+            first = _of_first_impressions(pairs, name, prints.prints)
+            rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[first])
         curves[name] = rates.thinned(*rates.det_curve(genuine, impostor)[1:])
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
     if all("eer_fvc" in row for row in rows.values()):
@@ -175,7 +177,7 @@ def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int =
 
     with (whole(out / "scores.csv") as part,
           part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file):
-        scores_csv.write(file, prints, pairs, scores)
+        scores_csv.write(file, prints.prints, pairs, scores)
     plots.det(out / "det.png", curves)
     of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
     plots.histogram(out / "histogram.png", *(np.concatenate([scores["score"][part] for part in of_kind[kind]])
@@ -206,8 +208,8 @@ def _limited(databases: list, max_pairs: int | None) -> tuple:
         return tuple(databases)
     fullest = max(databases, key=lambda d: len(d.genuine))
     if len(fullest.genuine) >= max_pairs:
-        raise UserError(f"--max_pairs is {max_pairs}, and {fullest.database} alone has {len(fullest.genuine)} genuine pairs, "
-                        "which are all compared; give more than that.")
+        raise UserError(f"--max_pairs is {max_pairs}, and {fullest.database} alone has {len(fullest.genuine)} genuine "
+                        "pairs, which are all compared; give more than that.")
     limited = tuple(d.at_most(max_pairs, DRAW_SEED) for d in databases)
     for d in limited:
         if len(d.impostor) < d.impostors_in_all:
@@ -220,9 +222,10 @@ def _announce(pairs, protocol: str) -> None:
     """How many pairs there are, where that means hours."""
     if len(pairs) > MANY:
         hours = len(pairs) / PAIRS_PER_SECOND / 3600
-        log.warning("⚠ Protocol %s makes %s pairs, which take about %s on two cores (%d pairs a second), less on an accelerator; "
-                    "ifvit.evaluate --max_pairs N compares all genuine pairs and a draw of the impostor pairs, N of a database in all.",
-                    protocol, f"{len(pairs):,}", f"{hours / 24:.0f} days" if hours > 72 else f"{hours:.0f} hours", PAIRS_PER_SECOND)
+        log.warning("⚠ Protocol %s makes %s pairs, which take about %s on two cores (%d pairs a second), less on an "
+                    "accelerator; ifvit.evaluate --max_pairs N compares all genuine pairs and a draw of the impostor "
+                    "pairs, N of a database in all.", protocol, f"{len(pairs):,}",
+                    f"{hours / 24:.0f} days" if hours > 72 else f"{hours:.0f} hours", PAIRS_PER_SECOND)
 
 
 def _numbered_fingers(prints) -> np.ndarray:
@@ -233,7 +236,8 @@ def _numbered_fingers(prints) -> np.ndarray:
 
 def _fingers(pairs, database: str, finger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of a database's genuine pairs (n,), and of its impostor pairs (n, 2)."""
-    genuine, impostor = (np.concatenate([finger[ij] for _, ij in pairs.blocks(pairs.of(database, kind))]) for kind in (True, False))
+    genuine, impostor = (np.concatenate([finger[ij] for _, ij in pairs.blocks(pairs.of(database, kind))])
+                         for kind in (True, False))
     return genuine[:, 0], impostor
 
 
@@ -249,13 +253,14 @@ def _of_first_impressions(pairs, database: str, prints) -> np.ndarray:
 def print_table(result: dict) -> None:
     """Rates in per cent with their 95 % intervals, a line a database."""
     rates = {"eer": "EER", "fmr100": "FMR100", "fmr1000": "FMR1000", "zerofmr": "ZeroFMR"}
+    both = "eer_fvc" in result["macro"]
     print(f"{'database':20s}" + "".join(f"{name + ' [95 %]':>21s}" for name in rates.values())
-          + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}" + (f" {'EER, FVC':>9s}" if "eer_fvc" in result["macro"] else ""))
+          + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}" + both * f" {'EER, FVC':>9s}")
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
         cells = (f"{row[k]:.2%} [{100 * row[f'{k}_ci'][0]:.1f}, {100 * row[f'{k}_ci'][1]:.1f}]" for k in rates)
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
-        fvc = f" {row['eer_fvc']:9.2%}" if "eer_fvc" in result["macro"] else ""
-        print((f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}{fvc}").rstrip())
+        counts += f" {row['eer_fvc']:9.2%}" if both else ""
+        print((f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}").rstrip())
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Long work shows how far it is: lines of the log where there is no terminal, a bar with the time left where there is."""
+"""Long work shows how far it is: lines of the log where there is no terminal, a bar where there is."""
 
 import io
 import logging
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from ifvit import bar as bars
+from ifvit.scoring.scores import score_pairs
+from ifvit.data.pairs import Pair
+from ifvit.data.prepare import PrintSet
 from ifvit.scoring.scores import score_pairs
 
 
@@ -72,7 +76,8 @@ def test_scoring_tells_each_batch_and_gives_all_scores_in_order(monkeypatch):
     batches = [({"number": np.arange(4 * n, 4 * n + 4)}, count) for n, count in enumerate((4, 4, 2))]
     monkeypatch.setattr("ifvit.scoring.scores.bar", lambda name, total, unit: Shown())
     monkeypatch.setattr("ifvit.scoring.scores.fixed_batches", lambda *_: batches)
-    found = score_pairs(lambda batch: {"score": batch["number"] + 0.5, "matches": batch["number"]}, (), None, range(10), 4)
+    found = score_pairs(lambda batch: {"score": batch["number"] + 0.5, "matches": batch["number"]}, (), Mock(PrintSet),
+                        10 * [Pair(0, 1, True)], 4)
     assert told == [4, 4, 2]
     np.testing.assert_array_equal(found["score"], np.arange(10) + 0.5)
     assert found["matches"].dtype.kind == "i"

@@ -9,6 +9,7 @@ import os
 import shutil
 import tracemalloc
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,6 +21,10 @@ from ifvit.scoring.scores import Fusion
 from ifvit.data.sources import Print
 from ifvit.errors import UserError
 from ifvit.evaluate import evaluate
+from ifvit.data.prepare import PrintSet, prepare
+from ifvit.data.sources import Print, read_roots
+from ifvit.scoring.scores import Fusion
+from ifvit.scoring.scorer import Scorer
 from ifvit.verify import on_canvases
 
 SMOKE = ("--preset", "smoke")
@@ -173,16 +178,25 @@ def test_a_limit_compares_all_genuine_pairs_and_a_draw_of_impostors_and_says_so(
 @pytest.mark.parametrize("words, told", [
     (("--max_pairs", 9), "--max_pairs is 9, and DB1 alone has 9 genuine pairs"), (("--max_pairs", 0), "--max_pairs is 0"),
     (("--against", "nowhere"), "There are no scores at nowhere"), (("--against", "OUT"), "lies in --out itself")])
-def test_flags_that_do_not_fit_are_refused_before_anything_is_scored(command, pipeline, prints, tmp_path, monkeypatch, words, told):
+def test_flags_that_do_not_fit_are_refused_before_anything_is_scored(
+        command, pipeline, prints, tmp_path, monkeypatch, words, told):
     monkeypatch.setattr("ifvit.scoring.scorer.Scorer.score", None)
     (tmp_path / "OUT").mkdir()
     (tmp_path / "OUT/scores.csv").write_text("")
-    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT", *words, cwd=tmp_path)
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT", *words,
+                   cwd=tmp_path)
     assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
 
 
+def of_fingers(fingers, impressions):
+    """Prints of one database that nobody reads."""
+    return Mock(PrintSet, prints=tuple(
+        Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(fingers) for i in range(impressions)))
+
+
 def test_many_pairs_are_told_with_their_time_before_they_are_scored(unscored, command, pipeline, prints, tmp_path, monkeypatch):
-    words = ("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT", "--protocol", "all")
+    words = ("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT",
+             "--protocol", "all")
     assert "--max_pairs" not in command(*words, cwd=tmp_path).out
     monkeypatch.setattr("ifvit.evaluate.MANY", 35)  # DB1 has 9 · 8 / 2 = 36
     monkeypatch.setattr("ifvit.evaluate.PAIRS_PER_SECOND", 36 / 7200)
@@ -191,10 +205,10 @@ def test_many_pairs_are_told_with_their_time_before_they_are_scored(unscored, co
 
 
 def test_six_thousand_fingers_of_one_impression_are_refused_without_a_list_of_their_pairs(tmp_path):
-    prints = SimpleNamespace(prints=tuple(Print(f"{i}.bmp", "one each", str(i), "1", 500.0) for i in range(6000)))
+    prints = of_fingers(6000, 1)
     tracemalloc.start()
-    with pytest.raises(UserError, match=r"one each \(0 genuine, 17997000 impostor\)"):
-        evaluate(None, prints, tmp_path / "OUT")
+    with pytest.raises(UserError, match=r"DB \(0 genuine, 17997000 impostor\)"):
+        evaluate(Mock(Scorer), prints, tmp_path / "OUT")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6  # bytes, what is imported included; the list takes two thousand million
@@ -202,14 +216,14 @@ def test_six_thousand_fingers_of_one_impression_are_refused_without_a_list_of_th
 
 def test_scores_of_a_large_database_are_written_in_order(tmp_path):
     """206,700 pairs: more than are looked up at once."""
-    prints = SimpleNamespace(prints=tuple(Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(600) for i in range(10)))
+    prints = of_fingers(600, 10)
     scored = {}
 
     def score(_, pairs, batch_size):
         scored.update((n, pair) for n, pair in enumerate(pairs) if n % 1000 == 0)
         return {"score": np.random.default_rng(0).random(len(pairs)), "matches": np.arange(len(pairs))}
 
-    scorer = SimpleNamespace(score=score, picture=lambda *_: None)
+    scorer = Mock(Scorer, score=score, picture=lambda *_: None)
     evaluate(scorer, prints, tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -220,14 +234,14 @@ def test_scores_of_a_large_database_are_written_in_order(tmp_path):
 
 
 def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
-    prints = SimpleNamespace(prints=tuple(Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(8) for i in range(3)))
+    prints = of_fingers(8, 3)
     value = np.random.default_rng(0).random((24, 24))
 
     def score(_, pairs, batch_size):
         scores = np.array([value[p.print0, p.print1] + 0.2 * p.genuine for p in pairs])
         return {"score": scores, "matches": np.zeros(len(pairs))}
 
-    scorer = SimpleNamespace(score=score, picture=lambda *_: None)
+    scorer = Mock(Scorer, score=score, picture=lambda *_: None)
     by_fvc, of_all = (evaluate(scorer, prints, tmp_path / protocol, protocol) for protocol in ("fvc", "all"))
     assert of_all["macro"]["eer_fvc"] == of_all["databases"]["DB"]["eer_fvc"] == by_fvc["macro"]["eer"] != of_all["macro"]["eer"]
     assert "eer_fvc" not in by_fvc["macro"]
@@ -236,7 +250,8 @@ def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
 def test_two_evaluations_are_compared_pair_by_pair(evaluated, command, pipeline, prints, tmp_path):
     """Once together with scoring, once of scores that lie there."""
     theirs = evaluated.out / "scores.csv"
-    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints, "--out", "OUT", "--against", theirs, cwd=tmp_path)
+    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints, "--out", "OUT",
+                   "--against", theirs, cwd=tmp_path)
     assert said.code == 0, said
     found = json.loads((tmp_path / "OUT/against.json").read_text())
     mine = json.loads((tmp_path / "OUT/metrics.json").read_text())
@@ -396,9 +411,9 @@ def test_scores_name_as_much_of_a_path_as_tells_the_prints_of_a_database_apart(t
     paths = [f"/root/one/{session}/{finger}/{n}.png" for session in ("first", "second") for finger in "78" for n in "12"]
     prints = [Print(path, "one", path.split("/")[4], path, 500.0) for path in paths]
     prints += [Print(f"/root/two/{finger}_{n}.png", "two", finger, n, 500.0) for finger in "78" for n in "12"]
-    scorer = SimpleNamespace(score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
-                             picture=lambda *_: None)
-    evaluate(scorer, SimpleNamespace(prints=tuple(prints)), tmp_path)
+    scorer = Mock(Scorer, score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
+                  picture=lambda *_: None)
+    evaluate(scorer, Mock(PrintSet, prints=tuple(prints)), tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:
         names = {(row["database"], row[side]) for row in csv.DictReader(file) for side in "ab"}
     assert names == {("one", path.removeprefix("/root/one/")) for path in paths} | {("two", f"{f}_{n}.png") for f in "78" for n in "12"}

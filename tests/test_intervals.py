@@ -11,7 +11,10 @@ from ifvit.scoring.scores_csv import scores_in
 
 
 def database(fingers=8, impressions=3, seed=0, decimals=1):
-    """Scores of all pairs, and whose they are: (genuine, impostor, genuine_fingers, impostor_fingers). Some fingers are harder."""
+    """Scores of all pairs, and whose they are: (genuine, impostor, genuine_fingers, impostor_fingers).
+
+    Some fingers are harder than others.
+    """
     rng = np.random.default_rng(seed)
     finger = np.repeat(np.arange(fingers), impressions)
     i, j = np.triu_indices(len(finger), 1)
@@ -46,7 +49,8 @@ def test_each_finger_once_gives_the_rates_themselves():
 def test_of_very_many_scores_a_sample_of_thresholds_gives_nearly_the_rates():
     rng = np.random.default_rng(0)
     genuine, impostor = rng.normal(2.5, 1, 30_000), rng.normal(0, 1, 90_000)
-    found = intervals._Rates(genuine, impostor, np.zeros(30_000, int), np.zeros((90_000, 2), int)).of(np.ones((1, 1), np.int32))
+    one_finger = np.zeros(30_000, int), np.zeros((90_000, 2), int)
+    found = intervals._Rates(genuine, impostor, *one_finger).of(np.ones((1, 1), np.int32))
     wanted = rates.summary(genuine, impostor)
     for name in rates.RATES:
         assert found[name][0] == pytest.approx(wanted[name], abs=1e-3)
@@ -64,11 +68,15 @@ def test_fingers_are_told_by_any_numbers():
 
 
 def test_an_interval_is_as_wide_as_other_fingers_would_scatter_the_rate():
-    """The genuine pairs of a finger all fail or none does: with a tenth of F failing, the FNMR scatters by √(0.1 · 0.9 / F)."""
+    """The genuine pairs of a finger all fail or none does.
+
+    With a tenth of F fingers failing, the FNMR scatters by √(0.1 · 0.9 / F).
+    """
     fingers, per_finger = 50, 10
     genuine = np.repeat(np.arange(fingers) >= 5, per_finger).astype(float)
     i, j = np.triu_indices(fingers, 1)
-    drawn = intervals.bootstrap(genuine, np.full(len(i), 0.5), np.repeat(np.arange(fingers), per_finger), np.stack([i, j], 1))
+    whose = np.repeat(np.arange(fingers), per_finger)
+    drawn = intervals.bootstrap(genuine, np.full(len(i), 0.5), whose, np.stack([i, j], 1))
     expected = np.sqrt(0.1 * 0.9 / fingers)  # and not √(0.1 · 0.9 / 500), as if pairs were independent
     assert np.std(drawn["fmr100"]) == pytest.approx(expected, rel=0.1)
     low, high = intervals.interval(drawn["fmr100"])
@@ -117,7 +125,8 @@ def test_the_difference_of_two_systems_is_that_of_their_rates(tmp_path):
     for rate in rates.RATES:
         differences = []
         for name in ("DB1", "DB2"):
-            here, there = (rates.summary(scores_of(rows, name, 1), scores_of(rows, name, 0))[rate] for rows in (mine, theirs))
+            here, there = (rates.summary(*(scores_of(rows, name, kind) for kind in (1, 0)))[rate]
+                           for rows in (mine, theirs))
             row = found["databases"][name][rate]
             assert (row["this"], row["other"], row["difference"]) == (here, there, here - there)
             assert row["ci"][0] <= row["ci"][1]

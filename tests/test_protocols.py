@@ -4,12 +4,13 @@ import itertools
 import random
 import tracemalloc
 from collections import Counter
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
 from ifvit.data.pairs import Pair
+from ifvit.data.prepare import PrintSet
 from ifvit.data.protocols import PERMUTED, PROTOCOLS, Pairs, draw, pairs_all, pairs_fvc
 from ifvit.data.sources import Print
 from ifvit.training.match import VALIDATION_SEED, balanced_pairs
@@ -41,7 +42,8 @@ def every_pair(prints) -> list[Pair]:
 def mixed_prints(seed) -> list[Print]:
     """Fingers of one to several impressions, of three databases, some altered, in no order."""
     some = random.Random(seed)
-    return [print_of(some.choice("ABC"), str(some.randrange(9)), str(some.randrange(99)), some.random() < 0.2) for _ in range(60)]
+    return [print_of(some.choice("ABC"), str(some.randrange(9)), str(some.randrange(99)), some.random() < 0.2)
+            for _ in range(60)]
 
 
 def test_the_fvc_protocol_makes_280_genuine_and_45_impostor_pairs_of_10_fingers_by_8():
@@ -68,7 +70,7 @@ def test_impression_10_comes_after_9():
 
 
 def test_altered_prints_are_in_no_genuine_pair():
-    prints = [print_of("DB", "a", "0", True), print_of("DB", "a", "1"), print_of("DB", "b", "1"), print_of("DB", "b", "2")]
+    prints = [print_of("DB", "a", "0", True), *(print_of("DB", *name) for name in ("a1", "b1", "b2"))]
     assert listed(pairs_fvc(prints)) == [(2, 3, True), (1, 2, False)]
     assert listed(pairs_all(prints)) == [(2, 3, True), (0, 2, False), (0, 3, False), (1, 2, False), (1, 3, False)]
 
@@ -99,7 +101,7 @@ def test_pairs_are_a_sequence_like_the_list_of_them(protocol):
     (6000, 1, "fvc", 0, 17_997_000),      # 6000 · 5999 / 2
     (600, 10, "fvc", 27_000, 179_700),    # 600 · 45; 600 · 599 / 2
     (600, 10, "all", 27_000, 17_970_000)])
-def test_millions_of_pairs_are_counted_and_looked_up_without_a_list_of_them(fingers, impressions, protocol, genuine, impostor):
+def test_millions_of_pairs_are_counted_and_looked_up_without_a_list(fingers, impressions, protocol, genuine, impostor):
     prints = fvc_fingers("DB", fingers, impressions)
     tracemalloc.start()
     (database,) = PROTOCOLS[protocol](prints)
@@ -153,13 +155,13 @@ def plain_balanced_pairs(prints, count):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_validates_on_the_pairs_that_a_list_of_all_gave(seed, count):
     prints = mixed_prints(seed)
-    assert balanced_pairs(SimpleNamespace(prints=prints), count) == plain_balanced_pairs(prints, count)
+    assert balanced_pairs(Mock(PrintSet, prints=tuple(prints)), count) == plain_balanced_pairs(prints, count)
 
 
 def test_a_run_of_six_thousand_fingers_validates_without_a_list_of_all_pairs():
     prints = fvc_fingers("DB", 3000, 2)
     tracemalloc.start()
-    pairs = balanced_pairs(SimpleNamespace(prints=prints), 512)
+    pairs = balanced_pairs(Mock(PrintSet, prints=tuple(prints)), 512)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 20e6

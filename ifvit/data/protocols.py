@@ -53,7 +53,7 @@ class EveryTwo:
 
 @dataclass(frozen=True, eq=False)
 class Comparisons:
-    """The pairs of one database: both kinds have a length, and give the pairs of an array of numbers as (n, 2) indices."""
+    """The pairs of one database: both kinds have a length, and give the pairs of an array of numbers as (n, 2)."""
 
     database: str
     genuine: Int[np.ndarray, "g 2"]
@@ -72,8 +72,8 @@ class Comparisons:
 def pairs_fvc(prints: Sequence[Any]) -> list[Comparisons]:
     """Within each database every genuine pair once, and for impostors the first impressions of every two fingers.
 
-    Of 10 fingers x 8 these are 280 and 45 (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002). Impressions count in natural
-    order, '10' after '9'. An altered print is a finger's first impression only when it has no other.
+    Of 10 fingers x 8 these are 280 and 45 (Maio et al., "FVC2000", IEEE TPAMI 24(3), 2002). Impressions count in
+    natural order, '10' after '9'. An altered print is a finger's first impression only when it has no other.
     """
     protocol = []
     for database, fingers in by_finger(prints).items():
@@ -138,7 +138,7 @@ class Pairs(Sequence[Pair]):
         return [kind for d in self.databases for kind in (d.genuine, d.impostor)]
 
     @cached_property
-    def _starts(self) -> Int[np.ndarray, " kinds+1"]:
+    def _starts(self) -> Int[np.ndarray, " starts"]:
         return np.cumsum([0, *map(len, self._kinds)])
 
 

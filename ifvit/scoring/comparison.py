@@ -1,7 +1,7 @@
 """Whether one system is better than another: the differences of their rates over the same pairs, with intervals.
 
-Both are read from their scores.csv. Fingers are drawn, the same for both systems (see `intervals`), so what makes a finger
-hard for both cancels out. Which prints are of one finger, the genuine pairs tell.
+Both are read from their scores.csv. Fingers are drawn, the same for both systems (see `intervals`), so what makes a
+finger hard for both cancels out. Which prints are of one finger, the genuine pairs tell.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from ifvit.scoring.scores_csv import Scores, read
 
 
 def compare(mine: str, other: str) -> dict:
-    """What against.json holds: of each database and of their mean, each rate here, there, and the difference with its interval.
+    """What against.json holds: each rate here, there, and the difference with its interval; by database, and the mean.
 
     UserError when a file is missing or no scores.csv, or when the two are of other pairs.
     """
@@ -31,7 +31,8 @@ def compare(mine: str, other: str) -> dict:
         g, i = here.genuine & mask, ~here.genuine & mask
         for scores, summary, draws in zip((here, there), summaries, drawn):
             summary[name] = rates.summary(scores.score[g], scores.score[i])
-            draws[name] = intervals.bootstrap(scores.score[g], scores.score[i], finger[here.pairs[g, 0]], finger[here.pairs[i]])
+            draws[name] = intervals.bootstrap(scores.score[g], scores.score[i], finger[here.pairs[g, 0]],
+                                              finger[here.pairs[i]])
     rows = {name: _difference(*(s[name] for s in summaries), *(d[name] for d in drawn)) for name in summaries[0]}
     return {"this": mine, "other": other, "databases": rows,
             "macro": _difference(*map(rates.macro, summaries), *map(intervals.macro, drawn))}
@@ -40,20 +41,22 @@ def compare(mine: str, other: str) -> dict:
 def print_table(result: dict) -> None:
     """Differences in percentage points, a line a database."""
     shown = {"eer": "EER", "fmr100": "FMR100", "fmr1000": "FMR1000", "zerofmr": "ZeroFMR"}
-    print(f"Against {result['other']}: the difference in percentage points [95 %], below zero where there are fewer errors here")
+    print(f"Against {result['other']}: difference in percentage points [95 %], below zero: fewer errors here")
     print(f"{'database':20s}" + "".join(f"{name:>22s}" for name in shown.values()))
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
-        cells = (f"{100 * row[k]['difference']:+.2f} [{100 * row[k]['ci'][0]:+.1f}, {100 * row[k]['ci'][1]:+.1f}]" for k in shown)
+        cells = ("{:+.2f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in (row[k]["difference"], *row[k]["ci"])))
+                 for k in shown)
         print(f"{name:20s}" + "".join(f"{cell:>22s}" for cell in cells))
 
 
 def _require_same_pairs(mine: str, here: Scores, other: str, there: Scores) -> None:
     if not np.array_equal(here.pairs, there.pairs):
         common = len(set(map(tuple, here.pairs.tolist())) & set(map(tuple, there.pairs.tolist())))
-        raise UserError(f"{mine} has {len(here.pairs)} pairs and {other} {len(there.pairs)}, of which {common} are the same. "
-                        "Evaluate both on the same prints, with the same --protocol and --max_pairs.")
+        raise UserError(f"{mine} has {len(here.pairs)} pairs and {other} {len(there.pairs)}, of which {common} are the "
+                        "same. Evaluate both on the same prints, with the same --protocol and --max_pairs.")
     if n := np.count_nonzero(here.genuine != there.genuine):
-        raise UserError(f"{n} pairs are genuine in one of {mine} and {other}, and impostor in the other. Evaluate both on the same prints.")
+        raise UserError(f"{n} pairs are genuine in one of {mine} and {other}, and impostor in the other. Evaluate both "
+                        "on the same prints.")
 
 
 def _fingers(scores: Scores, prints: int) -> Int[np.ndarray, " prints"]:

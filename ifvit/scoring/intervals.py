@@ -2,14 +2,15 @@
 
 Pairs that share a finger are not independent, so fingers are drawn and not pairs (Bolle, Ratha and Pankanti, "Error
 analysis of pattern recognition systems: the subsets bootstrap", CVIU 93(1), 2004). Of F fingers F are drawn with
-replacement. A finger that is drawn w times gives its genuine pairs the weight w; an impostor pair of two fingers has the
-product of their weights. A database without an error has none in any draw: then the interval is a point and says nothing.
+replacement. A finger that is drawn w times gives its genuine pairs the weight w; an impostor pair of two fingers has
+the product of their weights. A database without an error has none in any draw: then the interval is a point and says
+nothing.
 """
 
 from collections.abc import Mapping
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Num
 
 from ifvit.scoring.rates import FALSE_MATCH_RATES, RATES
 
@@ -21,8 +22,12 @@ THRESHOLDS = 8192  # at most; of more scores a sample serves
 AT_ONCE = 1 << 22  # weights of pairs in memory
 
 
-def bootstrap(genuine: Float[np.ndarray, " g"], impostor: Float[np.ndarray, " i"], genuine_fingers: Int[np.ndarray, " g"],
-              impostor_fingers: Int[np.ndarray, "i 2"]) -> dict[str, Float[np.ndarray, " draws"]]:
+def bootstrap(
+    genuine: Num[np.ndarray, " g"],
+    impostor: Num[np.ndarray, " i"],
+    genuine_fingers: Int[np.ndarray, " g"],
+    impostor_fingers: Int[np.ndarray, "i 2"],
+) -> dict[str, Float[np.ndarray, " draws"]]:
     """Each of RATES in every draw; fingers are told by numbers.
 
     The draws are the same for all scores of the same pairs, so the rates of two systems can be subtracted draw by draw.
@@ -55,8 +60,8 @@ def interval(values: Float[np.ndarray, " draws"]) -> list[float]:
 def macro(databases: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Float[np.ndarray, " draws"]]:
     """The mean of each rate over databases, draw by draw.
 
-    Fingers of two databases are drawn independently, while `bootstrap` makes the same draws for as many fingers: hence the
-    shuffling.
+    Fingers of two databases are drawn independently, while `bootstrap` makes the same draws for as many fingers: hence
+    the shuffling.
     """
     rng = np.random.default_rng(SEED)
     shuffled = []
@@ -67,7 +72,7 @@ def macro(databases: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Float[
 
 
 class _Rates:
-    """RATES of weighted pairs. With equal weights they are those of `rates.summary`, if there are not too many scores."""
+    """RATES of weighted pairs. With equal weights they are those of `rates.summary`, but for very many scores."""
 
     def __init__(self, genuine, impostor, genuine_fingers, impostor_fingers):
         order_g, order_i = np.argsort(genuine), np.argsort(impostor)
@@ -112,10 +117,9 @@ def _sums_below(weights: Int[np.ndarray, "n pairs"], below: Int[np.ndarray, " t"
     return sums[:, np.searchsorted(starts, below, "left")]
 
 
-def _thresholds(genuine: Float[np.ndarray, " g"], impostor: Float[np.ndarray, " i"]) -> Float[np.ndarray, " t"]:
-    """Every score; of more than THRESHOLDS the highest impostors', which FMR1000 and ZeroFMR hang on, and a sample of both kinds.
-
-    Both ascend.
+def _thresholds(genuine: Num[np.ndarray, " g"], impostor: Num[np.ndarray, " i"]) -> Num[np.ndarray, " t"]:
+    """Every score; of more than THRESHOLDS the highest impostors', which FMR1000 and ZeroFMR hang on, and a sample of
+    both kinds. Both ascend.
     """
     every = np.unique(np.concatenate([genuine, impostor]))
     if len(every) <= THRESHOLDS:

@@ -89,7 +89,9 @@ def eer_of_curve(fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"]) ->
     return float(min(fnmr[t1] + fmr[t1], fnmr[t2] + fmr[t2]) / 2)
 
 
-def thinned(fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"], points: int = 4000) -> tuple[np.ndarray, np.ndarray]:
+def thinned(
+    fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"], points: int = 4000
+) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
     """About so many points of a DET curve, for a picture: even on the logarithmic axes, and the EER is the same."""
     if len(fmr) <= points:
         return fmr, fnmr

@@ -3,16 +3,18 @@
 import csv
 import io
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from ifvit.checkpoint.places import as_path
-from ifvit.data.prepare import PrintSet
 from ifvit.data.protocols import Pairs
+from ifvit.data.sources import Print
 from ifvit.errors import UserError
 
 COLUMNS = ("database", "a", "b", "genuine", "score", "global", "local", "matches")
@@ -34,7 +36,7 @@ class Scores:
         return Scores(ends[order], self.genuine[order], self.score[order])
 
 
-def write(file, prints: PrintSet, pairs: Pairs, scores: dict[str, np.ndarray]) -> None:
+def write(file: TextIO, prints: Sequence[Print], pairs: Pairs, scores: dict[str, np.ndarray]) -> None:
     """A line a pair, in the order of the pairs; what was not scored is empty."""
     name = _names(prints, pairs)
     writer = csv.writer(file)
@@ -49,16 +51,16 @@ def write(file, prints: PrintSet, pairs: Pairs, scores: dict[str, np.ndarray]) -
                 writer.writerows(zip(repeat(d.database), a, b, repeat(int(genuine)), *values, matches))
 
 
-def _names(prints: PrintSet, pairs: Pairs) -> dict[int, str]:
+def _names(prints: Sequence[Print], pairs: Pairs) -> dict[int, str]:
     """Of each print that is compared as much of its path's end as tells the prints of its database apart: in folders of
     fingers their names belong to it."""
-    used = np.zeros(len(prints.prints), bool)
+    used = np.zeros(len(prints), bool)
     for _, ij in pairs.blocks(slice(None)):
         used[ij] = True
-    parts = {int(i): Path(prints.prints[i].path).parts for i in np.flatnonzero(used)}
+    parts = {int(i): Path(prints[i].path).parts for i in np.flatnonzero(used)}
     names = {}
     for d in pairs.databases:
-        mine = [i for i in parts if prints.prints[i].database == d.database]
+        mine = [i for i in parts if prints[i].database == d.database]
         for depth in range(1, max(len(parts[i]) for i in mine) + 1):
             some = {i: "/".join(parts[i][-depth:]) for i in mine}
             if len(set(some.values())) == len(mine):
@@ -89,8 +91,10 @@ def read(path: str, names: dict[tuple[str, str], int]) -> Scores:
                 for end, name in zip(pairs, (row[a], row[b])):
                     end.append(names.setdefault((row[database], name), len(names)))
         except (ValueError, IndexError, StopIteration, csv.Error):
-            what = f"line {rows.line_num} of it is no pair with its score" if rows.line_num > 1 else f"its first line does not name {','.join(READ)}"
+            what = f"its first line does not name {','.join(READ)}"
+            if rows.line_num > 1:
+                what = f"line {rows.line_num} of it is no pair with its score"
             raise UserError(f"{path} is no scores.csv, {what}; give one that ifvit.evaluate has written.") from None
     if not score:
         raise UserError(f"{path} holds no pair; give the scores.csv of an evaluation.")
-    return Scores(np.stack([np.array(end) for end in pairs], axis=1), np.array(genuine, bool), np.array(score))
+    return Scores(np.array(pairs, np.int64).T, np.array(genuine, bool), np.array(score))
