@@ -22,7 +22,7 @@ import numpy as np
 
 from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.foreign import numpy_arrays
-from ifvit.foreign.pickles import MAX_NAME, REMEDY, Broken, Call, Dict, Name, parse, printable
+from ifvit.foreign.pickles import MAX_NAME, Broken, Call, Name, parse, printable
 from ifvit.foreign.plain import Builder, StandIn, has_array
 
 _INT32 = np.iinfo(np.int32)
@@ -222,5 +222,6 @@ def _arrays(tree: Any) -> Any:
         return {str(key): _arrays(value) for key, value in tree.items()}
     array = np.asarray(tree)
     if array.dtype.name not in numpy_arrays.NUMBERS:
-        raise UserError(f"The checkpoint holds a leaf of type {array.dtype}, which is not one of numbers; it cannot be written as a pickle.")
+        raise UserError(f"The checkpoint holds a leaf of type {array.dtype}, which is not one of numbers; it cannot be "
+                        "written as a pickle.")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -137,7 +137,8 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
         chosen = [where for where in named if choice in (where, where.removesuffix(".loftr_coarse"))]
     else:
         chosen = list(named)
-        if all(named[chosen[0]][1] == named[where][1] and _equal(named[chosen[0]][0], named[where][0]) for where in chosen):
+        arrays, wrong = named[chosen[0]]
+        if all(named[where][1] == wrong and _equal(named[where][0], arrays) for where in chosen):
             chosen = chosen[:1]  # one transformer under several names
     if len(chosen) != 1:
         raise UserError(f"{file} holds LoFTR's transformer under {', '.join(sorted(named))}. Choose one of them, as in "
