@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import safetensors.numpy
 import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -232,6 +231,8 @@ class Export:
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Whole or not at all."""
+    import safetensors.numpy  # only this command needs it
+
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.foreign import numpy_arrays
@@ -158,6 +157,8 @@ def _read_legacy(file: BinaryIO, storages: "_Storages") -> Any:
 
 
 def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    import safetensors  # only such files need it
+
     arrays = {}
     with safetensors.safe_open(path, framework="np") as file:
         for name in filter(wanted, file.keys()):
