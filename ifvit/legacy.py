@@ -222,5 +222,6 @@ def _arrays(tree: Any) -> Any:
         return {str(key): _arrays(value) for key, value in tree.items()}
     array = np.asarray(tree)
     if array.dtype.name not in numpy_arrays.NUMBERS:
-        raise UserError(f"The checkpoint holds a leaf of type {array.dtype}, which is not one of numbers; it cannot be written as a pickle.")
+        raise UserError(f"The checkpoint holds a leaf of type {array.dtype}, which is not one of numbers; it cannot be "
+                        "written as a pickle.")
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

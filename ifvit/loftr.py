@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import safetensors.numpy
 import tyro
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -137,7 +136,8 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
         chosen = [where for where in named if choice in (where, where.removesuffix(".loftr_coarse"))]
     else:
         chosen = list(named)
-        if all(named[chosen[0]][1] == named[where][1] and _equal(named[chosen[0]][0], named[where][0]) for where in chosen):
+        arrays, wrong = named[chosen[0]]
+        if all(named[where][1] == wrong and _equal(named[where][0], arrays) for where in chosen):
             chosen = chosen[:1]  # one transformer under several names
     if len(chosen) != 1:
         raise UserError(f"{file} holds LoFTR's transformer under {', '.join(sorted(named))}. Choose one of them, as in "
@@ -232,6 +232,8 @@ class Export:
 
 def _write(path: Path, arrays: dict[str, np.ndarray]) -> None:
     """Whole or not at all."""
+    import safetensors.numpy  # only this command needs it
+
     fresh = path.with_name(f".{path.name}.{os.getpid()}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,8 +18,8 @@ from flax import serialization
 import layouts
 from ifvit import checkpoint, legacy
 from ifvit.config import DenseConfig, MatchConfig, preset
-from ifvit.errors import UserError
-from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights, verify_module1_loading
+from ifvit.errors import CheckpointNotFound, UserError
+from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights, verify_module1_loading
 from ifvit.training.match import checkpoint_of_module1
 from ifvit.training.state import init_state, optimizer
 from ifvit.models.networks import dense_network
@@ -312,3 +312,12 @@ def test_of_another_configuration_it_aligns_no_pairs(plain, capsys):
     config = preset("smoke", MatchConfig).replace(dense_reg_ckpt=str(plain))
     assert checkpoint_of_module1(config) is None
     assert "made by other code" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_is_missing_is_told_apart_by_its_errors_class_not_by_its_text(tmp_path):
+    with pytest.raises(CheckpointNotFound, match="^Module 1 checkpoint not found: .*nowhere; train Module 1 first"):
+        check_module1(str(tmp_path / "nowhere"))
+    (tmp_path / "not found.pkl").write_bytes(b"no pickle")
+    with pytest.raises(UserError, match="is truncated, corrupt or no pickle") as caught:
+        check_module1(str(tmp_path / "not found.pkl"))
+    assert not isinstance(caught.value, CheckpointNotFound)

@@ -3,7 +3,7 @@
 Those of a subject stand with it, as `test_mistake_N_…`:
 
 1. the LoFTR layer and its cross-attention  test_models
-2. "4 layers" read as 2 + 2                 test_models; test_loftr: four layers take no half of eight
+2. "4 layers" read as 2 + 2                 test_models; test_loftr: of more layers the first are taken and it is said
 3. stride 16, truth divided by 8            test_augment; test_models: one cell for 8 by 8 px; and here
 4. root of the dual softmax, no mutual check  test_matching
 8. impostors, corruption, corners, labels   test_losses, test_augment, test_geometry; and here

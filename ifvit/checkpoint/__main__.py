@@ -131,7 +131,8 @@ class Import:
         if found.metadata.get("foreign") and found.module == "dense_reg":
             state, notes = _renamed(state)
         if left := found.metadata.get("not_arrays"):
-            notes.append(f"Of its state {', '.join(list(left)[:5])}{' …' * (len(left) > 5)} are no arrays; they stand in the metadata.")
+            names = ", ".join(list(left)[:5]) + " …" * (len(left) > 5)
+            notes.append(f"Of its state {names} are no arrays; they stand in the metadata.")
         for note in notes:
             print(f"⚠ {note}")
         state = {name: part for name, part in state.items() if not (isinstance(part, dict) and not part)}

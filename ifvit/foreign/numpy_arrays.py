@@ -22,8 +22,8 @@ DTYPE_NAME = re.compile(rf"(?:numpy|jax\.numpy|ml_dtypes|jaxlib\.xla_extension)\
 _OTHERS = re.compile(r"[US]\d{1,9}|[Mm]8(?:\[(?:\d{1,9})?(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")  # text and times
 _MAX_DEPTH = 10  # of structured types in structured types
 
-ARRAYS = frozenset({"numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar", "numpy.core.numeric._frombuffer",
-                    "numpy.ma.core._mareconstruct"})
+ARRAYS = frozenset({"numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+                    "numpy.core.numeric._frombuffer", "numpy.ma.core._mareconstruct"})
 """The names of the functions that make numpy's arrays and scalars."""
 
 
@@ -38,7 +38,8 @@ def build(x: Call, spend: Callable[..., None], plain: Callable[[Any], Any]) -> A
     match x.name, x.args, x.state:
         case "numpy.core.multiarray.scalar", (dtype, raw), _:
             shape, order = (), "C"
-        case "numpy.core.numeric._frombuffer", (raw, dtype, shape, str(order), *axes), _ if order in ("C", "F", "K") and len(axes) < 2:
+        case "numpy.core.numeric._frombuffer", (raw, dtype, shape, str(order), *axes), _ if (
+                order in ("C", "F", "K") and len(axes) < 2):
             order = "C" if order == "K" else order
         case "numpy.core.multiarray._reconstruct", _, (_, shape, dtype, fortran, raw):
             order = "F" if fortran is True else "C"
@@ -173,13 +174,13 @@ def _unit(state: tuple, spend: Callable) -> str:
 def _repeated(part: Any, spend: Callable, depth: int) -> np.dtype:
     """A type that is an array of another one."""
     match part:
-        case (Call() as base, tuple(shape)) if len(shape) <= 32 and all(type(n) is int and 0 <= n < 2**31 for n in shape):
+        case (Call() as base, tuple(shape)) if len(shape) <= 32 and all(map(_is_size, shape)):
             return np.dtype((_in_order(base, spend, depth), shape))
     raise Broken("a type within a type that is none")
 
 
 def _structured(names: Any, fields: Any, state: tuple, spend: Callable, depth: int) -> np.dtype:
-    if type(names) is not tuple or type(fields) is not Dict or len(state) < 6 or type(state[5]) is not int or not 0 <= state[5] < 2**31:
+    if type(names) is not tuple or type(fields) is not Dict or len(state) < 6 or not _is_size(state[5]):
         raise Broken("fields that are none")
     spend(nodes=len(names) + len(fields.pairs))
     known = fields.named()
@@ -197,3 +198,7 @@ def _in_order(x: Call, spend: Callable, depth: int) -> np.dtype:
     """The type of a field, which has a byte order of its own."""
     dtype, swapped = _dtype(x, spend, depth + 1)
     return dtype.newbyteorder() if swapped else dtype
+
+
+def _is_size(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**31

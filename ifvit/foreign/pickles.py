@@ -27,11 +27,12 @@ REMEDY = "Save it again where it was made, with plain arrays alone."
 # What a pickle may not even name. Nothing would be called in any case; but a file that asks for one of
 # these was made to do harm, and its reader is told so.
 _HARM = re.compile(
-    r"(?:os|posix|nt|subprocess|_posixsubprocess|pty|importlib|runpy|imp|ctypes|_ctypes|socket|_socket|shutil|marshal|pickle"
-    r"|_pickle|codeop|pdb|bdb|timeit|webbrowser|sys|_winapi)\..*"
+    r"(?:os|posix|nt|subprocess|_posixsubprocess|pty|importlib|runpy|imp|ctypes|_ctypes|socket|_socket|shutil|marshal"
+    r"|pickle|_pickle|codeop|pdb|bdb|timeit|webbrowser|sys|_winapi)\..*"
     r"|code\.(?:interact|Interactive\w+)|commands\.get\w+|site\.(?:os|sys|exec\w*|add\w*)"
-    r"|builtins\.(?:eval|exec|execfile|compile|__import__|open|input|breakpoint|apply|setattr|delattr|globals|locals|vars)"
-    r"|torch\.(?:load|hub\..*)|(?:joblib|cloudpickle|dill)\.loads?|numpy\.(?:load|fromfile|memmap)|pandas\.(?:eval|read_pickle)"
+    r"|builtins\.(?:eval|exec|execfile|compile|__import__|open|input|breakpoint|apply|setattr|delattr|globals|locals"
+    r"|vars)|torch\.(?:load|hub\..*)|(?:joblib|cloudpickle|dill)\.loads?|numpy\.(?:load|fromfile|memmap)"
+    r"|pandas\.(?:eval|read_pickle)"
 )
 # The names that Python 2 and numpy 2 have for the same things.
 _OTHER_NAMES = {"numpy._core": "numpy.core", "__builtin__": "builtins", "copy_reg": "copyreg"}
@@ -139,7 +140,8 @@ def parse(file: BinaryIO | bytes, persistent: Callable[[Any], Any] | None = None
                 stack.append(tuple(_pop(stack, int(op.name[-1]))))
             case "TUPLE" | "FROZENSET" | "LIST" | "DICT":
                 items, stack = stack, below.pop()
-                stack.append(List(items) if op.name == "LIST" else Dict(_pairs(items)) if op.name == "DICT" else tuple(items))
+                made = {"LIST": List, "DICT": lambda x: Dict(_pairs(x))}.get(op.name, tuple)
+                stack.append(made(items))
             case "APPEND" | "SETITEM":
                 items = _pop(stack, 1 if op.name == "APPEND" else 2)
                 _add(stack[-1], items, in_pairs=op.name == "SETITEM")

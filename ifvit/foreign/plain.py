@@ -215,7 +215,8 @@ class Builder:
         match x:
             case None:
                 return ""
-            case Call(Name("datetime.timezone"), (Call(Name("datetime.timedelta"), (int(days), int(seconds), int(micro))), *_)):
+            case Call(Name("datetime.timezone"), (
+                    Call(Name("datetime.timedelta"), (int(days), int(seconds), int(micro))), *_)):
                 zone = datetime.timezone(datetime.timedelta(days, seconds, micro))
                 return datetime.datetime(2000, 1, 1, tzinfo=zone).isoformat()[19:]
             case Call(Name("pytz._UTC" | "dateutil.tz.tz.tzutc")):
@@ -256,7 +257,7 @@ class Builder:
     # --- what is told of it as JSON ---
 
     def json(self, x: Any) -> Any:
-        """The same in JSON: arrays become numbers and lists, large ones their type and shape; objects their class and content."""
+        """The same in JSON: arrays become lists of numbers, large ones their type and shape; objects their class and content."""
         told: set[StandIn] = set()
 
         def of(x: Any) -> Any:

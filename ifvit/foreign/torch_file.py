@@ -21,7 +21,6 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
-import safetensors
 
 from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.foreign import numpy_arrays
@@ -38,12 +37,14 @@ _STORAGES = {
     "Bool": "bool", "ComplexFloat": "complex64", "ComplexDouble": "complex128",
     "QInt8": "int8", "QUInt8": "uint8", "QInt32": "int32",
 }  # fmt: skip
-_STORAGE_NAMES = {f"torch.{place}{kind}Storage": dtype for kind, dtype in _STORAGES.items() for place in ("", "cuda.")} | {
+_STORAGE_NAMES = {
+    f"torch.{place}{kind}Storage": dtype for kind, dtype in _STORAGES.items() for place in ("", "cuda.")} | {
     "torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}  # the tensor tells its type
 
 _SAFETENSORS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
-_TENSORS = frozenset({"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"})
+_TENSORS = frozenset({"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+                      "torch._utils._rebuild_tensor_v3"})
 # Functions around a tensor, which is the first of their arguments.
 _AROUND = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
                      "torch._utils._rebuild_device_tensor_from_numpy", "torch.nn.parameter.Parameter"})
@@ -89,11 +90,13 @@ def read_arrays(path: str | Path, wanted: Callable[[str], bool]) -> dict[str, np
     except UserError as error:
         raise UserError(f"{path} {error}") from None
     except FileNotFoundError:
-        raise CheckpointNotFound(f"Checkpoint not found: {path}. Give the path of a .ckpt, .pth or .safetensors file.") from None
+        raise CheckpointNotFound(
+            f"Checkpoint not found: {path}. Give the path of a .ckpt, .pth or .safetensors file.") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Give a file that this user may read.") from None
     except Exception as error:  # a hostile or damaged file can make the parsers raise nearly anything
-        raise UserError(f"{path} is truncated or corrupt ({printable(str(error)[:200])}). Download or save it again.") from error
+        why = printable(str(error)[:200])
+        raise UserError(f"{path} is truncated or corrupt ({why}). Download or save it again.") from error
     raise UserError(f"{path} is neither a PyTorch nor a safetensors checkpoint. Give a file that torch.save wrote.")
 
 
@@ -154,6 +157,8 @@ def _read_legacy(file: BinaryIO, storages: "_Storages") -> Any:
 
 
 def _read_safetensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    import safetensors  # only such files need it
+
     arrays = {}
     with safetensors.safe_open(path, framework="np") as file:
         for name in filter(wanted, file.keys()):
@@ -173,9 +178,10 @@ class _Storages:
         self.buffers: dict[tuple[str, str], bytes] = {}
 
     def describe(self, pid: Any) -> Any:
-        """What stands for something outside the pickle: a storage; the class of a module beside its source; else None."""
+        """What stands for something outside the pickle: a storage, the class of a module beside its source, else None."""
         match pid:
-            case ("storage", Name(kind), str(key), _, int(length), *view) if kind in _STORAGE_NAMES and length >= 0 and view in ([], [None]):
+            case ("storage", Name(kind), str(key), _, int(length), *view) if (
+                    kind in _STORAGE_NAMES and length >= 0 and view in ([], [None])):
                 storage = _Storage(_STORAGE_NAMES[kind], key, length)
                 if self.known.setdefault(key, storage) != storage:
                     raise Broken(f"storage {key!r:.100} has two descriptions")
@@ -233,7 +239,8 @@ def _tensors(root: Any) -> Iterator[tuple[str, Call]]:
         while type(x) is Call and x.name in _AROUND and x.args:
             x = x.args[0]
         match x:  # a tensor of a class of its own: the function that makes it, the class, the function's arguments
-            case Call(Name("torch._tensor._rebuild_from_type_v2"), (Name(made), _, tuple(args), *_)) if made in _TENSORS | _OTHER_TENSORS.keys():
+            case Call(Name("torch._tensor._rebuild_from_type_v2"), (Name(made), _, tuple(args), *_)) if (
+                    made in _TENSORS or made in _OTHER_TENSORS):
                 x = Call(Name(made), args)
         if type(x) is Call and (x.name in _TENSORS or x.name in _OTHER_TENSORS or x.name in numpy_arrays.ARRAYS):
             yield way, x
@@ -278,7 +285,8 @@ def _array(name: str, x: Call, storages: _Storages, builder: Builder) -> np.ndar
         case (_, _, _, _, _, _, Name(kind), *_) if x.name.endswith("_v3"):
             dtype = kind.removeprefix("torch.")
     storage, offset, size, stride, *_ = x.args
-    if not (_is_count(offset) and _are_counts(size := _plain(size)) and _are_counts(stride := _plain(stride)) and len(size) == len(stride)):
+    size, stride = _plain(size), _plain(stride)
+    if not (_is_count(offset) and _are_counts(size) and _are_counts(stride) and len(size) == len(stride)):
         raise Broken(f"{name} has an impossible size or stride")
     buffer, kind = storages.of(name, storage, dtype)
     if math.prod(size) == 0:
