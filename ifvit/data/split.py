@@ -33,13 +33,11 @@ def split_by_finger(prints: Sequence[Print], held_out: float, seed: int) -> tupl
         members = {finger for finger, _ in databases[database]}
         small = len(members) < 4
         for finger in members:
-            words = (
-                [SYNTHETIC, finger]
-                if database == SYNTHETIC
-                else [str(next(turns[finger])), finger]
-                if small
-                else [finger]
-            )
+            words = [finger]
+            if database == SYNTHETIC:
+                words = [SYNTHETIC, finger]  # as ever: runs on generated prints are gone on with
+            elif small:
+                words = [str(next(turns[finger])), finger]
             digest = hashlib.sha256("\0".join((str(seed), *words)).encode(errors="surrogateescape")).digest()
             groups[None if small else database].append((digest, (database, finger)))
 
