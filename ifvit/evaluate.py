@@ -71,8 +71,8 @@ class Args:
             from ifvit.checkpoint.places import as_path
             from ifvit.scoring.scores_csv import scores_in
 
-            theirs = scores_in(self.against)
-            if theirs == str(as_path(self.out) / "scores.csv"):
+            mine = str(as_path(self.out) / "scores.csv")  # overwritten where prints are scored
+            if os.path.realpath(scores_in(self.against)) == os.path.realpath(mine):
                 raise UserError(f"--against {self.against} lies in --out itself; give another evaluation's scores, or "
                                 "another --out.")
             if not self.checkpoint:
