@@ -72,7 +72,7 @@ def placement(request: Request, alone: bool) -> Placement:
         return Missing([{"CPU": a_host, platform: a_host}] * -(-low // a_host), (
             f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
             f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are "
-            f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {_of_jax_platforms(request, platform)}"
+            f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {jax_platforms_ask(platform) if request.devices == 'auto' else ''}"
             "start more hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer "
             "with --wait_for_hosts."))
 
@@ -126,9 +126,9 @@ def kind_of_devices(nodes: list[dict], alone: bool) -> str:
     return next((k for k in kinds if any(n["Resources"].get(k) for n in nodes)), "CPU" if "CPU" in kinds else kinds[0])
 
 
-def _of_jax_platforms(request: Request, platform: str) -> str:
-    """The remedy where JAX_PLATFORMS asks for the devices that are missing."""
-    if request.devices != "auto" or platform == "CPU" or not os.environ.get("JAX_PLATFORMS"):
+def jax_platforms_ask(platform: str) -> str:
+    """The remedy where JAX_PLATFORMS, and no flag, asks for the devices that are missing; else ''."""
+    if platform == "CPU" or not os.environ.get("JAX_PLATFORMS"):
         return ""
     return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} asks for them: unset it, or "
 

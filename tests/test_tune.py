@@ -473,6 +473,13 @@ def test_a_trial_whose_jax_has_no_gpu_says_so(monkeypatch, tmp_path):
         trial._run(dataclasses.replace(plan(tmp_path), platform="GPU"), plan(tmp_path).base, "auto", Host())
 
 
+def test_a_gpu_that_jax_platforms_asks_for_and_no_host_has_is_told_with_the_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
+    with pytest.raises(ClusterError, match="there are 2 CPU and 0 GPU; JAX_PLATFORMS=cuda asks for them: unset it, or ask for less"):
+        sweep.placed(plan(tmp_path), sweep.Request(8))
+
+
 def test_a_trial_that_fits_nowhere_is_told_with_what_there_is(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
     with pytest.raises(ClusterError, match="asks for 1 CPU and 1 GPU on one host, and there are 2 CPU and 0 GPU; ask for less"):

@@ -21,7 +21,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from cluster.address import alone
 from cluster.host import INTERRUPTED, PREEMPTED
-from cluster.placement import Missing, kind_of_devices, wait_for_hosts
+from cluster.placement import Missing, jax_platforms_ask, kind_of_devices, wait_for_hosts
 from cluster.session import passed_on
 from ifvit.errors import Failure, Interrupted
 from ifvit.devices.cores import cores
@@ -277,7 +277,7 @@ def placed(plan: Plan, request: Request) -> Plan:
         where = f"on each of {request.workers} hosts" if request.workers > 1 else "on one host"
         return Missing([wanted] * request.workers, (
             f"The cluster cannot fit a trial: it asks for {asked} {where}, and there are {there or 'no hosts'}; "
-            "ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts."))
+            f"{'' if request.accelerators else jax_platforms_ask(kind)}ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts."))
 
     return wait_for_hosts(look, 0 if alone() else request.wait_for_hosts)
 
