@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ifvit.config import Settings
 from ifvit.data.augment import CANVAS_PPI, RIDGE, normalise
 from ifvit.geometry import (IDENTITY, RobustFit, apply_similarity, blur, cell_centres, grid_points, invert_similarity,
                             ridge_overlap, robust_similarity, sample)
@@ -19,15 +20,15 @@ class Registration(NamedTuple):
     """Module 1's answer on a pair: similarity from print 0 to print 1 in window px, and what supports it."""
 
     similarity: Float[Array, "B 4"]
-    aligned: Bool[Array, "B"]       # at least `min_matches` inliers
-    count: Int[Array, "B"]          # inliers
+    aligned: Bool[Array, " B"]      # at least `min_matches` inliers
+    count: Int[Array, " B"]         # inliers
     matches: Matches
     inliers: Bool[Array, "B K"]
     points0: Float[Array, "B K 2"]  # window px of the matches in print 0, and in print 1
     points1: Float[Array, "B K 2"]
 
 
-def register(log_conf: Float[Array, "B L L"], image_size: int, config) -> Registration:
+def register(log_conf: Float[Array, "B L L"], image_size: int, config: Settings) -> Registration:
     """Mutual matches of Module 1's confidences and the similarity that most of them agree on."""
     side = image_size // STRIDE
     matches = mutual_matches(log_conf, config.alignment_matches, config.match_threshold, config.match_border,
@@ -42,7 +43,7 @@ def register(log_conf: Float[Array, "B L L"], image_size: int, config) -> Regist
 
 
 def align(image0: Float[Array, "B S S"], image1: Float[Array, "B S S"], mask0: Bool[Array, "B S S"],
-          mask1: Bool[Array, "B S S"], similarity: Float[Array, "B 4"], config) -> Aligned:
+          mask1: Bool[Array, "B S S"], similarity: Float[Array, "B 4"], config: Settings) -> Aligned:
     """Print 0 is warped onto print 1; both branches see only what the two have in common.
 
     The global branch gets the overlap, enhanced when `config.enhance`; the local branch a window of

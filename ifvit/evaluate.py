@@ -11,13 +11,17 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir
+
+if TYPE_CHECKING:
+    from ifvit.data.prepare import PrintSet
+    from ifvit.scorer import Scorer
 
 log = logging.getLogger("ifvit")
 RATES = ("eer", "fmr100", "fmr1000", "auc")
@@ -76,7 +80,7 @@ def check_ppi(ppi: float | None) -> None:
         raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500.")
 
 
-def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:
+def evaluate(scorer: "Scorer", prints: "PrintSet", out: Path, protocol: str = "fvc", batch_size: int = 16) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 
     Databases without genuine or without impostor pairs are left out, and named in the log; UserError

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from ifvit.config import Settings
 from ifvit.data.augment import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
@@ -19,7 +20,7 @@ from ifvit.training.state import Network
 from ifvit.training.step import aligned_pair, registration
 
 
-def dense_scores(net: Network, config) -> Callable:
+def dense_scores(net: Network, config: Settings) -> Callable:
     """Module 1: (params, batch_stats, batch) -> `matches`, the inliers of its robust fit, as the score too."""
     @exact
     def score(params, batch_stats, batch):
@@ -29,7 +30,7 @@ def dense_scores(net: Network, config) -> Callable:
     return score
 
 
-def match_scores(net: Network, aligner: Network | None, config) -> Callable:
+def match_scores(net: Network, aligner: Network | None, config: Settings) -> Callable:
     """Module 2: (params, batch_stats, aligner_state, batch) -> cosines `global` and `local`, `agreement`, `matches`.
 
     `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
@@ -73,7 +74,7 @@ class Fusion:
     bias: float
     impostor_scores: tuple[float, ...]  # fused, of the calibration pairs, descending
 
-    def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, "N"]:
+    def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, " N"]:
         """Probability that a pair is genuine, were genuine and impostor pairs equally many."""
         return 1 / (1 + np.exp(-(features(scores) @ np.asarray(self.weights) + self.bias)))
 

@@ -18,6 +18,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
+install_import_hook("ifvit", "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
 # Minutes each; begun first, so that no process is left with one of them when the others have nothing more to do.

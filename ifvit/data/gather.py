@@ -7,7 +7,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.host import Host
 from ifvit import gcs
+from ifvit.config import Config
 from ifvit.data import synthetic
 from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import SYNTHETIC, Print, read_root, read_roots, require_fingers, split_by_finger
@@ -18,7 +20,7 @@ from ifvit.processes import require_same, together
 log = logging.getLogger("ifvit")
 
 
-def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
+def gather(config: Config, host: Host) -> tuple[PrintSet, PrintSet, PrintSet]:
     """All prints of a configuration, those to train on, and those of the held-out fingers.
 
     Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two
@@ -40,7 +42,7 @@ def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
     return everything, everything.subset(train), everything.subset(held_out)
 
 
-def _prepared(config, real: list[Print]) -> PrintSet:
+def _prepared(config: Config, real: list[Print]) -> PrintSet:
     """Decoded; with generated ones, which are made once, into the cache: alone, or mixed into real ones (`synthetic_share`)."""
     if real and SYNTHETIC in config.dataset_root and not config.synthetic_share:
         raise UserError("--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share is 0. "
@@ -52,7 +54,7 @@ def _prepared(config, real: list[Print]) -> PrintSet:
     return everything
 
 
-def read_prints(config) -> list[Print]:
+def read_prints(config: Config) -> list[Print]:
     """The real prints of every root."""
     roots = [local_root(r) for r in config.dataset_root if r != SYNTHETIC]
     return read_roots(roots, config.ppi or None, config.ridges) if roots else []
@@ -82,7 +84,7 @@ def local_root(root: str) -> str:
     return str(folder)
 
 
-def generated(config) -> list[Print]:
+def generated(config: Config) -> list[Print]:
     files = synthetic.prints(config.data_seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
                              workers=os.cpu_count() or 1)
     wanted = {str(f) for f in files}

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from ifvit.config import Settings
 from ifvit.models.dense_reg import cell_mask
 from ifvit.models.matching import log_dual_softmax, similarity
 from ifvit.models.resnet import ResNet18
@@ -42,7 +43,7 @@ class EmbeddingHead(nnx.Module):
     over the whole print would not.
     """
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Settings, *, rngs: nnx.Rngs):
         self.grid = config.embedding_grid
         self.reduce = nnx.Linear(config.transformer_width, config.embedding_channels, rngs=rngs)
         self.embed = nnx.Linear(self.grid**2 * config.embedding_channels, config.embedding_size, rngs=rngs)
@@ -63,7 +64,7 @@ class Matcher(nnx.Module):
     With `share_global_local` the two transformers are one module under both names.
     """
 
-    def __init__(self, config, num_classes: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Settings, num_classes: int, *, rngs: nnx.Rngs):
         how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)
 
         def transformer():

@@ -8,16 +8,16 @@ import time
 from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from flax import serialization
 
+from cluster.host import Host
 from ifvit import checkpoint, plots, progress
 from ifvit.cli import Failure, Interrupted
-from ifvit.config import completed
+from ifvit.config import Config, completed
 from ifvit.digest import digest
 from ifvit.errors import UserError
 from ifvit.processes import exchange
@@ -41,7 +41,7 @@ class Task:
     """What differs between the modules; the loop knows nothing else of them."""
 
     name: str                                                  # `dense_reg` or `matcher`: also the files' names
-    config: Any
+    config: Config
     steps_per_epoch: int
     data_digest: str
     init: Callable[[int], TrainState]                          # (seed); pure: also evaluated for its shapes alone
@@ -60,7 +60,7 @@ class Task:
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in
 
 
-def train(task: Task, resume: str, host, may_change: Set[str] = frozenset()) -> epath.Path:
+def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset()) -> epath.Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
     `may_change`: configuration keys that the checkpoint may have been trained with otherwise, beside FREE.

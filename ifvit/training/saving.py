@@ -1,5 +1,6 @@
 """The checkpoints of a run: written while it trains, kept by policy, found again when it resumes."""
 
+import contextlib
 import logging
 import math
 import re
@@ -15,6 +16,7 @@ from etils import epath
 
 from ifvit import checkpoint
 from ifvit.checkpoint_places import duplicate, remove, written_here
+from ifvit.config import Config
 from ifvit.processes import exchange
 
 log = logging.getLogger("ifvit")
@@ -43,7 +45,7 @@ class Saver:
     on, the next save tries again. Every process calls the same methods in the same order.
     """
 
-    def __init__(self, folder: epath.Path, module: str, config, steps_per_epoch: int, higher_is_better: bool,
+    def __init__(self, folder: epath.Path, module: str, config: Config, steps_per_epoch: int, higher_is_better: bool,
                  whole: Callable[[], None] = lambda: None):
         self.whole = whole  # called when a checkpoint is, by the thread that writes them
         self.folder, self.module, self.config = folder, module, config
@@ -67,10 +69,8 @@ class Saver:
         """Whether no run was started on this folder after this one; the first process looks, all hear the same."""
         owner = self._owner
         if jax.process_index() == 0:
-            try:
+            with contextlib.suppress(OSError):  # the folder is gone, or cannot be read: the write itself will tell
                 owner = (self.folder / OWNER).read_text()
-            except OSError:  # the folder is gone, or cannot be read: the write itself will tell
-                pass
         return exchange("owner", "" if owner == self._owner else owner, checkpoint.BARRIER_MS)[0] == ""
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
@@ -146,7 +146,7 @@ def ranked(saved: list[Saved], higher_is_better: bool) -> list[Saved]:
     return sorted(valued, key=lambda s: (-s.value if higher_is_better else s.value, s.step))
 
 
-def doomed(saved: list[Saved], module: str, config, higher_is_better: bool) -> list[str]:
+def doomed(saved: list[Saved], module: str, config: Config, higher_is_better: bool) -> list[str]:
     """Names that no rule keeps: the final one; every `save_every` epochs; the newest `keep_last`; the best `keep_best`."""
     final = f"{module}_ckpt"
     kept = {s.name for s in saved if s.name == final or (s.epoch and s.epoch % config.save_every == 0)}

@@ -1,6 +1,7 @@
 """The training state, a pytree of nested dictionaries, and the models as pure functions of it."""
 
-from typing import Any, Callable, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import optax
 from flax import nnx
 from jaxtyping import Float
+
+from ifvit.config import Config, Settings
 
 
 class TrainState(NamedTuple):
@@ -44,7 +47,7 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     return Network(init, apply)
 
 
-def optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
+def optimizer(config: Settings, schedule: optax.Schedule) -> optax.GradientTransformation:
     """AdamW with a clipped global norm. Vectors and scalars (norms, biases, the learned scale) are not decayed."""
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     # b2 of 0.99: at a thousand steps 0.999 would still average over all of them
@@ -52,14 +55,14 @@ def optimizer(config, schedule: optax.Schedule) -> optax.GradientTransformation:
                        optax.adamw(schedule, b2=0.99, weight_decay=config.weight_decay, mask=decays))
 
 
-def learning_rate(config, total_steps: int) -> optax.Schedule:
+def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine, over the run's true number of steps."""
     warmup = max(1, round(config.warmup * total_steps))
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), config.final_lr * config.learning_rate)
 
 
-def learning_rates(config, total_steps: int) -> Float[np.ndarray, "steps"]:
+def learning_rates(config: Config, total_steps: int) -> Float[np.ndarray, " steps"]:
     """Each step's rate. The host keeps them: the compiled step takes its own, and need not know the schedule."""
     return np.asarray(jax.vmap(learning_rate(config, total_steps))(jnp.arange(total_steps)), np.float32)
 

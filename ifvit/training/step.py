@@ -1,38 +1,40 @@
 """The two training steps, pure functions (state, batch) -> (state, metrics), and what they have in common."""
 
-from typing import Callable
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Int, Key
 
-from ifvit.alignment import align, register
+from ifvit.alignment import Registration, align, register
 from ifvit.batch_axes import batch_axes, over_batch
-from ifvit.data.augment import dense_pair, match_views, normalise
+from ifvit.config import Settings
+from ifvit.data.augment import Views, dense_pair, match_views, normalise
 from ifvit.geometry import exact
 from ifvit.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
 from ifvit.models.dense_reg import DenseRegistration, cell_mask
-from ifvit.models.matcher import Matcher
+from ifvit.models.matcher import Aligned, Matcher
 from ifvit.training.sharding import batch_spec, gathered
 from ifvit.training.state import Network, TrainState, network
 
 
-def dense_network(config) -> Network:
+def dense_network(config: Settings) -> Network:
     return network(lambda rngs: DenseRegistration(config, rngs=rngs))
 
 
-def match_network(config, num_classes: int) -> Network:
+def match_network(config: Settings, num_classes: int) -> Network:
     return network(lambda rngs: Matcher(config, num_classes, rngs=rngs))
 
 
-def pair_keys(seed: int, step, shape: tuple[int, ...]):
+def pair_keys(seed: int | Int[Array, ""], step: int | Int[Array, ""], shape: tuple[int, ...]) -> Key[Array, "..."]:
     """A random key for each pair of the global batch of a step, whatever the number of hosts."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), shape)
 
 
-def train_step(loss: Callable, config, tx: optax.GradientTransformation, schedule):
+def train_step(loss: Callable, config: Settings, tx: optax.GradientTransformation, schedule: optax.Schedule) -> Callable:
     """(state, batch, *constants) -> (state, metrics): one optimiser step.
 
     `loss(params, batch_stats, batch, keys, *constants)` -> (value, (batch_stats, metrics)) sees one device's
@@ -105,7 +107,7 @@ def _own(x):
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
-def dense_step(net: Network, config, tx, schedule):
+def dense_step(net: Network, config: Settings, tx: optax.GradientTransformation, schedule: optax.Schedule) -> Callable:
     """Module 1: two views of a print with known truth, or two fingers; L_D alone."""
     def loss(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config, cell_mask)
@@ -116,7 +118,7 @@ def dense_step(net: Network, config, tx, schedule):
     return train_step(loss, config, tx, schedule)
 
 
-def warp_accuracy(log_conf, labels):
+def warp_accuracy(log_conf: Float[Array, "B L L"], labels: Int[Array, "B L"]) -> Float[Array, ""]:
     """Share of the cells with a known match whose most confident cell lies within one cell of it, per batch."""
     side = round(log_conf.shape[2] ** 0.5)
     found = log_conf.argmax(axis=2)
@@ -124,7 +126,7 @@ def warp_accuracy(log_conf, labels):
     return mean_where(near.astype(jnp.float32), labels >= 0)
 
 
-def dense_eval(net: Network, config, known_warp_only: bool):
+def dense_eval(net: Network, config: Settings, known_warp_only: bool) -> Callable:
     """(params, batch_stats, batch, keys) -> correct and known cells, summed, and the confidence given to impostors.
 
     Only the pairs that `batch["counts"]` (B,) marks have a part in it: a last batch is filled up.
@@ -142,7 +144,7 @@ def dense_eval(net: Network, config, known_warp_only: bool):
     return evaluate
 
 
-def registration(aligner: Network | None, aligner_state, views, config):
+def registration(aligner: Network | None, aligner_state: tuple, views: Views, config: Settings) -> Registration | None:
     """Module 1, frozen, on a batch of views; None (no aligner) where Module 2 runs unaligned."""
     if aligner is None:
         return None
@@ -153,8 +155,9 @@ def registration(aligner: Network | None, aligner_state, views, config):
     return register(log_conf, config.image_size, config)
 
 
-def aligned_pair(aligner, aligner_state, views, config):
-    """Views -> (inputs of Module 2, aligned (B,) bool, number of registered matches (B,))."""
+def aligned_pair(aligner: Network | None, aligner_state: tuple, views: Views, config: Settings
+                 ) -> tuple[Aligned, Bool[Array, " B"], Int[Array, " B"]]:
+    """Views -> (inputs of Module 2, aligned, number of registered matches)."""
     image0, mask0, image1, mask1 = views
     found = registration(aligner, aligner_state, views, config)
     if found is None:
@@ -165,11 +168,12 @@ def aligned_pair(aligner, aligner_state, views, config):
     return align(image0, image1, mask0, mask1, found.similarity, config), found.aligned, found.count
 
 
-def match_step(net: Network, aligner: Network | None, config, tx, schedule):
+def match_step(net: Network, aligner: Network | None, config: Settings, tx: optax.GradientTransformation,
+               schedule: optax.Schedule) -> Callable:
     """Module 2: (state, batch, aligner_state) -> (state, metrics); 0.5 L_D + 0.1 L_E + 1.0 L_A by default."""
     def loss(params, batch_stats, batch, keys, aligner_state):
         genuine = batch["genuine"]
-        pair, aligned, count = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
+        pair, aligned, _ = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
         e, stats = net.apply(params, batch_stats, pair, train=True)
         # in the common frame a genuine cell matches itself; a failed alignment teaches nothing
         same = jnp.where(aligned[:, None], jnp.arange(e.cells.shape[1]), IGNORE)
