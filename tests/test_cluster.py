@@ -265,12 +265,12 @@ def policy(monkeypatch):
     return on_ray.FailurePolicy(FailureConfig(max_failures=-1), handle, 2), desk
 
 
-def died(error=RuntimeError("gone")):
-    return WorkerGroupError("a worker has died", {0: error})
+def died(error=None):
+    return WorkerGroupError("a worker has died", {0: error or RuntimeError("gone")})
 
 
 def test_failures_are_tried_again_until_nothing_has_got_on(policy):
-    policy, desk = policy
+    policy, _ = policy
     decide = lambda: policy.make_decision(died())
     assert [decide(), decide(), decide()] == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
 
@@ -292,7 +292,7 @@ def test_a_start_of_jaxs_processes_that_failed_is_tried_again(policy):
 
 
 def test_workers_that_do_not_start_are_not_tried_for_ever_and_room_is_waited_for(policy, monkeypatch, capsys):
-    policy, desk = policy
+    policy, _ = policy
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 5e9})
     full = ControllerError(WorkerGroupStartupTimeoutError(4))
     assert [policy.make_decision(full) for _ in range(9)] == [FailureDecision.RETRY] * 9

@@ -199,7 +199,7 @@ def original(transformer: dict) -> dict:
         for p in range(2):
             layer = {n.replace("_", ".") if n.startswith("mlp") else n: dict(leaves)
                      for n, leaves in transformer[f"layer_{i}"].items()}
-            for name, leaves in layer.items():
+            for leaves in layer.values():
                 if "kernel" in leaves:
                     leaves["bias"] = np.full(leaves["kernel"].shape[1], 0.5, np.float32)
             layers[f"layers.{i}.{p}"] = jax.tree.map(lambda x: x + np.float32(p), layer)

@@ -6,7 +6,6 @@ import re
 import socket
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,7 +18,6 @@ from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 
 WORKER = '''
 import dataclasses, json, os, shutil, sys
-from pathlib import Path
 import jax, pytest
 
 rank, port, folder, prints = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]
