@@ -8,7 +8,7 @@ VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 PY := $(VENV)/bin/python
 CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 
-.PHONY: train check test test-all faults clean
+.PHONY: train check test test-all faults starts clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
@@ -32,8 +32,10 @@ faults: $(VENV)/ready
 	$(PY) tests/faults/sweep.py
 	$(PY) tests/faults/hosts.py
 
-$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
+starts:
 	@test -n "$(VERSION)" || { echo "$(PYTHON) does not start; name another with PYTHON=…" >&2; exit 2; }
+
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS) | starts
 	$(INTERPRETER) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[test,wsq]'
 	touch $@

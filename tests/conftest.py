@@ -36,7 +36,16 @@ class Said(NamedTuple):
     err: str
 
 
+# Fixtures that start other processes: what uses them is marked `process`. And those that take minutes: `slow`.
+STARTING = {"process", "begun", "bed", "machine", "one_worker"}
+LASTING = {"bed", "machine"}  # a cluster of two hosts; Kaggle's machine, with an installation of its own
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark, fixtures in (("process", STARTING), ("slow", LASTING)):
+            if fixtures & set(item.fixturenames):
+                item.add_marker(mark)
     names = [f"test_{name}.py" for name in LONG]
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 

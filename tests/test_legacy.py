@@ -362,6 +362,7 @@ class Trap:
         return os.system, (TRAP,)
 
 
+@pytest.mark.process
 def test_the_trap_works_where_pickle_itself_reads_it(tmp_path):
     for raw in (SYSTEM + b".", pickle.dumps(Trap()), b"(" + text(TRAP) + b"ios\nsystem\n.", b"(cos\nsystem\n" + text(TRAP) + b"o."):
         (tmp_path / "hostile.pkl").write_bytes(raw)

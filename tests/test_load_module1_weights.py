@@ -133,6 +133,7 @@ def test_no_more_is_read_than_the_transformer_and_the_names(good, module2, trans
     assert read() - before + metadata < 1.2 * sum(x.nbytes for x in jax.tree.leaves(transformer))
 
 
+@pytest.mark.process
 def test_arrays_come_to_lie_where_module_2s_did(good):
     ended = subprocess.run([sys.executable, layouts.__file__, "seed", good], text=True, capture_output=True, timeout=120,
                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})

@@ -16,6 +16,7 @@ from ifvit.training.hosts import slow
 from ifvit.training.loop import lost
 from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 
+pytestmark = pytest.mark.process
 WORKER = '''
 import dataclasses, json, os, shutil, sys
 import jax, pytest
