@@ -1,14 +1,24 @@
-# Everything runs in an environment of its own, .venv, made at the first call.
+# Everything runs in an environment of its own, made at the first call: .venv, or .venv-3.13 for `PYTHON=python3.13`.
 PYTHON ?= python3
-VENV := .venv
+# A Python that pyenv has and that is not its default is found too.
+INTERPRETER := $(shell $(PYTHON) -c 'import sys; print(sys.executable)' 2>/dev/null || \
+	ls -d "$$(pyenv root 2>/dev/null)"/versions/*/bin/$(PYTHON) 2>/dev/null | tail -1)
+VERSION := $(if $(INTERPRETER),$(shell $(INTERPRETER) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))
+VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 PY := $(VENV)/bin/python
+CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 
-.PHONY: train test test-all faults clean
+.PHONY: train check test test-all faults starts clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
 
 TESTS := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+
+check: $(VENV)/ready
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) $(TESTS) -m "not slow and not process"
 
 test: $(VENV)/ready
 	$(PY) $(TESTS) -m "not slow"
@@ -22,10 +32,13 @@ faults: $(VENV)/ready
 	$(PY) tests/faults/sweep.py
 	$(PY) tests/faults/hosts.py
 
-$(VENV)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,wsq]'
+starts:
+	@test -n "$(VERSION)" || { echo "$(PYTHON) does not start; name another with PYTHON=…" >&2; exit 2; }
+
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS) | starts
+	$(INTERPRETER) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[test,wsq]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) checkpoints
+	rm -rf .venv .venv-* checkpoints

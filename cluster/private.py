@@ -66,11 +66,12 @@ def cache_every_process() -> None:
     """Lets each process write what it compiles to JAX's compilation cache, where its key is its own.
 
     JAX lets the first process alone write: on GPU and TPU the key is the same for all. On CPU it is not, and the
-    others would compile for minutes at every start (`compiler._cache_write`, `cache_key.get`).
+    others would compile for minutes at every start (`compiler._cache_write`, `cache_key.get`). JAX 0.10 also hands over
+    the callbacks to the host that a program has, and such a program is not to be kept.
     """
     from jax._src import compilation_cache, compiler, config
 
-    def write(key, seconds, name, client, executable, host_callbacks):
+    def write(key, seconds, name, client, executable, host_callbacks=()):
         if not host_callbacks and seconds >= config.persistent_cache_min_compile_time_secs.value:
             compilation_cache.put_executable_and_time(key, name, executable, client, int(seconds))
 

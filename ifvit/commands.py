@@ -16,6 +16,7 @@ from cluster.launch import launch
 from ifvit import cli
 from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, keys_with, parse_value, preset, read_toml, with_changes
 from ifvit.devices.cores import cores
+from ifvit.config import Config
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.paths import absolute, cache_dir, resolve
@@ -171,7 +172,7 @@ def run_here(command: str, flags: dict, platform: str, preset: str | None, confi
         ours = configs or args.configs(preset)
         check_backend(platform, host.name)
         if jax.process_index():  # not Ray's rank: a TPU slice numbers its hosts itself
-            sys.stdout = open(os.devnull, "w", encoding="utf-8")
+            sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the process)
             logging.getLogger().handlers.clear()
             cli.prepare_output()
         start(args, preset, ours[0])
@@ -221,13 +222,13 @@ def tried(make, preset_name: str | None):
         return make("cpu")
 
 
-def named_roots(args: ConfigArgs, config) -> str:
+def named_roots(args: ConfigArgs, config: Config) -> str:
     """The folders of prints, for the first log line."""
     generated = not args.dataset_root and config.dataset_root == (SYNTHETIC,)
     return "synthetic (no --dataset_root given: prints are generated)" if generated else " ".join(config.dataset_root)
 
 
-def start(args: ConfigArgs, preset_name: str | None, config) -> None:
+def start(args: ConfigArgs, preset_name: str | None, config: Config) -> None:
     """The first log line, and the compilation cache."""
     import jax
 

@@ -247,6 +247,9 @@ class Traced:
         return getattr(self._config, name)
 
 
+Settings = Config | Traced  # what networks and steps are made of
+
+
 def use_of(f: dataclasses.Field) -> str:
     """PROGRAM, SCALAR or HOST."""
     return f.metadata.get("use", PROGRAM)

@@ -6,10 +6,11 @@
 
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -17,6 +18,10 @@ from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.files import whole, write_whole
 from ifvit.paths import cache_dir
+
+if TYPE_CHECKING:
+    from ifvit.data.prepare import PrintSet
+    from ifvit.scoring.scorer import Scorer
 
 log = logging.getLogger("ifvit")
 DRAW_SEED = 6000  # the same impostor pairs whenever a database is evaluated with the same --max_pairs
@@ -134,7 +139,7 @@ def check_ppi(ppi: float | Literal["auto"] | None) -> None:
         raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500, or auto.")
 
 
-def evaluate(scorer, prints, out: Path, protocol: str = "fvc", batch_size: int = 16,
+def evaluate(scorer: "Scorer", prints: "PrintSet", out: Path, protocol: str = "fvc", batch_size: int = 16,
              max_pairs: int | None = None) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 

@@ -16,6 +16,7 @@ from etils import epath
 
 from cluster.host import PREEMPTED
 from cluster.job import Request
+from cluster.host import Host
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, check_common, check_outlives_job, given, tried
 from ifvit.config import COMMON, DenseConfig, MatchConfig, keys_with, read_toml
@@ -122,7 +123,7 @@ class Args(TrainArgs):
                                     f"give both the same (--set dense.{k}=… --set match.{k}=…).")
         return dense, match
 
-    def train(self, configs, host) -> None:
+    def train(self, configs: tuple, host: Host) -> None:
         from ifvit import train_dense, train_match
         from ifvit.training.startup import check_folder
 
@@ -135,7 +136,7 @@ class Args(TrainArgs):
         module2 = train_match.run(match, self.resume, host)
         self.report(match, module1, module2, host)
 
-    def report(self, match: MatchConfig, module1: epath.Path, module2: epath.Path, host) -> None:
+    def report(self, match: MatchConfig, module1: epath.Path, module2: epath.Path, host: Host) -> None:
         """Evaluates both modules on the held-out fingers; prints the table and where everything lies."""
         from ifvit.checkpoint.places import written_here
         from ifvit.data.gather import gather

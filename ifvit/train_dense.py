@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from cluster.host import Host
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import DenseConfig
@@ -34,11 +35,11 @@ class Args(TrainArgs):
                       loftr_ckpt=self.loftr_ckpt)
         return (build_config(DenseConfig, self, flags, preset),)
 
-    def train(self, configs, host) -> None:
+    def train(self, configs: tuple, host: Host) -> None:
         print(f"Module 1 checkpoint: {run(*configs, self.resume, host)}")
 
 
-def run(config: DenseConfig, resume: str, host, may_change: Set[str] = frozenset(), validation: DenseConfig | None = None) -> Path:
+def run(config: DenseConfig, resume: str, host: Host, may_change: Set[str] = frozenset(), validation: DenseConfig | None = None) -> Path:
     """Trains Module 1; returns the final checkpoint's path. `may_change` as `loop.train`, `validation` as `dense_task`."""
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
+from cluster.host import Host
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import MatchConfig
@@ -36,11 +37,11 @@ class Args(TrainArgs):
                       num_classes=self.num_classes, batch_size=self.batch_size, num_epochs=self.num_epochs)
         return (build_config(MatchConfig, self, flags, preset),)
 
-    def train(self, configs, host) -> None:
+    def train(self, configs: tuple, host: Host) -> None:
         print(f"Module 2 checkpoint: {run(*configs, self.resume, host)}")
 
 
-def run(config: MatchConfig, resume: str, host, may_change: Set[str] = frozenset()) -> Path:
+def run(config: MatchConfig, resume: str, host: Host, may_change: Set[str] = frozenset()) -> Path:
     """Trains Module 2; returns the final checkpoint's path. `may_change` as `loop.train`."""
     from ifvit.data.gather import gather
     from ifvit.training.loop import train

@@ -18,6 +18,10 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
 import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+# Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
+install_import_hook("ifvit", "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
 # Minutes each; begun first, so that no process is left with one of them when the others have nothing more to do.
@@ -32,7 +36,16 @@ class Said(NamedTuple):
     err: str
 
 
+# Fixtures that start other processes: what uses them is marked `process`. And those that take minutes: `slow`.
+STARTING = {"process", "begun", "bed", "machine", "one_worker"}
+LASTING = {"bed", "machine"}  # a cluster of two hosts; Kaggle's machine, with an installation of its own
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        for mark, fixtures in (("process", STARTING), ("slow", LASTING)):
+            if fixtures & set(item.fixturenames):
+                item.add_marker(mark)
     names = [f"test_{name}.py" for name in LONG]
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 

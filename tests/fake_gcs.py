@@ -114,7 +114,7 @@ class _Handler(BaseHTTPRequestHandler):
         query = {k: v[0] for k, v in parse_qs(url.query).items()}
         return *map(unquote, re.fullmatch(r"(?:/upload)?/storage/v1/b/([^/]+)/o/?(.*)", url.path).groups()), query
 
-    def _faulty(self, bucket: str, name: str, more: dict = {}) -> bool:
+    def _faulty(self, bucket: str, name: str, more: dict | None = None) -> bool:
         """Whether this place is out of order, and has said so."""
         asked = f"{bucket}/{name}"
         self.store.asked.append(asked)
@@ -123,7 +123,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.store.hiccups -= here
             self._fail(503, "Backend error")
             return True
-        answer = next((answer for place, answer in (self.store.faults | more).items() if place in asked), None)
+        answer = next((answer for place, answer in (self.store.faults | (more or {})).items() if place in asked), None)
         if answer:
             self._fail(*answer)
         return answer is not None
@@ -155,9 +155,9 @@ class _Handler(BaseHTTPRequestHandler):
     def _json(self, code: int, value: dict) -> None:
         self._send(code, json.dumps(value).encode())
 
-    def _send(self, code: int, body: bytes, headers: dict[str, str] = {}) -> None:
+    def _send(self, code: int, body: bytes, headers: dict[str, str] | None = None) -> None:
         self.send_response(code)
-        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(body)

@@ -45,7 +45,7 @@ def labels_between():
 
 def test_the_plain_view_is_the_middle_of_the_canvas_at_the_networks_ppi():
     """At 200 ppi a pixel is 2.5 px of the canvas; 31.5 is the window's middle, 127.5 the canvas's."""
-    q = np.array([[31.5, 31.5], [32.5, 31.5], [0, 63]])
+    q = jnp.array([[31.5, 31.5], [32.5, 31.5], [0, 63]])
     expected = [[127.5, 127.5], [130, 127.5], [127.5 - 31.5 * 2.5, 127.5 + 31.5 * 2.5]]
     np.testing.assert_allclose(to_canvas(plain_view(SMOKE), q, 64), expected, atol=1e-4)
 
@@ -54,9 +54,9 @@ def test_a_pixel_of_a_view_shows_its_place_on_the_canvas():
     """Canvases whose grey level is x, and y: at 500 ppi the view reads its own coordinates off them."""
     y, x = np.mgrid[:256, :256].astype(np.uint8)
     view = posed(25, 10, -6, 0.9)
-    xy = np.asarray(to_canvas(view, views.grid_points(128), 128))
+    xy = np.asarray(to_canvas(view, jnp.asarray(views.grid_points(128)), 128))
     for canvas, expected in ((x, xy[:, 0]), (y, xy[:, 1])):
-        pixels, inside = take_view(canvas, np.ones((32, 32), bool), view, WIDE)
+        pixels, inside = take_view(jnp.asarray(canvas), jnp.ones((32, 32), bool), view, WIDE)
         assert inside.all()
         np.testing.assert_allclose(np.ravel(pixels) * 255, expected, atol=1e-2)
 
@@ -64,7 +64,7 @@ def test_a_pixel_of_a_view_shows_its_place_on_the_canvas():
 def test_the_foreground_of_a_view_lies_where_the_canvas_has_it():
     mask8 = np.zeros((32, 32), bool)
     mask8[8:24, 12:20] = True  # canvas y 64 … 192, x 96 … 160: view y 0 … 128, x 32 … 96
-    _, inside = take_view(np.zeros((256, 256), np.uint8), mask8, posed(), WIDE)
+    _, inside = take_view(jnp.zeros((256, 256), np.uint8), jnp.asarray(mask8), posed(), WIDE)
     assert inside[4:-4, 34:94].all() and not inside[:, :31].any() and not inside[:, 97:].any()
 
 
@@ -78,7 +78,7 @@ def test_to_view_is_the_inverse_of_to_canvas_within_a_twentieth_of_a_pixel(disto
         undistorted = view.centre + (q - 31.5) @ view.matrix.T
         return to_view(view, canvas, 64), jnp.linalg.norm(canvas - undistorted, axis=-1)
 
-    q = np.random.default_rng(0).uniform(0, 63, (50, 2)).astype(np.float32)
+    q = jnp.asarray(np.random.default_rng(0).uniform(0, 63, (50, 2)), jnp.float32)
     back, bend = quickly(jax.vmap(there_and_back))(jax.random.split(jax.random.key(0), 100))
     assert np.abs(back - q).max() < 0.05
     assert 1 < np.median(bend) and np.max(bend) < 20 * distortion  # px of the canvas: it does distort
@@ -145,7 +145,7 @@ def test_matched_cells_show_the_same_skin_in_distorted_views(labels_between):
     view0, view1 = (random_view(jax.random.key(k), WIDE, jnp.float32(a), 0.08, 20.0) for k, a in ((1, 0.2), (2, -0.9)))
     labels = labels_between(view0, view1).ravel()
     middle = np.ravel([[(8 * r + 3) * 128 + 8 * c + 3 for c in range(SIDE)] for r in range(SIDE)])
-    take = quickly(lambda canvas, v: take_view(canvas, np.ones((32, 32), bool), v, WIDE)[0].ravel()[middle] * 255)
+    take = quickly(lambda canvas, v: take_view(canvas, jnp.ones((32, 32), bool), v, WIDE)[0].ravel()[middle] * 255)
     y, x = np.mgrid[:256, :256].astype(np.uint8)
     place0, place1 = (np.stack([take(x, v), take(y, v)], axis=1) for v in (view0, view1))
     matched = labels >= 0
@@ -174,8 +174,8 @@ def test_mistake_9_over_pressure_thickens_dark_ridges_and_dryness_thins_them():
     """
     y, x = np.mgrid[:64, :64]
     ridges = (0.5 + 0.4 * np.cos(2 * np.pi * (x + 0.371 * y) / 16)).astype(np.float32)
-    config, mask, inner = SMOKE.replace(noise=0.0, partial=0.0), np.ones((64, 64), bool), np.s_[:, 12:52, 12:52]
-    run = quickly(jax.vmap(lambda key: corrupt(key, ridges, mask, config, 1.0)[0]))
+    config, mask, inner = SMOKE.replace(noise=0.0, partial=0.0), jnp.ones((64, 64), bool), np.s_[:, 12:52, 12:52]
+    run = quickly(jax.vmap(lambda key: corrupt(key, jnp.asarray(ridges), mask, config, 1.0)[0]))
     prints = np.asarray(run(jax.random.split(jax.random.key(5), 60)))[inner].reshape(60, -1)
     low, high = np.percentile(prints, [5, 95], axis=1, keepdims=True)
     share, darkness = (prints < (low + high) / 2).mean(1), -prints.mean(1)
@@ -229,7 +229,7 @@ def test_mistake_8_no_black_corners_where_the_view_leaves_the_canvas():
     config = SMOKE.replace(canvas_size=64, input_ppi=500.0)
     canvas = np.random.default_rng(7).integers(100, 160, (64, 64)).astype(np.uint8)
     canvas[0, 0] = 200
-    image, mask = quickly(lambda v: take_view(canvas, np.ones((8, 8), bool), v, config))(posed(45, config=config))
+    image, mask = quickly(lambda v: take_view(jnp.asarray(canvas), jnp.ones((8, 8), bool), v, config))(posed(45, config=config))
     corners = np.ix_([0, 1, -2, -1], [0, 1, -2, -1])
     np.testing.assert_allclose(image[corners], 200 / 255, atol=1e-5)  # the background, not 0
     assert not mask[corners].any() and mask[20:44, 20:44].all()
@@ -274,7 +274,7 @@ def test_module_2s_views_are_of_the_prints_in_their_order(ridges_and_background)
     np.testing.assert_array_equal(image0[0], image1[0])
     assert np.abs(image0[1] - image1[1]).mean() > 0.1
     canvas, mask = ridges_and_background["canvas1"][1], ridges_and_background["mask1"][1]
-    expected = take_view(canvas, mask, plain_view(SMOKE), SMOKE)
+    expected = take_view(jnp.asarray(canvas), jnp.asarray(mask), plain_view(SMOKE), SMOKE)
     np.testing.assert_allclose(image1[1], expected[0], atol=1e-5)
     np.testing.assert_array_equal(mask1[1], expected[1])
     shapes = jax.eval_shape(lambda b: match_views(pair_keys(0, 0, (2,)), b, SMOKE), ridges_and_background)

@@ -264,12 +264,12 @@ def policy(monkeypatch):
     return on_ray.FailurePolicy(FailureConfig(max_failures=-1), handle, 2), desk
 
 
-def died(error=RuntimeError("gone")):
-    return WorkerGroupError("a worker has died", {0: error})
+def died(error=None):
+    return WorkerGroupError("a worker has died", {0: error or RuntimeError("gone")})
 
 
 def test_failures_are_tried_again_until_nothing_has_got_on(policy):
-    policy, desk = policy
+    policy, _ = policy
     decide = lambda: policy.make_decision(died())
     assert [decide(), decide(), decide()] == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
 
@@ -291,7 +291,7 @@ def test_a_start_of_jaxs_processes_that_failed_is_tried_again(policy):
 
 
 def test_workers_that_do_not_start_are_not_tried_for_ever_and_room_is_waited_for(policy, monkeypatch, capsys):
-    policy, desk = policy
+    policy, _ = policy
     monkeypatch.setattr(ray, "available_resources", lambda: {"CPU": 1.0, "memory": 5e9})
     full = ControllerError(WorkerGroupStartupTimeoutError(4))
     assert [policy.make_decision(full) for _ in range(9)] == [FailureDecision.RETRY] * 9
@@ -369,6 +369,7 @@ def with_gpus(monkeypatch, gpus):
     monkeypatch.setattr(ray, "init", functools.partial(ray.init, num_gpus=gpus, num_cpus=2, object_store_memory=10**8))
 
 
+@pytest.mark.process
 def test_two_one_gpu_workers_of_a_host_see_different_gpus(monkeypatch, tmp_path):
     with_gpus(monkeypatch, 2)
     monkeypatch.setenv("IFVIT_TEST", "passed on")
@@ -383,6 +384,7 @@ def test_two_one_gpu_workers_of_a_host_see_different_gpus(monkeypatch, tmp_path)
     assert all(f"process {rank}" in s["name"] for rank, s in enumerate(seen))
 
 
+@pytest.mark.process
 def test_cpu_workers_of_a_host_share_its_cores_and_a_mistake_on_one_ends_all(monkeypatch, tmp_path, capfd):
     with_gpus(monkeypatch, 0)
     job = Job(functools.partial(look_then_err, tmp_path), "err", (4,))
@@ -436,11 +438,13 @@ def watched(body: str) -> subprocess.CompletedProcess:
                           env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
+@pytest.mark.process
 def test_a_process_that_does_not_move_any_more_ends_itself():
     said = watched("steps += 1\ntime.sleep(30)")
     assert said.returncode == HUNG and "⚠ host 7 has not moved for 0.5 s" in said.stderr
 
 
+@pytest.mark.process
 def test_a_process_that_compiles_its_first_step_or_moves_on_is_left_alone():
     assert watched("time.sleep(2)").returncode == 0
     assert watched("for _ in range(8):\n    steps += 1\n    time.sleep(0.2)").returncode == 0
@@ -496,6 +500,7 @@ def test_what_the_driver_is_told_reaches_the_workers(one_worker):
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may lower a niceness")
+@pytest.mark.process
 @pytest.mark.parametrize("chosen, niceness", [({}, {0}), ({"RAY_worker_niceness": "15"}, {15})])
 def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are_unless_that_was_chosen(chosen, niceness):
     code = """if True:
@@ -512,6 +517,7 @@ def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are
     assert said.stdout.strip() == str(niceness), said
 
 
+@pytest.mark.process
 def test_processes_that_claim_cores_get_different_ones_and_give_them_back_when_they_die(monkeypatch, tmp_path):
     code = "import os, sys; from cluster.cores import claim; print(claim(1), len(os.sched_getaffinity(0)), flush=True); sys.stdin.read()"
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}

@@ -16,6 +16,7 @@ from faults.kill import default_training, kill_run
 from ifvit import checkpoint
 from ifvit.errors import UserError
 
+pytestmark = pytest.mark.process
 SMOKE = ("--preset", "smoke")
 
 
@@ -74,6 +75,7 @@ def _leaves(path) -> str:
 # ---- killed
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_as_if_nothing_had_been(of, tmp_path):
     report = kill_run(count=3, inside=1, seed=1, out=tmp_path, of=of)
     assert report.ok, report.summary()
@@ -184,6 +186,7 @@ def disk():
     made.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SHOWN)
 def test_a_disk_that_cannot_be_written(disk, of, name, tmp_path):
     try:

@@ -3,6 +3,7 @@
 The store is `fake_gcs.FakeGcs`, on this machine; TensorStore asks it where it would ask Google's.
 """
 
+import contextlib
 import re
 import socket
 import time
@@ -335,10 +336,8 @@ def test_whenever_a_replacement_is_cut_off_one_of_the_two_is_found(store, hasty)
     for count in (*range(0, len(changes), 7), len(changes)):
         store.buckets["prints"] = dict(before)
         store.after(count, (503, "Killed."))
-        try:
+        with contextlib.suppress(gcs.Refused):
             checkpoint.save(NEW, "dense_reg", state(1), META)
-        except gcs.Refused:
-            pass
         store.mend()
         checkpoint.discard_unfinished(gcs.GcsPath("gs://prints/new"), "dense_reg_*")
         found = bits({k: v for k, v in checkpoint.load(NEW).state.items() if k != "opt_state"})

@@ -253,6 +253,7 @@ print("done")
 '''
 
 
+@pytest.mark.process
 def test_two_processes_write_their_own_parts_to_a_bucket(store):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

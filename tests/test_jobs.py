@@ -72,7 +72,7 @@ def command_problems(words: list[str], hosts: int) -> list[str]:
 # What `ray job submit --working-dir .` sends
 
 CODE = ["ifvit/train_all.py", "ifvit/data/sources.py", "cluster/__init__.py", "tune/__init__.py", "pyproject.toml",
-        "mine.toml", "constraints.txt", "README.md"]
+        "mine.toml", "constraints-3.11.txt", "README.md"]
 REST = ["checkpoints/dense_reg/dense_reg_ckpt/state/d/0", "runs/x/metrics.jsonl", "dense_reg_epoch_5/state/d/0",
         "core", "weights.pkl", "outdoor.ckpt", "outdoor.safetensors", ".venv/lib/jaxlib.so", ".git/objects/pack/p.pack",
         ".cache/0", ".pytest_cache/v", "tests/test_x.py", "tests/out/curves.png", "build/lib/a.py", "evaluation/s.csv",
@@ -235,8 +235,8 @@ def launcher_problems(config: dict) -> list[str]:
         "the head is preemptible": bool(re.search("spot|preemptible", str(head["node_config"]))),
         "wrong chips": worker["resources"].get("TPU", 4) != tpu.get_num_tpu_visible_chips_per_host(slice_),
         "more than code is copied": not set(config["file_mounts"].values()) <= {
-            TOKEN, "ifvit", "cluster", "tune", "pyproject.toml", "constraints.txt", "README.md"},
-        "this package is not installed": not any(f'pip install --quiet -c constraints.txt ".[{extra}]"' in command
+            TOKEN, "ifvit", "cluster", "tune", "pyproject.toml", "constraints-3.11.txt", "README.md"},
+        "this package is not installed": not any(f'pip install --quiet -c constraints-3.11.txt ".[{extra}]"' in command
                                                  for command in config["setup_commands"] for extra in EXTRAS),
         "the cache is not shared": not all("IFVIT_CACHE=/shared/" in s for s in starts),
         "nothing at /shared": not re.search("mount .*YOUR-.* /shared", str(config["initialization_commands"]))})

@@ -15,6 +15,7 @@ import layouts
 from ifvit import checkpoint
 from layouts import FAILURES, META, ONE, TWO, WHOLE
 
+pytestmark = pytest.mark.process
 WORKER = Path(layouts.__file__)
 Q = "params/loftr_transformer/layer_0/q_proj/kernel"
 MERGE = "params/loftr_transformer/layer_0/merge/kernel"

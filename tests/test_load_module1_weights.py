@@ -133,6 +133,7 @@ def test_no_more_is_read_than_the_transformer_and_the_names(good, module2, trans
     assert read() - before + metadata < 1.2 * sum(x.nbytes for x in jax.tree.leaves(transformer))
 
 
+@pytest.mark.process
 def test_arrays_come_to_lie_where_module_2s_did(good):
     ended = subprocess.run([sys.executable, layouts.__file__, "seed", good], text=True, capture_output=True, timeout=120,
                            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
@@ -199,7 +200,7 @@ def original(transformer: dict) -> dict:
         for p in range(2):
             layer = {n.replace("_", ".") if n.startswith("mlp") else n: dict(leaves)
                      for n, leaves in transformer[f"layer_{i}"].items()}
-            for name, leaves in layer.items():
+            for leaves in layer.values():
                 if "kernel" in leaves:
                     leaves["bias"] = np.full(leaves["kernel"].shape[1], 0.5, np.float32)
             layers[f"layers.{i}.{p}"] = jax.tree.map(lambda x: x + np.float32(p), layer)

@@ -290,8 +290,8 @@ def test_an_embedding_is_a_unit_vector_of_where_the_features_lie_and_not_of_the_
 def test_prints_without_a_cell_in_common_are_not_alike_and_their_gradients_are_finite():
     """Not the head's bias in place of both."""
     head = EmbeddingHead(MATCH, rngs=nnx.Rngs(0))
-    f = np.random.default_rng(6).normal(size=(2, 16, 8)).astype(np.float32)
-    mask = np.stack([np.zeros(16, bool), np.ones(16, bool)])
+    f = jnp.asarray(np.random.default_rng(6).normal(size=(2, 16, 8)), jnp.float32)
+    mask = jnp.stack([jnp.zeros(16, bool), jnp.ones(16, bool)])
     gradients = nnx.grad(lambda head: head(f, mask).sum())(head)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(nnx.state(gradients)))
     head.embed.bias[...] = 0.3

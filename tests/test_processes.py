@@ -16,9 +16,9 @@ from ifvit.training.pace import slow
 from ifvit.training.resume import lost
 from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 
+pytestmark = pytest.mark.process
 WORKER = '''
 import dataclasses, json, os, shutil, sys
-from pathlib import Path
 import jax, pytest
 
 rank, port, folder, prints = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]

@@ -75,6 +75,7 @@ def test_the_same_matcher_again_gives_the_same_metrics(command, module1, module2
 # ---- stopped and gone on with
 
 
+@pytest.mark.process
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_parameters(command, long, prints, tmp_path):
     words = ["-m", "ifvit.train_dense", "--dataset_root", str(prints), *map(str, LONG)]
     folder = tmp_path / "checkpoints/dense_reg"

@@ -92,12 +92,14 @@ def said():
     return {m: json.loads(p.communicate(timeout=600)[0].splitlines()[-1]) for m, p in started.items()}
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["dense", "match"])
 def test_a_step_is_the_same_on_any_devices_and_recomputed_but_for_rounding(said, module):
     params, stats, loss = said[module]["2x2 with remat"]
     assert params < 2e-5 and stats < 1e-5 and loss < 1e-4 * said[module]["loss"], said[module]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["dense", "match"])
 def test_micro_batches_hold_the_same_pairs_on_any_devices(said, module):
     params, stats, loss = said[module]["in two, 4x1"]
@@ -105,12 +107,14 @@ def test_micro_batches_hold_the_same_pairs_on_any_devices(said, module):
     assert said[module]["in two"][2] > 0 and said[module]["finite"]  # it does cut the batch up
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["dense", "match"])
 def test_bfloat16_computes_nearly_the_same_and_not_the_same(said, module):
     _, _, loss = said[module]["bfloat16 2x1"]
     assert 0 < loss < 0.05 * said[module]["loss"]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("module", ["dense", "match"])
 def test_what_one_process_is_asked_all_hear(said, module):
     assert said[module]["asked"] == 7  # the greatest of the pairs' 0 … 7

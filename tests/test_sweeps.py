@@ -9,11 +9,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from ifvit import checkpoint
 from tune import record
 
+pytestmark = pytest.mark.process
 
+
+@pytest.mark.slow
 def test_a_sweep_of_both_modules_killed_at_a_random_moment_loses_no_trial_and_ends_in_an_evaluated_matcher(tmp_path):
     words = [sys.executable, "-m", "ifvit.train_all", "--tune", "8", "--preset", "smoke"]
     first = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -47,6 +51,7 @@ def test_a_sweep_of_both_modules_killed_at_a_random_moment_loses_no_trial_and_en
     assert rest.returncode == 0 and "is finished" in rest.stdout, rest
 
 
+@pytest.mark.slow
 def test_a_trial_that_exploits_another_goes_on_from_its_parameters(tmp_path):
     words = ["--module", "dense", "--scheduler", "pbt", "--num_samples", "4", "--preset", "smoke", "--num_samples", "4",
              "--search", "learning_rate", "noise", "--set", "num_epochs=4", "--seed", "1"]

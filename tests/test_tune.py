@@ -265,7 +265,10 @@ def ended(folder, number, values, rows, how="finished", reason="") -> None:
         record.note_end(folder, number, how, reason, 10.0)
 
 
-def plan(folder, base=BASE["dense"].replace(num_epochs=9)) -> Plan:
+SHORT = BASE["dense"].replace(num_epochs=9)
+
+
+def plan(folder, base=SHORT) -> Plan:
     return Plan("dense", base, str(folder), "accuracy", True, frozenset(), str(folder), "CPU", {"CPU": 1})
 
 
@@ -684,9 +687,9 @@ def test_a_folder_is_one_sweeps_at_a_time(tmp_path, monkeypatch):
     from tune import __main__ as command
 
     monkeypatch.setattr(command, "PATIENCE", 0.1)
-    with command._alone_in(tmp_path / "sweep"):
-        with pytest.raises(UserError, match="Another sweep is running in"), command._alone_in(tmp_path / "sweep"):
-            pass
+    with (command._alone_in(tmp_path / "sweep"), pytest.raises(UserError, match="Another sweep is running in"),
+          command._alone_in(tmp_path / "sweep")):
+        pass
     with command._alone_in(tmp_path / "sweep"):
         pass
 

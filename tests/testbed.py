@@ -55,7 +55,7 @@ class Testbed:
 
     __test__ = False  # its name is like that of a class of tests
 
-    def __init__(self, hosts: int = 2, cpus: int = 1, folder: Path | None = None, env: dict[str, str] = {}):
+    def __init__(self, hosts: int = 2, cpus: int = 1, folder: Path | None = None, env: dict[str, str] | None = None):
         self.hosts, self.cpus, self.folder = hosts, cpus, folder
         self.name = f"bed{os.getpid()}x{next(_numbers)}"
         self.temp = TEMP / self.name  # a host's: temp/0, temp/1, …; its processes start there
@@ -79,7 +79,7 @@ class Testbed:
             "RAY_health_check_period_ms": "1000",
             "RAY_health_check_timeout_ms": "1000",
             "RAY_health_check_failure_threshold": "5",
-        } | env
+        } | (env or {})
 
     @staticmethod
     def available() -> str | None:
@@ -240,7 +240,7 @@ class Testbed:
 
     # ---- jobs
 
-    def submit(self, words: list, env: dict[str, str] = {}, working_dir: Path | None = None, wait: bool = False) -> str:
+    def submit(self, words: list, env: dict[str, str] | None = None, working_dir: Path | None = None, wait: bool = False) -> str:
         """`ray job submit`, said on host 0, where the driver runs too; the job's id, after its end with `wait`.
 
         Without a working_dir, which is sent to all hosts, a process starts in its host's folder: paths are absolute.
@@ -248,7 +248,7 @@ class Testbed:
         job = f"{self.name}-{next(self._jobs)}"
         where = ["--working-dir", working_dir] if working_dir else []
         said = self.run(0, ["ray", "job", "submit", "--address", f"http://{self.addresses[0]}:8265", "--no-wait",
-                            "--submission-id", job, "--runtime-env-json", json.dumps({"env_vars": env}), *where, "--",
+                            "--submission-id", job, "--runtime-env-json", json.dumps({"env_vars": env or {}}), *where, "--",
                             *words])
         if said.returncode:
             raise RuntimeError(f"the job was not taken\n{said.stdout}\n{said.stderr}")

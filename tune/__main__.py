@@ -141,6 +141,7 @@ class Args(ConfigArgs):
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
         best: dict[str, Config] = {}
         trained: dict[str, str] = {}  # the best ones' checkpoints
+        finished: list[str] = []  # checkpoints of the trials that were trained to their end, the best first
         for name, (config, space) in plans.items():
             if name == "match":
                 if trained:

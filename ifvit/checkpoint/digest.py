@@ -21,7 +21,7 @@ CHUNK = 1 << 16     # elements that are multiplied with one vector of keys: they
 MASK = (1 << 64) - 1
 
 
-def partial(shard: np.ndarray, start: tuple[int, ...]) -> Sums:
+def partial(shard: np.ndarray | np.generic, start: tuple[int, ...]) -> Sums:
     """The sums over a shard whose first element lies at `start` of the whole array."""
     words, start = _words(shard, start)
     if words.size == 0:
@@ -67,13 +67,13 @@ def text(dtype, shape: tuple[int, ...], sums: Sums) -> str:
     return f"{np.dtype(dtype).name}{list(shape)}:{sums[0]:016x}{sums[1]:016x}".replace(" ", "")
 
 
-def digest(array: np.ndarray) -> str:
+def digest(array: np.ndarray | np.generic) -> str:
     """The digest of a whole array."""
     array = np.asarray(array)
     return text(array.dtype, array.shape, partial(array, (0,) * array.ndim))
 
 
-def _words(shard: np.ndarray, start) -> tuple[np.ndarray, tuple[int, ...]]:
+def _words(shard: np.ndarray | np.generic, start) -> tuple[np.ndarray, tuple[int, ...]]:
     """The elements' bits as unsigned integers of at most 32 bits; wider elements get one more axis."""
     if shard.ndim == 0:
         shard, start = shard.reshape(1), (0,)

@@ -50,7 +50,7 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     flat = leaves(trees)
     for x in flat.values():  # JAX makes the list of shards at the first call, and two threads may each add to it
         if isinstance(x, jax.Array):
-            x.addressable_shards
+            _ = x.addressable_shards
     metadata = {
         "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": versions(),
         **metadata, "module": module,
@@ -217,7 +217,7 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
         self._parts = list(map(json.loads, exchange(f"save{number}/sums", json.dumps(self._sums), BARRIER_MS)))
 
     def finalize(self, directory: epath.Path) -> None:
-        digests = {n: digest.text(dtype, shape, digest.add(*(part[n] for part in self._parts)))
+        digests = {n: digest.text(dtype, shape, digest.add(*(tuple(part[n]) for part in self._parts)))
                    for n, (dtype, shape) in self._leaves.items()}
         metadata = self._metadata | {"digests": digests}
         metadata["digest"] = digest_of(metadata)

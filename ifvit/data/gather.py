@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from cluster.host import Host
 from ifvit import gcs
 from ifvit.devices.cores import cores
+from ifvit.config import Config
 from ifvit.data import synthetic
 from ifvit.data.contents import in_order_of_contents
 from ifvit.data.prepare import Decoded, PrintSet, decoded, prepare
@@ -24,7 +26,7 @@ from ifvit.devices.processes import require_same, together
 log = logging.getLogger("ifvit")
 
 
-def gather(config, host) -> tuple[PrintSet, PrintSet, PrintSet]:
+def gather(config: Config, host: Host) -> tuple[PrintSet, PrintSet, PrintSet]:
     """All prints of a configuration, those to train on, and those of the held-out fingers.
 
     Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two
@@ -50,7 +52,7 @@ def split(prints: Sequence[Print], held_out: float, seed: int) -> tuple[list[Pri
     return train, [p for p in kept_back if p.database != SYNTHETIC] or kept_back
 
 
-def _prepared(config, real: list[Print]) -> tuple[PrintSet, Decoded]:
+def _prepared(config: Config, real: list[Print]) -> tuple[PrintSet, Decoded]:
     """Decoded; with generated ones, which are made once, into the cache: alone, or mixed into real ones (`synthetic_share`)."""
     if real and SYNTHETIC in config.dataset_root and not config.synthetic_share:
         raise UserError("--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share is 0. "
@@ -62,7 +64,7 @@ def _prepared(config, real: list[Print]) -> tuple[PrintSet, Decoded]:
     return everything, decoded(prints, config.canvas_size, cache_dir())
 
 
-def read_prints(config) -> Reading:
+def read_prints(config: Config) -> Reading:
     """The real prints of every root."""
     roots = [r for r in config.dataset_root if r != SYNTHETIC]
     if config.names and not roots:
@@ -104,7 +106,7 @@ def local_root(root: str) -> str:
     return str(folder)
 
 
-def generated(config) -> list[Print]:
+def generated(config: Config) -> list[Print]:
     files = synthetic.prints(config.data_seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
                              workers=cores())
     wanted = {str(f) for f in files}

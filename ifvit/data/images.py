@@ -276,7 +276,7 @@ def _without_frame(grey: np.ndarray) -> np.ndarray:
     """
 
     def flat(line: np.ndarray) -> bool:
-        return np.mean(np.abs(line - np.median(line)) <= 6) >= 0.93
+        return bool(np.mean(np.abs(line - np.median(line)) <= 6) >= 0.93)
 
     def cut(lines: np.ndarray) -> int:
         most = len(lines) // 10

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import jax
 import orbax.checkpoint as ocp
 
+from cluster.host import Host
 from ifvit.errors import UserError
 
 DAY = 86_400_000  # ms: somebody may be decoding many prints; one that has died is noticed by its heartbeat
@@ -36,7 +37,7 @@ def require_same(what: str, value: str, name: str, remedy: str) -> None:
         raise UserError(f"{what} differs between {names[0]} ({values[0]}) and {names[other]} ({values[other]}); {remedy}")
 
 
-def together(what: str, call: Callable, host):
+def together(what: str, call: Callable, host: Host):
     """`call()` on every process, on the first of each host before the others; a UserError on one is one on all, and
     says where."""
     result, problem = None, ""

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from ifvit.config import Settings
 from ifvit.models.matching import log_dual_softmax, similarity
 from ifvit.models.cells import cell_mask
 from ifvit.models.resnet import ResNet18
@@ -16,7 +17,7 @@ class DenseRegistration(nnx.Module):
     The transformer is the attribute `loftr_transformer` or `siamese_transformer`, by its kind.
     """
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Settings, *, rngs: nnx.Rngs):
         self.temp_bug_fix, self.temperature = config.temp_bug_fix, config.temperature
         self.transformer_name = f"{config.transformer}_transformer"
         how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)

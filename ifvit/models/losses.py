@@ -49,15 +49,15 @@ def nll_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Boo
 DENSE_LOSSES = {"focal": focal_loss, "nll": nll_loss}
 
 
-def cosine_embedding_loss(e0: Float[Array, "B D"], e1: Float[Array, "B D"], genuine: Bool[Array, "B"],
-                          margin: float) -> Float[Array, ""]:
+def cosine_embedding_loss(e0: Float[Array, "B D"], e1: Float[Array, "B D"], genuine: Bool[Array, " B"],
+                          margin: float | Float[Array, ""]) -> Float[Array, ""]:
     """L_E: 1 − cos for genuine pairs, max(0, cos − margin) for impostors; unit vectors in."""
     cos = (e0 * e1).sum(-1)
     return mean_where(jnp.where(genuine, 1 - cos, jnp.maximum(0.0, cos - margin)), jnp.ones_like(genuine))
 
 
-def arcface_loss(e: Float[Array, "B D"], weight: Float[Array, "D C"], labels: Int[Array, "B"],
-                 margin: float, scale: float) -> Float[Array, ""]:
+def arcface_loss(e: Float[Array, "B D"], weight: Float[Array, "D C"], labels: Int[Array, " B"],
+                 margin: float | Float[Array, ""], scale: float | Float[Array, ""]) -> Float[Array, ""]:
     """L_A (Deng et al. 2019, eq. 3): cross-entropy of scale · cos(θ + margin at the true class).
 
     Unit vectors in. Past θ = π − margin, where cos(θ + margin) would rise again, the target is
@@ -74,6 +74,6 @@ def arcface_loss(e: Float[Array, "B D"], weight: Float[Array, "D C"], labels: In
     return mean_where(nll, labels >= 0)
 
 
-def mean_where(values, where):
+def mean_where(values: Float[Array, "*S"], where: Bool[Array, "*S"]) -> Float[Array, ""]:
     """Mean over `where` in the global batch, or this device's share of it; 0 if that is empty."""
     return jnp.where(where, values, 0).sum() / jnp.maximum(over_batch(where.sum()), 1)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float
 
 from ifvit.constants import STRIDE
 from ifvit.models.cells import cell_mask
+from ifvit.config import Settings
 from ifvit.models.matching import log_dual_softmax, similarity
 from ifvit.models.resnet import ResNet18
 from ifvit.models.transformer import Transformer, position_encoding
@@ -43,7 +44,7 @@ class EmbeddingHead(nnx.Module):
     over the whole print would not.
     """
 
-    def __init__(self, config, *, rngs: nnx.Rngs):
+    def __init__(self, config: Settings, *, rngs: nnx.Rngs):
         self.grid = config.embedding_grid
         self.reduce = nnx.Linear(config.transformer_width, config.embedding_channels, rngs=rngs)
         self.embed = nnx.Linear(self.grid**2 * config.embedding_channels, config.embedding_size, rngs=rngs)
@@ -64,7 +65,7 @@ class Matcher(nnx.Module):
     With `share_global_local` the two transformers are one module under both names.
     """
 
-    def __init__(self, config, num_classes: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: Settings, num_classes: int, *, rngs: nnx.Rngs):
         how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)
 
         def transformer():

@@ -5,10 +5,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-def similarity(f0: Float[Array, "B L C"], f1: Float[Array, "B S C"], log_scale=None, temperature: float = 0.1
-               ) -> Float[Array, "B L S"]:
+
+def similarity(f0: Float[Array, "B L C"], f1: Float[Array, "B S C"],
+               log_scale: Float[Array | np.ndarray, ""] | None = None, temperature: float = 0.1) -> Float[Array, "B L S"]:
     """LoFTR's scaled dot product over a temperature, 0.1 there; with `log_scale`, cosine × exp(log_scale)."""
     if log_scale is None:
         root = math.sqrt(f0.shape[-1])
@@ -35,7 +37,7 @@ class Matches(NamedTuple):
     valid: Bool[Array, "B K"]
 
 
-def mutual_matches(log_conf: Float[Array, "B L S"], count: int, threshold: float, border: int,
+def mutual_matches(log_conf: Float[Array, "B L S"], count: int, threshold: float | Float[Array, ""], border: int,
                    grid: tuple[int, int]) -> Matches:
     """Mutual nearest neighbours above `threshold`, none within `border` cells of an edge of the grid.
 
@@ -52,7 +54,7 @@ def mutual_matches(log_conf: Float[Array, "B L S"], count: int, threshold: float
     return Matches(cell0, jnp.take_along_axis(best1, cell0, axis=1), conf, conf > 0)
 
 
-def _inside(grid: tuple[int, int], border: int) -> Bool[Array, "L"]:
+def _inside(grid: tuple[int, int], border: int) -> Bool[Array, " L"]:
     rows, cols = jnp.arange(grid[0])[:, None], jnp.arange(grid[1])[None, :]
     keep = (rows >= border) & (rows < grid[0] - border) & (cols >= border) & (cols < grid[1] - border)
     return keep.reshape(-1)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
+from ifvit.config import Settings
 from ifvit.models.dense_reg import DenseRegistration
 from ifvit.models.matcher import Matcher
 
@@ -37,11 +38,11 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
     return Network(init, apply)
 
 
-def dense_network(config) -> Network:
+def dense_network(config: Settings) -> Network:
     """Module 1 of a `DenseConfig`."""
     return network(lambda rngs: DenseRegistration(config, rngs=rngs))
 
 
-def match_network(config, num_classes: int) -> Network:
+def match_network(config: Settings, num_classes: int) -> Network:
     """Module 2 of a `MatchConfig`, with so many classes of ArcFace."""
     return network(lambda rngs: Matcher(config, num_classes, rngs=rngs))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, RIDGE
 from ifvit.models.matcher import Aligned
 from ifvit.models.networks import Network
@@ -14,7 +15,7 @@ from ifvit.pixels.views import Views, normalise
 
 
 def align(image0: Float[Array, "B S S"], image1: Float[Array, "B S S"], mask0: Bool[Array, "B S S"],
-          mask1: Bool[Array, "B S S"], similarity: Float[Array, "B 4"], config) -> Aligned:
+          mask1: Bool[Array, "B S S"], similarity: Float[Array, "B 4"], config: Settings) -> Aligned:
     """Print 0 is warped onto print 1; both branches see only what the two have in common.
 
     The global branch gets the overlap, enhanced when `config.enhance`; the local branch a window of
@@ -55,8 +56,8 @@ def _roi_corner(overlap: Bool[Array, "B S S"], roi: int) -> Int[Array, "B 2"]:
     return jnp.clip(jnp.round(jnp.stack([x, y], -1) - roi / 2).astype(jnp.int32), 0, size - roi)
 
 
-def aligned_pair(aligner: Network | None, aligner_state: tuple, views: Views, config,
-                 ) -> tuple[Aligned, Bool[Array, "B"], Int[Array, "B"]]:
+def aligned_pair(aligner: Network | None, aligner_state: tuple, views: Views, config: Settings,
+                 ) -> tuple[Aligned, Bool[Array, " B"], Int[Array, " B"]]:
     """Views -> inputs of Module 2, which pairs are aligned, and their registered matches."""
     image0, mask0, image1, mask1 = views
     found = registration(aligner, aligner_state, views, config)

@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, RIDGE
 from ifvit.pixels.geometry import blur, local_normalise
 
 
-def corrupt(key, image: Float[Array, "S S"], mask: Bool[Array, "S S"], config, strength: float,
+def corrupt(key, image: Float[Array, "S S"], mask: Bool[Array, "S S"], config: Settings, strength: float,
             ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
     """Dryness or over-pressure, sensor noise, uneven contact and contrast; sometimes a partial contact.
 

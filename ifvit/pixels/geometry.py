@@ -32,7 +32,7 @@ def invert_similarity(t: Float[Array, "*B 4"]) -> Float[Array, "*B 4"]:
     return jnp.stack([a, b, -(a * u - b * v), -(b * u + a * v)], axis=-1)
 
 
-def fit_similarity(p: Float[Array, "N 2"], q: Float[Array, "N 2"], w: Float[Array, "N"]) -> Float[Array, "4"]:
+def fit_similarity(p: Float[Array, "N 2"], q: Float[Array, "N 2"], w: Float[Array, " N"]) -> Float[Array, "4"]:
     """Weighted least-squares similarity that takes p to q (Umeyama 1991 in the plane).
 
     Without weight, or with all of p in one place, the result is a translation.
@@ -51,18 +51,22 @@ def fit_similarity(p: Float[Array, "N 2"], q: Float[Array, "N 2"], w: Float[Arra
 class RobustFit(NamedTuple):
     similarity: Float[Array, "B 4"]   # of the consensus; the identity where there is none
     inliers: Bool[Array, "B N"]
-    count: Int[Array, "B"]
+    count: Int[Array, " B"]
 
 
-@functools.partial(jax.vmap, in_axes=(0, 0, 0, None, None))
 def robust_similarity(p: Float[Array, "B N 2"], q: Float[Array, "B N 2"], valid: Bool[Array, "B N"],
-                      samples: int, radius: float) -> RobustFit:
+                      samples: int, radius: float | Float[Array, ""]) -> RobustFit:
     """RANSAC (Fischler & Bolles 1981) over two-point hypotheses, all at once, then three refits.
 
     `valid` points must come first. Every hypothesis is scored and the largest consensus wins; the
     draws are a fixed table, so the fit is a pure function of the points. `radius` in px of q;
     hypotheses whose scale leaves SCALE_RANGE are not considered.
     """
+    return jax.vmap(functools.partial(_robust_fit, samples=samples, radius=radius))(p, q, valid)
+
+
+def _robust_fit(p: Float[Array, "N 2"], q: Float[Array, "N 2"], valid: Bool[Array, " N"],
+                samples: int, radius: float | Float[Array, ""]) -> RobustFit:
     n = valid.sum()
     draws = jnp.asarray(np.random.default_rng(0).random((samples, 2)), jnp.float32)
     i, j = jnp.floor(draws * n).astype(jnp.int32).T
@@ -96,7 +100,7 @@ def robust_similarity(p: Float[Array, "B N 2"], q: Float[Array, "B N 2"], valid:
     return RobustFit(jnp.where(count >= 2, t, IDENTITY), inliers, count)
 
 
-def grid_points(size: int) -> Float[np.ndarray, "S*S 2"]:
+def grid_points(size: int) -> Float[np.ndarray, "{size*size} 2"]:
     """(x, y) of every pixel of a square image, row by row."""
     y, x = np.mgrid[:size, :size].astype(np.float32)
     return np.stack([x, y], axis=-1).reshape(-1, 2)
@@ -107,7 +111,7 @@ def cell_centres(size: int, stride: int) -> Float[np.ndarray, "L 2"]:
     return grid_points(size // stride) * stride + (stride - 1) / 2
 
 
-def sample(image: Float[Array, "H W"], xy: Float[Array, "N 2"], fill: float | Array) -> Float[Array, "N"]:
+def sample(image: Float[Array, "H W"], xy: Float[Array, "N 2"], fill: float | Float[Array, ""]) -> Float[Array, " N"]:
     """Bilinear values at points (x, y); `fill` outside the image."""
     value = jax.scipy.ndimage.map_coordinates(image - fill, [xy[:, 1], xy[:, 0]], order=1, mode="constant", cval=0.0)
     return value + fill

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from ifvit.config import Settings
 from ifvit.constants import STRIDE
 from ifvit.models.matching import Matches, mutual_matches
 from ifvit.models.networks import Network
@@ -17,15 +18,15 @@ class Registration(NamedTuple):
     """Module 1's answer on a pair: similarity from print 0 to print 1 in window px, and what supports it."""
 
     similarity: Float[Array, "B 4"]
-    aligned: Bool[Array, "B"]       # at least `min_matches` inliers
-    count: Int[Array, "B"]          # inliers
+    aligned: Bool[Array, " B"]       # at least `min_matches` inliers
+    count: Int[Array, " B"]          # inliers
     matches: Matches
     inliers: Bool[Array, "B K"]
     points0: Float[Array, "B K 2"]  # window px of the matches in print 0, and in print 1
     points1: Float[Array, "B K 2"]
 
 
-def register(log_conf: Float[Array, "B L L"], image_size: int, config) -> Registration:
+def register(log_conf: Float[Array, "B L L"], image_size: int, config: Settings) -> Registration:
     """Mutual matches of Module 1's confidences and the similarity that most of them agree on."""
     side = image_size // STRIDE
     matches = mutual_matches(log_conf, config.alignment_matches, config.match_threshold, config.match_border,
@@ -39,7 +40,7 @@ def register(log_conf: Float[Array, "B L L"], image_size: int, config) -> Regist
     return Registration(similarity, aligned, fit.count, matches, fit.inliers, p0, p1)
 
 
-def registration(aligner: Network | None, aligner_state: tuple, views: Views, config) -> Registration | None:
+def registration(aligner: Network | None, aligner_state: tuple, views: Views, config: Settings) -> Registration | None:
     """Module 1, frozen, on a batch of views; None (no aligner) where Module 2 runs unaligned."""
     if aligner is None:
         return None

@@ -9,13 +9,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt8
-
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from ifvit.constants import CANVAS_PPI, MASK_CELL, RIDGE, STRIDE
 from ifvit.models.cells import cell_mask
 from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.pixels.corruption import corrupt
 from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
+from ifvit.config import Settings
 
 MODES = 5  # sine modes of a distortion field
 
@@ -27,10 +27,10 @@ class View(NamedTuple):
     centre: Float[Array, "2"]
     amplitude: Float[Array, "M 2"]
     frequency: Float[Array, "M 2"]
-    phase: Float[Array, "M"]
+    phase: Float[Array, " M"]
 
 
-def plain_view(config) -> View:
+def plain_view(config: Settings) -> View:
     """The window centred on the canvas, upright, undistorted: what evaluation sees."""
     ratio = CANVAS_PPI / config.input_ppi
     centre = jnp.full(2, (config.canvas_size - 1) / 2, jnp.float32)
@@ -39,7 +39,8 @@ def plain_view(config) -> View:
 
 
 @exact
-def random_view(key, config, angle: Float[Array, ""], scale: float, shift: float) -> View:
+def random_view(key: Key[Array, ""], config: Settings, angle: Float[Array, ""], scale: float | Float[Array, ""],
+                shift: float | Float[Array, ""]) -> View:
     """A view turned by `angle` radians, scaled by up to 1 ± scale, moved by up to ± shift px at 500 ppi."""
     # one draw for everything: each draw is a threefry of its own, and half a second of compilation
     u = jax.random.uniform(key, (3 + 5 * MODES,), minval=-1, maxval=1)
@@ -71,7 +72,7 @@ def to_view(view: View, p: Float[Array, "N 2"], image_size: int) -> Float[Array,
     return jax.lax.fori_loop(0, 6, lambda _, q: q + (p - to_canvas(view, q, image_size)) @ inverse.T, q)
 
 
-def take_view(canvas: UInt8[Array, "C C"], mask8: Bool[Array, "C/8 C/8"], view: View, config,
+def take_view(canvas: UInt8[Array, "C C"], mask8: Bool[Array, "C/8 C/8"], view: View, config: Settings,
               ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
     """Canvas and its foreground, at 1/8 of the resolution -> the view's pixels (0 … 1) and foreground."""
     size, ratio = config.image_size, CANVAS_PPI / config.input_ppi
@@ -85,7 +86,7 @@ def take_view(canvas: UInt8[Array, "C C"], mask8: Bool[Array, "C/8 C/8"], view: 
     return pixels.reshape(size, size), inside.reshape(size, size)
 
 
-def truth(view0: View, view1: View, m0: Bool[Array, "L"], m1: Bool[Array, "L"], config) -> Int[Array, "L"]:
+def truth(view0: View, view1: View, m0: Bool[Array, " L"], m1: Bool[Array, " L"], config: Settings) -> Int[Array, " L"]:
     """Labels of `losses`: cell centres of either view warped to the other, mutual nearest cells match."""
     size, side = config.image_size, config.image_size // STRIDE
     centres = jnp.asarray(cell_centres(size, STRIDE))
@@ -103,7 +104,7 @@ def truth(view0: View, view1: View, m0: Bool[Array, "L"], m1: Bool[Array, "L"], 
     return jnp.where(~m0, IGNORE, jnp.where(mutual, j, jnp.where(seen, IGNORE, NO_MATCH)))
 
 
-def normalise(images: Float[Array, "B S S"], masks: Bool[Array, "B S S"], config) -> Float[Array, "B S S 1"]:
+def normalise(images: Float[Array, "B S S"], masks: Bool[Array, "B S S"], config: Settings) -> Float[Array, "B S S 1"]:
     """What both networks see: local mean and deviation over a ridge, nothing outside the foreground.
 
     The background becomes 0 everywhere, so no corner gives away how a print was turned.
@@ -128,7 +129,7 @@ class DensePair(NamedTuple):
     labels: Int[Array, "B L"]
 
 
-def dense_pair(keys, batch: dict, config) -> DensePair:
+def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePair:
     """Module 1's input: two views of print a with their truth, or of a and b, where nothing matches.
 
     `keys` (B,); `batch` has `canvas0`, `canvas1` (B C C) uint8, `mask0`, `mask1` (B C/8 C/8) bool and
@@ -151,7 +152,7 @@ def dense_pair(keys, batch: dict, config) -> DensePair:
         views, x, m = jax.vmap(view)(jax.random.split(k_views), canvases, masks, jnp.cumsum(turn), scale, shift,
                                      strength)
         cells = cell_mask(m)
-        view0, view1 = (jax.tree.map(lambda a: a[i], views) for i in (0, 1))
+        view0, view1 = (jax.tree.map(lambda a, i=i: a[i], views) for i in (0, 1))
         none = jnp.where(cells[0], NO_MATCH, IGNORE)
         return x, m, jnp.where(genuine, truth(view0, view1, *cells, config), none)
 
@@ -160,7 +161,7 @@ def dense_pair(keys, batch: dict, config) -> DensePair:
     return DensePair(image0, image1, m[:, 0], m[:, 1], labels)
 
 
-def match_views(keys, batch: dict, config) -> Views:
+def match_views(keys: Key[Array, " B"], batch: dict, config: Settings) -> Views:
     """Module 2's prints before alignment, each turned, moved and corrupted on its own."""
     def view(key, canvas, mask):
         k_angle, k_view, k_corrupt = jax.random.split(key, 3)
@@ -173,7 +174,7 @@ def match_views(keys, batch: dict, config) -> Views:
     return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
 
 
-def plain_views(batch: dict, config) -> Views:
+def plain_views(batch: dict, config: Settings) -> Views:
     """Both prints of each pair as they are."""
     view = plain_view(config)
     x, m = jax.vmap(jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config)))(*_stacked(batch))

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from ifvit.config import Settings
 from ifvit.models.cells import cell_mask
 from ifvit.models.losses import IGNORE, mean_where
 from ifvit.models.networks import Network
@@ -20,7 +21,7 @@ def warp_accuracy(log_conf: Float[Array, "B L L"], labels: Int[Array, "B L"]) ->
     return mean_where(near.astype(jnp.float32), labels >= 0)
 
 
-def dense_eval(net: Network, config) -> Callable:
+def dense_eval(net: Network, config: Settings) -> Callable:
     """(params, batch_stats, batch, keys) -> correct and known cells, summed, and the confidence given to impostors.
 
     Only the pairs that `batch["counts"]` (B,) marks have a part in it: a last batch is filled up.

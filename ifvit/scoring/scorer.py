@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -28,7 +27,7 @@ class Scorer:
     """Module 1 (scores by its registered matches) or Module 2 (scores by the fusion)."""
 
     module: str
-    config: Any                   # MatchConfig or DenseConfig
+    config: MatchConfig | DenseConfig
     params: dict
     batch_stats: dict
     aligner: tuple[dict, dict] | None  # Module 1's params and batch_stats

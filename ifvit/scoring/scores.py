@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from ifvit.pixels.views import plain_views
 from ifvit.bar import bar
+from ifvit.config import Settings
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
@@ -21,7 +22,7 @@ from ifvit.pixels.alignment import aligned_pair
 from ifvit.pixels.registration import registration
 
 
-def dense_scores(net: Network, config) -> Callable:
+def dense_scores(net: Network, config: Settings) -> Callable:
     """Module 1: (params, batch_stats, batch) -> `matches`, the inliers of its robust fit, as the score too."""
     @exact
     def score(params, batch_stats, batch):
@@ -31,7 +32,7 @@ def dense_scores(net: Network, config) -> Callable:
     return score
 
 
-def match_scores(net: Network, aligner: Network | None, config) -> Callable:
+def match_scores(net: Network, aligner: Network | None, config: Settings) -> Callable:
     """Module 2: (params, batch_stats, aligner_state, batch) -> cosines `global` and `local`, `agreement`, `matches`.
 
     `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
@@ -80,7 +81,7 @@ class Fusion:
     bias: float
     impostor_scores: tuple[float, ...]  # fused, of the calibration pairs, descending
 
-    def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, "N"]:
+    def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, " N"]:
         """Probability that a pair is genuine, were genuine and impostor pairs equally many."""
         count = len(scores["matches"])
         parts = ({k: v[at : at + AT_ONCE] for k, v in scores.items()} for at in range(0, max(count, 1), AT_ONCE))

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ifvit import loftr
-from ifvit.config import Traced
+from ifvit.config import Config, DenseConfig, Traced
 from ifvit.data.loader import PairSource, batches, fixed_batches
 from ifvit.data.pairs import DensePairs
 from ifvit.data.prepare import PrintSet
@@ -35,7 +35,7 @@ class Program(NamedTuple):
 
 
 @functools.lru_cache(maxsize=8)
-def dense_program(config) -> Program:
+def dense_program(config: DenseConfig) -> Program:
     """Of a `Config.program()`."""
     net = dense_network(config)
 
@@ -48,7 +48,7 @@ def dense_program(config) -> Program:
     return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, jax.jit(evaluate))
 
 
-def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> Task:
+def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validation: DenseConfig | None = None) -> Task:
     """Trains on known warps of the prints in `train`, validates on those in `held_out`.
 
     `validation`: a configuration whose corruption the validation views have [`config`]: where the corruption
@@ -74,7 +74,7 @@ def dense_task(config, train: PrintSet, held_out: PrintSet, validation=None) -> 
                 seed_from=lambda params, stats: (with_loftr(with_scale(params, config), config), stats))
 
 
-def steps_per_epoch(config, prints: int) -> int:
+def steps_per_epoch(config: Config, prints: int) -> int:
     """Whole batches of an epoch's pairs; the schedule, the loop and the log all count by it."""
     wanted = config.pairs_per_epoch or 4 * prints
     if wanted < config.batch_size:
@@ -83,12 +83,12 @@ def steps_per_epoch(config, prints: int) -> int:
     return wanted // config.batch_size
 
 
-def with_scale(params: dict, config) -> dict:
+def with_scale(params: dict, config: Config) -> dict:
     """Parameters with `cosine_scale` as the learned scale to start from, where there is one."""
     return params | {"log_scale": np.log(np.float32(config.cosine_scale))} if "log_scale" in params else params
 
 
-def with_loftr(params: dict, config) -> dict:
+def with_loftr(params: dict, config: DenseConfig) -> dict:
     """Parameters with LoFTR's published coarse transformer in place, where `loftr_ckpt` names it."""
     if not config.loftr_ckpt:
         return params
@@ -101,7 +101,7 @@ def with_loftr(params: dict, config) -> dict:
     return {**params, name: loaded}
 
 
-def warp_metrics(evaluate, state: tuple, prints: PrintSet, config, count: int | None = None) -> dict[str, float]:
+def warp_metrics(evaluate: Callable, state: tuple, prints: PrintSet, config: Config, count: int | None = None) -> dict[str, float]:
     """Known-warp accuracy over fixed views of `prints`, the same ones in whatever batches, and how confident impostor pairs are made.
 
     Accuracy: share of the cells with a known match that are matched within one cell (8 px).

@@ -31,7 +31,7 @@ log = logging.getLogger("ifvit")
 
 
 @functools.lru_cache(maxsize=8)
-def match_program(config, aligner_config, num_classes: int) -> Program:
+def match_program(config: MatchConfig, aligner_config: DenseConfig | None, num_classes: int) -> Program:
     """Of a `Config.program()`, and that of the Module 1 which aligns its pairs (None without one)."""
     net, aligner = match_network(config, num_classes), aligner_config and dense_network(aligner_config)
 
@@ -44,7 +44,7 @@ def match_program(config, aligner_config, num_classes: int) -> Program:
     return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, jax.jit(score))
 
 
-def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
+def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task:
     """Trains on pairs of the prints in `train`; its checkpoints hold the Module 1 that aligns them."""
     classes = class_labels(train.prints)
     num_classes = config.num_classes or len(classes)
@@ -115,7 +115,7 @@ def match_task(config, train: PrintSet, held_out: PrintSet) -> Task:
                 seed_from_module1)
 
 
-def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
+def checkpoint_of_module1(config: MatchConfig) -> checkpoint.Checkpoint | None:
     """Module 1's checkpoint by `dense_reg_ckpt`; UserError where it does not serve.
 
     None where that is empty or of other code: then there is nothing to align pairs with.
@@ -136,7 +136,7 @@ def checkpoint_of_module1(config) -> checkpoint.Checkpoint | None:
     return found
 
 
-def warn_of_seen_fingers(config, module1: checkpoint.Checkpoint, held_out: PrintSet) -> None:
+def warn_of_seen_fingers(config: MatchConfig, module1: checkpoint.Checkpoint, held_out: PrintSet) -> None:
     """Says so where Module 1 was trained on fingers that Module 2 holds out: of the same folders, or of the same files in others."""
     theirs = completed(DenseConfig, module1.metadata["config"])
     seen = theirs["data_seed"] != config.data_seed or theirs["held_out"] < config.held_out
@@ -145,7 +145,7 @@ def warn_of_seen_fingers(config, module1: checkpoint.Checkpoint, held_out: Print
               "it was trained on some that validate Module 2; give both the same.", flush=True)
 
 
-def module1_folder(config) -> epath.Path:
+def module1_folder(config: MatchConfig) -> epath.Path:
     """Where Module 1's checkpoint lies; UserError where there is none."""
     try:
         return checkpoint.locate(config.dense_reg_ckpt)

@@ -1,5 +1,6 @@
 """Writes the checkpoints of a run while it trains."""
 
+import contextlib
 import logging
 import time
 import uuid
@@ -17,6 +18,7 @@ from ifvit.checkpoint.places import duplicate, remove
 from ifvit.devices.processes import exchange
 from ifvit.training.run_folder import candidates, set_aside, write_beside
 from ifvit.training.policy import Saved, doomed, ranked
+from ifvit.config import Config
 
 log = logging.getLogger("ifvit")
 
@@ -34,7 +36,7 @@ class Saver:
     on, the next save tries again. Every process calls the same methods in the same order.
     """
 
-    def __init__(self, folder: epath.Path, module: str, config, steps_per_epoch: int, higher_is_better: bool,
+    def __init__(self, folder: epath.Path, module: str, config: Config, steps_per_epoch: int, higher_is_better: bool,
                  whole: Callable[[], None] = lambda: None):
         self.whole = whole  # called when a checkpoint is, by the thread that writes them
         self.folder, self.module, self.config = folder, module, config
@@ -58,10 +60,8 @@ class Saver:
         """Whether no run was started on this folder after this one; the first process looks, all hear the same."""
         owner = self._owner
         if jax.process_index() == 0:
-            try:
+            with contextlib.suppress(OSError):  # the folder is gone, or cannot be read: the write itself will tell
                 owner = (self.folder / OWNER).read_text(encoding="utf-8")
-            except OSError:  # the folder is gone, or cannot be read: the write itself will tell
-                pass
         return exchange("owner", "" if owner == self._owner else owner, checkpoint.BARRIER_MS)[0] == ""
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:

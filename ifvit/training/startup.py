@@ -6,7 +6,9 @@ import uuid
 
 import jax
 
+from cluster.host import Host
 from ifvit import checkpoint
+from ifvit.config import Config
 from ifvit.errors import UserError
 from ifvit.devices.processes import exchange, together
 from ifvit.training import run_folder
@@ -14,13 +16,13 @@ from ifvit.training import run_folder
 PATIENCE = 15.0  # seconds that a shared file system gets to show one host's file to another
 
 
-def check_hosts(config, host) -> None:
+def check_hosts(config: Config, host: Host) -> None:
     """UserError unless all of several processes can write to the run's folder, and it is the same one."""
     if jax.process_count() > 1:
         check_folder(config, host)
 
 
-def check_folder(config, host) -> None:
+def check_folder(config: Config, host: Host) -> None:
     """The same, of a process alone too, which leaves no folder behind that was not there."""
     folder = checkpoint.as_writable_path(config.checkpoint_dir)
     alone = jax.process_count() == 1 and checkpoint.is_local(folder)

@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Float
 
 from ifvit.models.networks import Network
+from ifvit.config import Config, Settings
 
 
 class TrainState(NamedTuple):
@@ -18,7 +19,7 @@ class TrainState(NamedTuple):
     step: jax.Array  # int32, optimiser steps done
 
 
-def optimizer(config, rate: float | jax.Array) -> optax.GradientTransformation:
+def optimizer(config: Settings, rate: float | jax.Array) -> optax.GradientTransformation:
     """AdamW at a learning rate, with a clipped global norm. Vectors and scalars (norms, biases, the learned scale) are not decayed."""
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     # The rate is a function for optax, whose state then has the same leaves whatever the schedule.
@@ -27,14 +28,14 @@ def optimizer(config, rate: float | jax.Array) -> optax.GradientTransformation:
                        optax.adamw(lambda _: rate, b2=0.99, weight_decay=config.weight_decay, mask=decays))
 
 
-def learning_rate(config, total_steps: int) -> optax.Schedule:
+def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine, over the run's true number of steps."""
     warmup = max(1, round(config.warmup * total_steps))
     return optax.warmup_cosine_decay_schedule(
         0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), config.final_lr * config.learning_rate)
 
 
-def learning_rates(config, total_steps: int) -> Float[np.ndarray, "steps"]:
+def learning_rates(config: Config, total_steps: int) -> Float[np.ndarray, " steps"]:
     """Each step's rate. The host keeps them: the compiled step takes its own, and need not know the schedule."""
     return np.asarray(jax.vmap(learning_rate(config, total_steps))(jnp.arange(total_steps)), np.float32)
 

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Int, Key
 
+from ifvit.config import Settings
 from ifvit.devices.batch_axes import batch_axes, over_batch
 from ifvit.devices.sharding import batch_spec, gathered
 from ifvit.models.cells import cell_mask
@@ -19,12 +21,12 @@ from ifvit.scoring.known_warps import warp_accuracy
 from ifvit.training.state import TrainState, optimizer
 
 
-def pair_keys(seed: int, step, shape: tuple[int, ...]):
+def pair_keys(seed: int | Int[Array, ""], step: int | Int[Array, ""], shape: tuple[int, ...]) -> Key[Array, "..."]:
     """A random key for each pair of the global batch of a step, whatever the number of hosts."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), shape)
 
 
-def train_step(loss: Callable, config) -> Callable:
+def train_step(loss: Callable, config: Settings) -> Callable:
     """(state, batch, rate, *constants) -> (state, metrics): one optimiser step at a learning rate.
 
     `loss(params, batch_stats, batch, keys, *constants)` -> (value, (batch_stats, metrics)) sees one device's
@@ -97,7 +99,7 @@ def _own(x):
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
-def dense_step(net: Network, config) -> Callable:
+def dense_step(net: Network, config: Settings) -> Callable:
     """Module 1: two views of a print with known truth, or two fingers; L_D alone."""
     def loss(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config)
@@ -108,11 +110,11 @@ def dense_step(net: Network, config) -> Callable:
     return train_step(loss, config)
 
 
-def match_step(net: Network, aligner: Network | None, config) -> Callable:
+def match_step(net: Network, aligner: Network | None, config: Settings) -> Callable:
     """Module 2: (state, batch, rate, aligner_state) -> (state, metrics); 0.5 L_D + 0.1 L_E + 1.0 L_A by default."""
     def loss(params, batch_stats, batch, keys, aligner_state):
         genuine = batch["genuine"]
-        pair, aligned, count = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
+        pair, aligned, _ = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
         e, stats = net.apply(params, batch_stats, pair, train=True)
         # in the common frame a genuine cell matches itself; a failed alignment teaches nothing
         same = jnp.where(aligned[:, None], jnp.arange(e.cells.shape[1]), IGNORE)

@@ -148,7 +148,7 @@ def speed(args) -> None:
     """A step alone, its batch on the device: each variant in a process of its own, whose peak of memory it is."""
     for module, dtype in VARIANTS:
         words = [sys.executable, __file__, "--out", str(args.out), "--preset", args.preset, "--alone", f"{module},{dtype}"]
-        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(words, capture_output=True, text=True)
         print(done.stdout.strip() or f"{module}, {dtype}: {done.stderr[-1500:]}", flush=True)
 
 

@@ -10,6 +10,7 @@ Here is what they share.
 """
 
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -119,10 +120,8 @@ class Process:
 
     def kill(self) -> None:
         """SIGKILL to the whole group; returns when it is dead."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
 
     def wait(self) -> Said:

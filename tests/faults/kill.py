@@ -152,9 +152,8 @@ def _kill_at(process: Process, watch: Watch, aim: str, point: float, start: floa
         far_enough = watch.step >= min(int(point), of.total - 2)
         if aim == "save" and moment is None and writing - writing_before and far_enough:
             moment = now - process.started + rng.uniform(0, 0.8 * pace.save)
-        if aim == "step" and watch.since is not None:
-            if watch.step + (now - watch.since) / pace.step >= point:
-                moment = 0.0
+        if aim == "step" and watch.since is not None and watch.step + (now - watch.since) / pace.step >= point:
+            moment = 0.0
         writing_before = writing
         if moment is not None and now - process.started >= moment:
             seconds = process.seconds
