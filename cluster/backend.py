@@ -26,10 +26,10 @@ problem = ""  # in a worker: why its group cannot run; told by the training func
 class JaxBackendConfig(BackendConfig):
     """Time-outs in seconds; `port` of the coordination service, 0 for any free one."""
 
-    platform: str = "CPU"               # GPU, TPU or CPU: what the workers have
+    platform: str = "CPU"  # GPU, TPU or CPU: what the workers have
     packages: tuple[str, ...] = ("jax", "jaxlib")  # whose versions have to agree
     port: int = 0
-    heartbeat_timeout: int = 60         # a process that is silent for so long is dead to the others
+    heartbeat_timeout: int = 60  # a process that is silent for so long is dead to the others
     initialization_timeout: int = 120
 
     @property
@@ -52,10 +52,22 @@ class JaxBackend(Backend):
             context = worker.distributed_context
             env = {}
             if slices > 1:  # Ray ranks the workers slice by slice
-                env = get_tpu_coordinator_env_vars(coordinator_address=address, num_slices=slices,
-                                                   slice_id=rank * slices // count)
-            starting.append(worker.execute_async(_start, why, f"{address}:{port}", count, rank, backend_config, env,
-                                                 (context.local_rank, context.local_world_size), hosts))
+                env = get_tpu_coordinator_env_vars(
+                    coordinator_address=address, num_slices=slices, slice_id=rank * slices // count
+                )
+            starting.append(
+                worker.execute_async(
+                    _start,
+                    why,
+                    f"{address}:{port}",
+                    count,
+                    rank,
+                    backend_config,
+                    env,
+                    (context.local_rank, context.local_world_size),
+                    hosts,
+                )
+            )
         ray.get(starting)
 
     def on_shutdown(self, worker_group, backend_config: JaxBackendConfig) -> None:
@@ -77,8 +89,10 @@ def _difference(hosts: list[str], versions: list[dict[str, str]]) -> str:
     for host, theirs in zip(hosts, versions):
         for package, version in theirs.items():
             if version != versions[0][package]:
-                return (f"{package} is {version} on {host} and {versions[0][package]} on {hosts[0]}; install the same version "
-                        "on every host.")
+                return (
+                    f"{package} is {version} on {host} and {versions[0][package]} on {hosts[0]}; install the same version "
+                    "on every host."
+                )
     return ""
 
 
@@ -90,8 +104,14 @@ def _coordinator(port: int) -> tuple[str, int, str]:
         try:
             s.bind(("", port))
         except OSError as e:
-            return address, port, (f"Port {port} of {address} cannot be had for JAX's coordinator ({e.strerror}); give another "
-                                   "with --coordinator_port, or 0 for any free one.")
+            return (
+                address,
+                port,
+                (
+                    f"Port {port} of {address} cannot be had for JAX's coordinator ({e.strerror}); give another "
+                    "with --coordinator_port, or 0 for any free one."
+                ),
+            )
         return address, s.getsockname()[1], ""
 
 
@@ -106,8 +126,16 @@ def _unfit() -> str:
     return f"On host {ray.util.get_node_ip_address()}: {why.rstrip('.')}." if why else ""
 
 
-def _start(why: str, coordinator: str, count: int, rank: int, config: JaxBackendConfig, env: dict,
-           place: tuple[int, int], hosts: list[str]) -> None:
+def _start(
+    why: str,
+    coordinator: str,
+    count: int,
+    rank: int,
+    config: JaxBackendConfig,
+    env: dict,
+    place: tuple[int, int],
+    hosts: list[str],
+) -> None:
     """In the worker: its share of the host's cores and its turn on them, its platform, its place among JAX's processes."""
     global problem
     problem = why
@@ -125,6 +153,11 @@ def _start(why: str, coordinator: str, count: int, rank: int, config: JaxBackend
         jax.config.update("jax_check_proxy_envs", False)  # a warning of what has just been seen to
         if config.platform == "CPU":
             cache_every_process()
-        jax.distributed.initialize(coordinator, count, rank, initialization_timeout=config.initialization_timeout,
-                                   heartbeat_timeout_seconds=config.heartbeat_timeout,
-                                   cluster_detection_method="deactivate")
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            rank,
+            initialization_timeout=config.initialization_timeout,
+            heartbeat_timeout_seconds=config.heartbeat_timeout,
+            cluster_detection_method="deactivate",
+        )

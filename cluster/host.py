@@ -21,9 +21,9 @@ class ClusterError(Exception):
 class Host:
     """This process alone, whose signals are noted while `stoppable`. `worker.Worker` is one of several."""
 
-    name = ""            # of host and process, where there are several
+    name = ""  # of host and process, where there are several
     rank = 0
-    first_here = True    # of the processes of this host
+    first_here = True  # of the processes of this host
 
     def __init__(self):
         self._asked = 0
@@ -81,8 +81,12 @@ def watchdog(progress: Callable[[], int], seconds: float, name: str) -> Iterator
             if (now := progress()) != seen:
                 seen, since, begun = now, time.monotonic(), True
             elif begun and time.monotonic() - since > seconds:
-                print(f"⚠ {name or 'This process'} has not moved for {seconds:g} s (a collective that hangs?); it ends "
-                      "itself, and the run goes on from the newest checkpoint.", file=sys.stderr, flush=True)
+                print(
+                    f"⚠ {name or 'This process'} has not moved for {seconds:g} s (a collective that hangs?); it ends "
+                    "itself, and the run goes on from the newest checkpoint.",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 os._exit(HUNG)
 
     thread = threading.Thread(target=watch, daemon=True, name="watchdog")

@@ -11,50 +11,77 @@ from dataclasses import dataclass
 GPU_LIBRARIES = (
     "The GPU's libraries (CUDA, cuDNN) or its driver do not fit this jaxlib, or another process has the GPU's memory. "
     "Look with nvidia-smi who is on the GPU and which driver it has; then install the extra `cuda` in a fresh "
-    "environment, with LD_LIBRARY_PATH unset")
+    "environment, with LD_LIBRARY_PATH unset"
+)
 DRIVER = (
     "The NVIDIA driver is too old for this jaxlib. Update the driver (nvidia-smi shows it), or install a jax whose "
-    "CUDA it knows")
+    "CUDA it knows"
+)
 KERNELS = (
     "This jaxlib has no programs for this GPU, which is too old or too new for it. Use another GPU, or "
-    "JAX_PLATFORMS=cpu")
+    "JAX_PLATFORMS=cpu"
+)
 NCCL = (
     "The GPUs cannot talk to each other by NCCL. NCCL_DEBUG=INFO tells why; often NCCL_SOCKET_IFNAME has to name the "
-    "network of the hosts, or the container's /dev/shm is too small (docker run --shm-size=8g)")
+    "network of the hosts, or the container's /dev/shm is too small (docker run --shm-size=8g)"
+)
 PEERS = (
     "Another process of the run is gone or cannot be reached. The other hosts' logs say why; every port has to be open "
-    "between the hosts, and no proxy between them")
+    "between the hosts, and no proxy between them"
+)
 BUSY = "Another process has the {}. End it (`{}` shows it), wait for its end, or give this one another with {}"
 GPU_BUSY = BUSY.format("GPU", "nvidia-smi", "CUDA_VISIBLE_DEVICES")
 TPU_BUSY = BUSY.format("TPU", "sudo lsof -w /dev/accel* /dev/vfio/*", "TPU_VISIBLE_CHIPS")
 BROKEN = (
     "The {} has failed in the midst of its work. The same command goes on from the last checkpoint; if it fails again, "
-    "look into the machine's log (`dmesg`) and restart the machine, or take another")
+    "look into the machine's log (`dmesg`) and restart the machine, or take another"
+)
 
 # What a message has in it, in this order; what that means; whether another start may go well.
 KNOWN = [
     (r"NCCL|nccl[A-Z]", NCCL, True),
-    (r"driver version is insufficient|InsufficientDriver|driver on your system is too old|UNSUPPORTED_PTX_VERSION"
-     r"|COMPAT_NOT_SUPPORTED|SYSTEM_DRIVER_MISMATCH|forward compatibility was attempted", DRIVER, False),
+    (
+        r"driver version is insufficient|InsufficientDriver|driver on your system is too old|UNSUPPORTED_PTX_VERSION"
+        r"|COMPAT_NOT_SUPPORTED|SYSTEM_DRIVER_MISMATCH|forward compatibility was attempted",
+        DRIVER,
+        False,
+    ),
     (r"TPU is already in use|libtpu.* already in use|/dev/(accel|vfio).* busy", TPU_BUSY, False),
-    (r"CUDA_ERROR_DEVICE_UNAVAILABLE|devices? (is|are) (all )?busy or unavailable|device\(s\) is/are busy",
-     GPU_BUSY, False),
-    (r"CUDA_ERROR_(ILLEGAL|LAUNCH|ECC|MISALIGNED|ASSERT|HARDWARE|NVLINK|CONTAINED|EXTERNAL_DEVICE)|uncorrectable ECC"
-     r"|illegal memory access|unspecified launch failure", BROKEN.format("GPU"), True),
+    (
+        r"CUDA_ERROR_DEVICE_UNAVAILABLE|devices? (is|are) (all )?busy or unavailable|device\(s\) is/are busy",
+        GPU_BUSY,
+        False,
+    ),
+    (
+        r"CUDA_ERROR_(ILLEGAL|LAUNCH|ECC|MISALIGNED|ASSERT|HARDWARE|NVLINK|CONTAINED|EXTERNAL_DEVICE)|uncorrectable ECC"
+        r"|illegal memory access|unspecified launch failure",
+        BROKEN.format("GPU"),
+        True,
+    ),
     (r"Core halted|TPU.*(halted|unhealthy|lost)|Slice health", BROKEN.format("TPU"), True),
     (r"no kernel image|NO_BINARY_FOR_GPU", KERNELS, False),
-    (r"(?i)\bdnn (library|support)|cudnn|cublas|cufft|cusolver|cusparse|gpu(solver|blas)|blas support|ptxas|libdevice"
-     r"|cuInit|CUDA_ERROR|cudaError|CUDA (error|runtime|driver|version)", GPU_LIBRARIES, False),
-    (r"(?i)gloo|coordination ?service|barrier|heartbeat|PjRT_Client_Connect|jax_worker"
-     r"|connection (refused|reset|closed)|socket closed|connect to (all addresses|remote host)"
-     r"|connect(\(\))? time[d -]*out", PEERS, True),
+    (
+        r"(?i)\bdnn (library|support)|cudnn|cublas|cufft|cusolver|cusparse|gpu(solver|blas)|blas support|ptxas|libdevice"
+        r"|cuInit|CUDA_ERROR|cudaError|CUDA (error|runtime|driver|version)",
+        GPU_LIBRARIES,
+        False,
+    ),
+    (
+        r"(?i)gloo|coordination ?service|barrier|heartbeat|PjRT_Client_Connect|jax_worker"
+        r"|connection (refused|reset|closed)|socket closed|connect to (all addresses|remote host)"
+        r"|connect(\(\))? time[d -]*out",
+        PEERS,
+        True,
+    ),
 ]
 OF_PEERS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")  # these mean no other thing
 STATUS = rf"({'|'.join(OF_PEERS)}|FAILED_PRECONDITION|INTERNAL|UNKNOWN|NOT_FOUND|UNIMPLEMENTED)\b"
 
 NO_DEVICES = re.compile(  # the name of a platform, or of a plugin's file, and the reason
     r"Unable to initialize backend '([^']*)': ?(.*)|Backend '(.*)' failed to initialize: (.*)"
-    r"|Unknown backend:? '?(\w+)(.*)|Failed to open (\S+): (.*shared object.*)", re.DOTALL)
+    r"|Unknown backend:? '?(\w+)(.*)|Failed to open (\S+): (.*shared object.*)",
+    re.DOTALL,
+)
 VISIBLE = {"tpu": ("TPU_VISIBLE_CHIPS",)}  # what hides devices of a platform
 GPUS_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
 EXTRAS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # of this project, by platform
@@ -65,8 +92,8 @@ class Explained:
     """One sentence or two, with the remedy."""
 
     sentence: str
-    again: bool     # whether another start may go well, on other hosts perhaps
-    code: int = 1   # exit code: 2 where the user's environment asks for what there is not
+    again: bool  # whether another start may go well, on other hosts perhaps
+    code: int = 1  # exit code: 2 where the user's environment asks for what there is not
 
 
 def explained(error: BaseException) -> Explained | None:
@@ -139,8 +166,10 @@ def cannot_import(error: BaseException) -> str:
     why = _short(str(error)) or type(error).__name__
     if named := [k for k in os.environ if k.startswith("JAX_") and k.lower() in why.lower()]:
         return f"{named[0]}={os.environ[named[0]]} is nothing that JAX knows ({why}); mend it, or unset it."
-    return (f"JAX cannot be imported ({why}); install the project anew, in a fresh environment (jax and jaxlib of one "
-            "version).")
+    return (
+        f"JAX cannot be imported ({why}); install the project anew, in a fresh environment (jax and jaxlib of one "
+        "version)."
+    )
 
 
 def in_one_line(record: logging.LogRecord) -> bool:

@@ -12,20 +12,22 @@ from cluster.host import ClusterError, Host
 class Request:
     """What a user asks for."""
 
-    runtime: str = "auto"          # auto, local, ray
-    num_workers: str = ""          # "", "N" or "MIN:MAX"
-    wait_for_hosts: float = 50.0   # seconds that a cluster gets to have what is asked
-    devices: str = "auto"          # gpu, tpu or cpu, of Ray's workers; auto: what the cluster has
-    workers_per_host: int = 0      # 0: one; on a Ray of this machine alone, all
-    max_failures: int = 5          # in a row without a new checkpoint, before the run is given up
-    hang_timeout: float = 600.0    # seconds without a step after which a process ends itself; 0: never
-    coordinator_port: int = 0      # of JAX's coordination service, on the first worker's host; 0: any free one
+    runtime: str = "auto"  # auto, local, ray
+    num_workers: str = ""  # "", "N" or "MIN:MAX"
+    wait_for_hosts: float = 50.0  # seconds that a cluster gets to have what is asked
+    devices: str = "auto"  # gpu, tpu or cpu, of Ray's workers; auto: what the cluster has
+    workers_per_host: int = 0  # 0: one; on a Ray of this machine alone, all
+    max_failures: int = 5  # in a row without a new checkpoint, before the run is given up
+    hang_timeout: float = 600.0  # seconds without a step after which a process ends itself; 0: never
+    coordinator_port: int = 0  # of JAX's coordination service, on the first worker's host; 0: any free one
 
     def __post_init__(self):
         for name in ("workers_per_host", "wait_for_hosts", "max_failures", "hang_timeout", "coordinator_port"):
             value, most = getattr(self, name), 65535 if name == "coordinator_port" else float("inf")
             if not 0 <= value <= most:  # NaN neither
-                raise ClusterError(f"--{name} is {value}; give a number from 0 on" + (f" to {most}." if most == 65535 else "."))
+                raise ClusterError(
+                    f"--{name} is {value}; give a number from 0 on" + (f" to {most}." if most == 65535 else ".")
+                )
 
     def workers(self) -> tuple[int, int] | None:
         """(fewest, most) workers; None where it was left to us. ClusterError where it is no number or range."""
@@ -37,8 +39,10 @@ class Request:
         except ValueError:
             found = 0, 0
         if not 1 <= found[0] <= found[1]:
-            raise ClusterError(f"--num_workers {self.num_workers} is neither a number from 1 on nor a range MIN:MAX; give "
-                               "e.g. 2, or 1:4.")
+            raise ClusterError(
+                f"--num_workers {self.num_workers} is neither a number from 1 on nor a range MIN:MAX; give "
+                "e.g. 2, or 1:4."
+            )
         return found
 
     def on_ray(self) -> bool:
@@ -49,11 +53,15 @@ class Request:
         several = (self.workers() or (1, 1))[1] > 1
         wanted = self.runtime == "ray" or (self.runtime == "auto" and (address.given() or several))
         if self.runtime == "local" and several:
-            raise ClusterError(f"--runtime local is one process, and --num_workers {self.num_workers} asks for more; leave "
-                               "one of them out.")
+            raise ClusterError(
+                f"--runtime local is one process, and --num_workers {self.num_workers} asks for more; leave "
+                "one of them out."
+            )
         if wanted and importlib.util.find_spec("ray") is None:
-            raise ClusterError("Ray is not installed, and this run needs it; pip install 'ray[default,train]', or give "
-                               "--runtime local.")
+            raise ClusterError(
+                "Ray is not installed, and this run needs it; pip install 'ray[default,train]', or give "
+                "--runtime local."
+            )
         if wanted:
             address.ray_address()
         return wanted
@@ -69,8 +77,8 @@ class Job:
 
     call: Callable[[Host], tuple[int, str]]
     name: str
-    batches: tuple[int, ...] = ()        # items a step: the number of workers has to divide each
+    batches: tuple[int, ...] = ()  # items a step: the number of workers has to divide each
     packages: tuple[str, ...] = ("jax", "jaxlib")  # of which every host needs the same version
-    item: str = "items"                  # what a batch has, in messages
+    item: str = "items"  # what a batch has, in messages
     another_batch: str = "another batch"  # the remedy where batches do not divide, in messages
-    variables: tuple[str, ...] = ()      # beginnings of environment variables that its workers get from the driver
+    variables: tuple[str, ...] = ()  # beginnings of environment variables that its workers get from the driver

@@ -22,18 +22,28 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from cluster.backend import JaxBackendConfig
 from cluster.environment import set_default
 from cluster.host import INTERRUPTED, PREEMPTED, ClusterError, Host
-from cluster.job import Job, Request
 from cluster.jax_errors import explained
+from cluster.job import Job, Request
 from cluster.placement import Placement, placement
 from cluster.private import (
-    NODE_ID_LABEL, DataParallelTrainer, DatasetsCallback, DefaultFailurePolicy, ElasticScalingPolicy, FailureDecision,
-    FixedScalingPolicy, PlacementGroupCleanerCallback, TrainingFailedError, WorkerGroupError, WorkerGroupStartupFailedError,
-    WorkerGroupStartupTimeoutError)
+    NODE_ID_LABEL,
+    DataParallelTrainer,
+    DatasetsCallback,
+    DefaultFailurePolicy,
+    ElasticScalingPolicy,
+    FailureDecision,
+    FixedScalingPolicy,
+    PlacementGroupCleanerCallback,
+    TrainingFailedError,
+    WorkerGroupError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from cluster.session import passed_on, session
 from cluster.worker import LOOK, Desk, Ended, work
 
 START_FAILURES = (RayTaskError, WorkerGroupStartupFailedError)  # of JAX's processes, of Ray's
-RESIZE = 30.0     # seconds between looks for hosts that have come, where the number of workers is a range
+RESIZE = 30.0  # seconds between looks for hosts that have come, where the number of workers is a range
 
 
 def run(job_for: Callable[[str], Job], request: Request, cores: int | None = None) -> tuple[int, str]:
@@ -61,7 +71,13 @@ class Trainer(DataParallelTrainer):
 
     def __init__(self, place: Placement, batches: tuple[int, ...], desk, max_failures: int, alone: bool, **how):
         super().__init__(work, **how)
-        self._place, self._batches, self._desk, self._max_failures, self._alone = place, batches, desk, max_failures, alone
+        self._place, self._batches, self._desk, self._max_failures, self._alone = (
+            place,
+            batches,
+            desk,
+            max_failures,
+            alone,
+        )
 
     def _create_default_callbacks(self):
         # Processes that are of no use here and yet take turns on the cores: one for Ray Data's datasets, and one that asks the
@@ -100,8 +116,11 @@ class FailurePolicy(DefaultFailurePolicy):
         decision = FailureDecision.RETRY if start_failed else super().make_decision(training_failed_error)
         if isinstance(cause, WorkerGroupStartupTimeoutError):
             free = ", ".join(f"{v:g} {k}" for k, v in ray.available_resources().items() if k in ("CPU", "GPU", "TPU"))
-            print(f"The cluster has no room for {cause.num_workers} workers at present (free: {free or 'nothing'}); "
-                  "the run waits for it.", flush=True)
+            print(
+                f"The cluster has no room for {cause.num_workers} workers at present (free: {free or 'nothing'}); "
+                "the run waits for it.",
+                flush=True,
+            )
         for rank, error in getattr(training_failed_error, "worker_failures", {}).items():
             print(f"⚠ Process {rank} has failed: {_first_line(error)}", flush=True)
         if start_failed or isinstance(training_failed_error, WorkerGroupError):
@@ -124,7 +143,9 @@ class ScalingPolicy(ElasticScalingPolicy):
         self._place, self._batches = place, batches
 
     def _count_possible_workers(self, reserved_resources) -> int:
-        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}  # of hosts Ray's coordinator has a view that is up to 20 s old
+        alive = {
+            n["NodeID"] for n in ray.nodes() if n["Alive"]
+        }  # of hosts Ray's coordinator has a view that is up to 20 s old
         most = super()._count_possible_workers({node: r for node, r in reserved_resources.items() if node in alive})
         return max((n for n in range(1, most + 1) if self._place.fits(n, self._batches)), default=0)
 
@@ -152,10 +173,16 @@ def _first_line(error: BaseException) -> str:
 def run_connected(job: Job, request: Request, place: Placement, alone: bool, host: Host) -> tuple[int, str]:
     """The same from a process that is connected to Ray; `host` is told what the first worker reports."""
     low, high = place.workers
-    print(f"Ray: {low if low == high else f'{low} to {high}'} worker{'s' if high > 1 else ''}, each with "
-          + ", ".join(f"{v:g} {k}" for k, v in place.resources.items()), flush=True)
-    desk = ray.remote(num_cpus=0)(Desk).options(
-        scheduling_strategy="DEFAULT", label_selector={NODE_ID_LABEL: ray.get_runtime_context().get_node_id()}).remote()
+    print(
+        f"Ray: {low if low == high else f'{low} to {high}'} worker{'s' if high > 1 else ''}, each with "
+        + ", ".join(f"{v:g} {k}" for k, v in place.resources.items()),
+        flush=True,
+    )
+    desk = (
+        ray.remote(num_cpus=0)(Desk)
+        .options(scheduling_strategy="DEFAULT", label_selector={NODE_ID_LABEL: ray.get_runtime_context().get_node_id()})
+        .remote()
+    )
     env = {k: v for k, v in passed_on(job.variables).items() if k != "JAX_PLATFORMS" or place.platform == "CPU"}
     if place.platform == "CPU":
         env["JAX_PLATFORMS"] = "cpu"
@@ -164,20 +191,40 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
     with tempfile.TemporaryDirectory() as scratch:  # Ray Train notes its own state there; nothing of the run
         try:
             trainer = Trainer(
-                place, job.batches, desk, request.max_failures, alone,
-                train_loop_config={"job": ray.cloudpickle.dumps(job), "request": request, "desk": desk, "cwd": os.getcwd()},
+                place,
+                job.batches,
+                desk,
+                request.max_failures,
+                alone,
+                train_loop_config={
+                    "job": ray.cloudpickle.dumps(job),
+                    "request": request,
+                    "desk": desk,
+                    "cwd": os.getcwd(),
+                },
                 backend_config=JaxBackendConfig(place.platform, job.packages, request.coordinator_port),
                 scaling_config=ScalingConfig(
-                    num_workers=high if low == high else (low, high), resources_per_worker=place.resources,
-                    use_gpu=place.platform == "GPU", use_tpu=place.platform == "TPU", topology=place.topology,
-                    accelerator_type=place.accelerator, placement_strategy=_strategy(place, request, alone),
-                    elastic_resize_monitor_interval_s=RESIZE),
-                run_config=RunConfig(name=f"{job.name}-{uuid.uuid4().hex[:8]}", storage_path=scratch,
-                                     failure_config=FailureConfig(max_failures=-1),
-                                     logging_config=LoggingConfig(log_level="WARNING"),
-                                     worker_runtime_env={"env_vars": env}))
+                    num_workers=high if low == high else (low, high),
+                    resources_per_worker=place.resources,
+                    use_gpu=place.platform == "GPU",
+                    use_tpu=place.platform == "TPU",
+                    topology=place.topology,
+                    accelerator_type=place.accelerator,
+                    placement_strategy=_strategy(place, request, alone),
+                    elastic_resize_monitor_interval_s=RESIZE,
+                ),
+                run_config=RunConfig(
+                    name=f"{job.name}-{uuid.uuid4().hex[:8]}",
+                    storage_path=scratch,
+                    failure_config=FailureConfig(max_failures=-1),
+                    logging_config=LoggingConfig(log_level="WARNING"),
+                    worker_runtime_env={"env_vars": env},
+                ),
+            )
         except ValueError as e:  # a TPU slice that cannot be had in this number of workers
-            raise ClusterError(f"Ray refuses {high} workers on {place.platform}: {e}; ask for another --num_workers.") from None
+            raise ClusterError(
+                f"Ray refuses {high} workers on {place.platform}: {e}; ask for another --num_workers."
+            ) from None
         return _wait(trainer, desk, request.max_failures, host)
 
 
@@ -227,8 +274,10 @@ def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, s
         raise error
     if (cause := getattr(error, "controller_failure", None)) and not isinstance(cause, START_FAILURES):
         return 1, f"Ray could not run it: {_first_line(cause)}. Its checkpoints, if there are any, are whole."
-    return 1, (f"The run has failed {max_failures + 1} times without getting on, last with: "
-               f"{_first_line(error)}. Its checkpoints are whole; the same command goes on from them.{_remedy(error)}")
+    return 1, (
+        f"The run has failed {max_failures + 1} times without getting on, last with: "
+        f"{_first_line(error)}. Its checkpoints are whole; the same command goes on from them.{_remedy(error)}"
+    )
 
 
 def _remedy(error: BaseException) -> str:

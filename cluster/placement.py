@@ -15,16 +15,17 @@ from cluster.job import Job, Request
 
 T = TypeVar("T")
 
+
 @dataclass(frozen=True)
 class Placement:
     """What each worker gets, and how many there are."""
 
-    platform: str                    # GPU, TPU or CPU
-    resources: dict[str, float]      # of a worker
-    workers: tuple[int, int]         # fewest, most
-    exactly: bool                    # asked for in this number
-    topology: str | None = None      # of a TPU slice, e.g. 4x4
-    accelerator: str | None = None   # e.g. TPU-V6E
+    platform: str  # GPU, TPU or CPU
+    resources: dict[str, float]  # of a worker
+    workers: tuple[int, int]  # fewest, most
+    exactly: bool  # asked for in this number
+    topology: str | None = None  # of a TPU slice, e.g. 4x4
+    accelerator: str | None = None  # e.g. TPU-V6E
 
     def fits(self, workers: int, batches: tuple[int, ...]) -> bool:
         """Whether a number of workers divides every batch; of CPU cores a worker uses as many as do."""
@@ -40,8 +41,10 @@ class Placement:
         found = [n for n in range(low if self.exactly else 1, high + 1) if self.fits(n, job.batches)]
         if not found:
             devices = "" if self.platform == "CPU" else f" of {self.resources[self.platform]:g} {self.platform}s"
-            raise ClusterError(f"Batches of {' and '.join(map(str, job.batches))} {job.item} do not divide among "
-                               f"{high} workers{devices}; use another --num_workers, or {job.another_batch}.")
+            raise ClusterError(
+                f"Batches of {' and '.join(map(str, job.batches))} {job.item} do not divide among "
+                f"{high} workers{devices}; use another --num_workers, or {job.another_batch}."
+            )
         if found[-1] < high:
             print(f"{found[-1]} workers, not {high}: more do not divide the batch", flush=True)
         if low < high and self.exactly and found[0] > low:
@@ -67,14 +70,24 @@ def placement(request: Request, alone: bool) -> Placement:
         hosts = [n for n in nodes if min(n["Resources"].get(p, 0) for p in ("CPU", platform)) >= a_host]
         if len(hosts) * a_host >= low and (asked or hosts):
             return _shares(platform, hosts, a_host, (low, high) if asked else None)
-        there = Counter(", ".join(f"{n['Resources'].get(p, 0):g} {p}" for p in ("CPU", "GPU", "TPU")
-                                  if p == "CPU" or n["Resources"].get(p)) for n in nodes)
-        return Missing([{"CPU": a_host, platform: a_host}] * -(-low // a_host), (
-            f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
-            f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are "
-            f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {jax_platforms_ask(platform) if request.devices == 'auto' else ''}"
-            "start more hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer "
-            "with --wait_for_hosts."))
+        there = Counter(
+            ", ".join(
+                f"{n['Resources'].get(p, 0):g} {p}"
+                for p in ("CPU", "GPU", "TPU")
+                if p == "CPU" or n["Resources"].get(p)
+            )
+            for n in nodes
+        )
+        return Missing(
+            [{"CPU": a_host, platform: a_host}] * -(-low // a_host),
+            (
+                f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
+                f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are "
+                f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {jax_platforms_ask(platform) if request.devices == 'auto' else ''}"
+                "start more hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer "
+                "with --wait_for_hosts."
+            ),
+        )
 
     return wait_for_hosts(look, 0 if alone else request.wait_for_hosts)
 
@@ -118,8 +131,10 @@ def kind_of_devices(nodes: list[dict], alone: bool) -> str:
     """
     wished = [word.strip() for word in os.environ.get("JAX_PLATFORMS", "").split(",") if word.strip()]
     if unknown := [word for word in wished if word not in KINDS]:
-        raise ClusterError(f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names {unknown[0]}, which Ray's workers cannot "
-                           "have; unset it, or set it to cpu, cuda or tpu.")
+        raise ClusterError(
+            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} names {unknown[0]}, which Ray's workers cannot "
+            "have; unset it, or set it to cpu, cuda or tpu."
+        )
     kinds = [KINDS[word] for word in wished]
     if not kinds or (kinds == ["CPU"] and not alone):
         kinds = ["TPU", "GPU", "CPU"]
@@ -143,5 +158,11 @@ def _shares(platform: str, hosts: list[dict], a_host: int, asked: tuple[int, int
         return Placement(platform, resources, workers, bool(asked))
     labels = hosts[0]["Labels"]
     pod = labels.get("ray.io/tpu-pod-type", "")  # v6e-16
-    return Placement(platform, resources, workers, bool(asked), labels.get("ray.io/tpu-topology"),
-                     f"TPU-{pod.split('-')[0].upper()}" if pod else None)
+    return Placement(
+        platform,
+        resources,
+        workers,
+        bool(asked),
+        labels.get("ray.io/tpu-topology"),
+        f"TPU-{pod.split('-')[0].upper()}" if pod else None,
+    )

@@ -32,11 +32,16 @@ def of_ray() -> dict:
     if not takes_sockets(usual):
         folder = next(filter(takes_sockets, _others()), None)
         if folder is None:
-            raise ClusterError(f"Ray can have no sockets in {usual} (RAY_TMPDIR, TMPDIR), /tmp or /var/tmp; set "
-                               "RAY_TMPDIR to a directory with a short name that you may write to, or give --runtime "
-                               "local.")
-        print(f"Ray's sockets go to {folder}: {usual} (RAY_TMPDIR, TMPDIR) is too long a name, not there, or not "
-              "writable.", flush=True)
+            raise ClusterError(
+                f"Ray can have no sockets in {usual} (RAY_TMPDIR, TMPDIR), /tmp or /var/tmp; set "
+                "RAY_TMPDIR to a directory with a short name that you may write to, or give --runtime "
+                "local."
+            )
+        print(
+            f"Ray's sockets go to {folder}: {usual} (RAY_TMPDIR, TMPDIR) is too long a name, not there, or not "
+            "writable.",
+            flush=True,
+        )
         options["_temp_dir"] = str(folder)
     if sys.platform == "linux" and _free_shared_memory() < SHARED:
         options |= {"_plasma_directory": str(folder), "object_store_memory": OBJECTS}

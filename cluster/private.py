@@ -42,10 +42,27 @@ SYSTEM_CONFIG = {"enable_metrics_collection": False, "task_events_report_interva
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # a call that Ray's coordinator (GCS) answers, and nothing else does
 
 __all__ = [
-    "ALIVE", "CHECKED", "NODE_ID_LABEL", "SYSTEM_CONFIG", "ControllerError", "DataParallelTrainer", "DatasetsCallback",
-    "DefaultFailurePolicy", "ElasticScalingPolicy", "FailureDecision", "FixedScalingPolicy",
-    "PlacementGroupCleanerCallback", "TrainingFailedError", "WorkerGroupError", "WorkerGroupStartupFailedError",
-    "WorkerGroupStartupTimeoutError", "cache_every_process", "is_ray", "temp_dir", "train_context"]
+    "ALIVE",
+    "CHECKED",
+    "NODE_ID_LABEL",
+    "SYSTEM_CONFIG",
+    "ControllerError",
+    "DataParallelTrainer",
+    "DatasetsCallback",
+    "DefaultFailurePolicy",
+    "ElasticScalingPolicy",
+    "FailureDecision",
+    "FixedScalingPolicy",
+    "PlacementGroupCleanerCallback",
+    "TrainingFailedError",
+    "WorkerGroupError",
+    "WorkerGroupStartupFailedError",
+    "WorkerGroupStartupTimeoutError",
+    "cache_every_process",
+    "is_ray",
+    "temp_dir",
+    "train_context",
+]
 
 
 def is_ray(address: str, seconds: float = 30) -> bool:

@@ -8,9 +8,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from collections.abc import Iterable
 from typing import NoReturn
 
 import ray
@@ -43,7 +42,11 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
     reach_directly(hosts)
     where = {"address": address}
     if alone:
-        where |= {"include_dashboard": False, "_system_config": private.SYSTEM_CONFIG, "num_cpus": cores} | places.of_ray()
+        where |= {
+            "include_dashboard": False,
+            "_system_config": private.SYSTEM_CONFIG,
+            "num_cpus": cores,
+        } | places.of_ray()
     set_default("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
     set_default(NICENESS, "0")  # of workers of a Ray that is started here
     main = threading.current_thread() is threading.main_thread()
@@ -53,13 +56,17 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
             ray.init(**where, log_to_driver=True, logging_level=logging.WARNING, **how)
     except (ConnectionError, ValueError) as e:
         if alone:
-            raise ClusterError(f"Ray cannot be started on this machine ({_one_line(e)[:500]}); --runtime local does "
-                               "without it.") from None
+            raise ClusterError(
+                f"Ray cannot be started on this machine ({_one_line(e)[:500]}); --runtime local does without it."
+            ) from None
         if address == "auto":
-            raise ClusterError(f"{VARIABLE}=auto, and no Ray runs on this machine; start one (ray start --head), or "
-                               f"{REMEDY}.") from None
-        raise ClusterError(f"Ray cannot be reached at {VARIABLE}={address} ({_one_line(e)[:500]}); start it there (ray "
-                           f"start --head), or {REMEDY}.") from None
+            raise ClusterError(
+                f"{VARIABLE}=auto, and no Ray runs on this machine; start one (ray start --head), or {REMEDY}."
+            ) from None
+        raise ClusterError(
+            f"Ray cannot be reached at {VARIABLE}={address} ({_one_line(e)[:500]}); start it there (ray "
+            f"start --head), or {REMEDY}."
+        ) from None
     except SystemExit:  # Ray's own answer to SIGTERM
         _stop()
     except (RuntimeError, ray.exceptions.AuthenticationError) as e:  # another version of Ray or Python, or no token
@@ -113,11 +120,15 @@ def _answers(address: str, seconds: float = 15) -> None:
             socket.create_connection(host_and_port(address), timeout=5).close()
             if tls or private.is_ray(address):
                 return
-            why = (f"What answers at {VARIABLE}={address} is not Ray's coordinator, whose port is 6379 where nobody "
-                   "chose another")
+            why = (
+                f"What answers at {VARIABLE}={address} is not Ray's coordinator, whose port is 6379 where nobody "
+                "chose another"
+            )
         except OSError as e:
-            why = (f"Nobody answers at {VARIABLE}={address} ({e.strerror or e}); start Ray there (ray start --head), "
-                   "or mend the address")
+            why = (
+                f"Nobody answers at {VARIABLE}={address} ({e.strerror or e}); start Ray there (ray start --head), "
+                "or mend the address"
+            )
         if time.monotonic() > until:
             raise ClusterError(f"{why}: {REMEDY}.")
         time.sleep(1)

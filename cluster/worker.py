@@ -71,7 +71,9 @@ class Worker(Host):
         self.first_here = context.get_local_rank() == 0
         self.name = f"host {ray.util.get_node_ip_address()}, process {self.rank}"
         self._hang_timeout = request.hang_timeout if self.world > 1 else 0
-        self._context = train_context.get_train_context()  # the public get_preemption_info is a barrier over all workers
+        self._context = (
+            train_context.get_train_context()
+        )  # the public get_preemption_info is a barrier over all workers
         self._notices, self._told = 0, 0
         self._desk = desk
         threading.Thread(target=self._look, args=(desk,), daemon=True, name="notices").start()
@@ -127,7 +129,9 @@ def work(config: dict) -> None:
     worker = Worker(config["request"], config["desk"])
     code, message = job.call(worker)
     if code:
-        logging.getLogger("ray.train").setLevel(logging.CRITICAL)  # else it shows a traceback of what is no error of the code
+        logging.getLogger("ray.train").setLevel(
+            logging.CRITICAL
+        )  # else it shows a traceback of what is no error of the code
         raise Ended(code, message)
     if worker.world > 1:
         import jax

@@ -20,8 +20,13 @@ def unfit() -> str:
 def _tried(flags: str) -> str:
     if not flags.strip():
         return ""
-    said = subprocess.run([sys.executable, "-c", READ], env=os.environ | {"XLA_FLAGS": flags}, text=True,
-                          errors="replace", capture_output=True)
+    said = subprocess.run(
+        [sys.executable, "-c", READ],
+        env=os.environ | {"XLA_FLAGS": flags},
+        text=True,
+        errors="replace",
+        capture_output=True,
+    )
     told = re.search(REFUSED, said.stderr)
     if not said.returncode or not told:  # whatever else it has will show itself, and better
         return ""

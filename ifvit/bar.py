@@ -28,8 +28,15 @@ class _Lines:
             self.told = now
             rate = self.done / (now - self.began)
             left = tqdm.format_interval((self.total - self.done) / rate)
-            log.info("%s: %s of %s %ss, %.1f a second, %s left", self.name, f"{self.done:,}", f"{self.total:,}",
-                     self.unit, rate, left)
+            log.info(
+                "%s: %s of %s %ss, %.1f a second, %s left",
+                self.name,
+                f"{self.done:,}",
+                f"{self.total:,}",
+                self.unit,
+                rate,
+                left,
+            )
 
 
 @contextmanager
@@ -40,8 +47,17 @@ def bar(name: str, total: int, unit: str, every: float = 60.0) -> Iterator[tqdm 
     """
     silent = jax.process_index() > 0
     if silent or sys.stderr.isatty():
-        with tqdm(total=total, desc=name, unit=unit, file=sys.stderr, mininterval=1, delay=QUIET, dynamic_ncols=True,
-                  leave=False, disable=silent) as shown:
+        with tqdm(
+            total=total,
+            desc=name,
+            unit=unit,
+            file=sys.stderr,
+            mininterval=1,
+            delay=QUIET,
+            dynamic_ncols=True,
+            leave=False,
+            disable=silent,
+        ) as shown:
             yield shown
     else:
         yield _Lines(name, total, unit, every)

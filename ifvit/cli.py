@@ -24,11 +24,11 @@ from ifvit import flags
 from ifvit.errors import Failure, Interrupted, UserError
 from ifvit.paths import lend_home
 
-
 FULL_DEVICE = (
     "The memory of the device is full. --set accumulate=4 goes through a batch in four parts (in train_all "
     "--set dense.accumulate=4 --set match.accumulate=4), --set compute_dtype=bfloat16 or --set remat=true take "
-    "less of it; nvidia-smi shows whether another process has some. JAX says: {}")
+    "less of it; nvidia-smi shows whether another process has some. JAX says: {}"
+)
 ROOM_FOR_PROGRAMS = 50e6  # bytes
 
 
@@ -43,8 +43,13 @@ def parse(cls, name: str, argv: list[str]):
         with contextlib.redirect_stderr(said):
             if not unknown:
                 args, unknown = tyro.cli(
-                    cls, prog=f"python -m {name}", args=argv, return_unknown_args=True, use_underscores=True,
-                    config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff))
+                    cls,
+                    prog=f"python -m {name}",
+                    args=argv,
+                    return_unknown_args=True,
+                    use_underscores=True,
+                    config=(tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff),
+                )
     except SystemExit as e:
         if not e.code:  # --help
             raise
@@ -55,8 +60,10 @@ def parse(cls, name: str, argv: list[str]):
     if unknown:
         flag = unknown[0].split("=")[0]
         near = difflib.get_close_matches(flag, known, 1, cutoff=0.4)
-        raise UserError(f"Unknown {'flag' if flag.startswith('-') else 'argument'} {flag}; "
-                        + (f"did you mean {near[0]}?" if near else f"python -m {name} --help lists the flags."))
+        raise UserError(
+            f"Unknown {'flag' if flag.startswith('-') else 'argument'} {flag}; "
+            + (f"did you mean {near[0]}?" if near else f"python -m {name} --help lists the flags.")
+        )
     return flags.from_homes(args)
 
 
@@ -69,6 +76,7 @@ def main(cls, name: str, argv: list[str] | None = None) -> int:
 
 def main_with_commands(commands: dict[str, type], name: str) -> int:
     """The same for a command with sub-commands."""
+
     def call():
         words = sys.argv[1:]
         if not words or words[0] in ("-h", "--help"):
@@ -104,7 +112,9 @@ def prepare_output() -> None:
     logging.getLogger("ifvit").setLevel(logging.INFO)
     for library in ("absl", "asyncio"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # tracebacks of Orbax's writes that fail
-    logging.getLogger("jax").setLevel(logging.WARNING)  # in Ray's workers it would tell of every platform that is not there
+    logging.getLogger("jax").setLevel(
+        logging.WARNING
+    )  # in Ray's workers it would tell of every platform that is not there
     logging.getLogger("jax._src.xla_bridge").addFilter(in_one_line)
     if not isinstance(sys.unraisablehook, _UnraisableHook):
         sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
@@ -156,8 +166,10 @@ def outcome(call: Callable[[], object], tried_again: bool = False) -> tuple[int,
     except OSError as e:
         if e.errno not in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT):
             raise
-        return 1, (f"{e.strerror}: {e.filename or 'the disk'}; free or give another place (IFVIT_CACHE moves the cache, "
-                   "--checkpoint_dir the checkpoints).")
+        return 1, (
+            f"{e.strerror}: {e.filename or 'the disk'}; free or give another place (IFVIT_CACHE moves the cache, "
+            "--checkpoint_dir the checkpoints)."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,8 +191,11 @@ def use_huge_pages() -> None:
     """
     if sys.platform == "linux" and not os.environ.get("GLIBC_TUNABLES"):
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]],
-                  os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"})
+        os.execve(
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"},
+        )
 
 
 def use_compilation_cache(folder: Path) -> None:
@@ -196,7 +211,10 @@ def use_compilation_cache(folder: Path) -> None:
     except OSError as e:
         logging.getLogger("ifvit").warning(
             "Compiled programs are not kept, every start compiles anew: the cache %s cannot be written (%s). "
-            "Set IFVIT_CACHE to a folder that can.", folder, e.strerror)
+            "Set IFVIT_CACHE to a folder that can.",
+            folder,
+            e.strerror,
+        )
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

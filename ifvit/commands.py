@@ -14,13 +14,23 @@ from cluster.host import ClusterError, Host
 from cluster.job import Job, Request
 from cluster.launch import launch
 from ifvit import cli
-from ifvit.config import COMMON, DenseConfig, MatchConfig, default_preset, keys_with, parse_value, preset, read_toml, with_changes
-from ifvit.devices.cores import cores
-from ifvit.config import Config
+from ifvit.config import (
+    COMMON,
+    Config,
+    DenseConfig,
+    MatchConfig,
+    default_preset,
+    keys_with,
+    parse_value,
+    preset,
+    read_toml,
+    with_changes,
+)
 from ifvit.data.sources import SYNTHETIC
+from ifvit.devices.cores import cores
+from ifvit.devices.sharding import use_cpu_cores
 from ifvit.errors import UserError
 from ifvit.paths import absolute, cache_dir, resolve
-from ifvit.devices.sharding import use_cpu_cores
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,13 @@ class ConfigArgs:
 
     def common(self) -> dict:
         """Flags that are configuration keys of both modules, those given."""
-        flags = {"seed": self.seed, "ppi": self.ppi, "ridges": self.ridges, "names": self.names, "dataset_root": tuple(self.dataset_root) or None}
+        flags = {
+            "seed": self.seed,
+            "ppi": self.ppi,
+            "ridges": self.ridges,
+            "names": self.names,
+            "dataset_root": tuple(self.dataset_root) or None,
+        }
         return {k: v for k, v in flags.items() if v is not None}
 
 
@@ -111,18 +127,29 @@ class TrainArgs(ConfigArgs):
         configs = tuple(c.replace(checkpoint_dir=absolute(c.checkpoint_dir)) for c in self.configs(preset))
         for config in configs:
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
-        return Job(functools.partial(run_here, self.command, asdict(self), platform, preset, configs), name,
-                   tuple(sorted({c.micro_batch for c in configs})), ("ifvit", "jax", "jaxlib", "flax", "optax"), **JOB)
+        return Job(
+            functools.partial(run_here, self.command, asdict(self), platform, preset, configs),
+            name,
+            tuple(sorted({c.micro_batch for c in configs})),
+            ("ifvit", "jax", "jaxlib", "flax", "optax"),
+            **JOB,
+        )
 
 
-JOB = {"item": "pairs", "another_batch": "a --batch_size that is a multiple", "variables": ("IFVIT_",)}  # what all of ours have
+JOB = {
+    "item": "pairs",
+    "another_batch": "a --batch_size that is a multiple",
+    "variables": ("IFVIT_",),
+}  # what all of ours have
 
 
 def check_outlives_job(path: str, what: str) -> None:
     """UserError for a folder that Ray removes with the job."""
     if "working_dir_files" in absolute(path):
-        raise UserError(f"{what} {path} lies in the job's working directory, which Ray removes; give an absolute path that "
-                        "all hosts share.")
+        raise UserError(
+            f"{what} {path} lies in the job's working directory, which Ray removes; give an absolute path that "
+            "all hosts share."
+        )
 
 
 def check_set(items: tuple[str, ...]) -> None:
@@ -138,7 +165,9 @@ def check_common(items: tuple[str, ...]) -> None:
     values = {key: value for key, _, value in (item.partition("=") for item in items)}
     for k in keys_with(COMMON):
         if f"match.{k}" in values and values[f"match.{k}"] != values.get(f"dense.{k}"):
-            raise UserError(f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too, the same.")
+            raise UserError(
+                f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too, the same."
+            )
 
 
 def check_backend(platform: str, name: str) -> None:
@@ -147,10 +176,14 @@ def check_backend(platform: str, name: str) -> None:
 
     if platform not in ("", "CPU") and jax.default_backend() == "cpu":
         if os.environ.get("JAX_PLATFORMS"):
-            raise UserError(f"{name or 'This process'} has a {platform} from Ray, and there JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} forbids "
-                            "it; unset that where Ray is started on that host, or give --devices cpu.")
-        raise UserError(f"{name or 'This process'} has a {platform} from Ray, and JAX finds none there; install the project with the "
-                        f"extra {'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver.")
+            raise UserError(
+                f"{name or 'This process'} has a {platform} from Ray, and there JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} forbids "
+                "it; unset that where Ray is started on that host, or give --devices cpu."
+            )
+        raise UserError(
+            f"{name or 'This process'} has a {platform} from Ray, and JAX finds none there; install the project with the "
+            f"extra {'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver."
+        )
 
 
 def given(**flags) -> dict:
@@ -158,7 +191,9 @@ def given(**flags) -> dict:
     return {k: v for k, v in flags.items() if v is not None}
 
 
-def run_here(command: str, flags: dict, platform: str, preset: str | None, configs: tuple | None, host: Host) -> tuple[int, str]:
+def run_here(
+    command: str, flags: dict, platform: str, preset: str | None, configs: tuple | None, host: Host
+) -> tuple[int, str]:
     """A training command in this process: (exit code, message). Of several processes JAX's first one prints.
 
     `platform`: the devices that Ray gave it, '' where it is to find out.
@@ -204,7 +239,9 @@ def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, ta
         if table:
             prefix, dot, key = key.partition(".")
             if not dot or prefix not in ("dense", "match"):
-                raise UserError(f"--set {item} names no module; write --set dense.{prefix}=… or --set match.{prefix}=….")
+                raise UserError(
+                    f"--set {item} names no module; write --set dense.{prefix}=… or --set match.{prefix}=…."
+                )
             if prefix != table:
                 continue
         config = with_changes(config, {key: parse_value(cls, key, value)})
@@ -234,6 +271,9 @@ def start(args: ConfigArgs, preset_name: str | None, config: Config) -> None:
 
     devices = jax.devices()
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
-    print(f"{args.command.rpartition('.')[2]}: dataset_root {named_roots(args, config)}; preset {args.preset or preset_name or default_preset()}; "
-          f"{len(devices)} × {devices[0].device_kind}{processes}", flush=True)
+    print(
+        f"{args.command.rpartition('.')[2]}: dataset_root {named_roots(args, config)}; preset {args.preset or preset_name or default_preset()}; "
+        f"{len(devices)} × {devices[0].device_kind}{processes}",
+        flush=True,
+    )
     cli.use_compilation_cache(cache_dir() / "compiled")

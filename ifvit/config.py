@@ -22,23 +22,24 @@ from ifvit.files import read_text
 from ifvit.paths import from_home, resolve_data
 from ifvit.presets import PRESETS
 
-
 # What a field is to the compiled programs: a part of them (PROGRAM), a number that they take as an argument
 # (SCALAR: runs that differ in such alone share one program), or nothing (HOST).
 PROGRAM, SCALAR, HOST = "program", "scalar", "host"
 
 
 # What a field is to a run and to a sweep; most are none of these.
-FREE = "free"      # a run goes on with another value of it, and is the same run
-OWN = "own"        # a run's own affair: no setting to hand on
-SWEEP = "sweep"    # the same for all trials of a sweep, or they could not be compared
+FREE = "free"  # a run goes on with another value of it, and is the same run
+OWN = "own"  # a run's own affair: no setting to hand on
+SWEEP = "sweep"  # the same for all trials of a sweep, or they could not be compared
 COMMON = "common"  # the same for both modules: their windows and networks share it
-LIVE = "live"      # the host's, and may change while a run trains
+LIVE = "live"  # the host's, and may change while a run trains
 
 
 def number(default, lo=-math.inf, hi=math.inf, use=PROGRAM, word=None, roles=frozenset()):
     """A numeric field with its closed range; `word`: what it may be instead."""
-    return field(default=default, metadata={"lo": lo, "hi": hi, "use": use, "roles": roles} | ({"word": word} if word else {}))
+    return field(
+        default=default, metadata={"lo": lo, "hi": hi, "use": use, "roles": roles} | ({"word": word} if word else {})
+    )
 
 
 def choice(default, *choices, use=PROGRAM, roles=frozenset()):
@@ -69,67 +70,80 @@ class Config:
     """What both modules share. Reads by key too: `config["checkpoint_dir"]`."""
 
     # --- data
-    dataset_root: tuple[str, ...] = place(("synthetic",), roles={FREE, OWN})  # folders of prints; `synthetic` for generated ones
-    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto", roles={OWN})  # overrides the prints' resolution; 0: the file's, or the set's;
+    # folders of prints; `synthetic` for generated ones
+    dataset_root: tuple[str, ...] = place(("synthetic",), roles={FREE, OWN})
+    # overrides the prints' resolution; 0: the file's, or the set's;
+    ppi: float | str = number(0.0, 0, 5000, use=HOST, word="auto", roles={OWN})
     #                                                 auto: that too, but where the ridges tell another, theirs
-    ridges: str = choice("dark", "dark", "light", use=HOST, roles={OWN})  # of the prints' images: lighter than the valleys, of some sensors
+    # of the prints' images: lighter than the valleys, of some sensors
+    ridges: str = choice("dark", "dark", "light", use=HOST, roles={OWN})
     names: str = host("", roles={FREE, OWN})  # how prints' names are to be read, as --names; '': as known sets' are
     held_out: float = number(0.1, TINY, 0.9, use=HOST, roles={SWEEP})  # share of fingers kept for validation
-    data_seed: int = number(0, 0, 2**31 - 1, use=HOST, roles={SWEEP})  # chooses them, and the generated prints: seeds can be compared
+    # chooses them, and the generated prints: seeds can be compared
+    data_seed: int = number(0, 0, 2**31 - 1, use=HOST, roles={SWEEP})
     synthetic_fingers: int = number(300, 2, use=HOST)  # how many generated fingers, where generated ones are used
     synthetic_impressions: int = number(8, 1, use=HOST)  # and impressions of each
-    synthetic_share: float = number(0.0, 0, 1, use=HOST, roles={LIVE})  # share of pairs drawn from generated fingers beside real ones
-    input_workers: int = number(0, 0, 256, use=HOST, roles={FREE, OWN})  # Grain worker processes a host; 0: threads of this process
-    max_broken: float = number(0.1, 0, 1, use=HOST, roles={FREE})  # share of unreadable images above which a run refuses
-    canvas_size: int = number(512, 64, 4096)        # px at 500 ppi, what the host hands to the device
+    # share of pairs drawn from generated fingers beside real ones
+    synthetic_share: float = number(0.0, 0, 1, use=HOST, roles={LIVE})
+    # Grain worker processes a host; 0: threads of this process
+    input_workers: int = number(0, 0, 256, use=HOST, roles={FREE, OWN})
+    # share of unreadable images above which a run refuses
+    max_broken: float = number(0.1, 0, 1, use=HOST, roles={FREE})
+    canvas_size: int = number(512, 64, 4096)  # px at 500 ppi, what the host hands to the device
     # --- network
     input_ppi: float = number(200.0, 50, 1000, roles={COMMON})  # resolution the network sees
     image_size: int = number(128, 16, 2048, roles={COMMON})  # px, side of its window, a multiple of 8 (paper)
-    resnet_widths: tuple[int, ...] = program((64, 128, 256, 512), roles={COMMON})  # channels of the ResNet-18 stages (paper)
+    # channels of the ResNet-18 stages (paper)
+    resnet_widths: tuple[int, ...] = program((64, 128, 256, 512), roles={COMMON})
     transformer: str = choice("loftr", "loftr", "siamese", roles={COMMON})  # linear attention, or plain softmax
     transformer_width: int = number(256, 4, roles={COMMON})  # (paper)
     transformer_heads: int = number(8, 1, roles={COMMON})  # (paper)
     transformer_layers: int = number(4, 1, 64, roles={COMMON})  # pairs of a self and a cross layer (paper)
-    temp_bug_fix: bool = program(True, roles={COMMON})  # False: position encoding of LoFTR's published outdoor_ds weights
+    # False: position encoding of LoFTR's published outdoor_ds weights
+    temp_bug_fix: bool = program(True, roles={COMMON})
     similarity: str = choice("scaled_dot", "scaled_dot", "cosine", roles={COMMON})  # cosine has a learned scale
-    temperature: float = number(0.1, 1e-4, 100)     # of the dual softmax over scaled_dot (paper)
+    temperature: float = number(0.1, 1e-4, 100)  # of the dual softmax over scaled_dot (paper)
     cosine_scale: float = number(20.0, 0.01, 1e4, use=HOST)  # where cosine's learned scale starts
     # --- matching
     match_threshold: float = number(0.2, 0, 1, use=SCALAR)  # confidence above which a mutual match counts (paper)
-    match_border: int = number(2, 0, 64)            # cells at the edge of the grid whose matches are dropped (LoFTR)
+    match_border: int = number(2, 0, 64)  # cells at the edge of the grid whose matches are dropped (LoFTR)
     # --- registration: the robust fit of a similarity to the matches
-    alignment_matches: int = number(256, 4)         # best matches that the robust fit sees
-    alignment_samples: int = number(256, 1)         # two-match hypotheses it tries
+    alignment_matches: int = number(256, 4)  # best matches that the robust fit sees
+    alignment_samples: int = number(256, 1)  # two-match hypotheses it tries
     inlier_radius: float = number(1.25, 0.1, 10, use=SCALAR)  # cells
-    min_matches: int = number(4, 2, use=SCALAR)     # fewer inliers: not aligned
+    min_matches: int = number(4, 2, use=SCALAR)  # fewer inliers: not aligned
     # --- corruption of the inputs: strength 1 is the default of each, 0 none
     rotation: float = number(60.0, 0, 180, use=SCALAR)  # degrees, uniform within ± (paper)
-    noise: float = number(1.0, 0, 5, use=SCALAR)    # sensor noise (Perlin, paper) and speckle
+    noise: float = number(1.0, 0, 5, use=SCALAR)  # sensor noise (Perlin, paper) and speckle
     thickness: float = number(1.0, 0, 5, use=SCALAR)  # dryness and over-pressure
     distortion: float = number(1.0, 0, 5, use=SCALAR)  # smooth skin distortion, 1: up to about 8 px at 500 ppi
     partial: float = number(1.0, 0, 1, use=SCALAR)  # how often only a part of the finger touches
     # --- training
-    batch_size: int = number(128, 1)                # pairs a step, over all devices (paper)
+    batch_size: int = number(128, 1)  # pairs a step, over all devices (paper)
     num_epochs: int = number(100, 1, use=HOST, roles={SWEEP})
-    pairs_per_epoch: int = number(0, 0, use=HOST)   # 0: four for each training print (paper: 100,360 of 25,090)
+    pairs_per_epoch: int = number(0, 0, use=HOST)  # 0: four for each training print (paper: 100,360 of 25,090)
     impostor_share: float = number(0.25, 0, 0.9, use=HOST, roles={LIVE})  # of the pairs (paper: 25,000 of 100,000)
     learning_rate: float = number(1e-3, TINY, 10, use=HOST, roles={LIVE})  # peak (paper)
-    warmup: float = number(0.05, 0, 1, use=HOST)    # share of all steps
+    warmup: float = number(0.05, 0, 1, use=HOST)  # share of all steps
     final_lr: float = number(0.01, 0, 1, use=HOST)  # of the peak, at the end of the cosine
     weight_decay: float = number(2e-4, 0, 10, use=SCALAR)  # (paper)
     grad_clip: float = number(1.0, TINY, use=SCALAR)  # global norm
-    accumulate: int = number(1, 1)                  # micro-batches a step, gradients averaged; BatchNorm sees one whole
+    accumulate: int = number(1, 1)  # micro-batches a step, gradients averaged; BatchNorm sees one whole
     compute_dtype: str = choice("float32", "float32", "bfloat16")  # of the networks; parameters are float32
     remat: bool = program(False, roles={FREE})  # activations computed again in the backward pass: less memory
     val_pairs: int = number(512, 0, use=HOST, roles={SWEEP})  # validation pairs an epoch
-    patience: int = number(0, 0, use=HOST, roles={SWEEP})  # epochs without a better validation that end a run; 0: none do
+    # epochs without a better validation that end a run; 0: none do
+    patience: int = number(0, 0, use=HOST, roles={SWEEP})
     # --- checkpoints: one is written after every epoch; what is kept for good
-    save_every: int = number(5, 1, use=HOST, roles={FREE, OWN})  # epochs between periodic checkpoints, which are all kept
+    # epochs between periodic checkpoints, which are all kept
+    save_every: int = number(5, 1, use=HOST, roles={FREE, OWN})
     save_steps: int = number(0, 0, use=HOST, roles={FREE, OWN})  # steps between checkpoints within an epoch; 0: none
     keep_last: int = number(2, 1, use=HOST, roles={FREE, OWN})  # newest ones kept, whatever they are
-    keep_best: int = number(1, 1, use=HOST, roles={FREE, OWN})  # best epochs kept, by validation; 1: `…_best` alone, a copy
+    # best epochs kept, by validation; 1: `…_best` alone, a copy
+    keep_best: int = number(1, 1, use=HOST, roles={FREE, OWN})
     # --- devices
-    model_parallel: int = number(1, 1, use=HOST, roles={FREE, OWN})  # devices that share one copy of parameters and moments (FSDP)
+    # devices that share one copy of parameters and moments (FSDP)
+    model_parallel: int = number(1, 1, use=HOST, roles={FREE, OWN})
     seed: int = number(0, 0, 2**31 - 1, use=SCALAR, roles={OWN})
 
     def __post_init__(self):
@@ -139,23 +153,34 @@ class Config:
                 object.__setattr__(self, f.name, float(value))
             check(f, getattr(self, f.name))
         if self.image_size % STRIDE:
-            raise UserError(f"image_size is {self.image_size}, not a multiple of the stride {STRIDE}; "
-                            f"use {self.image_size // STRIDE * STRIDE + STRIDE}.")
+            raise UserError(
+                f"image_size is {self.image_size}, not a multiple of the stride {STRIDE}; "
+                f"use {self.image_size // STRIDE * STRIDE + STRIDE}."
+            )
         if self.batch_size % self.accumulate:
-            raise UserError(f"A batch of {self.batch_size} does not divide into {self.accumulate} micro-batches; use "
-                            f"--set accumulate={math.gcd(self.batch_size, self.accumulate)}.")
+            raise UserError(
+                f"A batch of {self.batch_size} does not divide into {self.accumulate} micro-batches; use "
+                f"--set accumulate={math.gcd(self.batch_size, self.accumulate)}."
+            )
         if self.canvas_size % MASK_CELL:
-            raise UserError(f"canvas_size is {self.canvas_size}, not a multiple of {MASK_CELL}; "
-                            f"use {self.canvas_size // MASK_CELL * MASK_CELL + MASK_CELL}.")
+            raise UserError(
+                f"canvas_size is {self.canvas_size}, not a multiple of {MASK_CELL}; "
+                f"use {self.canvas_size // MASK_CELL * MASK_CELL + MASK_CELL}."
+            )
         if self.transformer_width % self.transformer_heads:
-            raise UserError(f"transformer_width {self.transformer_width} is not a multiple of transformer_heads "
-                            f"{self.transformer_heads}; change one of them.")
+            raise UserError(
+                f"transformer_width {self.transformer_width} is not a multiple of transformer_heads "
+                f"{self.transformer_heads}; change one of them."
+            )
         if self.transformer_width % 4:
-            raise UserError(f"transformer_width {self.transformer_width} is not a multiple of 4, which the position "
-                            "encoding needs; change it.")
+            raise UserError(
+                f"transformer_width {self.transformer_width} is not a multiple of 4, which the position "
+                "encoding needs; change it."
+            )
         if not 3 <= len(self.resnet_widths) <= 5 or min(self.resnet_widths) < 1:
-            raise UserError(f"resnet_widths has {len(self.resnet_widths)} stages {self.resnet_widths}; give 3 to 5 "
-                            "positive widths.")
+            raise UserError(
+                f"resnet_widths has {len(self.resnet_widths)} stages {self.resnet_widths}; give 3 to 5 positive widths."
+            )
 
     def __getitem__(self, key: str):
         return getattr(self, known_key(type(self), key))
@@ -172,7 +197,11 @@ class Config:
     def scalars(self) -> dict[str, np.ndarray]:
         """The numbers that compiled programs take as arguments."""
         kinds = {float: np.float32, int: np.int32}
-        return {f.name: np.asarray(getattr(self, f.name), kinds[f.type]) for f in dataclasses.fields(self) if use_of(f) == SCALAR}
+        return {
+            f.name: np.asarray(getattr(self, f.name), kinds[f.type])
+            for f in dataclasses.fields(self)
+            if use_of(f) == SCALAR
+        }
 
     def replace(self, **changes):
         return dataclasses.replace(self, **changes)
@@ -206,15 +235,16 @@ class MatchConfig(Config):
     impostor_share: float = number(0.5, 0, 0.9, use=HOST, roles={LIVE})
     rotation: float = number(20.0, 0, 180, use=SCALAR)  # degrees; of each print on its own, before alignment
     partial: float = number(0.3, 0, 1, use=SCALAR)
-    share_global_local: bool = True                 # one transformer in both branches, or seeded alike and then apart
-    seed_resnet: bool = host(False)                   # start both branches' ResNets from Module 1's too
+    share_global_local: bool = True  # one transformer in both branches, or seeded alike and then apart
+    seed_resnet: bool = host(False)  # start both branches' ResNets from Module 1's too
     # --- inputs of the branches
-    enhance: bool = True                            # band-pass the aligned prints (paper: both enhanced)
-    roi_size: int = number(90, 16, 1024)            # px at input_ppi, side of the local branch's window (paper)
-    embedding_size: int = number(256, 2)            # of each branch (paper)
-    embedding_grid: int = number(8, 1, 64)          # the head pools a branch's cells to this many a side
-    embedding_channels: int = number(32, 1)         # of this many channels before the last linear map
-    global_weight: float = number(0.6, 0, 1, use=HOST, roles={LIVE})  # of the fused cosine; the local branch has the rest (paper)
+    enhance: bool = True  # band-pass the aligned prints (paper: both enhanced)
+    roi_size: int = number(90, 16, 1024)  # px at input_ppi, side of the local branch's window (paper)
+    embedding_size: int = number(256, 2)  # of each branch (paper)
+    embedding_grid: int = number(8, 1, 64)  # the head pools a branch's cells to this many a side
+    embedding_channels: int = number(32, 1)  # of this many channels before the last linear map
+    # of the fused cosine; the local branch has the rest (paper)
+    global_weight: float = number(0.6, 0, 1, use=HOST, roles={LIVE})
     calibration_pairs: int = number(4000, 4, use=HOST)  # of held-out fingers, to fit the fused score and its thresholds
     # --- losses
     loss_dense: float = number(0.5, 0, use=SCALAR)  # L_D (paper)
@@ -224,7 +254,6 @@ class MatchConfig(Config):
     embedding_margin: float = number(0.4, -1, 1, use=SCALAR)  # (paper)
     arcface_margin: float = number(0.4, 0, math.pi / 2, use=SCALAR)  # (paper)
     arcface_scale: float = number(64.0, TINY, use=SCALAR)  # (paper)
-
 
     def __post_init__(self):
         super().__post_init__()
@@ -262,7 +291,12 @@ def kind_of(f: dataclasses.Field) -> type:
 
 def keys_with(role: str) -> tuple[str, ...]:
     """The keys of either module that have a role."""
-    found = [f.name for cls in (DenseConfig, MatchConfig) for f in dataclasses.fields(cls) if role in f.metadata.get("roles", ())]
+    found = [
+        f.name
+        for cls in (DenseConfig, MatchConfig)
+        for f in dataclasses.fields(cls)
+        if role in f.metadata.get("roles", ())
+    ]
     return tuple(dict.fromkeys(found))
 
 
@@ -277,8 +311,10 @@ def known_key(cls, key: str) -> str:
     if key in names:
         return key
     near = difflib.get_close_matches(key, names, 1, cutoff=0.4)
-    raise UserError(f"{cls.__name__} has no key {key!r}; "
-                    + (f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(names)}."))
+    raise UserError(
+        f"{cls.__name__} has no key {key!r}; "
+        + (f"did you mean {near[0]!r}?" if near else f"known keys are {', '.join(names)}.")
+    )
 
 
 def check(f: dataclasses.Field, value) -> None:

@@ -1,7 +1,7 @@
 """Scores every pair of one or more databases with a trained checkpoint, and writes rates, scores and a DET plot.
 
-    python -m ifvit.evaluate --checkpoint ./checkpoints/matcher/matcher_ckpt --dataset_root DIR --out OUT
-    python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one better than another, on the same pairs
+python -m ifvit.evaluate --checkpoint ./checkpoints/matcher/matcher_ckpt --dataset_root DIR --out OUT
+python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one better than another, on the same pairs
 """
 
 import json
@@ -65,8 +65,10 @@ class Args:
     def check(self) -> None:
         """UserError for flags that do not fit; before anything is read."""
         if not (self.checkpoint and self.dataset_root) and (self.checkpoint or self.dataset_root or not self.against):
-            raise UserError("--checkpoint and --dataset_root are both needed to score prints; with --against alone, "
-                            "the scores that lie in --out are compared.")
+            raise UserError(
+                "--checkpoint and --dataset_root are both needed to score prints; with --against alone, "
+                "the scores that lie in --out are compared."
+            )
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
         if self.max_pairs is not None and self.max_pairs < 2:
@@ -78,14 +80,16 @@ class Args:
 
             mine = str(as_path(self.out) / "scores.csv")  # overwritten where prints are scored
             if os.path.realpath(scores_in(self.against)) == os.path.realpath(mine):
-                raise UserError(f"--against {self.against} lies in --out itself; give another evaluation's scores, or "
-                                "another --out.")
+                raise UserError(
+                    f"--against {self.against} lies in --out itself; give another evaluation's scores, or "
+                    "another --out."
+                )
             if not self.checkpoint:
                 scores_in(self.out)
 
     def compare(self) -> None:
-        from ifvit.scoring import comparison
         from ifvit.checkpoint.places import as_path, written_here
+        from ifvit.scoring import comparison
         from ifvit.scoring.scores_csv import scores_in
 
         result = comparison.compare(scores_in(self.out), scores_in(self.against))
@@ -96,13 +100,12 @@ class Args:
     def score(self) -> None:
         from ifvit.checkpoint.places import as_path, written_here
         from ifvit.data.gather import local_root
-        from ifvit.data.prepare import prepare
-        from ifvit.scoring.scorer import Scorer
-        from ifvit.devices.sharding import use_cpu_cores
-        from ifvit.data.split import require_fingers
-        from ifvit.data.prepare import decoded
+        from ifvit.data.prepare import decoded, prepare
         from ifvit.data.sources import read
+        from ifvit.data.split import require_fingers
         from ifvit.data.summary import summarise
+        from ifvit.devices.sharding import use_cpu_cores
+        from ifvit.scoring.scorer import Scorer
 
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
@@ -119,8 +122,10 @@ class Args:
         print_table(result)
         few = [name for name, row in result["databases"].items() if row["impostor"] < 1000]
         if few and self.protocol == "fvc":
-            print(f"(A false match rate of 0.1 % cannot be seen in fewer than 1000 impostor pairs, as of {few[0]}; "
-                  "--protocol all compares every pair.)")
+            print(
+                f"(A false match rate of 0.1 % cannot be seen in fewer than 1000 impostor pairs, as of {few[0]}; "
+                "--protocol all compares every pair.)"
+            )
 
 
 def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
@@ -129,8 +134,11 @@ def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
     from ifvit.data.gather import overlap
 
     if overlap(trained_roots, roots) or known(trained_on, prints):
-        log.warning("⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
-                    "known fingers say little of others. train_all's own evaluation is of those held out.", ", ".join(trained_roots))
+        log.warning(
+            "⚠ The checkpoint was trained on prints of %s: it knows all fingers but those held out then, and scores of "
+            "known fingers say little of others. train_all's own evaluation is of those held out.",
+            ", ".join(trained_roots),
+        )
 
 
 def check_ppi(ppi: float | Literal["auto"] | None) -> None:
@@ -139,8 +147,14 @@ def check_ppi(ppi: float | Literal["auto"] | None) -> None:
         raise UserError(f"--ppi is {ppi}; give a resolution in pixels an inch, such as 500, or auto.")
 
 
-def evaluate(scorer: "Scorer", prints: "PrintSet", out: Path, protocol: str = "fvc", batch_size: int = 16,
-             max_pairs: int | None = None) -> dict:
+def evaluate(
+    scorer: "Scorer",
+    prints: "PrintSet",
+    out: Path,
+    protocol: str = "fvc",
+    batch_size: int = 16,
+    max_pairs: int | None = None,
+) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 
     `max_pairs`: of a database; as many of its impostor pairs are drawn as fill its genuine ones up. Databases without
@@ -148,8 +162,8 @@ def evaluate(scorer: "Scorer", prints: "PrintSet", out: Path, protocol: str = "f
     """
     import jax
 
-    from ifvit.scoring import intervals, plots, rates, scores_csv
     from ifvit.data.protocols import PROTOCOLS, Pairs
+    from ifvit.scoring import intervals, plots, rates, scores_csv
 
     pairs = Pairs(_limited(_usable(PROTOCOLS[protocol](prints.prints)), max_pairs))
     _announce(pairs, protocol)
@@ -180,13 +194,17 @@ def evaluate(scorer: "Scorer", prints: "PrintSet", out: Path, protocol: str = "f
     if jax.process_index() > 0:
         return result
 
-    with (whole(out / "scores.csv") as part,
-          part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file):
+    with (
+        whole(out / "scores.csv") as part,
+        part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+    ):
         scores_csv.write(file, prints.prints, pairs, scores)
     plots.det(out / "det.png", curves)
     of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
-    plots.histogram(out / "histogram.png", *(np.concatenate([scores["score"][part] for part in of_kind[kind]])
-                                             for kind in (True, False)))
+    plots.histogram(
+        out / "histogram.png",
+        *(np.concatenate([scores["score"][part] for part in of_kind[kind]]) for kind in (True, False)),
+    )
     numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
     typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
     scorer.picture(prints, pairs[int(typical)], out / "matches.png")
@@ -197,11 +215,16 @@ def evaluate(scorer: "Scorer", prints: "PrintSet", out: Path, protocol: str = "f
 def _usable(databases: list) -> list:
     """The databases that have pairs of both kinds; those left out are named in the log, UserError when none is left."""
     usable = [d for d in databases if len(d.genuine) and len(d.impostor)]
-    left_out = ", ".join(f"{d.database} ({len(d.genuine)} genuine, {len(d.impostor)} impostor)"
-                         for d in sorted(databases, key=lambda d: d.database) if d not in usable)
+    left_out = ", ".join(
+        f"{d.database} ({len(d.genuine)} genuine, {len(d.impostor)} impostor)"
+        for d in sorted(databases, key=lambda d: d.database)
+        if d not in usable
+    )
     if not usable:
-        raise UserError(f"No database has both genuine and impostor pairs: {left_out}; give two fingers or more of one, "
-                        "with two impressions or more.")
+        raise UserError(
+            f"No database has both genuine and impostor pairs: {left_out}; give two fingers or more of one, "
+            "with two impressions or more."
+        )
     if left_out:
         log.warning("Not evaluated, without genuine or without impostor pairs: %s", left_out)
     return usable
@@ -213,13 +236,19 @@ def _limited(databases: list, max_pairs: int | None) -> tuple:
         return tuple(databases)
     fullest = max(databases, key=lambda d: len(d.genuine))
     if len(fullest.genuine) >= max_pairs:
-        raise UserError(f"--max_pairs is {max_pairs}, and {fullest.database} alone has {len(fullest.genuine)} genuine "
-                        "pairs, which are all compared; give more than that.")
+        raise UserError(
+            f"--max_pairs is {max_pairs}, and {fullest.database} alone has {len(fullest.genuine)} genuine "
+            "pairs, which are all compared; give more than that."
+        )
     limited = tuple(d.at_most(max_pairs, DRAW_SEED) for d in databases)
     for d in limited:
         if len(d.impostor) < d.impostors_in_all:
-            log.info("%s: %s of %s impostor pairs are compared, a fixed draw", d.database, f"{len(d.impostor):,}",
-                     f"{d.impostors_in_all:,}")
+            log.info(
+                "%s: %s of %s impostor pairs are compared, a fixed draw",
+                d.database,
+                f"{len(d.impostor):,}",
+                f"{d.impostors_in_all:,}",
+            )
     return limited
 
 
@@ -227,10 +256,15 @@ def _announce(pairs, protocol: str) -> None:
     """How many pairs there are, where that means hours."""
     if len(pairs) > MANY:
         hours = len(pairs) / PAIRS_PER_SECOND / 3600
-        log.warning("⚠ Protocol %s makes %s pairs, which take about %s on two cores (%d pairs a second), less on an "
-                    "accelerator; ifvit.evaluate --max_pairs N compares all genuine pairs and a draw of the impostor "
-                    "pairs, N of a database in all.", protocol, f"{len(pairs):,}",
-                    f"{hours / 24:.0f} days" if hours > 72 else f"{hours:.0f} hours", PAIRS_PER_SECOND)
+        log.warning(
+            "⚠ Protocol %s makes %s pairs, which take about %s on two cores (%d pairs a second), less on an "
+            "accelerator; ifvit.evaluate --max_pairs N compares all genuine pairs and a draw of the impostor "
+            "pairs, N of a database in all.",
+            protocol,
+            f"{len(pairs):,}",
+            f"{hours / 24:.0f} days" if hours > 72 else f"{hours:.0f} hours",
+            PAIRS_PER_SECOND,
+        )
 
 
 def _numbered_fingers(prints) -> np.ndarray:
@@ -241,8 +275,9 @@ def _numbered_fingers(prints) -> np.ndarray:
 
 def _fingers(pairs, database: str, finger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Of a database's genuine pairs (n,), and of its impostor pairs (n, 2)."""
-    genuine, impostor = (np.concatenate([finger[ij] for _, ij in pairs.blocks(pairs.of(database, kind))])
-                         for kind in (True, False))
+    genuine, impostor = (
+        np.concatenate([finger[ij] for _, ij in pairs.blocks(pairs.of(database, kind))]) for kind in (True, False)
+    )
     return genuine[:, 0], impostor
 
 
@@ -259,8 +294,12 @@ def print_table(result: dict) -> None:
     """Rates in per cent with their 95 % intervals, a line a database."""
     rates = {"eer": "EER", "fmr100": "FMR100", "fmr1000": "FMR1000", "zerofmr": "ZeroFMR"}
     both = "eer_fvc" in result["macro"]
-    print(f"{'database':20s}" + "".join(f"{name + ' [95 %]':>21s}" for name in rates.values())
-          + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}" + both * f" {'EER, FVC':>9s}")
+    print(
+        f"{'database':20s}"
+        + "".join(f"{name + ' [95 %]':>21s}" for name in rates.values())
+        + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}"
+        + both * f" {'EER, FVC':>9s}"
+    )
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
         cells = (f"{row[k]:.2%} [{100 * row[f'{k}_ci'][0]:.1f}, {100 * row[f'{k}_ci'][1]:.1f}]" for k in rates)
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18

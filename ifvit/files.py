@@ -11,11 +11,25 @@ from ifvit.errors import UserError
 
 # What file systems answer that cannot sync a folder, or not by a handle that only reads: CIFS, FUSE, 9p, shared folders of
 # virtual machines. They keep what was written as well as they can; EIO and ENOSPC say that it was not kept.
-CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF, errno.EACCES, errno.EPERM, errno.EISDIR}
+CANNOT_SYNC = {
+    errno.EINVAL,
+    errno.ENOTSUP,
+    errno.EOPNOTSUPP,
+    errno.ENOSYS,
+    errno.EBADF,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EISDIR,
+}
 
 # The longer marks first: UTF-32's begins with UTF-16's.
-MARKS = ((b"\xff\xfe\0\0", "utf-32-le"), (b"\0\0\xfe\xff", "utf-32-be"), (b"\xef\xbb\xbf", "utf-8"), (b"\xff\xfe", "utf-16-le"),
-         (b"\xfe\xff", "utf-16-be"))
+MARKS = (
+    (b"\xff\xfe\0\0", "utf-32-le"),
+    (b"\0\0\xfe\xff", "utf-32-be"),
+    (b"\xef\xbb\xbf", "utf-8"),
+    (b"\xff\xfe", "utf-16-le"),
+    (b"\xfe\xff", "utf-16-be"),
+)
 
 
 @contextlib.contextmanager
@@ -77,12 +91,12 @@ def read_text(path: str | Path, what: str) -> str:
     except OSError as e:
         raise UserError(f"{what} {path} cannot be read ({e.strerror}); give one that this user may read.") from None
     mark, encoding = next(((m, e) for m, e in MARKS if data.startswith(m)), (b"", "utf-8"))
-    data = data[len(mark):]
+    data = data[len(mark) :]
     if encoding == "utf-8" and b"\0" in data:
         raise UserError(f"{what} {path} is not text in UTF-8, but perhaps in UTF-16 without a mark; save it in UTF-8.")
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as e:
-        line = data[:e.start].decode(encoding, "replace").count("\n") + 1
+        line = data[: e.start].decode(encoding, "replace").count("\n") + 1
         raise UserError(f"{what} {path} is not text in UTF-8 (line {line}); save it in that encoding.") from None
     return text.replace("\r\n", "\n").replace("\r", "\n")

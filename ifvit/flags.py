@@ -15,8 +15,8 @@ def read(cls, argv: list[str]) -> list[str]:
     UserError for a flag of one value that is given twice: one of the two would go missing in silence.
     """
     kinds = _kinds(cls)
-    parts: list[list[str]] = []            # a flag and what stands after it
-    first: dict[str, list[str]] = {}       # a flag's name -> its first part
+    parts: list[list[str]] = []  # a flag and what stands after it
+    first: dict[str, list[str]] = {}  # a flag's name -> its first part
     for part in _in_parts(argv):
         flag, sign, value = part[0].partition("=")
         name = flag[2:].replace("-", "_") if flag.startswith("--") else ""
@@ -63,6 +63,7 @@ def _kinds(cls) -> dict[str, str]:
 
 def from_homes(args):
     """The parsed flags with the home for `~` where a path begins with it; a name that no user has stays as it is."""
+
     def of(value):
         if isinstance(value, tuple):
             return tuple(map(of, value))

@@ -21,15 +21,26 @@ from ifvit.files import write_whole
 # A store that does not answer is told of within half a minute: TensorStore would try for a quarter of an hour, and wait
 # for ever on a connection that has gone quiet.
 RETRIES = {"gcs_request_retries": {"max_retries": 3, "initial_delay": "0.5s", "max_delay": "4s"}}
-for _flag, _value in {"CONNECT_TIMEOUT_SECONDS": "5", "LOW_SPEED_TIME_SECONDS": "7", "LOW_SPEED_LIMIT_BYTES": "1"}.items():
+for _flag, _value in {
+    "CONNECT_TIMEOUT_SECONDS": "5",
+    "LOW_SPEED_TIME_SECONDS": "7",
+    "LOW_SPEED_LIMIT_BYTES": "1",
+}.items():
     os.environ[f"TENSORSTORE_CURL_{_flag}"] = os.environ.get(f"TENSORSTORE_CURL_{_flag}") or _value
 
 MARK = "metadata/metadata"  # a checkpoint is one when this object is there: it is written last and deleted first
-AT_ONCE = 8                 # files on their way: as many as are in memory
+AT_ONCE = 8  # files on their way: as many as are in memory
 
 _CONTEXT = ts.Context(RETRIES)
 _NOTHING = slice(0, 0)  # of an object's bytes: whether it is there
-_REFUSALS = ("ABORTED", "DEADLINE_EXCEEDED", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED", "UNAVAILABLE")
+_REFUSALS = (
+    "ABORTED",
+    "DEADLINE_EXCEEDED",
+    "PERMISSION_DENIED",
+    "RESOURCE_EXHAUSTED",
+    "UNAUTHENTICATED",
+    "UNAVAILABLE",
+)
 
 
 class Refused(UserError, OSError):
@@ -75,7 +86,9 @@ class GcsPath(PosixGPath):
     def _read(self, part: slice | None = None) -> bytes | None:
         """The content, or a part of it, of the object of this name; None where there is none."""
         bucket, name = self._address()
-        found = self._ask({"driver": "gcs", "bucket": bucket}, lambda store: store.read(name or ".none", byte_range=part))
+        found = self._ask(
+            {"driver": "gcs", "bucket": bucket}, lambda store: store.read(name or ".none", byte_range=part)
+        )
         return found.value if found.state == "value" else None
 
     def write_bytes(self, data: bytes) -> None:
@@ -119,6 +132,7 @@ class GcsPath(PosixGPath):
 
     def download(self, folder: Path) -> None:
         """Copies what is below this path into a local folder; files that are there already are left as they are."""
+
         def fetch(key: str) -> None:
             file = folder / key
             if not key.endswith("/") and not file.exists():  # consoles make a folder of an object with / at its end
@@ -173,8 +187,10 @@ def check_refusal(path, e: Exception) -> None:
 
 
 def _refused(path: GcsPath, e: Exception, what: str = "read") -> Refused:
-    why = " ".join(re.split(r" \[[\w ]+='", str(e))[0].split())                                   # [http_response_code='403'] …
-    why = re.sub(r"^(?:[A-Z_]+: )?(?:.*Error (?:reading|writing|deleting) .*?gs://\S+: )?", "", why)[:160]  # on the way to what
+    why = " ".join(re.split(r" \[[\w ]+='", str(e))[0].split())  # [http_response_code='403'] …
+    why = re.sub(r"^(?:[A-Z_]+: )?(?:.*Error (?:reading|writing|deleting) .*?gs://\S+: )?", "", why)[
+        :160
+    ]  # on the way to what
     refused = Refused(f"{path} cannot be {what} ({why}); check the URL, the network and the credentials.")
     refused.strerror = why
     return refused

@@ -33,14 +33,15 @@ _OPTAX = re.compile(r"optax(?:\.\w+)*\.(\w+)")
 # Objects around what counts, and under which of their attributes they hold it.
 _BOX = re.compile(
     r"flax\.(?:nnx|core\.meta|linen\.spmd|experimental\.nnx)(?:\.\w+)+|ml_collections(?:\.\w+)*\.(?:Frozen)?ConfigDict"
-    r"|jax\._src\.(?:random\.)?prng\.PRNGKeyArray")
+    r"|jax\._src\.(?:random\.)?prng\.PRNGKeyArray"
+)
 _CONTENTS = ("_mapping", "_raw_value", "raw_value", "value", "_fields", "_base_array")
 
 
 @dataclass(frozen=True)
 class Legacy:
-    state: dict              # nested, with string keys; leaves are read-only numpy arrays
-    metadata: dict           # plain JSON
+    state: dict  # nested, with string keys; leaves are read-only numpy arrays
+    metadata: dict  # plain JSON
     timestamp: str | None
 
 
@@ -68,8 +69,9 @@ def read(path: str | Path) -> Legacy:
         raise UserError(f"{path} cannot be read ({error.strerror}). Give a file that this user may read.") from None
     except Exception as error:  # a hostile or damaged file can make the parsers raise nearly anything
         why = str(error) if isinstance(error, (Broken, ValueError)) else f"{type(error).__name__} {error}".strip()
-        raise UserError(f"{path} is truncated, corrupt or no pickle ({printable(why[:200])}). "
-                        "Copy or save it again.") from None
+        raise UserError(
+            f"{path} is truncated, corrupt or no pickle ({printable(why[:200])}). Copy or save it again."
+        ) from None
 
 
 def _layout(raw: bytes) -> Legacy:
@@ -81,7 +83,8 @@ def _layout(raw: bytes) -> Legacy:
         state, rest = _content(root["state"]), {k: v for k, v in root.items() if k != "state"}
     elif "params" in root:
         certain = dict.fromkeys(("params", "batch_stats", "opt_state", "step"), True) | dict.fromkeys(
-            ("metadata", "timestamp", "config"), False)
+            ("metadata", "timestamp", "config"), False
+        )
         state = {k: v for k, v in root.items() if certain.get(k, has_array(v) and not isinstance(v, StandIn))}
         rest = {k: v for k, v in root.items() if k not in state}
     else:
@@ -131,8 +134,12 @@ def _optax_fields() -> dict[str, tuple[str, ...]]:
     import optax.contrib  # noqa: F401, it loads the others
 
     modules = [m for name, m in sys.modules.items() if name.partition(".")[0] == "optax"]
-    return {c.__name__: c._fields for m in modules for c in vars(m).values()
-            if isinstance(c, type) and issubclass(c, tuple) and hasattr(c, "_fields")}
+    return {
+        c.__name__: c._fields
+        for m in modules
+        for c in vars(m).values()
+        if isinstance(c, type) and issubclass(c, tuple) and hasattr(c, "_fields")
+    }
 
 
 def _leaves(x: Any, where: str, build: Builder, aside: dict) -> dict | np.ndarray | None:
@@ -170,8 +177,10 @@ def _leaves(x: Any, where: str, build: Builder, aside: dict) -> dict | np.ndarra
 
 def _unfit(key: str, where: str) -> UserError:
     """Keys become the names of leaves, `params/a/b`, and may become those of files."""
-    return UserError(f"has {printable(key[:100])!r} for a name in {printable(where[:100]) or 'its state'}, "
-                     "which cannot be one of a leaf. Rename it where the checkpoint was made.")
+    return UserError(
+        f"has {printable(key[:100])!r} for a name in {printable(where[:100]) or 'its state'}, "
+        "which cannot be one of a leaf. Rename it where the checkpoint was made."
+    )
 
 
 # --- writing ---
@@ -222,6 +231,8 @@ def _arrays(tree: Any) -> Any:
         return {str(key): _arrays(value) for key, value in tree.items()}
     array = np.asarray(tree)
     if array.dtype.name not in numpy_arrays.NUMBERS:
-        raise UserError(f"The checkpoint holds a leaf of type {array.dtype}, which is not one of numbers; it cannot be "
-                        "written as a pickle.")
+        raise UserError(
+            f"The checkpoint holds a leaf of type {array.dtype}, which is not one of numbers; it cannot be "
+            "written as a pickle."
+        )
     return array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("="))

@@ -1,6 +1,6 @@
 """Module 1's trained transformer into Module 2, and a check that a checkpoint can serve for it.
 
-    python -m ifvit.load_module1_weights --module1_ckpt ./checkpoints/dense_reg/dense_reg_ckpt.pkl
+python -m ifvit.load_module1_weights --module1_ckpt ./checkpoints/dense_reg/dense_reg_ckpt.pkl
 """
 
 import sys
@@ -10,9 +10,8 @@ import jax
 import numpy as np
 
 from ifvit import checkpoint, cli
+from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.foreign import legacy_transformer
-from ifvit.errors import UserError
-from ifvit.errors import CheckpointNotFound
 from ifvit.paths import resolve
 
 RULE = "=" * 60
@@ -20,7 +19,9 @@ TRANSFORMERS = ("loftr_transformer", "siamese_transformer")
 BRANCHES = ("loftr_transformer_global", "loftr_transformer_local")
 
 
-def load_module1_transformer_weights(module1_ckpt_path: str, module2_params: dict, share_global_local: bool = True) -> dict:
+def load_module1_transformer_weights(
+    module1_ckpt_path: str, module2_params: dict, share_global_local: bool = True
+) -> dict:
     """Module 2's parameters with Module 1's transformer in both branches; everything else as it was.
 
     Of the checkpoint the transformer alone is read, every process what its devices need.
@@ -51,8 +52,11 @@ def load_module1_transformer_weights(module1_ckpt_path: str, module2_params: dic
             placement = {n: getattr(x, "sharding", None) for n, x in branches[branch].items()}
             transformer = module1.read(placement)
         elif not share_global_local:  # a copy: what has been read is not read again
-            transformer = jax.tree.map(lambda x, like: jax.device_put(x.copy(), like.sharding) if isinstance(x, jax.Array)
-                                       else x, transformer, module2_params[branch])
+            transformer = jax.tree.map(
+                lambda x, like: jax.device_put(x.copy(), like.sharding) if isinstance(x, jax.Array) else x,
+                transformer,
+                module2_params[branch],
+            )
         params[branch] = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.array(x), transformer)
         shared = share_global_local and branch == BRANCHES[1]
         print(f"  ✓ Copied to {branch}" + (" (shared weights)" if shared else ""))
@@ -71,15 +75,18 @@ def verify_module1_loading(path: str) -> bool:
     print(f"{RULE}\nVerifying Module 1 Checkpoint\n{RULE}\nSource: {resolve(str(path))}")
     try:
         module1 = _Module1(path)
-        flat = checkpoint.leaves(module1.read({n: None for n in module1.shapes}))
+        flat = checkpoint.leaves(module1.read(dict.fromkeys(module1.shapes)))
     except UserError as e:
         print(f"✗ {e}\n{RULE}", flush=True)
         return False
     print(f"✓ Found transformer: {module1.name}")
     for note in module1.notes:
         print(f"⚠ {note}")
-    print(f"✓ {len(flat)} arrays, {sum(x.size for x in flat.values()):,} parameters, "
-          f"{'every digest right' if module1.checked else 'without digests'}\n{RULE}", flush=True)
+    print(
+        f"✓ {len(flat)} arrays, {sum(x.size for x in flat.values()):,} parameters, "
+        f"{'every digest right' if module1.checked else 'without digests'}\n{RULE}",
+        flush=True,
+    )
     return True
 
 
@@ -90,8 +97,9 @@ class _Module1:
         try:
             self.folder = checkpoint.locate(path)
         except CheckpointNotFound:
-            raise CheckpointNotFound(f"Module 1 checkpoint not found: {path}; train Module 1 first, or give its path with "
-                                     "--pretrained_ckpt.") from None
+            raise CheckpointNotFound(
+                f"Module 1 checkpoint not found: {path}; train Module 1 first, or give its path with --pretrained_ckpt."
+            ) from None
         self.notes: list[str] = []
         if not self.folder.is_dir():
             self._of_legacy()
@@ -102,15 +110,20 @@ class _Module1:
         names = {n.split("/")[2] for n in digests if n.startswith("state/params/")}
         self.name = next((n for n in TRANSFORMERS if n in names), None)
         if self.name is None:
-            raise UserError(f"No transformer found in Module 1 checkpoint {path}, which has {', '.join(sorted(names))}; "
-                            "train Module 1 again.")
+            raise UserError(
+                f"No transformer found in Module 1 checkpoint {path}, which has {', '.join(sorted(names))}; "
+                "train Module 1 again."
+            )
         self.prefix = f"state/params/{self.name}/"
         self.shapes = checkpoint.shapes(self.folder, [n for n in digests if n.startswith(self.prefix)])
         self.shapes = {n.removeprefix(self.prefix): shape for n, shape in self.shapes.items()}
         self.checked = bool(self.shapes) and all(digests[self.prefix + n] for n in self.shapes)
         if not self.checked:  # of other software: it is looked at as closely as a pickle
             arrays = checkpoint.read_leaves(self.folder, self.metadata, {self.prefix + n: None for n in self.shapes})
-            self._map(checkpoint.nested({f"{self.name}/{n.removeprefix(self.prefix)}": x for n, x in arrays.items()}) or {self.name: {}})
+            self._map(
+                checkpoint.nested({f"{self.name}/{n.removeprefix(self.prefix)}": x for n, x in arrays.items()})
+                or {self.name: {}}
+            )
 
     def _of_legacy(self) -> None:
         """A pickle is read whole, there is no other way."""
@@ -126,8 +139,9 @@ class _Module1:
     def read(self, placement: dict) -> dict:
         """Nested dictionaries of the arrays, each on the sharding that `placement` (flat) gives it, None: numpy."""
         if self.metadata is None:
-            return checkpoint.nested({n: x if placement[n] is None else jax.device_put(x, placement[n])
-                                      for n, x in self.arrays.items()})
+            return checkpoint.nested(
+                {n: x if placement[n] is None else jax.device_put(x, placement[n]) for n, x in self.arrays.items()}
+            )
         flat = checkpoint.read_leaves(self.folder, self.metadata, {self.prefix + n: s for n, s in placement.items()})
         return checkpoint.nested({n.removeprefix(self.prefix): x for n, x in flat.items()})
 
@@ -136,11 +150,17 @@ def _check_fit(source: dict[str, tuple], branches: dict[str, dict]) -> None:
     wrong = []
     for branch, params in branches.items():
         target = {k: v.shape for k, v in params.items()}
-        wrong += [f"{branch}/{k}: {source.get(k, 'missing')} in Module 1, {target.get(k, 'missing')} in Module 2"
-                  for k in sorted(source.keys() | target.keys()) if source.get(k) != target.get(k)]
+        wrong += [
+            f"{branch}/{k}: {source.get(k, 'missing')} in Module 1, {target.get(k, 'missing')} in Module 2"
+            for k in sorted(source.keys() | target.keys())
+            if source.get(k) != target.get(k)
+        ]
     if wrong:
-        raise UserError("Module 1's transformer does not fit Module 2: " + "; ".join(wrong)
-                        + ". Give both modules the same transformer_width and transformer_layers.")
+        raise UserError(
+            "Module 1's transformer does not fit Module 2: "
+            + "; ".join(wrong)
+            + ". Give both modules the same transformer_width and transformer_layers."
+        )
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def load_loftr(path: str | Path, transformer_params: dict) -> dict:
     source, problems = _read(path)
     target = flatten_dict(transformer_params, sep="/")
     file_layers, target_layers = _layers(source), _layers(target)
-    kept = sorted(file_layers, key=_natural)[:len(target_layers)]
+    kept = sorted(file_layers, key=_natural)[: len(target_layers)]
     if target_layers == set(kept) < file_layers:
         left = [name for name in source if name.split("/")[0] not in target_layers]
         problems += _holes(source)
@@ -85,8 +85,11 @@ def load_loftr(path: str | Path, transformer_params: dict) -> dict:
             f"{len(target_layers)}; {'; '.join(problems)}. {remedy}"
         )
     if len(file_layers) > len(target_layers):
-        print(f"⚠ {path} has {len(file_layers)} encoder layers and the transformer {len(target_layers)}: the first "
-              f"{len(target_layers)} were taken. --set transformer_layers={len(file_layers) // 2} takes all.", flush=True)
+        print(
+            f"⚠ {path} has {len(file_layers)} encoder layers and the transformer {len(target_layers)}: the first "
+            f"{len(target_layers)} were taken. --set transformer_layers={len(file_layers) // 2} takes all.",
+            flush=True,
+        )
     return unflatten_dict(source, sep="/")
 
 
@@ -140,8 +143,10 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
         if all(named[where][1] == wrong and _equal(named[where][0], arrays) for where in chosen):
             chosen = chosen[:1]  # one transformer under several names
     if len(chosen) != 1:
-        raise UserError(f"{file} holds LoFTR's transformer under {', '.join(sorted(named))}. Choose one of them, as in "
-                        f"--loftr_ckpt '{file}#{min(named)}'.")
+        raise UserError(
+            f"{file} holds LoFTR's transformer under {', '.join(sorted(named))}. Choose one of them, as in "
+            f"--loftr_ckpt '{file}#{min(named)}'."
+        )
     return named[chosen[0]]
 
 

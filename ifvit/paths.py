@@ -59,7 +59,11 @@ def from_home(path: str) -> str:
         return os.path.join(home, rest.lstrip("/")) if slash else home
     if len(name) > 1 and os.path.exists(path):
         return path
-    who = f"There is no user {name[1:]}, whose home" if len(name) > 1 else "This user has no home (HOME is not set), which"
+    who = (
+        f"There is no user {name[1:]}, whose home"
+        if len(name) > 1
+        else "This user has no home (HOME is not set), which"
+    )
     raise UserError(f"{who} {path} would name; give the path in full, or ./{path} for a folder of that name here.")
 
 
@@ -130,7 +134,9 @@ def _usual_cache() -> Path | None:
 @functools.cache  # a process looks once: later the disk may be full, which is told where something is written
 def _chosen_cache(given: str, folder: str) -> Path:
     if why := unusable(Path(folder)):
-        raise UserError(f"IFVIT_CACHE is {given}, where nothing can be written ({why}); give another folder, or leave it out.")
+        raise UserError(
+            f"IFVIT_CACHE is {given}, where nothing can be written ({why}); give another folder, or leave it out."
+        )
     return Path(folder)
 
 
@@ -141,10 +147,17 @@ def _own_cache(usual: str) -> Path:
         return Path(usual)
     folder = _temporary_folder()
     if folder and _is_private(folder) and not unusable(folder):
-        log.warning("The cache lies in %s: %s cannot be written to (%s). IFVIT_CACHE gives it another place.", folder, usual or "~/.cache", why)
+        log.warning(
+            "The cache lies in %s: %s cannot be written to (%s). IFVIT_CACHE gives it another place.",
+            folder,
+            usual or "~/.cache",
+            why,
+        )
         return folder
-    raise UserError(f"There is no place for the cache: {usual or '~/.cache'} cannot be written to ({why}); "
-                    "set IFVIT_CACHE to a folder that can be.")
+    raise UserError(
+        f"There is no place for the cache: {usual or '~/.cache'} cannot be written to ({why}); "
+        "set IFVIT_CACHE to a folder that can be."
+    )
 
 
 def unusable(folder: Path) -> str | None:

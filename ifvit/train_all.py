@@ -1,6 +1,6 @@
 """Trains Module 1, seeds Module 2 from it, trains that, evaluates both: from folders of prints to a matcher.
 
-    python -m ifvit.train_all --dataset_root DIR [DIR …]
+python -m ifvit.train_all --dataset_root DIR [DIR …]
 """
 
 import json
@@ -14,9 +14,8 @@ from typing import ClassVar
 
 from etils import epath
 
-from cluster.host import PREEMPTED
+from cluster.host import PREEMPTED, Host
 from cluster.job import Request
-from cluster.host import Host
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, check_common, check_outlives_job, given, tried
 from ifvit.config import COMMON, DenseConfig, MatchConfig, keys_with, read_toml
@@ -57,7 +56,9 @@ class Args(TrainArgs):
         if code := self._search():
             return code
         found = replace(self, tune=0, config=str(with_best(self.config, sweep)))
-        for config, (name, ckpt) in zip(tried(found.configs, self.preset), json.loads((sweep / "best.json").read_text(encoding="utf-8")).items()):
+        for config, (name, ckpt) in zip(
+            tried(found.configs, self.preset), json.loads((sweep / "best.json").read_text(encoding="utf-8")).items()
+        ):
             adopt(ckpt, config.checkpoint_dir, name, self.resume, sweep)
         return replace(found, resume="auto").run()
 
@@ -68,32 +69,62 @@ class Args(TrainArgs):
 
         self.request()
         check_outlives_job(str(sweep), "sweep_dir")
-        for name, where in (("num_workers", "--trial_workers"), ("workers_per_host", "--trial_workers"), ("devices", "--trial_accelerators")):
+        for name, where in (
+            ("num_workers", "--trial_workers"),
+            ("workers_per_host", "--trial_workers"),
+            ("devices", "--trial_accelerators"),
+        ):
             if getattr(self, name) != getattr(Request, name):
-                raise UserError(f"--{name} does not go with --tune: its trials take what the cluster has. Search with python -m tune "
-                                f"and {where}, then train with --config best.toml and --{name}.")
+                raise UserError(
+                    f"--{name} does not go with --tune: its trials take what the cluster has. Search with python -m tune "
+                    f"and {where}, then train with --config best.toml and --{name}."
+                )
         check_common(self.set)
         for config, name, flag in zip(tried(self.configs, self.preset), ("dense_reg", "matcher"), ("dense", "matcher")):
             check_outlives_job(config.checkpoint_dir, "checkpoint_dir")
             here = checkpoint.as_writable_path(config.checkpoint_dir)
-            if self.resume == "auto" and not (sweep / "dense/sweep.json").exists() and run_folder.candidates(here, name, 1):
-                raise UserError(f"{here} holds a run already, and the search would end in another one; give another "
-                                f"--{flag}_checkpoint_dir, or --resume never.")
+            if (
+                self.resume == "auto"
+                and not (sweep / "dense/sweep.json").exists()
+                and run_folder.candidates(here, name, 1)
+            ):
+                raise UserError(
+                    f"{here} holds a run already, and the search would end in another one; give another "
+                    f"--{flag}_checkpoint_dir, or --resume never."
+                )
 
     def _search(self) -> int:
         """The sweep, in a process of its own: it must not hold the accelerators of this one. Its exit code."""
         from tune.__main__ import PARENT
 
-        flags = {"preset": self.preset, "config": self.config, "resume": self.resume, "seed": self.seed, "ppi": self.ppi, "ridges": self.ridges, "names": self.names,
-                 "num_samples": self.tune, "sweep_dir": self.sweep_dir, "wait_for_hosts": self.wait_for_hosts}
-        fixed = {"dense.batch_size": self.batch_size, "match.batch_size": self.batch_size,
-                 "match.num_classes": self.num_classes, "dense.loftr_ckpt": self.loftr_ckpt}
+        flags = {
+            "preset": self.preset,
+            "config": self.config,
+            "resume": self.resume,
+            "seed": self.seed,
+            "ppi": self.ppi,
+            "ridges": self.ridges,
+            "names": self.names,
+            "num_samples": self.tune,
+            "sweep_dir": self.sweep_dir,
+            "wait_for_hosts": self.wait_for_hosts,
+        }
+        fixed = {
+            "dense.batch_size": self.batch_size,
+            "match.batch_size": self.batch_size,
+            "match.num_classes": self.num_classes,
+            "dense.loftr_ckpt": self.loftr_ckpt,
+        }
         words = [w for k, v in given(**flags).items() if v != "" for w in (f"--{k}", str(v))]
-        words += [w for item in self.set if item.partition("=")[0] not in given(**fixed) for w in ("--set", item)]  # flags win
+        words += [
+            w for item in self.set if item.partition("=")[0] not in given(**fixed) for w in ("--set", item)
+        ]  # flags win
         words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
         words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
-        sweep = subprocess.Popen([sys.executable, "-m", "ifvit.tune", "--module", "both", *words],
-                                 env=os.environ | {PARENT: str(os.getpid())})
+        sweep = subprocess.Popen(
+            [sys.executable, "-m", "ifvit.tune", "--module", "both", *words],
+            env=os.environ | {PARENT: str(os.getpid())},
+        )
         before = signal.signal(signal.SIGTERM, lambda *_: sweep.terminate())
         try:
             code = sweep.wait()
@@ -109,18 +140,31 @@ class Args(TrainArgs):
 
     def configs(self, preset: str | None) -> tuple[DenseConfig, MatchConfig]:
         if self.resume not in ("auto", "never"):
-            raise UserError(f"--resume {self.resume}: train_all has two modules and takes auto or never; give a path to "
-                            "train_dense or train_match.")
-        dense = build_config(DenseConfig, self, given(
-            checkpoint_dir=self.dense_checkpoint_dir, batch_size=self.batch_size, loftr_ckpt=self.loftr_ckpt), preset, "dense")
-        match = build_config(MatchConfig, self, given(
-            checkpoint_dir=self.matcher_checkpoint_dir, batch_size=self.batch_size, num_classes=self.num_classes),
-            preset, "match")
+            raise UserError(
+                f"--resume {self.resume}: train_all has two modules and takes auto or never; give a path to "
+                "train_dense or train_match."
+            )
+        dense = build_config(
+            DenseConfig,
+            self,
+            given(checkpoint_dir=self.dense_checkpoint_dir, batch_size=self.batch_size, loftr_ckpt=self.loftr_ckpt),
+            preset,
+            "dense",
+        )
+        match = build_config(
+            MatchConfig,
+            self,
+            given(checkpoint_dir=self.matcher_checkpoint_dir, batch_size=self.batch_size, num_classes=self.num_classes),
+            preset,
+            "match",
+        )
         if not self.tune:  # a search gives Module 2 what its Module 1 has
             for k in keys_with(COMMON):
                 if dense[k] != match[k]:
-                    raise UserError(f"{k} is {dense[k]} for Module 1 and {match[k]} for Module 2, which starts from its transformer; "
-                                    f"give both the same (--set dense.{k}=… --set match.{k}=…).")
+                    raise UserError(
+                        f"{k} is {dense[k]} for Module 1 and {match[k]} for Module 2, which starts from its transformer; "
+                        f"give both the same (--set dense.{k}=… --set match.{k}=…)."
+                    )
         return dense, match
 
     def train(self, configs: tuple, host: Host) -> None:
@@ -150,22 +194,29 @@ class Args(TrainArgs):
         print(f"\nEvaluation on {len({p.identity for p in held_out.prints})} held-out fingers")
         if rows:
             print(f"registration: {rows[-1]['accuracy']:.1%} of the cells of a known warp found within one cell (8 px)")
-        for name, ckpt, folder in (("Module 1, registered matches", module1, out / "dense_reg"),
-                                   ("Module 2, fused score", module2, out / "matcher")):
+        for name, ckpt, folder in (
+            ("Module 1, registered matches", module1, out / "dense_reg"),
+            ("Module 2, fused score", module2, out / "matcher"),
+        ):
             print(f"\n{name}")
             try:
                 scorer = Scorer.from_checkpoint(ckpt)
                 with written_here(folder) as here:
                     print_table(evaluate(scorer, held_out, here))
                 if scorer.module == "matcher" and scorer.fusion:
-                    print("(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on prints of others, tells more.)")
+                    print(
+                        "(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on prints of others, tells more.)"
+                    )
             except UserError as e:  # the training is done and good; single impressions, say, have no genuine pair
                 print(f"not evaluated: {e}")
         print()
-        for what, path in (("Module 1 checkpoint", module1), ("Module 2 checkpoint", module2),
-                           ("curves, Module 1", module1.parent / "curves.png"),
-                           ("curves, Module 2", module2.parent / "curves.png"),
-                           ("rates, scores, DET, histogram, matches", out)):
+        for what, path in (
+            ("Module 1 checkpoint", module1),
+            ("Module 2 checkpoint", module2),
+            ("curves, Module 1", module1.parent / "curves.png"),
+            ("curves, Module 2", module2.parent / "curves.png"),
+            ("rates, scores, DET, histogram, matches", out),
+        ):
             print(f"{what}: {path}")
 
 
@@ -176,7 +227,9 @@ def with_best(config: str, sweep: Path) -> Path:
     plain = {k: v for k, v in asked.items() if k not in found}
     tables = {name: asked.get(name, {}) | table for name, table in found.items()}
     lines = lambda table: [f"{k} = {json.dumps(v, ensure_ascii=False)}" for k, v in table.items()]
-    text = "\n".join([*lines(plain), *(line for name, table in tables.items() for line in ("", f"[{name}]", *lines(table)))])
+    text = "\n".join(
+        [*lines(plain), *(line for name, table in tables.items() for line in ("", f"[{name}]", *lines(table)))]
+    )
     file = sweep / "train_all.toml"
     write_whole(file, text + "\n")
     return file
@@ -200,8 +253,10 @@ def adopt(ckpt: str, folder: str, name: str, resume: str, sweep: Path) -> None:
             theirs = checkpoint.read_metadata(there[0])
         except UserError:  # training sets a damaged one aside
             return
-        if not (Path(theirs["config"]["checkpoint_dir"]).is_relative_to(sweep)
-                and theirs["digests"] != checkpoint.read_metadata(source)["digests"]):
+        if not (
+            Path(theirs["config"]["checkpoint_dir"]).is_relative_to(sweep)
+            and theirs["digests"] != checkpoint.read_metadata(source)["digests"]
+        ):
             return
         run_folder.move_away(here, name)
     here.mkdir(parents=True, exist_ok=True)

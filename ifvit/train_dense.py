@@ -1,6 +1,6 @@
 """Trains Module 1, dense registration.
 
-    python -m ifvit.train_dense --dataset_root DIR --checkpoint_dir ./checkpoints/dense_reg
+python -m ifvit.train_dense --dataset_root DIR --checkpoint_dir ./checkpoints/dense_reg
 """
 
 import sys
@@ -31,15 +31,25 @@ class Args(TrainArgs):
     command: ClassVar[str] = "ifvit.train_dense"
 
     def configs(self, preset: str | None) -> tuple[DenseConfig]:
-        flags = given(checkpoint_dir=self.checkpoint_dir, batch_size=self.batch_size, num_epochs=self.num_epochs,
-                      loftr_ckpt=self.loftr_ckpt)
+        flags = given(
+            checkpoint_dir=self.checkpoint_dir,
+            batch_size=self.batch_size,
+            num_epochs=self.num_epochs,
+            loftr_ckpt=self.loftr_ckpt,
+        )
         return (build_config(DenseConfig, self, flags, preset),)
 
     def train(self, configs: tuple, host: Host) -> None:
         print(f"Module 1 checkpoint: {run(*configs, self.resume, host)}")
 
 
-def run(config: DenseConfig, resume: str, host: Host, may_change: Set[str] = frozenset(), validation: DenseConfig | None = None) -> Path:
+def run(
+    config: DenseConfig,
+    resume: str,
+    host: Host,
+    may_change: Set[str] = frozenset(),
+    validation: DenseConfig | None = None,
+) -> Path:
     """Trains Module 1; returns the final checkpoint's path. `may_change` as `loop.train`, `validation` as `dense_task`."""
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task

@@ -1,6 +1,6 @@
 """Trains Module 2, the matcher, from Module 1's checkpoint.
 
-    python -m ifvit.train_match --dataset_root DIR --pretrained_ckpt ./checkpoints/dense_reg/dense_reg_ckpt.pkl
+python -m ifvit.train_match --dataset_root DIR --pretrained_ckpt ./checkpoints/dense_reg/dense_reg_ckpt.pkl
 """
 
 import sys
@@ -33,8 +33,13 @@ class Args(TrainArgs):
     command: ClassVar[str] = "ifvit.train_match"
 
     def configs(self, preset: str | None) -> tuple[MatchConfig]:
-        flags = given(dense_reg_ckpt=self.pretrained_ckpt, checkpoint_dir=self.checkpoint_dir,
-                      num_classes=self.num_classes, batch_size=self.batch_size, num_epochs=self.num_epochs)
+        flags = given(
+            dense_reg_ckpt=self.pretrained_ckpt,
+            checkpoint_dir=self.checkpoint_dir,
+            num_classes=self.num_classes,
+            batch_size=self.batch_size,
+            num_epochs=self.num_epochs,
+        )
         return (build_config(MatchConfig, self, flags, preset),)
 
     def train(self, configs: tuple, host: Host) -> None:

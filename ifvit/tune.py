@@ -1,6 +1,6 @@
 """`python -m tune` by another name, for a folder that has a tune.py of the user's own.
 
-    python -m ifvit.tune --module both --num_samples 24 --dataset_root DIR
+python -m ifvit.tune --module both --num_samples 24 --dataset_root DIR
 """
 
 import sys

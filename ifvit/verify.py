@@ -1,6 +1,6 @@
 """Compares two prints: same finger or not.
 
-    python -m ifvit.verify A B --checkpoint ./checkpoints/matcher/matcher_ckpt [--picture out.png]
+python -m ifvit.verify A B --checkpoint ./checkpoints/matcher/matcher_ckpt [--picture out.png]
 """
 
 import json
@@ -47,9 +47,12 @@ class Args:
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
         if scorer.module != "matcher" or scorer.fusion is None:
-            raise UserError(f"{self.checkpoint} has no calibrated score; give Module 2's final checkpoint "
-                            "(matcher_ckpt).")
-        prints = on_canvases([resolve_data(self.a), resolve_data(self.b)], self.ppi, scorer.config.canvas_size, self.ridges)
+            raise UserError(
+                f"{self.checkpoint} has no calibrated score; give Module 2's final checkpoint (matcher_ckpt)."
+            )
+        prints = on_canvases(
+            [resolve_data(self.a), resolve_data(self.b)], self.ppi, scorer.config.canvas_size, self.ridges
+        )
         pair = Pair(0, 1, False)
         found = scorer.score(prints, [pair], 1)
         score, threshold = float(found["score"][0]), scorer.fusion.threshold(self.fmr)
@@ -75,8 +78,9 @@ class Canvases:
         return self.arrays[i]
 
 
-def on_canvases(paths: list[str], ppi: float | Literal["auto"] | None, canvas_size: int,
-                ridges: str = "dark") -> Canvases:
+def on_canvases(
+    paths: list[str], ppi: float | Literal["auto"] | None, canvas_size: int, ridges: str = "dark"
+) -> Canvases:
     """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
     from ifvit.data import scale
     from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
@@ -96,7 +100,9 @@ def on_canvases(paths: list[str], ppi: float | Literal["auto"] | None, canvas_si
             number = scale.fitted([("", scale.measured(path, grey, number, told))]).get(path, number)
         arrays.append(to_canvas(255 - grey if ridges == "light" else grey, number, canvas_size))
         if not arrays[-1][1].any():
-            raise UserError(f"{path} shows no ridges: it is blank, too faint or too small; give another image, or its --ppi.")
+            raise UserError(
+                f"{path} shows no ridges: it is blank, too faint or too small; give another image, or its --ppi."
+            )
     return Canvases(tuple(Print(p, "", str(i), "1", None) for i, p in enumerate(paths)), tuple(arrays))
 
 

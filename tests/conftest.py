@@ -17,15 +17,28 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
-import pytest  # noqa: E402
-from jaxtyping import install_import_hook  # noqa: E402
+import pytest
+from jaxtyping import install_import_hook
 
 # Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
 install_import_hook("ifvit", "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
 # Minutes each; begun first, so that no process is left with one of them when the others have nothing more to do.
-LONG = ["sweeps", "gs_runs", "hosts", "step", "runs", "faults", "kaggle", "cluster", "processes", "evaluate", "errors", "layouts"]
+LONG = [
+    "sweeps",
+    "gs_runs",
+    "hosts",
+    "step",
+    "runs",
+    "faults",
+    "kaggle",
+    "cluster",
+    "processes",
+    "evaluate",
+    "errors",
+    "layouts",
+]
 
 
 class Said(NamedTuple):
@@ -96,8 +109,14 @@ def process():
     """The same in a process of its own: process(*WORDS after `python`, cwd=DIR, **environment) -> Said."""
 
     def call(*words, cwd, **environment) -> Said:
-        ended = subprocess.run([sys.executable, *map(str, words)], cwd=cwd, env=os.environ | environment, text=True,
-                               capture_output=True, timeout=600)
+        ended = subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=cwd,
+            env=os.environ | environment,
+            text=True,
+            capture_output=True,
+            timeout=600,
+        )
         return Said(ended.returncode, ended.stdout, ended.stderr)
 
     return call
@@ -106,8 +125,8 @@ def process():
 @pytest.fixture(scope="session")
 def generated(cache):
     """Files of generated prints: generated[finger, impression], fingers 1 to 6, impressions 1 to 3."""
-    from ifvit.devices.cores import cores
     from ifvit.data import synthetic
+    from ifvit.devices.cores import cores
 
     files = synthetic.prints(0, 6, 3, cache, workers=cores())
     return {(f, i): files[3 * (f - 1) + i - 1] for f in range(1, 7) for i in range(1, 4)}
@@ -128,16 +147,28 @@ def prints(generated, tmp_path_factory):
 def module1(command, prints, tmp_path_factory):
     """The guide's first command, run in `cwd`: what it `said`, and its `folder` with the checkpoint `path`."""
     cwd = tmp_path_factory.mktemp("guide")
-    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=cwd)
+    said = command(
+        "train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=cwd
+    )
     return _ran(cwd, said, "dense_reg")
 
 
 @pytest.fixture(scope="session")
 def module2(command, prints, module1):
     """The guide's second command, run beside the first."""
-    said = command("train_match", "--dataset_root", prints,
-                   "--pretrained_ckpt", "./checkpoints/dense_reg/dense_reg_ckpt.pkl",
-                   "--checkpoint_dir", "./checkpoints/matcher", "--num_classes", 100, *SMOKE, cwd=module1.cwd)
+    said = command(
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--pretrained_ckpt",
+        "./checkpoints/dense_reg/dense_reg_ckpt.pkl",
+        "--checkpoint_dir",
+        "./checkpoints/matcher",
+        "--num_classes",
+        100,
+        *SMOKE,
+        cwd=module1.cwd,
+    )
     return _ran(module1.cwd, said, "matcher")
 
 
@@ -145,12 +176,25 @@ def module2(command, prints, module1):
 def pipeline(command, tmp_path_factory):
     """The guide's `train_all`, on generated prints; classes as in `module2`, which spares a compilation."""
     cwd = tmp_path_factory.mktemp("pipeline")
-    said = command("train_all", "--dense_checkpoint_dir", "./checkpoints/dense_reg",
-                   "--matcher_checkpoint_dir", "./checkpoints/matcher", "--num_classes", 100, *SMOKE, cwd=cwd)
+    said = command(
+        "train_all",
+        "--dense_checkpoint_dir",
+        "./checkpoints/dense_reg",
+        "--matcher_checkpoint_dir",
+        "./checkpoints/matcher",
+        "--num_classes",
+        100,
+        *SMOKE,
+        cwd=cwd,
+    )
     assert said.code == 0, said
-    return SimpleNamespace(cwd=cwd, said=said, folder=cwd / "checkpoints",
-                           module1=cwd / "checkpoints/dense_reg/dense_reg_ckpt",
-                           module2=cwd / "checkpoints/matcher/matcher_ckpt")
+    return SimpleNamespace(
+        cwd=cwd,
+        said=said,
+        folder=cwd / "checkpoints",
+        module1=cwd / "checkpoints/dense_reg/dense_reg_ckpt",
+        module2=cwd / "checkpoints/matcher/matcher_ckpt",
+    )
 
 
 def _ran(cwd: Path, said: Said, name: str) -> SimpleNamespace:

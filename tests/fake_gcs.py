@@ -23,13 +23,13 @@ class FakeGcs:
         self.buckets: dict[str, dict[str, bytes]] = {}
         self.faults: dict[str, tuple[int, str]] = {}  # place -> the status code and message that it answers with
         self.read_only: dict[str, tuple[int, str]] = {}  # the same for what is written and deleted
-        self.hiccups: set[str] = set()                # places that will answer 503 once
-        self.asked: list[str] = []                    # places, in the order of the requests
-        self.changed: list[str] = []                  # `+PLACE` that was written, `-PLACE` that was deleted, in order
-        self.page = 3                                 # names in one answer to a listing; the real one sends 1000
-        self.cut_lists = 0                            # listings that will end in an error after their first page
+        self.hiccups: set[str] = set()  # places that will answer 503 once
+        self.asked: list[str] = []  # places, in the order of the requests
+        self.changed: list[str] = []  # `+PLACE` that was written, `-PLACE` that was deleted, in order
+        self.page = 3  # names in one answer to a listing; the real one sends 1000
+        self.cut_lists = 0  # listings that will end in an error after their first page
         self._spare, self._then = 0, None
-        self.tokens: set[str | None] = set()          # whom the requests said they come from
+        self.tokens: set[str | None] = set()  # whom the requests said they come from
 
     def __enter__(self):
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"store": self}))
@@ -129,8 +129,11 @@ class _Handler(BaseHTTPRequestHandler):
         return answer is not None
 
     def _list(self, objects: dict[str, bytes], query: dict) -> None:
-        names = [n for n in sorted(objects) if query.get("startOffset", "") <= n and
-                 ("endOffset" not in query or n < query["endOffset"])]
+        names = [
+            n
+            for n in sorted(objects)
+            if query.get("startOffset", "") <= n and ("endOffset" not in query or n < query["endOffset"])
+        ]
         at = int(query.get("pageToken", 0))
         if at and self.store.cut_lists:
             self.store.cut_lists -= 1
@@ -146,8 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
         start, end = int(wanted[1]), min(int(wanted[2] or len(content)) + 1, len(content))
         if start >= len(content):
             return self._fail(416, "The requested range cannot be satisfied.")
-        self._send(206, content[start:end], {
-            "Content-Range": f"bytes {start}-{end - 1}/{len(content)}", "x-goog-generation": _generation(content)})
+        self._send(
+            206,
+            content[start:end],
+            {"Content-Range": f"bytes {start}-{end - 1}/{len(content)}", "x-goog-generation": _generation(content)},
+        )
 
     def _fail(self, code: int, message: str) -> None:
         self._json(code, {"error": {"code": code, "message": message}})

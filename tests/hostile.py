@@ -30,7 +30,14 @@ def under(key: str, value: bytes) -> bytes:
 
 def array(shape: bytes, raw: bytes, code=b"f4", version=b"K\x01", order=b"<", fields=b"NNN") -> bytes:
     """_reconstruct(ndarray, (0,), b'b') with its state, by hand; shape: instructions."""
-    dtype = call("numpy.dtype", text(code.decode()), b"\x89\x88") + b"(K\x03" + text(order.decode()) + fields + b"J\xff\xff\xff\xff" * 2 + b"K\x00tb"
+    dtype = (
+        call("numpy.dtype", text(code.decode()), b"\x89\x88")
+        + b"(K\x03"
+        + text(order.decode())
+        + fields
+        + b"J\xff\xff\xff\xff" * 2
+        + b"K\x00tb"
+    )
     made = call("numpy.core.multiarray._reconstruct", name("numpy.ndarray"), b"K\x00\x85", b"C\x01b")
     return made + b"(" + version + shape + dtype + b"\x89" + raw + b"tb"
 

@@ -1,9 +1,9 @@
 """What test_layouts runs in processes of their own; each prints what it found as a line of JSON.
 
-    python tests/layouts.py one FOLDER              one process with eight devices
-    python tests/layouts.py steps FOLDER            a training step on each of three layouts
-    python tests/layouts.py two FOLDER RANK PORT    one of two processes with two devices each
-    python tests/layouts.py seed CHECKPOINT         Module 1's transformer onto the devices of Module 2
+python tests/layouts.py one FOLDER              one process with eight devices
+python tests/layouts.py steps FOLDER            a training step on each of three layouts
+python tests/layouts.py two FOLDER RANK PORT    one of two processes with two devices each
+python tests/layouts.py seed CHECKPOINT         Module 1's transformer onto the devices of Module 2
 """
 
 import contextlib
@@ -32,14 +32,14 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from orbax.checkpoint._src.multihost import multihost  # noqa: E402
 
 from ifvit import checkpoint  # noqa: E402
-from ifvit.errors import UserError  # noqa: E402
 from ifvit.checkpoint import reading, writing  # noqa: E402
 from ifvit.config import DenseConfig, preset  # noqa: E402
-from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
-from ifvit.training.saved import saved_tree  # noqa: E402
 from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402
-from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
+from ifvit.errors import UserError  # noqa: E402
+from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
 from ifvit.models.networks import dense_network  # noqa: E402
+from ifvit.training.saved import saved_tree  # noqa: E402
+from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
 from ifvit.training.step import dense_step  # noqa: E402
 
 ONE = ["1x1", "2x1", "1x2", "4x1", "2x2", "1x4", "8x1", "4x2", "2x4", "1x8"]  # data × model
@@ -135,8 +135,9 @@ def one(folder: Path) -> dict:
         save(folder / layout, layout)
     for layout in ONE:
         save(folder / "some" / layout, layout, some)
-    pairs = {f"{source} on {target}": restored(folder / "some" / source, target, some)[1]
-             for source in ONE for target in ONE}
+    pairs = {
+        f"{source} on {target}": restored(folder / "some" / source, target, some)[1] for source in ONE for target in ONE
+    }
     whole, shards = {}, {}
     for source, target in zip(2 * WHOLE, ONE):
         flat, whole[f"{source} on {target}"] = restored(folder / source, target)
@@ -148,20 +149,32 @@ def steps(folder: Path) -> dict:
     """One training step on each layout: how far from that on the first, and how far from the state before, each
     leaf's largest difference divided by its largest value."""
     y, x = np.mgrid[: CONFIG.canvas_size, : CONFIG.canvas_size]
-    ridges = np.stack([128 + 100 * np.sin(np.hypot(y + 40 * n, x - 30 * n) * 2 * np.pi / 9) for n in range(4)]).astype(np.uint8)
+    ridges = np.stack([128 + 100 * np.sin(np.hypot(y + 40 * n, x - 30 * n) * 2 * np.pi / 9) for n in range(4)]).astype(
+        np.uint8
+    )
     mask = np.ones((4, CONFIG.canvas_size // 8, CONFIG.canvas_size // 8), bool)
-    batch = {"canvas0": ridges, "canvas1": ridges[[0, 1, 2, 0]], "mask0": mask, "mask1": mask,
-             "genuine": np.array([True, True, True, False])}
+    batch = {
+        "canvas0": ridges,
+        "canvas1": ridges[[0, 1, 2, 0]],
+        "mask0": mask,
+        "mask1": mask,
+        "genuine": np.array([True, True, True, False]),
+    }
     # The first moment begins at zero: after the step it is a tenth of the gradient. The rate makes parameters move.
-    before = jax.tree_util.tree_map_with_path(lambda path, x: 0 * x if jax.tree_util.GetAttrKey("mu") in path else x, STATE)
+    before = jax.tree_util.tree_map_with_path(
+        lambda path, x: 0 * x if jax.tree_util.GetAttrKey("mu") in path else x, STATE
+    )
     rate = learning_rate(CONFIG.replace(learning_rate=10.0), 10)(int(STATE.step))
     after = {}
     for layout in STEPS:
         mesh = mesh_of(layout)
         where = shardings(ABSTRACT, mesh)
         with jax.set_mesh(mesh):
-            step = jax.jit(dense_step(NET, CONFIG), out_shardings=(where, None),
-                           compiler_options={"xla_cpu_use_fusion_emitters": False})  # a third less to compile
+            step = jax.jit(
+                dense_step(NET, CONFIG),
+                out_shardings=(where, None),
+                compiler_options={"xla_cpu_use_fusion_emitters": False},
+            )  # a third less to compile
             state, metrics = step(jax.tree.map(put, before, where), put_whole_batch(batch, mesh), rate)
         assert jax.tree.map(lambda x: x.sharding, state) == where
         state, metrics = jax.device_get((state, metrics))
@@ -171,8 +184,10 @@ def steps(folder: Path) -> dict:
     def apart(a, b) -> float:
         return float(np.abs(a - b).max() / max(np.abs(a).max(), 1e-30))
 
-    return {"moved": {n: apart(x, LEAVES[n]) for n, x in first.items() if n in LEAVES},
-            "apart": {layout: {n: apart(x, after[layout][n]) for n, x in first.items()} for layout in STEPS}}
+    return {
+        "moved": {n: apart(x, LEAVES[n]) for n, x in first.items() if n in LEAVES},
+        "apart": {layout: {n: apart(x, after[layout][n]) for n, x in first.items()} for layout in STEPS},
+    }
 
 
 # ---- two processes
@@ -185,13 +200,27 @@ def two(folder: Path, rank: int, port: int) -> dict:
     for layout in TWO:
         save(folder / "of two" / layout, layout)
         save(folder / "of two/some" / layout, layout, some)
-    pairs = {f"{source} of {of} on {target}": restored(folder / f"of {of}/some" / source, target, some)[1]
-             for target in TWO for of, sources in (("one", ONE), ("two", TWO)) for source in sources}
-    whole = {f"{source} of one on {target}": restored(folder / "of one" / source, target)[1]
-             for source, target in zip(WHOLE, TWO)}
-    return {"processes": jax.process_count(), "devices": jax.device_count(), "pairs": pairs, "whole": whole,
-            "asked": asked(folder), "read": bytes_read(folder), "aligner": with_aligner(folder),
-            "damaged": damaged(folder, some), "failed": failing(folder, some)}
+    pairs = {
+        f"{source} of {of} on {target}": restored(folder / f"of {of}/some" / source, target, some)[1]
+        for target in TWO
+        for of, sources in (("one", ONE), ("two", TWO))
+        for source in sources
+    }
+    whole = {
+        f"{source} of one on {target}": restored(folder / "of one" / source, target)[1]
+        for source, target in zip(WHOLE, TWO)
+    }
+    return {
+        "processes": jax.process_count(),
+        "devices": jax.device_count(),
+        "pairs": pairs,
+        "whole": whole,
+        "asked": asked(folder),
+        "read": bytes_read(folder),
+        "aligner": with_aligner(folder),
+        "damaged": damaged(folder, some),
+        "failed": failing(folder, some),
+    }
 
 
 def together(what: str) -> None:
@@ -216,7 +245,9 @@ def asked(folder: Path) -> dict:
 
     reader, into = reading._Reader, reading._into_memory
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reader, "open", lambda self, name, checked, plain=reader.open: Counting(plain(self, name, checked), name))
+        patch.setattr(
+            reader, "open", lambda self, name, checked, plain=reader.open: Counting(plain(self, name, checked), name)
+        )
         patch.setattr(reading, "_into_memory", lambda counting: counting.read(into))
         flat, _ = restored(folder / "of one/some/1x2", "1x4", one_of_each_kind())
     return {n: [elements[n], x.size, x.sharding.is_fully_replicated] for n, x in flat.items()}
@@ -225,9 +256,11 @@ def asked(folder: Path) -> dict:
 def bytes_read(folder: Path) -> dict:
     """Bytes that this process takes out of files for a large leaf, by the way it lies: in four, in two, whole."""
     w = np.random.default_rng(1).random((1024, 2048), np.float32)
-    names = {"in four": put(w, NamedSharding(mesh_of("1x4"), P(None, "model"))),
-             "in two": put(w, NamedSharding(mesh_of("2x2 across"), P(None, "model"))),
-             "whole": put(w, NamedSharding(mesh_of("1x4"), P()))}
+    names = {
+        "in four": put(w, NamedSharding(mesh_of("1x4"), P(None, "model"))),
+        "in two": put(w, NamedSharding(mesh_of("2x2 across"), P(None, "model"))),
+        "whole": put(w, NamedSharding(mesh_of("1x4"), P())),
+    }
     checkpoint.save(folder / "large", "dense_reg", {"params": {"w": names["in four"]}}, META)
     out = {"size": w.nbytes}
     for name, x in names.items():
@@ -264,7 +297,7 @@ def damaged(folder: Path, names: list[str]) -> dict:
         save(path, "1x4", names)
         together(f"{harm}: saved")
         if jax.process_index() == 0:  # which does not read that part
-            file, = (f for f in (path / "state").rglob("*") if f.is_file() and part in f.read_bytes())
+            (file,) = (f for f in (path / "state").rglob("*") if f.is_file() and part in f.read_bytes())
             data = bytearray(file.read_bytes())
             at = data.index(part) + len(part) // 2
             data[at] ^= 1
@@ -336,4 +369,7 @@ def seed(path: Path) -> dict:
 if __name__ == "__main__":
     logging.getLogger("absl").setLevel(logging.ERROR)
     what, where, *rest = sys.argv[1:]
-    print(json.dumps({"one": one, "steps": steps, "two": two, "seed": seed}[what](Path(where), *map(int, rest))), flush=True)
+    print(
+        json.dumps({"one": one, "steps": steps, "two": two, "seed": seed}[what](Path(where), *map(int, rest))),
+        flush=True,
+    )

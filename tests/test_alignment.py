@@ -4,13 +4,14 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit.pixels.alignment import align, enhance
-from ifvit.pixels.registration import register
 from ifvit.config import PRESETS, MatchConfig
+from ifvit.pixels.alignment import align, enhance
 from ifvit.pixels.geometry import cell_centres, grid_points
+from ifvit.pixels.registration import register
 
-CONFIG = MatchConfig(**PRESETS["smoke"][1]).replace(image_size=128, match_threshold=0.2, alignment_samples=128,
-                                                    alignment_matches=128, min_matches=6)
+CONFIG = MatchConfig(**PRESETS["smoke"][1]).replace(
+    image_size=128, match_threshold=0.2, alignment_samples=128, alignment_matches=128, min_matches=6
+)
 SIDE = 16
 CENTRES = np.asarray(cell_centres(128, 8), np.float64)
 

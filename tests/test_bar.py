@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from ifvit import bar as bars
-from ifvit.scoring.scores import score_pairs
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
 from ifvit.scoring.scores import score_pairs
@@ -42,7 +41,8 @@ def lines_of(caplog, clock, total, count, seconds):
 
 def test_without_a_terminal_a_line_a_minute_says_how_long_is_left(caplog, clock):
     assert lines_of(caplog, clock, 7200, 20, 1) == [
-        f"scoring: {1200 * n:,} of 7,200 pairs, 20.0 a second, 0{6 - n}:00 left" for n in range(1, 6)]
+        f"scoring: {1200 * n:,} of 7,200 pairs, 20.0 a second, 0{6 - n}:00 left" for n in range(1, 6)
+    ]
 
 
 def test_what_is_done_within_a_minute_says_nothing(caplog, clock):
@@ -76,8 +76,13 @@ def test_scoring_tells_each_batch_and_gives_all_scores_in_order(monkeypatch):
     batches = [({"number": np.arange(4 * n, 4 * n + 4)}, count) for n, count in enumerate((4, 4, 2))]
     monkeypatch.setattr("ifvit.scoring.scores.bar", lambda name, total, unit: Shown())
     monkeypatch.setattr("ifvit.scoring.scores.fixed_batches", lambda *_: batches)
-    found = score_pairs(lambda batch: {"score": batch["number"] + 0.5, "matches": batch["number"]}, (), Mock(PrintSet),
-                        10 * [Pair(0, 1, True)], 4)
+    found = score_pairs(
+        lambda batch: {"score": batch["number"] + 0.5, "matches": batch["number"]},
+        (),
+        Mock(PrintSet),
+        10 * [Pair(0, 1, True)],
+        4,
+    )
     assert told == [4, 4, 2]
     np.testing.assert_array_equal(found["score"], np.arange(10) + 0.5)
     assert found["matches"].dtype.kind == "i"

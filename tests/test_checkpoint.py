@@ -21,8 +21,11 @@ def tiny(seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
     odd = np.array([np.nan, -np.nan, -0.0, np.inf, 1e-45, 0.1], np.float32)
     return {
-        "params": {"loftr_transformer": {"layer_0": {"kernel": rng.random((3, 4), np.float32), "bias": odd}},
-                   "half": rng.random(5).astype(ml_dtypes.bfloat16), "byte": np.arange(256, dtype=np.uint8)},
+        "params": {
+            "loftr_transformer": {"layer_0": {"kernel": rng.random((3, 4), np.float32), "bias": odd}},
+            "half": rng.random(5).astype(ml_dtypes.bfloat16),
+            "byte": np.arange(256, dtype=np.uint8),
+        },
         "batch_stats": {"mean": rng.random((2, 1, 2)).astype(np.float64)},
         "opt_state": {"0": {"count": np.int32(7)}, "1": {"mask": np.array([True, False])}},
         "step": np.int32(12),
@@ -89,7 +92,8 @@ def test_a_flipped_bit_in_any_file_is_detected_or_harmless(saved):
                 assert bits(found.state) == bits(whole.state), where
                 assert bits(found.aligner) == bits(whole.aligner), where
                 assert {k: found.metadata.get(k) for k in whole.metadata if k != "digest"} == {
-                    k: v for k, v in whole.metadata.items() if k != "digest"}, where
+                    k: v for k, v in whole.metadata.items() if k != "digest"
+                }, where
         file.write_bytes(data)
     assert bits(checkpoint.load(saved).state) == bits(whole.state)
     assert "metadata/metadata" in detected and len(detected) >= 3  # and files with arrays
@@ -251,7 +255,13 @@ def test_inspect_lists_leaves_and_metadata(command, saved, tmp_path):
     said = command("checkpoint", "inspect", f"{saved}.pkl", cwd=tmp_path)
     assert said.code == 0
     lines = {line.split()[0]: line.split()[1:] for line in said.out.splitlines()}
-    assert lines["state/params/loftr_transformer/layer_0/kernel"] == ["float32", "[3,", "4]", str(3 * 4 * 4), "replicated"]
+    assert lines["state/params/loftr_transformer/layer_0/kernel"] == [
+        "float32",
+        "[3,",
+        "4]",
+        str(3 * 4 * 4),
+        "replicated",
+    ]
     assert lines["state/params/half"] == ["bfloat16", "[5]", "10", "replicated"]
     assert "aligner/params/w" in lines and lines["epoch:"] == ["3"]
 
@@ -273,8 +283,13 @@ def test_diff_lists_which_leaves_differ_and_by_how_much(command, saved, tmp_path
     said = command("checkpoint", "diff", saved, tmp_path / "other", cwd=tmp_path)
     assert said.code == 1
     lines = dict(line.split(": ", 1) for line in said.out.splitlines() if ": " in line)
-    assert set(lines) == {"params/loftr_transformer/layer_0/kernel", "params/loftr_transformer/layer_0/bias", "step",
-                          "batch_stats/more", "opt_state/1/mask"}
+    assert set(lines) == {
+        "params/loftr_transformer/layer_0/kernel",
+        "params/loftr_transformer/layer_0/bias",
+        "step",
+        "batch_stats/more",
+        "opt_state/1/mask",
+    }
     assert lines["params/loftr_transformer/layer_0/kernel"] == "1 of 12 elements, at most 0.5"
     assert lines["batch_stats/more"] == "only in the second"
     assert "5 leaves differ" in said.out

@@ -23,7 +23,13 @@ from cluster import backend, launch, on_ray, placement, session, worker
 from cluster.host import HUNG, INTERRUPTED, PREEMPTED, SAVE, ClusterError, Host
 from cluster.job import Job, Request
 from cluster.placement import Placement
-from cluster.private import ControllerError, FailureDecision, WorkerGroupError, WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+from cluster.private import (
+    ControllerError,
+    FailureDecision,
+    WorkerGroupError,
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+)
 from cluster.worker import Desk, Ended, Worker
 
 # ---- where a run goes
@@ -40,16 +46,33 @@ def test_what_is_no_number_of_workers_is_a_mistake(text):
         Request(num_workers=text).workers()
 
 
-@pytest.mark.parametrize("flag, value", [("workers_per_host", -1), ("wait_for_hosts", float("nan")), ("max_failures", -1),
-                                         ("hang_timeout", -0.5), ("coordinator_port", 65536)])
+@pytest.mark.parametrize(
+    "flag, value",
+    [
+        ("workers_per_host", -1),
+        ("wait_for_hosts", float("nan")),
+        ("max_failures", -1),
+        ("hang_timeout", -0.5),
+        ("coordinator_port", 65536),
+    ],
+)
 def test_what_is_out_of_range_is_a_mistake(flag, value):
     with pytest.raises(ClusterError, match=f"--{flag} is {value}; give a number from 0 on"):
         Request(**{flag: value})
 
 
-@pytest.mark.parametrize("runtime, workers, address, ray_runs_it", [
-    ("auto", "", None, False), ("auto", "1", None, False), ("auto", "2", None, True), ("auto", "1:2", None, True),
-    ("auto", "", "10.0.0.1:6379", True), ("ray", "", None, True), ("local", "", "10.0.0.1:6379", False)])
+@pytest.mark.parametrize(
+    "runtime, workers, address, ray_runs_it",
+    [
+        ("auto", "", None, False),
+        ("auto", "1", None, False),
+        ("auto", "2", None, True),
+        ("auto", "1:2", None, True),
+        ("auto", "", "10.0.0.1:6379", True),
+        ("ray", "", None, True),
+        ("local", "", "10.0.0.1:6379", False),
+    ],
+)
 def test_ray_runs_it_in_a_job_or_with_several_workers_or_if_asked(monkeypatch, runtime, workers, address, ray_runs_it):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if address:
@@ -85,13 +108,21 @@ def test_an_address_where_nobody_answers_is_said():
             session._answers(address, seconds=0)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("Version mismatch:\n  Ray: 2.60.0\n  Ray: 2.9.0"),
-                                   ray.exceptions.AuthenticationError("Version mismatch: Ray: 2.60.0 Ray: 2.9.0")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Version mismatch:\n  Ray: 2.60.0\n  Ray: 2.9.0"),
+        ray.exceptions.AuthenticationError("Version mismatch: Ray: 2.60.0 Ray: 2.9.0"),
+    ],
+)
 def test_a_cluster_that_refuses_this_process_is_said(monkeypatch, error):
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     monkeypatch.setattr(session, "_answers", lambda address: None)
     monkeypatch.setattr(ray, "init", lambda **_: (_ for _ in ()).throw(error))
-    with pytest.raises(ClusterError, match="refuses this process: Version mismatch: Ray: 2.60.0 Ray: 2.9.0"), session.session():
+    with (
+        pytest.raises(ClusterError, match="refuses this process: Version mismatch: Ray: 2.60.0 Ray: 2.9.0"),
+        session.session(),
+    ):
         raise AssertionError("it is not connected")
 
 
@@ -123,10 +154,16 @@ def test_sigterm_where_nothing_trains_ends_a_session_with_75(monkeypatch, capsys
 # ---- where workers go
 
 
-@pytest.mark.parametrize("platform, request_, alone, strategy", [
-    ("CPU", Request(), False, "SPREAD"), ("GPU", Request(workers_per_host=1), False, "SPREAD"),
-    ("GPU", Request(workers_per_host=4), False, "PACK"), ("CPU", Request(), True, "PACK"), ("TPU", Request(), False, "PACK"),
-])
+@pytest.mark.parametrize(
+    "platform, request_, alone, strategy",
+    [
+        ("CPU", Request(), False, "SPREAD"),
+        ("GPU", Request(workers_per_host=1), False, "SPREAD"),
+        ("GPU", Request(workers_per_host=4), False, "PACK"),
+        ("CPU", Request(), True, "PACK"),
+        ("TPU", Request(), False, "PACK"),
+    ],
+)
 def test_a_large_host_does_not_get_two_workers_where_each_host_is_to_have_one(platform, request_, alone, strategy):
     place = Placement(platform, {"CPU": 1.0, platform: 2.0}, (2, 2), True)
     assert on_ray._strategy(place, request_, alone) == strategy
@@ -175,21 +212,31 @@ def test_a_tpu_slice_is_known_by_its_labels(cluster_of):
     cluster_of(node(), *[node(TPU=4.0, labels=labels)] * 4)
     place = placement.placement(Request(), alone=False)
     assert (place.platform, place.workers, place.topology, place.accelerator) == ("TPU", (4, 4), "4x4", "TPU-V6E")
-    ScalingConfig(num_workers=4, use_tpu=True, resources_per_worker=place.resources, topology=place.topology,
-                  accelerator_type=place.accelerator)  # Ray knows it by these
+    ScalingConfig(
+        num_workers=4,
+        use_tpu=True,
+        resources_per_worker=place.resources,
+        topology=place.topology,
+        accelerator_type=place.accelerator,
+    )  # Ray knows it by these
 
 
 def test_what_a_cluster_cannot_fit_is_said_with_what_is_asked_and_what_there_is(cluster_of):
     cluster_of(node(GPU=4.0), node(GPU=4.0))
     with pytest.raises(ClusterError) as e:
         placement.placement(Request(num_workers="3", wait_for_hosts=0), alone=False)
-    assert "asks for 3 workers, 1 a host, each with at least one GPU and one CPU, and there are 2 × 8 CPU, 4 GPU" in str(e.value)
+    assert (
+        "asks for 3 workers, 1 a host, each with at least one GPU and one CPU, and there are 2 × 8 CPU, 4 GPU"
+        in str(e.value)
+    )
 
 
 def test_hosts_that_are_still_to_come_are_waited_for(monkeypatch):
     seen, called = iter([[node()], [node(), node(GPU=8.0)], [node(), node(GPU=8.0), node(GPU=8.0)]]), []
     monkeypatch.setattr(ray, "nodes", lambda: next(seen))
-    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
+    monkeypatch.setattr(
+        placement, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group"
+    )
     monkeypatch.setattr(placement, "remove_placement_group", called.append)
     assert placement.placement(Request(num_workers="2", devices="gpu"), alone=False).workers == (2, 2)
     # an autoscaler was asked for two hosts, not for one that has two; and then no longer
@@ -227,8 +274,10 @@ def test_devices_that_are_named_are_waited_for_where_the_cluster_has_others(clus
         placement.placement(Request(devices="tpu", wait_for_hosts=0), alone=False)
 
 
-@pytest.mark.parametrize("gpus, workers, batches, fits", [(1, 4, (16,), True), (1, 3, (16,), False), (4, 4, (16,), True),
-                                                          (8, 4, (16,), False), (1, 4, (16, 6), False)])
+@pytest.mark.parametrize(
+    "gpus, workers, batches, fits",
+    [(1, 4, (16,), True), (1, 3, (16,), False), (4, 4, (16,), True), (8, 4, (16,), False), (1, 4, (16, 6), False)],
+)
 def test_workers_have_to_divide_every_batch(gpus, workers, batches, fits):
     assert Placement("GPU", {"GPU": float(gpus)}, (1, 8), False).fits(workers, batches) == fits
 
@@ -239,13 +288,17 @@ SIXTEEN = Job(None, "job", (16,), item="pairs", another_batch="a --batch_size th
 def test_as_many_workers_as_divide_the_batch_or_a_mistake_where_another_number_was_asked():
     cores = Placement("CPU", {"CPU": 1.0}, (3, 3), False)
     assert cores.fitting(SIXTEEN).workers == (2, 2)
-    with pytest.raises(ClusterError, match="Batches of 16 pairs do not divide among 3 workers; .*or a --batch_size that is a multiple"):
+    with pytest.raises(
+        ClusterError, match="Batches of 16 pairs do not divide among 3 workers; .*or a --batch_size that is a multiple"
+    ):
         Placement("CPU", {"CPU": 1.0}, (3, 3), True).fitting(SIXTEEN)
     assert Placement("CPU", {"CPU": 1.0}, (1, 7), True).fitting(SIXTEEN).workers == (1, 4)
 
 
 def test_a_range_takes_the_most_that_divide_the_batch(monkeypatch):
-    policy = on_ray.ScalingPolicy(ScalingConfig(num_workers=(1, 8)), Placement("CPU", {"CPU": 1.0}, (1, 8), True), (16,))
+    policy = on_ray.ScalingPolicy(
+        ScalingConfig(num_workers=(1, 8)), Placement("CPU", {"CPU": 1.0}, (1, 8), True), (16,)
+    )
     monkeypatch.setattr(ray, "nodes", lambda: [{"NodeID": str(n), "Alive": n < 8} for n in range(20)])
     there = lambda hosts: policy._count_possible_workers({str(n): {"CPU": 1.0} for n in range(hosts)})
     monkeypatch.setattr(on_ray.ElasticScalingPolicy, "_count_possible_workers", lambda self, hosts: len(hosts))
@@ -333,12 +386,21 @@ def test_workers_of_several_tpu_slices_are_told_their_slice(monkeypatch):
     monkeypatch.setattr(ray, "get", lambda value: value)
     started = []
     member = lambda rank: SimpleNamespace(
-        metadata=SimpleNamespace(node_ip=f"10.0.0.{rank}"), distributed_context=SimpleNamespace(local_rank=0, local_world_size=1),
-        execute_async=lambda fn, *args: started.append(args))
-    group = type("Group", (), {
-        "get_workers": lambda self: [member(rank) for rank in range(4)], "__len__": lambda self: 4,
-        "execute": lambda self, fn, *args: [{"jax": "1"}] * 4, "execute_single": lambda self, rank, fn, *args: ("10.0.0.0", 7, ""),
-        "get_worker_group_context": lambda self: SimpleNamespace(num_slices=2)})()
+        metadata=SimpleNamespace(node_ip=f"10.0.0.{rank}"),
+        distributed_context=SimpleNamespace(local_rank=0, local_world_size=1),
+        execute_async=lambda fn, *args: started.append(args),
+    )
+    group = type(
+        "Group",
+        (),
+        {
+            "get_workers": lambda self: [member(rank) for rank in range(4)],
+            "__len__": lambda self: 4,
+            "execute": lambda self, fn, *args: [{"jax": "1"}] * 4,
+            "execute_single": lambda self, rank, fn, *args: ("10.0.0.0", 7, ""),
+            "get_worker_group_context": lambda self: SimpleNamespace(num_slices=2),
+        },
+    )()
     backend.JaxBackend().on_start(group, backend.JaxBackendConfig("TPU"))
     environments = [args[5] for args in started]
     assert [e["MEGASCALE_SLICE_ID"] for e in environments] == ["0", "0", "1", "1"]
@@ -350,9 +412,17 @@ def look(folder: Path, host) -> tuple[int, str]:
     """A job that notes what its process sees."""
     import jax
 
-    seen = {"gpus": os.environ.get("CUDA_VISIBLE_DEVICES"), "processes": jax.process_count(), "process": jax.process_index(),
-            "devices": jax.device_count(), "cores": sorted(os.sched_getaffinity(0)), "first": host.first_here,
-            "name": host.name, "flag": os.environ.get("IFVIT_TEST"), "niceness": os.getpriority(os.PRIO_PROCESS, 0)}
+    seen = {
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "processes": jax.process_count(),
+        "process": jax.process_index(),
+        "devices": jax.device_count(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "first": host.first_here,
+        "name": host.name,
+        "flag": os.environ.get("IFVIT_TEST"),
+        "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+    }
     (folder / f"{host.rank}.json").write_text(json.dumps(seen))
     return 0, ""
 
@@ -390,7 +460,9 @@ def test_cpu_workers_of_a_host_share_its_cores_and_a_mistake_on_one_ends_all(mon
     job = Job(functools.partial(look_then_err, tmp_path), "err", (4,))
     code, message = launch.launch(lambda platform: job, Request(num_workers="2"))
     assert (code, message) == (2, "a mistake, and its remedy.")
-    said = "".join(capfd.readouterr())  # Ray may have a traceback of its own there, on a machine that is too busy for it
+    said = "".join(
+        capfd.readouterr()
+    )  # Ray may have a traceback of its own there, on a machine that is too busy for it
     assert "Ended" not in said and "and its remedy" not in said, said
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     if len(os.sched_getaffinity(0)) > 1:
@@ -434,8 +506,13 @@ def watched(body: str) -> subprocess.CompletedProcess:
         steps = 0
         with watchdog(lambda: steps, 0.5, "host 7"):
         """) + textwrap.indent(textwrap.dedent(body), "    ")
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
 
 
 @pytest.mark.process
@@ -462,8 +539,12 @@ def one_worker(monkeypatch):
     monkeypatch.setattr(ray, "get", lambda value, timeout=None: value)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)  # and False again at the end, which ends its thread
     monkeypatch.setattr(worker, "LOOK", 0.01)
-    handle = SimpleNamespace(asked=SimpleNamespace(remote=desk.asked), got_on=SimpleNamespace(remote=desk.got_on),
-                             begun=SimpleNamespace(remote=desk.begun), has_begun=SimpleNamespace(remote=desk.has_begun))
+    handle = SimpleNamespace(
+        asked=SimpleNamespace(remote=desk.asked),
+        got_on=SimpleNamespace(remote=desk.got_on),
+        begun=SimpleNamespace(remote=desk.begun),
+        has_begun=SimpleNamespace(remote=desk.has_begun),
+    )
     return Worker(Request(), handle), inner, desk
 
 
@@ -502,7 +583,9 @@ def test_what_the_driver_is_told_reaches_the_workers(one_worker):
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="only root may lower a niceness")
 @pytest.mark.process
 @pytest.mark.parametrize("chosen, niceness", [({}, {0}), ({"RAY_worker_niceness": "15"}, {15})])
-def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are_unless_that_was_chosen(chosen, niceness):
+def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are_unless_that_was_chosen(
+    chosen, niceness
+):
     code = """if True:
         import os, threading
         from cluster.cores import as_important_as_others
@@ -513,7 +596,9 @@ def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are
         print({os.getpriority(os.PRIO_PROCESS, int(t)) for t in os.listdir("/proc/self/task")})
     """
     env = {k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"} | chosen
-    said = subprocess.run([sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
     assert said.stdout.strip() == str(niceness), said
 
 
@@ -522,7 +607,9 @@ def test_processes_that_claim_cores_get_different_ones_and_give_them_back_when_t
     code = "import os, sys; from cluster.cores import claim; print(claim(1), len(os.sched_getaffinity(0)), flush=True); sys.stdin.read()"
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
     cores = len(os.sched_getaffinity(0))
-    start = lambda: subprocess.Popen([sys.executable, "-c", code], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    start = lambda: subprocess.Popen(
+        [sys.executable, "-c", code], env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
     processes = [start() for _ in range(cores)]
     said = [p.stdout.readline().strip() for p in processes]
     assert len(set(said)) == cores and all(s.endswith("} 1") for s in said)

@@ -11,8 +11,14 @@ from cluster.backend import _cache_every_process
 @pytest.fixture
 def empty_cache(tmp_path, monkeypatch):
     """An empty compilation cache, which takes what compiles in no time too; afterwards the cache that was there."""
-    before = {name: getattr(jax.config, name) for name in
-              ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")}
+    before = {
+        name: getattr(jax.config, name)
+        for name in (
+            "jax_compilation_cache_dir",
+            "jax_persistent_cache_min_compile_time_secs",
+            "jax_enable_compilation_cache",
+        )
+    }
     monkeypatch.setattr(compiler, "_cache_write", compiler._cache_write)  # put back when the test ends
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

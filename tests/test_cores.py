@@ -38,15 +38,27 @@ def test_a_job_bound_to_three_cores_has_three(node, monkeypatch):
     assert cores() == 3
 
 
-@pytest.mark.parametrize("own, files, count", [
-    ("0::/job\n", {"job/cpu.max": "250000 100000\n"}, 3),              # 2.5 cores, rounded up
-    ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "400000 100000\n"}, 4),  # of a group above
-    ("0::/not/seen\n", {"cpu.max": "50000 100000\n"}, 1),               # within a container
-    ("0::/job\n", {"job/cpu.max": "max 100000\n"}, 64),
-    ("4:cpu,cpuacct:/job\n", {"cpu,cpuacct/job/cpu.cfs_quota_us": "200000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 2),
-    ("4:cpu,cpuacct:/docker/1\n", {"cpu/cpu.cfs_quota_us": "600000", "cpu/cpu.cfs_period_us": "100000"}, 6),
-    ("4:cpu,cpuacct:/job\n", {"cpu,cpuacct/job/cpu.cfs_quota_us": "-1", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"}, 64),
-    ("7:memory:/job\n", {"memory/job/cpu.max": "100000 100000"}, 64)])
+@pytest.mark.parametrize(
+    "own, files, count",
+    [
+        ("0::/job\n", {"job/cpu.max": "250000 100000\n"}, 3),  # 2.5 cores, rounded up
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "400000 100000\n"}, 4),  # of a group above
+        ("0::/not/seen\n", {"cpu.max": "50000 100000\n"}, 1),  # within a container
+        ("0::/job\n", {"job/cpu.max": "max 100000\n"}, 64),
+        (
+            "4:cpu,cpuacct:/job\n",
+            {"cpu,cpuacct/job/cpu.cfs_quota_us": "200000", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"},
+            2,
+        ),
+        ("4:cpu,cpuacct:/docker/1\n", {"cpu/cpu.cfs_quota_us": "600000", "cpu/cpu.cfs_period_us": "100000"}, 6),
+        (
+            "4:cpu,cpuacct:/job\n",
+            {"cpu,cpuacct/job/cpu.cfs_quota_us": "-1", "cpu,cpuacct/job/cpu.cfs_period_us": "100000"},
+            64,
+        ),
+        ("7:memory:/job\n", {"memory/job/cpu.max": "100000 100000"}, 64),
+    ],
+)
 def test_a_containers_quota_counts_rounded_up(node, own, files, count):
     node(own, files)
     assert cores() == count

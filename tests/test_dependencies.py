@@ -40,12 +40,16 @@ OPTIONAL = names(r for extra, wanted in EXTRAS.items() if extra not in DEVICES |
 FOR_TESTS = names(EXTRAS["test"])
 
 
-@pytest.mark.parametrize("folders, declared", [(PACKAGES, REQUIRED | OPTIONAL), (("tests",), REQUIRED | OPTIONAL | FOR_TESTS)])
+@pytest.mark.parametrize(
+    "folders, declared", [(PACKAGES, REQUIRED | OPTIONAL), (("tests",), REQUIRED | OPTIONAL | FOR_TESTS)]
+)
 def test_every_import_is_declared(folders, declared):
     assert imported(*folders) - declared == set()
 
 
-@pytest.mark.parametrize("declared, folders", [(REQUIRED | OPTIONAL, PACKAGES), (FOR_TESTS - COMMANDS, ("tests", *PACKAGES))])
+@pytest.mark.parametrize(
+    "declared, folders", [(REQUIRED | OPTIONAL, PACKAGES), (FOR_TESTS - COMMANDS, ("tests", *PACKAGES))]
+)
 def test_every_declaration_is_imported(declared, folders):
     assert declared - imported(*folders) == set()
 

@@ -177,7 +177,9 @@ def test_a_shift_by_the_period_of_the_keys_counts():
 
 def test_zeros_of_another_shape_or_type_are_something_else():
     shapes = [(), (1,), (12,), (3, 4), (4, 3), (2, 6), (12, 1), (0,), (0, 3)]
-    assert len({digest.digest(np.zeros(shape, dtype)) for shape in shapes for dtype in DTYPES}) == len(shapes) * len(DTYPES)
+    assert len({digest.digest(np.zeros(shape, dtype)) for shape in shapes for dtype in DTYPES}) == len(shapes) * len(
+        DTYPES
+    )
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16, np.complex64])

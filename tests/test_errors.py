@@ -113,7 +113,9 @@ def test_a_broken_image_among_good_ones_is_skipped_counted_and_named(started, tw
     said, _, _ = started("train_dense", "--dataset_root", twelve, *SMOKE, cwd=tmp_path, create=False)
     assert said.code == 0, said
     assert "1 of 12 images cannot be read" in said.out and "3_2.png" in said.out
-    held_out, trained = (int(re.search(p, said.out)[1]) for p in (r"(\d+) prints of \d+ fingers held", r"(\d+) prints of \d+ fingers to"))
+    held_out, trained = (
+        int(re.search(p, said.out)[1]) for p in (r"(\d+) prints of \d+ fingers held", r"(\d+) prints of \d+ fingers to")
+    )
     assert held_out + trained == 11
 
 
@@ -136,7 +138,13 @@ def test_too_few_fingers_to_hold_some_out(fails, generated, tmp_path):
         (tmp_path / f"few/{n}").mkdir(parents=True)
         for i in (1, 2):
             shutil.copy(generated[n, i], tmp_path / f"few/{n}/{i}.png")
-    fails(["Of 3 fingers 0 are held out", "each needs two or more"], "train_dense", "--dataset_root", tmp_path / "few", *SMOKE)
+    fails(
+        ["Of 3 fingers 0 are held out", "each needs two or more"],
+        "train_dense",
+        "--dataset_root",
+        tmp_path / "few",
+        *SMOKE,
+    )
 
 
 def test_prints_of_which_none_shows_ridges(fails, tmp_path):
@@ -153,34 +161,46 @@ def test_prints_of_which_none_shows_ridges(fails, tmp_path):
 
 @pytest.mark.parametrize("classes", [1, 2])
 def test_num_classes_below_the_number_of_training_fingers(fails, prints, module1, classes):
-    fails([f"--num_classes is {classes}", "3 fingers"], "train_match", "--dataset_root", prints, "--num_classes", classes,
-          "--pretrained_ckpt", module1.path, *SMOKE)
+    fails(
+        [f"--num_classes is {classes}", "3 fingers"],
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--num_classes",
+        classes,
+        "--pretrained_ckpt",
+        module1.path,
+        *SMOKE,
+    )
 
 
-@pytest.mark.parametrize("words, told", [
-    (["--batch_size", 0], ["batch_size is 0", "at least 1"]),
-    (["--set", "batch_size=-4"], ["batch_size is -4", "at least 1"]),
-    (["--num_epochs", 0], ["num_epochs is 0", "at least 1"]),
-    (["--set", "learning_rate=nan"], ["learning_rate is nan", "more than 0"]),
-    (["--set", "learning_rate=inf"], ["learning_rate is inf"]),
-    (["--set", "learning_rate=0"], ["learning_rate is 0", "more than 0"]),
-    (["--set", "learning_rate=-1e-3"], ["learning_rate is -0.001"]),
-    (["--set", "held_out=1"], ["held_out is 1", "at most 0.9"]),
-    (["--seed", -1], ["seed is -1"]),
-    (["--ppi", -500], ["ppi is -500"]),
-    (["--set", "image_size=60"], ["image_size is 60", "64"]),
-    (["--set", "transformer=bert"], ["transformer is 'bert'", "loftr", "siamese"]),
-    (["--set", "batch_size=many"], ["batch_size", "many", "int"]),
-    (["--set", "temp_bug_fix=perhaps"], ["temp_bug_fix", "perhaps", "bool"]),
-    (["--set", "batch_size"], ["batch_size=VALUE"]),
-    (["--batch_size", "many"], ["--batch_size", "many"]),
-    (["--preset", "tiny"], ["tiny", "smoke", "quick", "cpu", "paper"]),
-    (["--set", "learning_rat=1"], ["learning_rat", "did you mean 'learning_rate'"]),
-    (["--num_epoch", 3], ["--num_epoch;", "did you mean --num_epochs"]),
-    (["--dataset_rot", "x"], ["--dataset_rot;", "did you mean --dataset_root"]),
-    (["prints"], ["argument prints"]),
-    (["--config", "nowhere.toml"], ["nowhere.toml"]),
-])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--batch_size", 0], ["batch_size is 0", "at least 1"]),
+        (["--set", "batch_size=-4"], ["batch_size is -4", "at least 1"]),
+        (["--num_epochs", 0], ["num_epochs is 0", "at least 1"]),
+        (["--set", "learning_rate=nan"], ["learning_rate is nan", "more than 0"]),
+        (["--set", "learning_rate=inf"], ["learning_rate is inf"]),
+        (["--set", "learning_rate=0"], ["learning_rate is 0", "more than 0"]),
+        (["--set", "learning_rate=-1e-3"], ["learning_rate is -0.001"]),
+        (["--set", "held_out=1"], ["held_out is 1", "at most 0.9"]),
+        (["--seed", -1], ["seed is -1"]),
+        (["--ppi", -500], ["ppi is -500"]),
+        (["--set", "image_size=60"], ["image_size is 60", "64"]),
+        (["--set", "transformer=bert"], ["transformer is 'bert'", "loftr", "siamese"]),
+        (["--set", "batch_size=many"], ["batch_size", "many", "int"]),
+        (["--set", "temp_bug_fix=perhaps"], ["temp_bug_fix", "perhaps", "bool"]),
+        (["--set", "batch_size"], ["batch_size=VALUE"]),
+        (["--batch_size", "many"], ["--batch_size", "many"]),
+        (["--preset", "tiny"], ["tiny", "smoke", "quick", "cpu", "paper"]),
+        (["--set", "learning_rat=1"], ["learning_rat", "did you mean 'learning_rate'"]),
+        (["--num_epoch", 3], ["--num_epoch;", "did you mean --num_epochs"]),
+        (["--dataset_rot", "x"], ["--dataset_rot;", "did you mean --dataset_root"]),
+        (["prints"], ["argument prints"]),
+        (["--config", "nowhere.toml"], ["nowhere.toml"]),
+    ],
+)
 def test_a_value_out_of_range_or_an_unknown_name(fails, words, told):
     fails(told, "train_dense", *words, *(() if "--preset" in words else SMOKE))
 
@@ -199,29 +219,51 @@ def test_train_alls_keys_are_checked_before_anything_is_trained(fails):
 
 def test_a_folder_for_module_2_that_cannot_be_written_is_told_before_module_1_is_trained(fails, prints, tmp_path):
     (tmp_path / "file").write_text("")
-    fails(["Checkpoints cannot be written to", "Not a directory"], "train_all", "--dataset_root", prints,
-          "--matcher_checkpoint_dir", tmp_path / "file/below", *SMOKE)
+    fails(
+        ["Checkpoints cannot be written to", "Not a directory"],
+        "train_all",
+        "--dataset_root",
+        prints,
+        "--matcher_checkpoint_dir",
+        tmp_path / "file/below",
+        *SMOKE,
+    )
 
 
 def test_modules_that_do_not_go_together_are_told_before_anything_is_trained(fails):
-    fails(["transformer_width is 32 for Module 1 and 16 for Module 2", "--set match.transformer_width=…"], "train_all",
-          "--set", "dense.transformer_width=32", *SMOKE)
+    fails(
+        ["transformer_width is 32 for Module 1 and 16 for Module 2", "--set match.transformer_width=…"],
+        "train_all",
+        "--set",
+        "dense.transformer_width=32",
+        *SMOKE,
+    )
 
 
-@pytest.mark.parametrize("text, told", [
-    ("learning_rat = 1e-3", ["learning_rat", "did you mean 'learning_rate'"]),
-    ("batch_size = 0", ["batch_size is 0"]),
-    ("batch_size = 'four'", ["batch_size is 'four'", "int"]),
-    ("batch_size : 4", ["mine.toml", "TOML"]),
-])
+@pytest.mark.parametrize(
+    "text, told",
+    [
+        ("learning_rat = 1e-3", ["learning_rat", "did you mean 'learning_rate'"]),
+        ("batch_size = 0", ["batch_size is 0"]),
+        ("batch_size = 'four'", ["batch_size is 'four'", "int"]),
+        ("batch_size : 4", ["mine.toml", "TOML"]),
+    ],
+)
 def test_a_config_file_is_checked_like_flags(fails, tmp_path, text, told):
     (tmp_path / "mine.toml").write_text(text + "\n")
     fails(told, "train_dense", "--config", tmp_path / "mine.toml", *SMOKE)
 
 
 def test_a_batch_that_the_devices_do_not_divide(process, prints, tmp_path):
-    said = process("-m", "ifvit.train_dense", "--dataset_root", prints, *SMOKE, cwd=tmp_path,
-                   XLA_FLAGS="--xla_force_host_platform_device_count=3")
+    said = process(
+        "-m",
+        "ifvit.train_dense",
+        "--dataset_root",
+        prints,
+        *SMOKE,
+        cwd=tmp_path,
+        XLA_FLAGS="--xla_force_host_platform_device_count=3",
+    )
     check(said, "batch of 4", "3 devices", "--batch_size 3")
     assert checkpoints(tmp_path / "checkpoints") == []
 
@@ -253,16 +295,22 @@ def flip(folder: Path) -> None:
 
 @pytest.mark.parametrize("printed", ["checkpoints/dense_reg/dense_reg_ckpt.pkl", "nowhere", "nowhere/dense_reg_ckpt"])
 def test_module_1_that_is_missing(fails, printed):
-    fails([f"Module 1 checkpoint not found: {printed}", "--pretrained_ckpt"], "train_match", "--pretrained_ckpt", printed,
-          *SMOKE)
+    fails(
+        [f"Module 1 checkpoint not found: {printed}", "--pretrained_ckpt"],
+        "train_match",
+        "--pretrained_ckpt",
+        printed,
+        *SMOKE,
+    )
 
 
 def test_the_configured_module_1_that_is_missing(fails):
     fails(["Module 1 checkpoint not found: ./checkpoints/dense_reg/dense_reg_ckpt.pkl"], "train_match", *SMOKE)
 
 
-@pytest.mark.parametrize("damage, told", [
-    (cut_metadata, "half-written"), (cut_state, "half-written"), (flip, "damaged")])
+@pytest.mark.parametrize(
+    "damage, told", [(cut_metadata, "half-written"), (cut_state, "half-written"), (flip, "damaged")]
+)
 @pytest.mark.parametrize("name", ["train_match", "evaluate"])
 def test_a_checkpoint_that_is_half_written_or_damaged(fails, module1, prints, tmp_path, name, damage, told):
     folder = tmp_path / "broken"
@@ -273,8 +321,15 @@ def test_a_checkpoint_that_is_half_written_or_damaged(fails, module1, prints, tm
 
 
 def test_a_matcher_where_module_1_belongs(fails, module2, prints):
-    fails(["Module 2 (matcher)", "not of Module 1"], "train_match", "--dataset_root", prints, "--pretrained_ckpt",
-          module2.path, *SMOKE)
+    fails(
+        ["Module 2 (matcher)", "not of Module 1"],
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--pretrained_ckpt",
+        module2.path,
+        *SMOKE,
+    )
 
 
 def test_module_1_where_the_matcher_belongs(fails, module1, generated):
@@ -286,13 +341,29 @@ def test_a_module_1_without_a_transformer(fails, module1, prints, tmp_path):
     params = {k: v for k, v in found.state["params"].items() if k != "loftr_transformer"}
     meta = {k: found.metadata[k] for k in ("epoch", "config")}
     checkpoint.save(tmp_path / "bare", "dense_reg", {**found.state, "params": params}, meta)
-    fails(["No transformer found in Module 1 checkpoint", "train Module 1 again"], "train_match", "--dataset_root",
-          prints, "--pretrained_ckpt", tmp_path / "bare", *SMOKE)
+    fails(
+        ["No transformer found in Module 1 checkpoint", "train Module 1 again"],
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--pretrained_ckpt",
+        tmp_path / "bare",
+        *SMOKE,
+    )
 
 
 def test_a_module_1_of_another_size(fails, module1, prints):
-    fails(["transformer_width", "16", "32"], "train_match", "--dataset_root", prints, "--pretrained_ckpt", module1.path,
-          *SMOKE, "--set", "transformer_width=32")
+    fails(
+        ["transformer_width", "16", "32"],
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--pretrained_ckpt",
+        module1.path,
+        *SMOKE,
+        "--set",
+        "transformer_width=32",
+    )
 
 
 def test_a_pickle_that_is_none_is_refused(fails, tmp_path):
@@ -315,13 +386,16 @@ def test_resuming_train_all_from_one_path(fails, module1):
 # ---- evaluate, verify
 
 
-@pytest.mark.parametrize("words, told", [
-    ([], ["--checkpoint", "--dataset_root"]),
-    (["--chekpoint", "x"], ["--chekpoint", "did you mean --checkpoint"]),
-    (["--checkpoint", "nowhere", "--dataset_root", "x"], ["Checkpoint not found: nowhere"]),
-    (["--checkpoint", "nowhere", "--dataset_root", "x", "--protocol", "mine"], ["mine", "fvc", "all"]),
-    (["--checkpoint", "nowhere", "--dataset_root", "x", "--batch_size", "0"], ["--batch_size is 0", "at least 1"]),
-])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ([], ["--checkpoint", "--dataset_root"]),
+        (["--chekpoint", "x"], ["--chekpoint", "did you mean --checkpoint"]),
+        (["--checkpoint", "nowhere", "--dataset_root", "x"], ["Checkpoint not found: nowhere"]),
+        (["--checkpoint", "nowhere", "--dataset_root", "x", "--protocol", "mine"], ["mine", "fvc", "all"]),
+        (["--checkpoint", "nowhere", "--dataset_root", "x", "--batch_size", "0"], ["--batch_size is 0", "at least 1"]),
+    ],
+)
 def test_evaluates_flags(fails, words, told):
     fails(told, "evaluate", *words)
 
@@ -355,15 +429,18 @@ def test_verifying_at_a_rate_that_is_none(fails, module2, generated, fmr):
 # ---- help
 
 
-@pytest.mark.parametrize("name, flags", [
-    ("train_dense", ["--checkpoint_dir", "--batch_size", "--num_epochs", "--loftr_ckpt"]),
-    ("train_match", ["--pretrained_ckpt", "--checkpoint_dir", "--num_classes", "--batch_size", "--num_epochs"]),
-    ("train_all", ["--dense_checkpoint_dir", "--matcher_checkpoint_dir", "--num_classes", "--loftr_ckpt"]),
-    ("evaluate", ["--checkpoint", "--dataset_root", "--out", "--protocol"]),
-    ("verify", ["--checkpoint", "--fmr", "--picture", "--json"]),
-    ("prints", ["--ppi", "--ridges", "--names", "--held_out", "--sheet", "--json"]),
-    ("load_module1_weights", ["--module1_ckpt"]),
-])
+@pytest.mark.parametrize(
+    "name, flags",
+    [
+        ("train_dense", ["--checkpoint_dir", "--batch_size", "--num_epochs", "--loftr_ckpt"]),
+        ("train_match", ["--pretrained_ckpt", "--checkpoint_dir", "--num_classes", "--batch_size", "--num_epochs"]),
+        ("train_all", ["--dense_checkpoint_dir", "--matcher_checkpoint_dir", "--num_classes", "--loftr_ckpt"]),
+        ("evaluate", ["--checkpoint", "--dataset_root", "--out", "--protocol"]),
+        ("verify", ["--checkpoint", "--fmr", "--picture", "--json"]),
+        ("prints", ["--ppi", "--ridges", "--names", "--held_out", "--sheet", "--json"]),
+        ("load_module1_weights", ["--module1_ckpt"]),
+    ],
+)
 def test_help_names_the_flags(command, name, flags, tmp_path):
     common = ["--dataset_root", "--preset", "--config", "--set", "--resume", "--seed"] if "train" in name else []
     said = command(name, "--help", cwd=tmp_path)
@@ -372,7 +449,9 @@ def test_help_names_the_flags(command, name, flags, tmp_path):
 
 
 def test_a_terminal_that_has_no_such_sign_gets_another(process, tmp_path):
-    said = process("-m", "ifvit.load_module1_weights", "--module1_ckpt", "nowhere", cwd=tmp_path, PYTHONIOENCODING="ascii")
+    said = process(
+        "-m", "ifvit.load_module1_weights", "--module1_ckpt", "nowhere", cwd=tmp_path, PYTHONIOENCODING="ascii"
+    )
     assert said.code == 2 and "? Module 1 checkpoint not found: nowhere" in said.out and "Traceback" not in said.err
 
 
@@ -391,9 +470,13 @@ def test_of_several_processes_jaxs_first_one_prints(monkeypatch, index):
     out, trained, args = io.StringIO(), [], train_dense.Args(preset="smoke")
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(jax, "process_index", lambda: index)
-    monkeypatch.setattr(train_dense.Args, "train", lambda self, configs, host: print(trained.append(configs) or "trained"))
+    monkeypatch.setattr(
+        train_dense.Args, "train", lambda self, configs, host: print(trained.append(configs) or "trained")
+    )
     assert run_here("ifvit.train_dense", asdict(args), "", "smoke", args.configs("smoke"), Host()) == (0, "")
-    assert trained and ("trained" in out.getvalue()) == (not index) and ("train_dense: " in out.getvalue()) == (not index)
+    assert (
+        trained and ("trained" in out.getvalue()) == (not index) and ("train_dense: " in out.getvalue()) == (not index)
+    )
 
 
 def test_a_device_whose_memory_is_full_is_told_with_what_helps():

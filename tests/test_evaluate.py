@@ -15,16 +15,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ifvit.data.prepare import prepare
-from ifvit.data.sources import read_roots
-from ifvit.scoring.scores import Fusion
-from ifvit.data.sources import Print
-from ifvit.errors import UserError
-from ifvit.evaluate import evaluate
 from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import Print, read_roots
-from ifvit.scoring.scores import Fusion
+from ifvit.errors import UserError
+from ifvit.evaluate import evaluate
 from ifvit.scoring.scorer import Scorer
+from ifvit.scoring.scores import Fusion
 from ifvit.verify import on_canvases
 
 SMOKE = ("--preset", "smoke")
@@ -41,9 +37,14 @@ def evaluated(request, command, pipeline, prints, tmp_path_factory):
     assert said.code == 0, said
     with (cwd / "OUT/scores.csv").open(newline="") as file:
         header, *rows = csv.reader(file)
-    return SimpleNamespace(module=request.param, said=said, out=cwd / "OUT", header=header,
-                           rows=[dict(zip(header, row)) for row in rows],
-                           metrics=json.loads((cwd / "OUT/metrics.json").read_text()))
+    return SimpleNamespace(
+        module=request.param,
+        said=said,
+        out=cwd / "OUT",
+        header=header,
+        rows=[dict(zip(header, row)) for row in rows],
+        metrics=json.loads((cwd / "OUT/metrics.json").read_text()),
+    )
 
 
 def split(rows: list[dict], database: str) -> tuple[list[float], list[float]]:
@@ -91,7 +92,9 @@ def test_macro_is_the_mean_over_databases(evaluated):
 
 def test_the_scores_have_these_columns(evaluated):
     assert ",".join(evaluated.header) == "database,a,b,genuine,score,global,local,matches"
-    assert (evaluated.out / "scores.csv").read_text().splitlines()[0] == "database,a,b,genuine,score,global,local,matches"
+    assert (evaluated.out / "scores.csv").read_text().splitlines()[
+        0
+    ] == "database,a,b,genuine,score,global,local,matches"
     assert len(evaluated.rows) == 2 * (9 + 3)
 
 
@@ -112,7 +115,12 @@ def test_fmr100_and_auc_follow_from_the_scores(evaluated):
     for database, row in evaluated.metrics["databases"].items():
         genuine, impostor = split(evaluated.rows, database)
         # of 3 impostors at most 1 % is none: genuine scores not above the highest impostor's are refused
-        assert row["fmr100"] == row["fmr1000"] == row["zerofmr"] == pytest.approx(sum(s <= max(impostor) for s in genuine) / 9)
+        assert (
+            row["fmr100"]
+            == row["fmr1000"]
+            == row["zerofmr"]
+            == pytest.approx(sum(s <= max(impostor) for s in genuine) / 9)
+        )
         wins = sum((a > b) + (a == b) / 2 for a in genuine for b in impostor)
         assert row["auc"] == pytest.approx(wins / 27)
 
@@ -147,6 +155,7 @@ def test_the_table_is_printed(evaluated):
 @pytest.fixture
 def unscored(monkeypatch):
     """Scores and pictures that cost nothing: pair number n has the score n."""
+
     def score(self, prints, pairs, batch_size):
         assert len(set(pairs)) == len(pairs)
         return {"score": np.arange(len(pairs), dtype=float), "matches": np.zeros(len(pairs), int)}
@@ -156,17 +165,41 @@ def unscored(monkeypatch):
 
 
 def test_protocol_all_compares_every_pair(unscored, command, pipeline, prints, tmp_path):
-    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT",
-                   "--protocol", "all", cwd=tmp_path)
+    said = command(
+        "evaluate",
+        "--checkpoint",
+        pipeline.module1,
+        "--dataset_root",
+        prints / "DB1",
+        "--out",
+        "OUT",
+        "--protocol",
+        "all",
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
     found = json.loads((tmp_path / "OUT/metrics.json").read_text())["databases"]
     assert {name: (row["genuine"], row["impostor"]) for name, row in found.items()} == {"DB1": (9, 27)}  # of 9 · 8 / 2
 
 
-def test_a_limit_compares_all_genuine_pairs_and_a_draw_of_impostors_and_says_so(unscored, command, pipeline, prints, tmp_path):
+def test_a_limit_compares_all_genuine_pairs_and_a_draw_of_impostors_and_says_so(
+    unscored, command, pipeline, prints, tmp_path
+):
     def rows(out):
-        said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", out,
-                       "--protocol", "all", "--max_pairs", 20, cwd=tmp_path)
+        said = command(
+            "evaluate",
+            "--checkpoint",
+            pipeline.module1,
+            "--dataset_root",
+            prints / "DB1",
+            "--out",
+            out,
+            "--protocol",
+            "all",
+            "--max_pairs",
+            20,
+            cwd=tmp_path,
+        )
         assert said.code == 0 and "DB1: 11 of 27 impostor pairs are compared, a fixed draw" in said.out, said
         return (tmp_path / out / "scores.csv").read_text()
 
@@ -175,28 +208,59 @@ def test_a_limit_compares_all_genuine_pairs_and_a_draw_of_impostors_and_says_so(
     assert (row["genuine"], row["impostor"], row["impostors_in_all"]) == (9, 11, 27)
 
 
-@pytest.mark.parametrize("words, told", [
-    (("--max_pairs", 9), "--max_pairs is 9, and DB1 alone has 9 genuine pairs"), (("--max_pairs", 0), "--max_pairs is 0"),
-    (("--against", "nowhere"), "There are no scores at nowhere"), (("--against", "OUT"), "lies in --out itself")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("--max_pairs", 9), "--max_pairs is 9, and DB1 alone has 9 genuine pairs"),
+        (("--max_pairs", 0), "--max_pairs is 0"),
+        (("--against", "nowhere"), "There are no scores at nowhere"),
+        (("--against", "OUT"), "lies in --out itself"),
+    ],
+)
 def test_flags_that_do_not_fit_are_refused_before_anything_is_scored(
-        command, pipeline, prints, tmp_path, monkeypatch, words, told):
+    command, pipeline, prints, tmp_path, monkeypatch, words, told
+):
     monkeypatch.setattr("ifvit.scoring.scorer.Scorer.score", None)
     (tmp_path / "OUT").mkdir()
     (tmp_path / "OUT/scores.csv").write_text("")
-    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT", *words,
-                   cwd=tmp_path)
+    said = command(
+        "evaluate",
+        "--checkpoint",
+        pipeline.module1,
+        "--dataset_root",
+        prints / "DB1",
+        "--out",
+        "OUT",
+        *words,
+        cwd=tmp_path,
+    )
     assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
 
 
 def of_fingers(fingers, impressions):
     """Prints of one database that nobody reads."""
-    return Mock(PrintSet, prints=tuple(
-        Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(fingers) for i in range(impressions)))
+    return Mock(
+        PrintSet,
+        prints=tuple(
+            Print(f"/d/{f}_{i}.png", "DB", str(f), str(i), 500.0) for f in range(fingers) for i in range(impressions)
+        ),
+    )
 
 
-def test_many_pairs_are_told_with_their_time_before_they_are_scored(unscored, command, pipeline, prints, tmp_path, monkeypatch):
-    words = ("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints / "DB1", "--out", "OUT",
-             "--protocol", "all")
+def test_many_pairs_are_told_with_their_time_before_they_are_scored(
+    unscored, command, pipeline, prints, tmp_path, monkeypatch
+):
+    words = (
+        "evaluate",
+        "--checkpoint",
+        pipeline.module1,
+        "--dataset_root",
+        prints / "DB1",
+        "--out",
+        "OUT",
+        "--protocol",
+        "all",
+    )
     assert "--max_pairs" not in command(*words, cwd=tmp_path).out
     monkeypatch.setattr("ifvit.evaluate.MANY", 35)  # DB1 has 9 · 8 / 2 = 36
     monkeypatch.setattr("ifvit.evaluate.PAIRS_PER_SECOND", 36 / 7200)
@@ -230,7 +294,11 @@ def test_scores_of_a_large_database_are_written_in_order(tmp_path):
     assert len(rows) == 600 * 45 + 600 * 599 // 2
     for n, pair in scored.items():
         names = [os.path.basename(prints.prints[i].path) for i in pair[:2]]
-        assert (rows[n]["a"], rows[n]["b"], rows[n]["genuine"], rows[n]["matches"]) == (*names, str(int(pair.genuine)), str(n))
+        assert (rows[n]["a"], rows[n]["b"], rows[n]["genuine"], rows[n]["matches"]) == (
+            *names,
+            str(int(pair.genuine)),
+            str(n),
+        )
 
 
 def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
@@ -243,15 +311,30 @@ def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
 
     scorer = Mock(Scorer, score=score, picture=lambda *_: None)
     by_fvc, of_all = (evaluate(scorer, prints, tmp_path / protocol, protocol) for protocol in ("fvc", "all"))
-    assert of_all["macro"]["eer_fvc"] == of_all["databases"]["DB"]["eer_fvc"] == by_fvc["macro"]["eer"] != of_all["macro"]["eer"]
+    assert (
+        of_all["macro"]["eer_fvc"]
+        == of_all["databases"]["DB"]["eer_fvc"]
+        == by_fvc["macro"]["eer"]
+        != of_all["macro"]["eer"]
+    )
     assert "eer_fvc" not in by_fvc["macro"]
 
 
 def test_two_evaluations_are_compared_pair_by_pair(evaluated, command, pipeline, prints, tmp_path):
     """Once together with scoring, once of scores that lie there."""
     theirs = evaluated.out / "scores.csv"
-    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", prints, "--out", "OUT",
-                   "--against", theirs, cwd=tmp_path)
+    said = command(
+        "evaluate",
+        "--checkpoint",
+        pipeline.module1,
+        "--dataset_root",
+        prints,
+        "--out",
+        "OUT",
+        "--against",
+        theirs,
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
     found = json.loads((tmp_path / "OUT/against.json").read_text())
     mine = json.loads((tmp_path / "OUT/metrics.json").read_text())
@@ -260,7 +343,9 @@ def test_two_evaluations_are_compared_pair_by_pair(evaluated, command, pipeline,
         for rate in RATES:
             assert row[rate]["this"] == pytest.approx(here[rate]) and row[rate]["other"] == pytest.approx(there[rate])
             assert row[rate]["difference"] == pytest.approx(here[rate] - there[rate])
-        assert f"{100 * row['eer']['difference']:+.2f} [" in next(t for t in said.out.splitlines()[::-1] if t.startswith(name))
+        assert f"{100 * row['eer']['difference']:+.2f} [" in next(
+            t for t in said.out.splitlines()[::-1] if t.startswith(name)
+        )
     again = command("evaluate", "--out", "OUT", "--against", evaluated.out, cwd=tmp_path)
     assert again.code == 0 and again.out.splitlines()[1:] == said.out.splitlines()[-4:], again
     assert json.loads((tmp_path / "OUT/against.json").read_text())["macro"] == found["macro"]
@@ -326,8 +411,12 @@ def test_no_more_impostors_match_than_the_rate_says(fmr):
     assert fmr - 1 / 500 <= (impostor >= threshold).mean() <= fmr
 
 
-@pytest.mark.parametrize("words, told", [(("--ppi", -500), "--ppi is -500"), (("--ppi", "nan"), "--ppi is nan"), ((), "shows no ridges")])
-def test_verify_refuses_a_blank_print_and_a_resolution_that_is_none(command, pipeline, generated, tmp_path, words, told):
+@pytest.mark.parametrize(
+    "words, told", [(("--ppi", -500), "--ppi is -500"), (("--ppi", "nan"), "--ppi is nan"), ((), "shows no ridges")]
+)
+def test_verify_refuses_a_blank_print_and_a_resolution_that_is_none(
+    command, pipeline, generated, tmp_path, words, told
+):
     blank = tmp_path / "blank.png"
     Image.fromarray(np.full((300, 300), 230, np.uint8)).save(blank)
     said = command("verify", blank, generated[1, 2], "--checkpoint", pipeline.module2, *words, cwd=tmp_path)
@@ -338,7 +427,9 @@ def test_verify_reads_a_print_at_the_resolution_of_its_set(generated, tmp_path):
     for folder in ("FVC2002/DB2_A", "FVC2002/DB1_A"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(generated[1, 1], tmp_path / folder / "1_1.png")
-    db2, db1 = on_canvases([str(tmp_path / "FVC2002" / name / "1_1.png") for name in ("DB2_A", "DB1_A")], None, 512).arrays
+    db2, db1 = on_canvases(
+        [str(tmp_path / "FVC2002" / name / "1_1.png") for name in ("DB2_A", "DB1_A")], None, 512
+    ).arrays
     assert db2[1].sum() == pytest.approx(db1[1].sum() * (500 / 569) ** 2, rel=0.1)
 
 
@@ -378,13 +469,28 @@ def test_prints_that_tell_no_resolution_are_counted(prints, tmp_path, caplog):
 
 def test_prints_that_the_checkpoint_was_trained_on_are_told(command, module1, prints, tmp_path):
     told = "The checkpoint was trained on prints of"
-    assert told in command("evaluate", "--checkpoint", module1.path, "--dataset_root", prints / "DB1", "--out", "OUT", cwd=tmp_path).out
+    assert (
+        told
+        in command(
+            "evaluate", "--checkpoint", module1.path, "--dataset_root", prints / "DB1", "--out", "OUT", cwd=tmp_path
+        ).out
+    )
     shutil.copytree(prints / "DB1", tmp_path / "renamed")
-    assert told in command("evaluate", "--checkpoint", module1.path, "--dataset_root", "renamed", "--out", "OUT1", cwd=tmp_path).out
+    assert (
+        told
+        in command(
+            "evaluate", "--checkpoint", module1.path, "--dataset_root", "renamed", "--out", "OUT1", cwd=tmp_path
+        ).out
+    )
     (tmp_path / "others").mkdir()
     for file in (prints / "DB1").iterdir():
         Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "others" / file.name)
-    assert told not in command("evaluate", "--checkpoint", module1.path, "--dataset_root", "others", "--out", "OUT2", cwd=tmp_path).out
+    assert (
+        told
+        not in command(
+            "evaluate", "--checkpoint", module1.path, "--dataset_root", "others", "--out", "OUT2", cwd=tmp_path
+        ).out
+    )
 
 
 def test_a_file_in_the_way_is_told_before_anything_is_scored(command, pipeline, prints, tmp_path, monkeypatch):
@@ -408,22 +514,36 @@ def test_scores_of_a_folder_a_finger_say_whose_they_are_whatever_the_names(comma
 
 
 def test_scores_name_as_much_of_a_path_as_tells_the_prints_of_a_database_apart(tmp_path):
-    paths = [f"/root/one/{session}/{finger}/{n}.png" for session in ("first", "second") for finger in "78" for n in "12"]
+    paths = [
+        f"/root/one/{session}/{finger}/{n}.png" for session in ("first", "second") for finger in "78" for n in "12"
+    ]
     prints = [Print(path, "one", path.split("/")[4], path, 500.0) for path in paths]
     prints += [Print(f"/root/two/{finger}_{n}.png", "two", finger, n, 500.0) for finger in "78" for n in "12"]
-    scorer = Mock(Scorer, score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
-                  picture=lambda *_: None)
+    scorer = Mock(
+        Scorer,
+        score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
+        picture=lambda *_: None,
+    )
     evaluate(scorer, Mock(PrintSet, prints=tuple(prints)), tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:
         names = {(row["database"], row[side]) for row in csv.DictReader(file) for side in "ab"}
-    assert names == {("one", path.removeprefix("/root/one/")) for path in paths} | {("two", f"{f}_{n}.png") for f in "78" for n in "12"}
+    assert names == {("one", path.removeprefix("/root/one/")) for path in paths} | {
+        ("two", f"{f}_{n}.png") for f in "78" for n in "12"
+    }
 
 
 def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_path):
     if evaluated.module == "dense_reg":
         pytest.skip("verify asks for the matcher")
-    said = command("verify", prints / "DB1/1_1.png", prints / "DB1/1_2.png", "--checkpoint", pipeline.module2, "--json",
-                   cwd=tmp_path)
+    said = command(
+        "verify",
+        prints / "DB1/1_1.png",
+        prints / "DB1/1_2.png",
+        "--checkpoint",
+        pipeline.module2,
+        "--json",
+        cwd=tmp_path,
+    )
     row = next(r for r in evaluated.rows if (r["database"], r["a"], r["b"]) == ("DB1", "1_1.png", "1_2.png"))
     found = json.loads(said.out)
     assert found["score"] == pytest.approx(float(row["score"]), abs=1e-3)
@@ -446,7 +566,9 @@ def test_the_table_says_which_databases_are_left_out(command, pipeline, prints, 
     (tmp_path / "data/DB9").mkdir()
     for finger in (4, 5):
         shutil.copy(generated[finger, 1], tmp_path / "data/DB9" / f"{finger}_1.png")
-    said = command("evaluate", "--checkpoint", pipeline.module1, "--dataset_root", tmp_path / "data", "--out", "out", cwd=tmp_path)
+    said = command(
+        "evaluate", "--checkpoint", pipeline.module1, "--dataset_root", tmp_path / "data", "--out", "out", cwd=tmp_path
+    )
     assert said.code == 0, said
     assert "Not evaluated, without genuine or without impostor pairs: DB9" in said.out
     assert list(json.loads((tmp_path / "out/metrics.json").read_text())["databases"]) == ["DB1"]

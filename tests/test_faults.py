@@ -8,11 +8,11 @@ import re
 import shutil
 
 import pytest
-
 from faults import bits, checkpoints, differences, no_traceback, one_sentence, resumed, undisturbed
 from faults.damage import array_files, damage, damage_everything, flip_in_arrays
 from faults.disk import SHOWN, Disk, Unavailable, removed
 from faults.kill import default_training, kill_run
+
 from ifvit import checkpoint
 from ifvit.errors import UserError
 
@@ -153,8 +153,17 @@ def test_verify_tells_the_good_from_the_damaged(process, run, tmp_path):
 def test_a_damaged_module_1_is_no_start_of_a_matcher(command, module1, prints, harm, tmp_path):
     copy = shutil.copytree(module1.path, tmp_path / "dense_reg_ckpt")
     harm(copy)
-    said = command("train_match", "--dataset_root", prints, "--pretrained_ckpt", copy, "--checkpoint_dir",
-                   tmp_path / "matcher", *SMOKE, cwd=tmp_path)
+    said = command(
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--pretrained_ckpt",
+        copy,
+        "--checkpoint_dir",
+        tmp_path / "matcher",
+        *SMOKE,
+        cwd=tmp_path,
+    )
     assert said.code == 2, said
     assert not one_sentence(said) and str(copy) in said.err, said.err
     assert not (tmp_path / "matcher").exists()
@@ -165,8 +174,10 @@ def test_a_damaged_module_1_is_no_start_of_a_matcher(command, module1, prints, h
 def test_a_damaged_matcher_scores_nothing(command, module2, prints, generated, name, harm, tmp_path):
     copy = shutil.copytree(module2.path, tmp_path / "matcher_ckpt")
     harm(copy)
-    words = {"evaluate": ("--dataset_root", prints, "--out", tmp_path / "out"),
-             "verify": (generated[1, 1], generated[1, 2])}[name]
+    words = {
+        "evaluate": ("--dataset_root", prints, "--out", tmp_path / "out"),
+        "verify": (generated[1, 1], generated[1, 2]),
+    }[name]
     said = command(name, *words, "--checkpoint", copy, cwd=tmp_path)
     assert said.code == 2, said
     assert not one_sentence(said) and str(copy) in said.err, said.err

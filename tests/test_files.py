@@ -88,9 +88,22 @@ def test_a_checkpoint_is_saved_where_folders_cannot_be_synced(tmp_path, refuses,
     refuses(errno.EINVAL)
     made, context = [], tensorstore_utils.get_ts_context
     monkeypatch.setattr(tensorstore_utils, "get_ts_context", lambda **how: made.append(context(**how)) or made[-1])
-    state = {"params": {"a": np.arange(3, dtype=np.float32)}, "batch_stats": {"m": np.ones(2, np.float32)},
-             "opt_state": {"n": np.zeros(2, np.float32)}, "step": np.int32(3)}
-    told = {"epoch": 1, "step": 3, "config": {"resnet_widths": [1]}, "finished": True, "best": None, "value": None, "history": [], "data": ""}
+    state = {
+        "params": {"a": np.arange(3, dtype=np.float32)},
+        "batch_stats": {"m": np.ones(2, np.float32)},
+        "opt_state": {"n": np.zeros(2, np.float32)},
+        "step": np.int32(3),
+    }
+    told = {
+        "epoch": 1,
+        "step": 3,
+        "config": {"resnet_widths": [1]},
+        "finished": True,
+        "best": None,
+        "value": None,
+        "history": [],
+        "data": "",
+    }
     for _ in range(2):  # the second replaces the first
         checkpoint.save(tmp_path / "run/dense_reg_ckpt", "dense_reg", state, told)
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["dense_reg_ckpt"]
@@ -112,8 +125,17 @@ def test_tensorstore_syncs_wherever_it_can(tmp_path):
 TEXT = 'seed = 3\ndataset_root = ["Käse/指紋"]\n'
 
 
-@pytest.mark.parametrize("encoding, mark", [("utf-8", b""), ("utf-8", b"\xef\xbb\xbf"), ("utf-16-le", b"\xff\xfe"), ("utf-16-be", b"\xfe\xff"),
-                                            ("utf-32-le", b"\xff\xfe\0\0"), ("utf-32-be", b"\0\0\xfe\xff")])
+@pytest.mark.parametrize(
+    "encoding, mark",
+    [
+        ("utf-8", b""),
+        ("utf-8", b"\xef\xbb\xbf"),
+        ("utf-16-le", b"\xff\xfe"),
+        ("utf-16-be", b"\xfe\xff"),
+        ("utf-32-le", b"\xff\xfe\0\0"),
+        ("utf-32-be", b"\0\0\xfe\xff"),
+    ],
+)
 @pytest.mark.parametrize("newline", ["\n", "\r\n", "\r"])
 def test_a_configuration_is_read_with_any_encoding_mark(tmp_path, encoding, mark, newline):
     (tmp_path / "c.toml").write_bytes(mark + TEXT.replace("\n", newline).encode(encoding))
@@ -132,8 +154,10 @@ def test_a_configuration_in_another_encoding_names_its_line(tmp_path):
 def test_a_configuration_is_read_in_a_locale_without_letters(process, tmp_path):
     (tmp_path / "Käse").mkdir()
     (tmp_path / "c.toml").write_text(TEXT.replace("/指紋", ""), encoding="utf-8")
-    code = ("import os\nfrom ifvit.config import *\n"
-            "print(os.path.isdir(with_changes(DENSE_CONFIG, read_toml('c.toml')).dataset_root[0]))")
+    code = (
+        "import os\nfrom ifvit.config import *\n"
+        "print(os.path.isdir(with_changes(DENSE_CONFIG, read_toml('c.toml')).dataset_root[0]))"
+    )
     said = process("-c", code, cwd=tmp_path, PYTHONPATH=str(ROOT), LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0")
     assert said.out == "True\n", said
 
@@ -143,6 +167,19 @@ def test_every_text_file_is_opened_with_its_encoding(package):
     for file in (ROOT / package).rglob("*.py"):
         for call in (node for node in ast.walk(ast.parse(file.read_bytes())) if isinstance(node, ast.Call)):
             name = getattr(call.func, "attr", getattr(call.func, "id", ""))
-            mode = next((a.value for a in call.args if isinstance(a, ast.Constant) and re.fullmatch("[rwax][bt+]*", str(a.value))), "")
-            text = name == "open" and mode and "b" not in mode or name in ("read_text", "write_text") and isinstance(call.func, ast.Attribute)
+            mode = next(
+                (
+                    a.value
+                    for a in call.args
+                    if isinstance(a, ast.Constant) and re.fullmatch("[rwax][bt+]*", str(a.value))
+                ),
+                "",
+            )
+            text = (
+                name == "open"
+                and mode
+                and "b" not in mode
+                or name in ("read_text", "write_text")
+                and isinstance(call.func, ast.Attribute)
+            )
             assert not text or any(k.arg == "encoding" for k in call.keywords), f"{file}:{call.lineno}"

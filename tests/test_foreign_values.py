@@ -98,32 +98,54 @@ HERE = __name__
 TWO_HOURS = datetime.timezone(datetime.timedelta(hours=2))
 STANDARD = {
     "a moment": (datetime.datetime(2024, 5, 1, 12, 30, 1, 5), "2024-05-01T12:30:01.000005"),
-    "UTC": (datetime.datetime(2024, 5, 1, tzinfo=datetime.timezone.utc), "2024-05-01T00:00:00+00:00"),
+    "UTC": (datetime.datetime(2024, 5, 1, tzinfo=datetime.UTC), "2024-05-01T00:00:00+00:00"),
     "an offset": (datetime.datetime(2024, 5, 1, tzinfo=TWO_HOURS), "2024-05-01T00:00:00+02:00"),
     "the second 2:30": (datetime.datetime(2024, 10, 27, 2, 30, fold=1), "2024-10-27T02:30:00"),
-    "a time zone's name": (datetime.datetime(2024, 5, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")), "2024-05-01T00:00:00[Europe/Berlin]"),
-    "a day": (datetime.date(2024, 2, 29), "2024-02-29"), "a time": (datetime.time(1, 2, 3), "01:02:03"),
-    "a duration": (datetime.timedelta(days=1, seconds=3), "1 day, 0:00:03"), "a zone": (TWO_HOURS, "+02:00"),
-    "deque": (collections.deque([1.0, 2.0], maxlen=100), [1.0, 2.0]), "empty deque": (collections.deque(maxlen=3), []),
-    "Counter": (collections.Counter(a=2, b=1), {"a": 2, "b": 1}), "OrderedDict": (collections.OrderedDict(a=[1]), {"a": [1]}),
-    "defaultdict": (collections.defaultdict(list, a=[1]), {"a": [1]}), "sets": ([{1}, frozenset((2,))], [[1], [2]]),
+    "a time zone's name": (
+        datetime.datetime(2024, 5, 1, tzinfo=zoneinfo.ZoneInfo("Europe/Berlin")),
+        "2024-05-01T00:00:00[Europe/Berlin]",
+    ),
+    "a day": (datetime.date(2024, 2, 29), "2024-02-29"),
+    "a time": (datetime.time(1, 2, 3), "01:02:03"),
+    "a duration": (datetime.timedelta(days=1, seconds=3), "1 day, 0:00:03"),
+    "a zone": (TWO_HOURS, "+02:00"),
+    "deque": (collections.deque([1.0, 2.0], maxlen=100), [1.0, 2.0]),
+    "empty deque": (collections.deque(maxlen=3), []),
+    "Counter": (collections.Counter(a=2, b=1), {"a": 2, "b": 1}),
+    "OrderedDict": (collections.OrderedDict(a=[1]), {"a": [1]}),
+    "defaultdict": (collections.defaultdict(list, a=[1]), {"a": [1]}),
+    "sets": ([{1}, frozenset((2,))], [[1], [2]]),
     "paths": ([PurePosixPath("/a/b"), PureWindowsPath("C:\\a")], ["/a/b", "C:\\a"]),
     "uuid": (uuid.UUID("12345678123456781234567812345678"), "12345678-1234-5678-1234-567812345678"),
-    "Decimal": (decimal.Decimal("1.50"), "1.50"), "Fraction": (fractions.Fraction(1, 3), "1/3"), "complex": (1 + 2j, "(1+2j)"),
-    "bytes": ([b"\x01\xff", bytearray(b"\x02"), b""], ["01ff", "02", ""]), "many bytes": (bytes(5000), "5,000 bytes"),
-    "Namespace": (argparse.Namespace(a=1, b=(2, 3)), {"a": 1, "b": [2, 3]}), "SimpleNamespace": (types.SimpleNamespace(a=None), {"a": None}),
+    "Decimal": (decimal.Decimal("1.50"), "1.50"),
+    "Fraction": (fractions.Fraction(1, 3), "1/3"),
+    "complex": (1 + 2j, "(1+2j)"),
+    "bytes": ([b"\x01\xff", bytearray(b"\x02"), b""], ["01ff", "02", ""]),
+    "many bytes": (bytes(5000), "5,000 bytes"),
+    "Namespace": (argparse.Namespace(a=1, b=(2, 3)), {"a": 1, "b": [2, 3]}),
+    "SimpleNamespace": (types.SimpleNamespace(a=None), {"a": None}),
     "long integers": (2**128 - 1, 2**128 - 1),
     "a number of numpy as key": ({np.float32(0.5): 1, np.int64(3): 2}, {"0.5": 1, "3": 2}),
     "keys of any kind": ({None: 1, (1, "a"): 2, 0.5: 3, True: 4}, {"None": 1, "(1, a)": 2, "0.5": 3, "True": 4}),
-    "text arrays": (np.array(["1_1", "b"]), ["1_1", "b"]), "bytes arrays": (np.array([[b"a"], [b"\xe9"]]), [["a"], ["é"]]),
-    "one text": (np.str_("a"), "a"), "text of the other byte order": (np.array(["é"]).astype(">U2"), ["é"]),
-    "object arrays": (np.array([[1, "a"], [None, datetime.date(2024, 1, 1)]], object), [[1, "a"], [None, "2024-01-01"]]),
+    "text arrays": (np.array(["1_1", "b"]), ["1_1", "b"]),
+    "bytes arrays": (np.array([[b"a"], [b"\xe9"]]), [["a"], ["é"]]),
+    "one text": (np.str_("a"), "a"),
+    "text of the other byte order": (np.array(["é"]).astype(">U2"), ["é"]),
+    "object arrays": (
+        np.array([[1, "a"], [None, datetime.date(2024, 1, 1)]], object),
+        [[1, "a"], [None, "2024-01-01"]],
+    ),
     "a dictionary in an array, as numpy.save leaves it": (np.array({"a": 1}, object), {"a": 1}),
-    "moments": (np.array(["2024-05-01"], "M8[s]"), ["2024-05-01T00:00:00"]), "days": (np.array(["2024-05-01"], "M8[D]"), ["2024-05-01"]),
+    "moments": (np.array(["2024-05-01"], "M8[s]"), ["2024-05-01T00:00:00"]),
+    "days": (np.array(["2024-05-01"], "M8[D]"), ["2024-05-01"]),
     "durations": (np.array([5], "m8[s]"), ["5 seconds"]),
-    "records": (np.array([(1, 2.5, "a")], [("n", ">i4"), ("x", "f8"), ("t", "U3")]), {"n": [1], "x": [2.5], "t": ["a"]}),
+    "records": (
+        np.array([(1, 2.5, "a")], [("n", ">i4"), ("x", "f8"), ("t", "U3")]),
+        {"n": [1], "x": [2.5], "t": ["a"]},
+    ),
     "a masked array": (np.ma.array([1, 2], mask=[True, False]), {"data": [1, 2], "mask": [True, False]}),
-    "complex arrays": (np.array([1j]), ["1j"]), "a large array": (np.zeros((200, 100), np.int8), {"array": "int8", "shape": [200, 100]}),
+    "complex arrays": (np.array([1j]), ["1j"]),
+    "a large array": (np.zeros((200, 100), np.int8), {"array": "int8", "shape": [200, 100]}),
 }
 
 
@@ -137,11 +159,16 @@ def test_values_of_python_and_numpy_become_text_lists_and_dictionaries(read, nam
 OBJECTS = {
     "a member of an enum": (Colour.RED, {"class": f"{HERE}.Colour", "arguments": [1]}),
     "a named tuple": (Point(1, (2,)), {"class": f"{HERE}.Point", "arguments": [1, [2]]}),
-    "a dataclass": (Config(0.1, datetime.date(2024, 1, 1)), {"class": f"{HERE}.Config", "state": {"rate": 0.1, "when": "2024-01-01"}}),
+    "a dataclass": (
+        Config(0.1, datetime.date(2024, 1, 1)),
+        {"class": f"{HERE}.Config", "state": {"rate": 0.1, "when": "2024-01-01"}},
+    ),
     "slots": (slots(), {"class": f"{HERE}.Slots", "state": {"a": 1}}),
     "a dictionary with attributes": (Attributes({"a": Attributes({"b": 1})}), {"a": {"b": 1}}),
     "what is part of itself": (Node(1), {"class": f"{HERE}.Node", "state": {"value": 1, "parent": f"… {HERE}.Node"}}),
-    "a class": (Config, f"{HERE}.Config"), "a function": (slots, f"{HERE}.slots"), "a method": ([].append, "builtins.getattr"),
+    "a class": (Config, f"{HERE}.Config"),
+    "a function": (slots, f"{HERE}.slots"),
+    "a method": ([].append, "builtins.getattr"),
     "a pattern": (re.compile("a+"), {"class": "re._compile", "arguments": ["a+", 32]}),
 }
 
@@ -162,14 +189,25 @@ def test_states_of_random_generators_are_read(read):
 
 
 def test_a_timestamp_of_any_kind_is_text(read):
-    assert read({"params": PARAMS, "timestamp": datetime.datetime(2024, 5, 1, 12, 30)}).timestamp == "2024-05-01T12:30:00"
+    assert (
+        read({"params": PARAMS, "timestamp": datetime.datetime(2024, 5, 1, 12, 30)}).timestamp == "2024-05-01T12:30:00"
+    )
     assert read({"params": PARAMS, "timestamp": 1714566600.5}).timestamp == "1714566600.5"
 
 
 def test_what_is_no_array_in_the_state_stands_aside_with_its_name(read):
-    state = {"params": PARAMS | {"made": datetime.date(2024, 1, 1)}, "step": 3, "name": "adam", "flags": Flags.A | Flags.B,
-             "classes": np.array(["a", "b"]), "seed": 2**70}
-    for content in ({"state": state, "metadata": {"epoch": 1}}, {"state": types.SimpleNamespace(**state), "metadata": {"epoch": 1}}):
+    state = {
+        "params": PARAMS | {"made": datetime.date(2024, 1, 1)},
+        "step": 3,
+        "name": "adam",
+        "flags": Flags.A | Flags.B,
+        "classes": np.array(["a", "b"]),
+        "seed": 2**70,
+    }
+    for content in (
+        {"state": state, "metadata": {"epoch": 1}},
+        {"state": types.SimpleNamespace(**state), "metadata": {"epoch": 1}},
+    ):
         found = read(content)
         assert set(found.state) == {"params", "step"} and set(found.state["params"]) == {"dense"}
         aside = found.metadata["not_arrays"]

@@ -18,8 +18,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow's, of what is malfor
 
 Y, X = np.mgrid[:60, :80]
 RINGS = (128 + 100 * np.sin(np.hypot(X - 30, Y - 25) * 0.7)).astype(np.uint8)
-EXIF_JUNK = [b"", b"\0", b"Exif\0\0\x00\x08\x00\x02", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x05\0\x06\0\0\0\0\0\0", bytes(range(256)),
-             b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x08\0\0\0\x08\0\0\0\0\0\0\0"]
+EXIF_JUNK = [
+    b"",
+    b"\0",
+    b"Exif\0\0\x00\x08\x00\x02",
+    b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x05\0\x06\0\0\0\0\0\0",
+    bytes(range(256)),
+    b"II*\0\x08\0\0\0\x01\0\x12\x01\x02\0\x08\0\0\0\x08\0\0\0\0\0\0\0",
+]
 
 
 def saved(format: str, image=None, **how) -> bytes:
@@ -51,12 +57,28 @@ def tiff_with(tag: int, kind: int, count: int, value: int, **how) -> bytes:
     (n,) = struct.unpack_from("<H", raw, at)
     entries = [raw[at + 2 + 12 * i : at + 14 + 12 * i] for i in range(n)]
     entries = [e for e in entries if e[:2] != struct.pack("<H", tag)] + [struct.pack("<HHII", tag, kind, count, value)]
-    directory = struct.pack("<H", len(entries)) + b"".join(sorted(entries, key=lambda e: struct.unpack("<H", e[:2]))) + bytes(4)
+    directory = (
+        struct.pack("<H", len(entries)) + b"".join(sorted(entries, key=lambda e: struct.unpack("<H", e[:2]))) + bytes(4)
+    )
     return raw[:4] + struct.pack("<I", len(raw)) + raw[8:] + directory
 
 
-@pytest.mark.parametrize("name, how", [("a.pgm", {}), ("a.pnm", {}), ("a.jp2", {}), ("a.j2k", {}), ("a.gif", {}), ("a.webp", {"lossless": True}),
-                                       ("a.tga", {}), ("a.sgi", {}), ("a.png", {}), ("a.bmp", {}), ("a.tif", {"compression": "tiff_lzw"})])
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("a.pgm", {}),
+        ("a.pnm", {}),
+        ("a.jp2", {}),
+        ("a.j2k", {}),
+        ("a.gif", {}),
+        ("a.webp", {"lossless": True}),
+        ("a.tga", {}),
+        ("a.sgi", {}),
+        ("a.png", {}),
+        ("a.bmp", {}),
+        ("a.tif", {"compression": "tiff_lzw"}),
+    ],
+)
 def test_every_lossless_format_comes_back_to_the_level_and_one_that_is_cut_is_told(tmp_path, name, how):
     Image.fromarray(RINGS).save(tmp_path / name, **how)
     raw = (tmp_path / name).read_bytes()
@@ -79,8 +101,18 @@ def test_a_pngs_broken_chunks_cost_no_pixel(tmp_path, kind, body):
 
 
 @pytest.mark.parametrize("body", EXIF_JUNK)
-@pytest.mark.parametrize("marker, begin", [(0xE1, b"Exif\0\0"), (0xE1, b"http://ns.adobe.com/xap/1.0/\0"), (0xE2, b"ICC_PROFILE\0"), (0xE2, b"MPF\0"),
-                                           (0xED, b"Photoshop 3.0\0"), (0xFE, b""), (0xE0, b"JFIF\0")])
+@pytest.mark.parametrize(
+    "marker, begin",
+    [
+        (0xE1, b"Exif\0\0"),
+        (0xE1, b"http://ns.adobe.com/xap/1.0/\0"),
+        (0xE2, b"ICC_PROFILE\0"),
+        (0xE2, b"MPF\0"),
+        (0xED, b"Photoshop 3.0\0"),
+        (0xFE, b""),
+        (0xE0, b"JFIF\0"),
+    ],
+)
 def test_a_jpegs_broken_segments_cost_no_pixel(tmp_path, marker, begin, body):
     plain = np.array(Image.open(io.BytesIO(saved("JPEG", quality=95))))
     np.testing.assert_array_equal(read(tmp_path / "a.jpg", jpeg_with(marker, begin + body))[0], plain)
@@ -96,7 +128,9 @@ def test_a_tiffs_tags_of_odd_types_cost_no_pixel(tmp_path, tag, compression):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("format, how", [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})])
+@pytest.mark.parametrize(
+    "format, how", [("PNG", {}), ("WEBP", {"lossless": True}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"})]
+)
 def test_a_print_on_its_side_is_turned_upright(tmp_path, orientation, format, how):
     tags = Image.Exif()
     tags[274] = orientation
@@ -117,7 +151,9 @@ def test_floating_point_levels_keep_all_ridges(tmp_path, top, low):
 
 def test_faint_floating_point_levels_stay_faint_and_odd_ranges_are_stretched(tmp_path):
     ramp = np.linspace(0, 1, 60 * 80).reshape(60, 80).astype(np.float32)
-    of = lambda levels: read(tmp_path / "a.tif", saved("TIFF", Image.fromarray(levels.astype(np.float32))))[0].astype(int)
+    of = lambda levels: read(tmp_path / "a.tif", saved("TIFF", Image.fromarray(levels.astype(np.float32))))[0].astype(
+        int
+    )
     assert of(0.5 * ramp).max() == pytest.approx(128, abs=1)
     for scale, shift in ((6, -3), (3, 0), (5, -7)):  # mean 0, or anything
         np.testing.assert_allclose(of(scale * ramp + shift), 255 * ramp, atol=1.5)
@@ -133,16 +169,30 @@ def test_levels_that_are_no_numbers_are_white_and_infinite_ones_the_ends(tmp_pat
     assert (read(tmp_path / "a.tif", saved("TIFF", Image.fromarray(levels * np.nan)))[0] == 255).all()
 
 
-@pytest.mark.parametrize("mode, value, grey", [("LA", (90, 255), 90), ("LA", (90, 0), 90), ("RGBA", (90, 90, 90, 0), 90), ("CMYK", (0, 0, 0, 165), 90),
-                                               ("LAB", (90, 128, 128), 90)])
+@pytest.mark.parametrize(
+    "mode, value, grey",
+    [
+        ("LA", (90, 255), 90),
+        ("LA", (90, 0), 90),
+        ("RGBA", (90, 90, 90, 0), 90),
+        ("CMYK", (0, 0, 0, 165), 90),
+        ("LAB", (90, 128, 128), 90),
+    ],
+)
 def test_colour_models_become_their_lightness(tmp_path, mode, value, grey):
     """An alpha channel that is nothing but 0 is no transparency: all pixels would be lost."""
     got, _ = read(tmp_path / "a.tif", saved("TIFF", Image.new(mode, (40, 30), value)))
     assert got.shape == (30, 40) and set(np.unique(got)) == {grey}
 
 
-@pytest.mark.parametrize("image, dark", [(Image.fromarray(RINGS), RINGS), (Image.fromarray(RINGS.astype(np.uint16) * 257), RINGS),
-                                         (Image.fromarray(RINGS > 128), np.where(RINGS > 128, 255, 0))])
+@pytest.mark.parametrize(
+    "image, dark",
+    [
+        (Image.fromarray(RINGS), RINGS),
+        (Image.fromarray(RINGS.astype(np.uint16) * 257), RINGS),
+        (Image.fromarray(RINGS > 128), np.where(RINGS > 128, 255, 0)),
+    ],
+)
 def test_where_white_is_zero_it_is_white(tmp_path, image, dark):
     raw = saved("TIFF", image)
     (at,) = struct.unpack_from("<I", raw, 4)
@@ -173,7 +223,10 @@ def test_the_print_may_lie_below_its_thumbnail(tmp_path):
     moved = len(raw)
     raw += small
     (there,) = struct.unpack_from("<I", small, 4)
-    entries = [bytearray(small[there + 2 + 12 * i : there + 14 + 12 * i]) for i in range(struct.unpack_from("<H", small, there)[0])]
+    entries = [
+        bytearray(small[there + 2 + 12 * i : there + 14 + 12 * i])
+        for i in range(struct.unpack_from("<H", small, there)[0])
+    ]
     for e in entries:
         if struct.unpack_from("<H", e)[0] == 273:
             struct.pack_into("<I", e, 8, struct.unpack_from("<I", e, 8)[0] + moved)
@@ -209,13 +262,22 @@ def test_a_thumbnail_whose_print_is_cut_off_is_told(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("raw, ppi", [
-    (saved("TIFF", dpi=(1000, 1000)), 1000), (saved("PNG", dpi=(1000, 1000)), 1000), (saved("BMP", dpi=(1000, 1000)), 1000),
-    (saved("JPEG", dpi=(1000, 1000)), 1000), (saved("TIFF", tiffinfo={282: 393.7, 283: 393.7, 296: 3}), 1000),  # a centimetre
-    (saved("TIFF", tiffinfo={282: 1000.0, 283: 1000.0, 296: 1}), None),  # of no unit
-    (png_with(b"pHYs", struct.pack(">IIB", 39370, 39370, 1)), 1000), (png_with(b"pHYs", struct.pack(">IIB", 39370, 39370, 0)), None),
-    (jpeg_with(0xFE, b"NIST_COM 9\nPIX_WIDTH 80\nPPI 1000\nLOSSY 1\n"), 1000), (jpeg_with(0xFE, b"at 1000 PPI"), None),
-    (saved("PNG", pnginfo=PngImagePlugin.PngInfo()), None)])
+@pytest.mark.parametrize(
+    "raw, ppi",
+    [
+        (saved("TIFF", dpi=(1000, 1000)), 1000),
+        (saved("PNG", dpi=(1000, 1000)), 1000),
+        (saved("BMP", dpi=(1000, 1000)), 1000),
+        (saved("JPEG", dpi=(1000, 1000)), 1000),
+        (saved("TIFF", tiffinfo={282: 393.7, 283: 393.7, 296: 3}), 1000),  # a centimetre
+        (saved("TIFF", tiffinfo={282: 1000.0, 283: 1000.0, 296: 1}), None),  # of no unit
+        (png_with(b"pHYs", struct.pack(">IIB", 39370, 39370, 1)), 1000),
+        (png_with(b"pHYs", struct.pack(">IIB", 39370, 39370, 0)), None),
+        (jpeg_with(0xFE, b"NIST_COM 9\nPIX_WIDTH 80\nPPI 1000\nLOSSY 1\n"), 1000),
+        (jpeg_with(0xFE, b"at 1000 PPI"), None),
+        (saved("PNG", pnginfo=PngImagePlugin.PngInfo()), None),
+    ],
+)
 def test_a_resolution_is_read_in_any_unit(tmp_path, raw, ppi):
     told = read(tmp_path / "a.img", raw)[1]
     assert told == (pytest.approx(ppi, rel=1e-3) if ppi else None)

@@ -7,8 +7,10 @@ import pytest
 from ifvit.pixels import geometry
 from ifvit.pixels.geometry import cell_centres, grid_points
 
-apply_similarity, invert_similarity, fit_similarity, sample = (jax.jit(f) for f in (
-    geometry.apply_similarity, geometry.invert_similarity, geometry.fit_similarity, geometry.sample))
+apply_similarity, invert_similarity, fit_similarity, sample = (
+    jax.jit(f)
+    for f in (geometry.apply_similarity, geometry.invert_similarity, geometry.fit_similarity, geometry.sample)
+)
 robust_similarity = jax.jit(geometry.robust_similarity, static_argnums=(3, 4))
 blur = jax.jit(geometry.blur, static_argnums=1)
 local_normalise = jax.jit(geometry.local_normalise, static_argnums=2)
@@ -102,8 +104,14 @@ def test_the_consensus_is_fitted_and_not_the_two_points_that_found_it():
         return np.round((p - 3.5) / 8) * 8 + 3.5
 
     p = cells(rng.uniform(0, 128, (12, 120, 2)))
-    q = cells(np.stack([np.where(np.arange(120)[:, None] < 60, moved(t, x), rng.uniform(0, 128, (120, 2)))
-                        for t, x in zip(poses, p)]))
+    q = cells(
+        np.stack(
+            [
+                np.where(np.arange(120)[:, None] < 60, moved(t, x), rng.uniform(0, 128, (120, 2)))
+                for t, x in zip(poses, p)
+            ]
+        )
+    )
     fits = np.asarray(robust_similarity(p, q, np.ones((12, 120), bool), SAMPLES, RADIUS).similarity)
     errors = [np.linalg.norm(moved(f, corners) - moved(t, corners), axis=1).max() for f, t in zip(fits, poses)]
     assert np.median(errors) < 1.2 and max(errors) < 2.5
@@ -183,8 +191,10 @@ def test_local_normalisation_by_its_definition():
     mask[4:28, 6:30] = True
     y, x = np.mgrid[:32, :32]
     dev, centred = np.zeros((32, 32)), np.zeros((32, 32))
+
     def window(r, c):
         return np.exp(-((y - r) ** 2 + (x - c) ** 2) / (2 * 3.0**2)) * mask
+
     for r, c in np.argwhere(mask):
         centred[r, c] = image[r, c] - (window(r, c) * image).sum() / window(r, c).sum()
     for r, c in np.argwhere(mask):

@@ -28,9 +28,14 @@ BRANCHES = ("loftr_transformer_global", "loftr_transformer_local")
 
 def state(seed: int = 0) -> dict:
     rng = np.random.default_rng(seed)
-    layers = {f"layer_{i}": {"kernel": rng.random((40, 30), np.float32), "bias": rng.random(30, np.float32)} for i in range(3)}
-    return {"params": {"loftr_transformer": layers, "resnet": {"kernel": rng.random((3, 3), np.float32)}},
-            "batch_stats": {"mean": rng.random(4, np.float32)}, "step": np.int32(12)}
+    layers = {
+        f"layer_{i}": {"kernel": rng.random((40, 30), np.float32), "bias": rng.random(30, np.float32)} for i in range(3)
+    }
+    return {
+        "params": {"loftr_transformer": layers, "resnet": {"kernel": rng.random((3, 3), np.float32)}},
+        "batch_stats": {"mean": rng.random(4, np.float32)},
+        "step": np.int32(12),
+    }
 
 
 def bits(tree: dict) -> dict:
@@ -117,11 +122,17 @@ def test_it_seeds_module_2(store, url, capsys):
 
 
 def test_of_what_module_2_does_not_take_nothing_is_read(store):
-    load_module1_transformer_weights("gs://prints/runs/apart/dense_reg_ckpt", {
-        b: state()["params"]["loftr_transformer"] for b in BRANCHES})
-    arrays = {name.split("/")[-1] for name in re.findall(r"state/(params\.[\w.]+|batch_stats[\w.]*|step)/", " ".join(store.asked))}
-    assert arrays == {"params." + n.replace("/", ".") for n in checkpoint.leaves({"loftr_transformer": state()["params"][
-        "loftr_transformer"]})}
+    load_module1_transformer_weights(
+        "gs://prints/runs/apart/dense_reg_ckpt", {b: state()["params"]["loftr_transformer"] for b in BRANCHES}
+    )
+    arrays = {
+        name.split("/")[-1]
+        for name in re.findall(r"state/(params\.[\w.]+|batch_stats[\w.]*|step)/", " ".join(store.asked))
+    }
+    assert arrays == {
+        "params." + n.replace("/", ".")
+        for n in checkpoint.leaves({"loftr_transformer": state()["params"]["loftr_transformer"]})
+    }
 
 
 def test_training_of_module_2_finds_it(store, url):
@@ -169,8 +180,10 @@ def test_a_pickle_of_the_legacy_format_seeds_it_too(store, tmp_path):
 
 def test_what_orbax_alone_wrote_is_read_and_the_missing_digests_are_told(store, tmp_path, capsys):
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
-        orbax.save(tmp_path / "other", ocp.args.Composite(
-            state=ocp.args.PyTreeSave(state()), metadata=ocp.args.JsonSave({"config": {}})))
+        orbax.save(
+            tmp_path / "other",
+            ocp.args.Composite(state=ocp.args.PyTreeSave(state()), metadata=ocp.args.JsonSave({"config": {}})),
+        )
     store.upload(tmp_path / "other", "prints", "other")
     for path in (tmp_path / "other", "gs://prints/other"):
         found = checkpoint.load(path)
@@ -209,12 +222,22 @@ def told(command, tmp_path):
 
     def call(url: str) -> str:
         begun = time.monotonic()
-        said = {words: command(*words, url, cwd=tmp_path) for words in (
-            ("checkpoint", "verify"), ("checkpoint", "diff", url), ("load_module1_weights", "--module1_ckpt"))}
+        said = {
+            words: command(*words, url, cwd=tmp_path)
+            for words in (
+                ("checkpoint", "verify"),
+                ("checkpoint", "diff", url),
+                ("load_module1_weights", "--module1_ckpt"),
+            )
+        }
         assert time.monotonic() - begun < 20
         for words, (code, out, err) in said.items():
             sentence = err if words[0] == "checkpoint" else out.splitlines()[3]
-            assert code == 2 and "Traceback" not in err and "damaged" not in out + err and "BAD" not in out, (words, out, err)
+            assert code == 2 and "Traceback" not in err and "damaged" not in out + err and "BAD" not in out, (
+                words,
+                out,
+                err,
+            )
             assert len(sentence.strip().splitlines()) == 1 and url in sentence, sentence
         assert not verify_module1_loading(url)
         return said["checkpoint", "verify"].err
@@ -223,7 +246,12 @@ def told(command, tmp_path):
 
 
 def test_an_object_or_a_bucket_that_is_not_there(store, told):
-    for url in ("gs://prints/runs/nowhere", "gs://prints/runs/nowhere.pkl", "gs://print/runs/packed/dense_reg_ckpt", "gs://print"):
+    for url in (
+        "gs://prints/runs/nowhere",
+        "gs://prints/runs/nowhere.pkl",
+        "gs://print/runs/packed/dense_reg_ckpt",
+        "gs://print",
+    ):
         assert told(url).startswith(f"Error: Checkpoint not found: {url};")
 
 
@@ -231,13 +259,19 @@ def test_a_name_that_no_bucket_can_have(store, told):
     assert "Invalid GCS bucket name" in told("gs://My Prints/dense_reg_ckpt")
 
 
-@pytest.mark.parametrize("places", [["prints/"], ["metadata/metadata"], ["/state/manifest"], ["/state/d/", "/state/params"]],
-                         ids=["everywhere", "metadata", "index", "arrays"])
+@pytest.mark.parametrize(
+    "places",
+    [["prints/"], ["metadata/metadata"], ["/state/manifest"], ["/state/d/", "/state/params"]],
+    ids=["everywhere", "metadata", "index", "arrays"],
+)
 @pytest.mark.parametrize("code", [403, 503])
 def test_a_refusal_at_any_point(store, hasty, told, url, places, code):
     store.faults = dict.fromkeys(places, (code, "me@here has no access."))
-    assert re.fullmatch(rf"Error: {url}[/a-z.]* cannot be read \(.*me@here has no access.\); check the URL, the network and "
-                        r"the credentials.\n", told(url))
+    assert re.fullmatch(
+        rf"Error: {url}[/a-z.]* cannot be read \(.*me@here has no access.\); check the URL, the network and "
+        r"the credentials.\n",
+        told(url),
+    )
 
 
 def test_a_listing_that_is_refused_is_not_an_empty_one(store):
@@ -300,7 +334,9 @@ NEW = "gs://prints/new/dense_reg_ckpt"
 def test_what_is_saved_comes_back_to_the_bit_and_orbax_reads_it(store, tmp_path):
     checkpoint.save(NEW, "dense_reg", state(), META, aligner={"w": np.float32([1, 2])})
     found = checkpoint.load(NEW)
-    assert bits(found.state) == bits(state() | {"opt_state": {}}) and bits(found.aligner) == bits({"w": np.float32([1, 2])})
+    assert bits(found.state) == bits(state() | {"opt_state": {}}) and bits(found.aligner) == bits(
+        {"w": np.float32([1, 2])}
+    )
     gcs.GcsPath(NEW).download(tmp_path / "copy")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         assert bits(reader.restore(tmp_path / "copy/state")) == bits(state())
@@ -341,7 +377,11 @@ def test_whenever_a_replacement_is_cut_off_one_of_the_two_is_found(store, hasty)
         store.mend()
         checkpoint.discard_unfinished(gcs.GcsPath("gs://prints/new"), "dense_reg_*")
         found = bits({k: v for k, v in checkpoint.load(NEW).state.items() if k != "opt_state"})
-        assert found == both["new" if count == len(changes) else "old"] or found in both.values() and count > len(changes) / 2
+        assert (
+            found == both["new" if count == len(changes) else "old"]
+            or found in both.values()
+            and count > len(changes) / 2
+        )
         assert [p.name for p in run_folder.candidates(gcs.GcsPath("gs://prints/new"), "dense_reg", 4)]
 
 
@@ -369,6 +409,8 @@ def test_a_listing_that_is_cut_off_is_not_taken_for_a_whole_one(store):
 @pytest.mark.parametrize("code", [403, 503])
 def test_a_store_that_takes_nothing_is_told_in_a_sentence(store, hasty, code):
     store.read_only = {"prints/": (code, "me@here may not write.")}
-    with pytest.raises(gcs.Refused, match=r"gs://prints/new/dense_reg_ckpt/\S+ cannot be written \(.*me@here may not write.\); check"):
+    with pytest.raises(
+        gcs.Refused, match=r"gs://prints/new/dense_reg_ckpt/\S+ cannot be written \(.*me@here may not write.\); check"
+    ):
         checkpoint.save(NEW, "dense_reg", state(), META)
     assert not store.changed

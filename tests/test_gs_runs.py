@@ -44,15 +44,18 @@ def long(command, prints, tmp_path_factory):
 
 @pytest.fixture
 def train(command, prints, tmp_path):
-    return lambda *words: command("train_dense", "--dataset_root", prints, "--checkpoint_dir", RUN, *LONG, *words, cwd=tmp_path)
+    return lambda *words: command(
+        "train_dense", "--dataset_root", prints, "--checkpoint_dir", RUN, *LONG, *words, cwd=tmp_path
+    )
 
 
 @pytest.fixture
 def begun(prints, tmp_path, store):
     """The run in a process of its own."""
     words = ["-m", "ifvit.train_dense", "--dataset_root", prints, "--checkpoint_dir", RUN, *LONG]
-    running = subprocess.Popen([sys.executable, *map(str, words)], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        [sys.executable, *map(str, words)], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     yield running
     running.kill()
     running.communicate()
@@ -79,8 +82,10 @@ def names(store) -> set[str]:
 def assert_same(store, folder) -> None:
     """The run in the store has come to what the one in the folder has."""
     for name in ("dense_reg_ckpt", "dense_reg_best"):
-        assert checkpoint.read_metadata(checkpoint.as_path(f"{RUN}/{name}"))["digests"] == checkpoint.read_metadata(
-            checkpoint.as_path(folder / name))["digests"]
+        assert (
+            checkpoint.read_metadata(checkpoint.as_path(f"{RUN}/{name}"))["digests"]
+            == checkpoint.read_metadata(checkpoint.as_path(folder / name))["digests"]
+        )
         checkpoint.load(f"{RUN}/{name}")
     here = {p.name for p in folder.iterdir()}
     assert names(store) == here, names(store) ^ here
@@ -106,12 +111,27 @@ def test_a_run_leaves_in_a_bucket_what_it_leaves_in_a_folder(store, train, long,
 
 @pytest.mark.slow
 def test_the_whole_pipeline_trains_and_evaluates_into_a_bucket(store, command, pipeline, tmp_path):
-    said = command("train_all", "--dense_checkpoint_dir", "gs://runs/a", "--matcher_checkpoint_dir", "gs://runs/b",
-                   "--num_classes", 100, "--preset", "smoke", cwd=tmp_path)
+    said = command(
+        "train_all",
+        "--dense_checkpoint_dir",
+        "gs://runs/a",
+        "--matcher_checkpoint_dir",
+        "gs://runs/b",
+        "--num_classes",
+        100,
+        "--preset",
+        "smoke",
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
-    for ours, theirs in (("gs://runs/a/dense_reg_ckpt", pipeline.module1), ("gs://runs/b/matcher_ckpt", pipeline.module2)):
+    for ours, theirs in (
+        ("gs://runs/a/dense_reg_ckpt", pipeline.module1),
+        ("gs://runs/b/matcher_ckpt", pipeline.module2),
+    ):
         assert checkpoint.difference(checkpoint.load(ours).state, checkpoint.load(theirs).state) == {}
-    written = {str(p.relative_to(pipeline.folder / "matcher")) for p in (pipeline.folder / "matcher/evaluation").rglob("*.*")}
+    written = {
+        str(p.relative_to(pipeline.folder / "matcher")) for p in (pipeline.folder / "matcher/evaluation").rglob("*.*")
+    }
     assert written and written <= {n.removeprefix("b/") for n in store.buckets["runs"]}
     assert "rates, scores, DET, histogram, matches: gs://runs/b/evaluation" in said.out
     assert not list(tmp_path.iterdir())
@@ -121,24 +141,39 @@ def test_prints_in_a_bucket_are_copied_into_the_cache_and_trained_on(store, comm
     store.upload(prints, "runs", "prints")
     words = ("train_dense", "--checkpoint_dir", tmp_path / "run", *LONG, "--dataset_root")
     assert command(*words, "gs://runs/prints", cwd=tmp_path).code == 0
-    assert checkpoint.difference(checkpoint.load(tmp_path / "run/dense_reg_ckpt").state,
-                                 checkpoint.load(long / "dense_reg_ckpt").state) == {}
+    assert (
+        checkpoint.difference(
+            checkpoint.load(tmp_path / "run/dense_reg_ckpt").state, checkpoint.load(long / "dense_reg_ckpt").state
+        )
+        == {}
+    )
     store.asked.clear()
     assert "nothing to do" in command(*words, "gs://runs/prints", cwd=tmp_path).out
     assert store.asked and not [place for place in store.asked if ".png" in place]
     said = command(*words, "gs://runs/nowhere", cwd=tmp_path)
-    assert said.code == 2 and said.err == "Error: There is nothing at gs://runs/nowhere. Check the URL of --dataset_root.\n"
+    assert (
+        said.code == 2
+        and said.err == "Error: There is nothing at gs://runs/nowhere. Check the URL of --dataset_root.\n"
+    )
 
 
 # ---- killed, interrupted, damaged
 
 
-@pytest.mark.parametrize("when", ["a checkpoint is half there", pytest.param("a checkpoint is whole", marks=pytest.mark.slow),
-                                  pytest.param("one goes", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "a checkpoint is half there",
+        pytest.param("a checkpoint is whole", marks=pytest.mark.slow),
+        pytest.param("one goes", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_goes_on_to_the_same_bits(store, begun, train, long, when):
-    sign = {"a checkpoint is half there": "+runs/dense_reg/dense_reg_epoch_2/state/_METADATA",
-            "a checkpoint is whole": "+runs/dense_reg/dense_reg_epoch_2/metadata/metadata",
-            "one goes": "-runs/dense_reg/dense_reg_epoch_1/metadata/metadata"}[when]
+    sign = {
+        "a checkpoint is half there": "+runs/dense_reg/dense_reg_epoch_2/state/_METADATA",
+        "a checkpoint is whole": "+runs/dense_reg/dense_reg_epoch_2/metadata/metadata",
+        "one goes": "-runs/dense_reg/dense_reg_epoch_1/metadata/metadata",
+    }[when]
     until(begun, lambda: sign in store.changed)
     begun.kill()
     begun.wait()
@@ -177,8 +212,12 @@ def test_a_run_that_begins_anew_leaves_the_one_before_whole(store, train, long):
     assert train().code == 0
     assert train("--resume", "never").code == 0
     for folder in (RUN, f"{RUN}/before_1"):
-        assert checkpoint.difference(checkpoint.load(f"{folder}/dense_reg_ckpt").state,
-                                     checkpoint.load(long / "dense_reg_ckpt").state) == {}
+        assert (
+            checkpoint.difference(
+                checkpoint.load(f"{folder}/dense_reg_ckpt").state, checkpoint.load(long / "dense_reg_ckpt").state
+            )
+            == {}
+        )
     assert names(store) - {p.name for p in long.iterdir()} == {"before_1"}
     assert len(store.buckets["runs"]["dense_reg/attempts.jsonl"].splitlines()) == 1
 
@@ -191,10 +230,18 @@ def test_a_store_that_refuses_checkpoints_for_a_while_does_not_end_the_run(store
     said = train()
     assert said.code == 0, said
     told = [line for line in said.out.splitlines() if "⚠" in line]
-    assert len(told) == 1 and re.search(r"Checkpoint \S+epoch_1 could not be written \(.*Come back later.\); training goes on, and "
-                                        "the next save tries again", told[0]), told
+    assert len(told) == 1 and re.search(
+        r"Checkpoint \S+epoch_1 could not be written \(.*Come back later.\); training goes on, and "
+        "the next save tries again",
+        told[0],
+    ), told
     assert not [n for n in names(store) if "epoch_1" in n]
-    assert checkpoint.difference(checkpoint.load(f"{RUN}/dense_reg_ckpt").state, checkpoint.load(long / "dense_reg_ckpt").state) == {}
+    assert (
+        checkpoint.difference(
+            checkpoint.load(f"{RUN}/dense_reg_ckpt").state, checkpoint.load(long / "dense_reg_ckpt").state
+        )
+        == {}
+    )
 
 
 @pytest.mark.slow
@@ -212,14 +259,17 @@ def test_a_bucket_that_cannot_be_written_is_told_before_anything_is_trained(stor
     store.read_only = {"runs/": (403, "me@here has no storage.objects.create access.")}
     said = train()
     assert said.code == 2 and not store.changed
-    assert re.fullmatch(rf"Error: Cannot write checkpoints to {RUN} \(me@here has no storage.objects.create access.\); give another "
-                        r"directory.\n", said.err), said.err
+    assert re.fullmatch(
+        rf"Error: Cannot write checkpoints to {RUN} \(me@here has no storage.objects.create access.\); give another "
+        r"directory.\n",
+        said.err,
+    ), said.err
 
 
 # ---- two processes, each with its own part
 
 
-WORKER = '''
+WORKER = """
 import asyncio, sys
 import jax
 from orbax.checkpoint._src.path import async_path
@@ -250,7 +300,7 @@ folder = checkpoint.locate(path)
 found = checkpoint.restore(folder, checkpoint.read_metadata(folder), where).state["params"]["w"]
 assert all(np.array_equal(np.asarray(s.data), whole["params"]["w"][s.index]) for s in found.addressable_shards)
 print("done")
-'''
+"""
 
 
 @pytest.mark.process
@@ -258,8 +308,15 @@ def test_two_processes_write_their_own_parts_to_a_bucket(store):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    both = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), port, f"{RUN}/dense_reg_ckpt"], text=True,
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in (0, 1)]
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), port, f"{RUN}/dense_reg_ckpt"],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in (0, 1)
+    ]
     said = [p.communicate(timeout=200) for p in both]
     assert all("done" in out for out, _ in said), "\n".join(err for _, err in said)
     found = checkpoint.load(f"{RUN}/dense_reg_ckpt")

@@ -78,8 +78,16 @@ KAGGLE_TRAIN_MATCH_BY_CONFIG = """python -m ifvit.train_match \
 def words(printed: str, **places) -> list[str]:
     """A printed command as (name, *words), its places replaced, at preset smoke."""
     for place, path in places.items():
-        printed = printed.replace({"data": "/path/to/data", "custom": "/custom/path/to", "pwd": "$(pwd)",
-                                   "input": "/kaggle/input", "working": "/kaggle/working"}[place], str(path))
+        printed = printed.replace(
+            {
+                "data": "/path/to/data",
+                "custom": "/custom/path/to",
+                "pwd": "$(pwd)",
+                "input": "/kaggle/input",
+                "working": "/kaggle/working",
+            }[place],
+            str(path),
+        )
     python, dash_m, module, *rest = shlex.split(printed)
     assert (python, dash_m) == ("python", "-m")
     return [module.removeprefix("ifvit."), *rest, "--preset", "smoke"]
@@ -131,7 +139,9 @@ def test_the_last_periodic_checkpoint_is_the_final_one(module1):
 
 
 def test_the_guides_sizes_reach_the_configuration(started, prints, tmp_path):
-    said, task, _ = started(*words(TRAIN_DENSE, data=prints), "--set", "pairs_per_epoch=128", cwd=tmp_path, create=False)
+    said, task, _ = started(
+        *words(TRAIN_DENSE, data=prints), "--set", "pairs_per_epoch=128", cwd=tmp_path, create=False
+    )
     assert said.code == 0, said
     assert (task.config.batch_size, task.config.num_epochs, task.steps_per_epoch) == (128, 100, 1)
 
@@ -201,12 +211,15 @@ def test_the_guides_sizes_reach_module_2(started, prints, module1):
 def test_only_the_transformer_comes_from_module_1(module1):
     rng = np.random.default_rng(0)
     transformer = checkpoint.load(module1.path).state["params"]["loftr_transformer"]
-    other = {k: jax.tree.map(lambda x: rng.random(x.shape, np.float32), transformer)
-             for k in ("loftr_transformer_global", "loftr_transformer_local")}
+    other = {
+        k: jax.tree.map(lambda x: rng.random(x.shape, np.float32), transformer)
+        for k in ("loftr_transformer_global", "loftr_transformer_local")
+    }
     before = {**other, "head_global": {"kernel": np.ones((2, 2))}, "arcface_global": np.ones((2, 3))}
     for shared in (True, False):
         after = load_module1_transformer_weights(
-            module1_ckpt_path=str(module1.path) + ".pkl", module2_params=before, share_global_local=shared)
+            module1_ckpt_path=str(module1.path) + ".pkl", module2_params=before, share_global_local=shared
+        )
         assert set(after) == set(before)
         assert equal(after["loftr_transformer_global"], transformer)
         assert equal(after["loftr_transformer_local"], transformer)
@@ -231,8 +244,9 @@ def test_a_matchers_checkpoint_has_both_transformers_equal_when_tied(module2):
 
 
 def test_transformers_that_are_not_tied_start_alike(started, prints, module1):
-    _, task, state = started(*words(TRAIN_MATCH_BY_CONFIG, data=prints), "--set", "share_global_local=false",
-                             cwd=module1.cwd)
+    _, task, state = started(
+        *words(TRAIN_MATCH_BY_CONFIG, data=prints), "--set", "share_global_local=false", cwd=module1.cwd
+    )
     module1s = checkpoint.load(module1.path).state["params"]["loftr_transformer"]
     for branch in ("loftr_transformer_global", "loftr_transformer_local"):  # two sets of parameters, of one origin
         assert equal(state.params[branch], module1s)
@@ -246,15 +260,27 @@ def test_a_matchers_checkpoint_holds_the_module_1_that_aligns_its_pairs(module1,
 
 
 def test_without_module_1_the_guides_warning_and_a_random_start(command, prints, tmp_path):
-    said = command("train_match", "--dataset_root", prints, "--pretrained_ckpt", "", "--preset", "smoke",
-                   "--num_epochs", 1, cwd=tmp_path)
+    said = command(
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--pretrained_ckpt",
+        "",
+        "--preset",
+        "smoke",
+        "--num_epochs",
+        1,
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
     assert "⚠ Warning: No Module 1 checkpoint provided!" in said.out.splitlines()
     assert "Loading Module 1" not in said.out
     found = checkpoint.load(tmp_path / "checkpoints/matcher/matcher_ckpt.pkl")
     assert found.aligner is None
     rows = [r for r in read_rows(tmp_path / "checkpoints/matcher/metrics.jsonl") if r["split"] == "train"]
-    assert rows and {r["l_d"] for r in rows} == {0.0}  # no pair is aligned; impostors alone would teach that nothing matches
+    assert rows and {r["l_d"] for r in rows} == {
+        0.0
+    }  # no pair is aligned; impostors alone would teach that nothing matches
     assert found.metadata["num_classes"] == 3  # 6 fingers, a third of them held out and at least ceil(0.34 · 6)
 
 
@@ -277,8 +303,17 @@ def test_the_folders_of_prints_may_stand_in_a_config_file_and_flags_win(started,
     (tmp_path / "mine.toml").write_text(f'dataset_root = ["{prints}"]\n')
     said, task, _ = started("train_dense", "--config", "mine.toml", "--preset", "smoke", cwd=tmp_path, create=False)
     assert task.config.dataset_root == (str(prints),) and f"dataset_root {prints};" in said.out
-    said, task, _ = started("train_dense", "--config", "mine.toml", "--dataset_root", "synthetic", "--preset", "smoke", cwd=tmp_path,
-                            create=False)
+    said, task, _ = started(
+        "train_dense",
+        "--config",
+        "mine.toml",
+        "--dataset_root",
+        "synthetic",
+        "--preset",
+        "smoke",
+        cwd=tmp_path,
+        create=False,
+    )
     assert task.config.dataset_root == ("synthetic",) and "dataset_root synthetic;" in said.out
 
 
@@ -289,10 +324,27 @@ def test_module_1s_path_may_stand_in_a_config_file(started, prints, module1, tmp
 
 
 def test_a_matcher_does_not_go_on_with_another_module_1(command, prints, module2, pipeline):
-    words = ["--dataset_root", prints, "--checkpoint_dir", "./checkpoints/matcher", "--num_classes", 100, "--preset", "smoke"]
+    words = [
+        "--dataset_root",
+        prints,
+        "--checkpoint_dir",
+        "./checkpoints/matcher",
+        "--num_classes",
+        100,
+        "--preset",
+        "smoke",
+    ]
     said = command("train_match", *words, "--pretrained_ckpt", pipeline.module1, cwd=module2.cwd)
-    assert said.code == 2 and f"was trained with another Module 1 than {pipeline.module1}; give that one" in said.err, said
-    said = command("train_match", *words, "--pretrained_ckpt", module2.cwd / "checkpoints/dense_reg/dense_reg_ckpt", cwd=module2.cwd)
+    assert said.code == 2 and f"was trained with another Module 1 than {pipeline.module1}; give that one" in said.err, (
+        said
+    )
+    said = command(
+        "train_match",
+        *words,
+        "--pretrained_ckpt",
+        module2.cwd / "checkpoints/dense_reg/dense_reg_ckpt",
+        cwd=module2.cwd,
+    )
     assert said.code == 0 and "is finished" in said.out, said  # the same one by another path
 
 
@@ -301,7 +353,9 @@ def test_a_matcher_does_not_go_on_with_another_module_1(command, prints, module2
 
 def test_train_all_trains_module_1_and_seeds_module_2_with_its_final_checkpoint(pipeline):
     source = pipeline.module1.relative_to(pipeline.cwd)
-    block = re.escape(LOG.format(source="SOURCE", count="5,248")).replace("SOURCE", rf"\S*{re.escape(str(source))}(\.pkl)?")
+    block = re.escape(LOG.format(source="SOURCE", count="5,248")).replace(
+        "SOURCE", rf"\S*{re.escape(str(source))}(\.pkl)?"
+    )
     assert re.search(block, pipeline.said.out)
     module1, module2 = checkpoint.load(pipeline.module1), checkpoint.load(pipeline.module2)
     assert checkpoint.locate(module2.metadata["config"]["dense_reg_ckpt"]) == module1.path
@@ -323,14 +377,20 @@ def on_kaggle(monkeypatch, tmp_path, prints):
     return {"working": working, "input": given}
 
 
-@pytest.mark.parametrize("given, there", [
-    ("./checkpoints/dense_reg/dense_reg_ckpt.pkl", "/kaggle/working/IFViT/checkpoints/dense_reg/dense_reg_ckpt.pkl"),
-    ("./checkpoints/matcher", "/kaggle/working/IFViT/checkpoints/matcher"),
-    ("evaluation", "/kaggle/working/IFViT/evaluation"),
-    ("/kaggle/working/IFViT/checkpoints/matcher", "/kaggle/working/IFViT/checkpoints/matcher"),
-    ("/custom/path/to/dense_reg_ckpt.pkl", "/custom/path/to/dense_reg_ckpt.pkl"),
-    ("", ""),
-])
+@pytest.mark.parametrize(
+    "given, there",
+    [
+        (
+            "./checkpoints/dense_reg/dense_reg_ckpt.pkl",
+            "/kaggle/working/IFViT/checkpoints/dense_reg/dense_reg_ckpt.pkl",
+        ),
+        ("./checkpoints/matcher", "/kaggle/working/IFViT/checkpoints/matcher"),
+        ("evaluation", "/kaggle/working/IFViT/evaluation"),
+        ("/kaggle/working/IFViT/checkpoints/matcher", "/kaggle/working/IFViT/checkpoints/matcher"),
+        ("/custom/path/to/dense_reg_ckpt.pkl", "/custom/path/to/dense_reg_ckpt.pkl"),
+        ("", ""),
+    ],
+)
 def test_on_kaggle_relative_paths_move(monkeypatch, given, there):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Batch")
     assert paths.resolve(given) == there
@@ -361,14 +421,17 @@ def test_the_guides_kaggle_commands(on_kaggle, command, started, tmp_path):
         said, task, _ = started(*words(printed, **on_kaggle), cwd=elsewhere)
         assert block in said.out
         assert task.config.checkpoint_dir == f"{working}/IFViT/checkpoints/matcher"
-    said = command("load_module1_weights", "--module1_ckpt", "./checkpoints/dense_reg/dense_reg_ckpt.pkl", cwd=elsewhere)
+    said = command(
+        "load_module1_weights", "--module1_ckpt", "./checkpoints/dense_reg/dense_reg_ckpt.pkl", cwd=elsewhere
+    )
     assert said.code == 0
     assert f"Source: {working}/IFViT/checkpoints/dense_reg/dense_reg_ckpt.pkl" in said.out
     assert list(elsewhere.iterdir()) == []
 
 
 def test_on_kaggle_the_defaults_lie_under_the_working_directory(on_kaggle, started, tmp_path):
-    said, task, _ = started("train_dense", "--dataset_root", on_kaggle["input"] / "fvc2002", "--preset", "smoke",
-                            cwd=tmp_path, create=False)
+    said, task, _ = started(
+        "train_dense", "--dataset_root", on_kaggle["input"] / "fvc2002", "--preset", "smoke", cwd=tmp_path, create=False
+    )
     assert said.code == 0, said
     assert task.config.checkpoint_dir == f"{on_kaggle['working']}/IFViT/checkpoints/dense_reg"

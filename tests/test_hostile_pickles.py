@@ -26,9 +26,16 @@ def read(tmp_path, raw: bytes) -> legacy.Legacy:
 
 
 def test_the_trap_works_where_pickle_itself_reads_it(tmp_path):
-    for raw in (SYSTEM + b".", pickle.dumps(Trap()), b"(" + text(TRAP) + b"ios\nsystem\n.", b"(cos\nsystem\n" + text(TRAP) + b"o."):
+    for raw in (
+        SYSTEM + b".",
+        pickle.dumps(Trap()),
+        b"(" + text(TRAP) + b"ios\nsystem\n.",
+        b"(cos\nsystem\n" + text(TRAP) + b"o.",
+    ):
         (tmp_path / "hostile.pkl").write_bytes(raw)
-        subprocess.run([sys.executable, "-c", "import pickle; pickle.load(open('hostile.pkl', 'rb'))"], cwd=tmp_path, check=True)
+        subprocess.run(
+            [sys.executable, "-c", "import pickle; pickle.load(open('hostile.pkl', 'rb'))"], cwd=tmp_path, check=True
+        )
         (tmp_path / "executed").unlink()
 
 
@@ -46,21 +53,28 @@ def beside(value: bytes, key: str = "metadata") -> bytes:
     return b"}(" + BESIDE + text(key) + value + b"u."
 
 
-@pytest.mark.parametrize("dotted", """
+@pytest.mark.parametrize(
+    "dotted",
+    """
     os.system posix.system nt.system os.popen os.remove os.environ subprocess.Popen subprocess.call subprocess.check_output
     builtins.eval builtins.exec builtins.setattr builtins.__import__ builtins.compile builtins.open builtins.vars
     builtins.globals __builtin__.eval __builtin__.apply importlib.import_module runpy.run_path
     importlib._bootstrap._call_with_frames_removed marshal.loads pickle.loads _pickle.loads pickle.Unpickler cloudpickle.loads
     numpy.load numpy.fromfile numpy.memmap pandas.read_pickle pandas.eval torch.load joblib.load shutil.rmtree socket.socket
     pty.spawn code.interact timeit.timeit pdb.run webbrowser.open ctypes.CDLL site.os sys.modules sys.exit
-""".split())
+""".split(),
+)
 def test_a_file_that_asks_for_what_could_do_harm_is_refused_by_name(refused, dotted):
     named = dotted.replace("__builtin__", "builtins")
-    assert f"needs {named}, which is not an array or a plain container; it was refused" in refused(beside(call(dotted, text(TRAP))))
+    assert f"needs {named}, which is not an array or a plain container; it was refused" in refused(
+        beside(call(dotted, text(TRAP)))
+    )
     assert f"needs {named}, " in refused(beside(name(dotted)))  # a name alone, too
 
 
-@pytest.mark.parametrize("dotted", """
+@pytest.mark.parametrize(
+    "dotted",
+    """
     builtins.getattr builtins.type builtins.map builtins.print functools.partial functools.reduce operator.attrgetter
     operator.methodcaller operator.itemgetter operator.call types.FunctionType types.CodeType
     cloudpickle.cloudpickle._make_function copyreg.__newobj__ copyreg.add_extension copy.copy codecs.encode codecs.decode
@@ -72,24 +86,42 @@ def test_a_file_that_asks_for_what_could_do_harm_is_refused_by_name(refused, dot
     ifvit.legacy.write ifvit.legacy.os __main__.Anything torch.storage._load_from_bytes
     optax.os.system optax._src.base.Evil flax.nnx.os.system flax.nnx.variablelib.Param builtins.list builtins.object
     numpy.ndarray numpy.dtype numpy.float32 jax._src.random.threefry2x32.threefry_seed my.TrainState argparse.Namespace
-""".split())
+""".split(),
+)
 def test_a_call_of_anything_else_is_a_description(inert, dotted):
     told = inert(beside(call(dotted, text(TRAP)))).metadata
     assert told == {"metadata": TRAP} or told == {"class": dotted, "arguments": [TRAP]}, told
-    assert inert(beside(b"}" + text("a") + name(dotted) + b"s")).metadata in ({"a": dotted}, {"a": dotted.rpartition(".")[2]})
+    assert inert(beside(b"}" + text("a") + name(dotted) + b"s")).metadata in (
+        {"a": dotted},
+        {"a": dotted.rpartition(".")[2]},
+    )
 
 
-@pytest.mark.parametrize("value, told", [
-    (call("builtins.getattr", name("my.Module"), text("apply")), {"metadata": "my.Module.apply"}),
-    (b"cbuiltins\ngetattr\n(cmy\nModule\n" + text("apply") + b"tR(" + text(TRAP) + b"tR",
-     {"class": "my.Module.apply", "arguments": [TRAP]}),  # the outcome of a call is called
-    (call("my.A") + b"}" + text("__setstate__") + name("my.f") + b"sb", {"class": "my.A", "state": {"__setstate__": "my.f"}}),
-    (call("copyreg._reconstructor", name("my.A"), name("builtins.object"), b"N") + b"}" + text("x") + b"K\x01sb",
-     {"class": "my.A", "state": {"x": 1}}),
-    (call("copyreg._reconstructor", name("my.D"), name("builtins.dict"), under("x", b"K\x01")), {"x": 1}),
-    (name("my.A") + b")" + under("x", b"K\x01") + b"\x92", {"class": "my.A", "arguments": [[], {"x": 1}]}),  # keywords
-    (call("my.L") + b"K\x01a", {"metadata": [1]}), (call("my.D") + text("x") + b"K\x01s", {"x": 1}),
-])
+@pytest.mark.parametrize(
+    "value, told",
+    [
+        (call("builtins.getattr", name("my.Module"), text("apply")), {"metadata": "my.Module.apply"}),
+        (
+            b"cbuiltins\ngetattr\n(cmy\nModule\n" + text("apply") + b"tR(" + text(TRAP) + b"tR",
+            {"class": "my.Module.apply", "arguments": [TRAP]},
+        ),  # the outcome of a call is called
+        (
+            call("my.A") + b"}" + text("__setstate__") + name("my.f") + b"sb",
+            {"class": "my.A", "state": {"__setstate__": "my.f"}},
+        ),
+        (
+            call("copyreg._reconstructor", name("my.A"), name("builtins.object"), b"N") + b"}" + text("x") + b"K\x01sb",
+            {"class": "my.A", "state": {"x": 1}},
+        ),
+        (call("copyreg._reconstructor", name("my.D"), name("builtins.dict"), under("x", b"K\x01")), {"x": 1}),
+        (
+            name("my.A") + b")" + under("x", b"K\x01") + b"\x92",
+            {"class": "my.A", "arguments": [[], {"x": 1}]},
+        ),  # keywords
+        (call("my.L") + b"K\x01a", {"metadata": [1]}),
+        (call("my.D") + text("x") + b"K\x01s", {"x": 1}),
+    ],
+)
 def test_what_an_object_would_be_made_from_is_told(inert, value, told):
     assert inert(beside(value)).metadata == told
 
@@ -120,8 +152,12 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 def test_each_way_to_call_is_refused_wherever_it_stands(refused, way):
-    for raw in (WAYS[way] + b".", under("params", WAYS[way]) + b".",
-                under("state", under("opt_state", b"(" + name("optax._src.base.EmptyState") + b")\x81" + WAYS[way] + b"t")) + b"."):
+    for raw in (
+        WAYS[way] + b".",
+        under("params", WAYS[way]) + b".",
+        under("state", under("opt_state", b"(" + name("optax._src.base.EmptyState") + b")\x81" + WAYS[way] + b"t"))
+        + b".",
+    ):
         assert "needs os." in refused(raw)
 
 
@@ -129,15 +165,29 @@ def test_each_way_to_call_is_refused_wherever_it_stands(refused, way):
 def test_a_call_that_pickle_hides_in_a_checkpoint_is_refused(refused, protocol):
     adam = optax.adam(1e-3).init(PARAMS)
     objects = np.array([None, Trap()], object)
-    for state in ({"params": PARAMS | {"x": Trap()}}, {"params": PARAMS, "opt_state": (adam[0]._replace(mu=Trap()),)},
-                  {"params": freeze({"a": [Trap()]})}, {"params": {"a": objects}}, {"params": PARAMS, "rng": objects.reshape(1, 2)}):
+    for state in (
+        {"params": PARAMS | {"x": Trap()}},
+        {"params": PARAMS, "opt_state": (adam[0]._replace(mu=Trap()),)},
+        {"params": freeze({"a": [Trap()]})},
+        {"params": {"a": objects}},
+        {"params": PARAMS, "rng": objects.reshape(1, 2)},
+    ):
         said = refused(pickle.dumps({"state": state, "metadata": {}, "timestamp": "t"}, protocol))
         assert f"needs {os.system.__module__}.system, " in said
 
 
-@pytest.mark.parametrize("op, raw", {
-    "EXT1": b"\x82\x01", "EXT2": b"\x83\x01\x00", "EXT4": b"\x84\x01\x00\x00\x00", "PERSID": b"Pos.system\n",
-    "BINPERSID": text("os.system") + b"Q", "NEXT_BUFFER": b"\x97", "READONLY_BUFFER": b"C\x01a\x98"}.items())
+@pytest.mark.parametrize(
+    "op, raw",
+    {
+        "EXT1": b"\x82\x01",
+        "EXT2": b"\x83\x01\x00",
+        "EXT4": b"\x84\x01\x00\x00\x00",
+        "PERSID": b"Pos.system\n",
+        "BINPERSID": text("os.system") + b"Q",
+        "NEXT_BUFFER": b"\x97",
+        "READONLY_BUFFER": b"C\x01a\x98",
+    }.items(),
+)
 def test_what_lies_outside_the_file_is_refused(refused, op, raw):
     assert f"has the instruction {op}, which refers to something outside the file" in refused(raw + b".")
 
@@ -153,37 +203,56 @@ def test_the_hand_made_array_is_read_when_it_is_right(tmp_path):
     assert found.dtype == np.float32 and found.tolist() == [1.0]
 
 
-@pytest.mark.parametrize("made", {
-    "more than its bytes": array(number(2) + b"\x85", FOUR),
-    "fewer than its bytes": array(b")", b"C\x05abcde"),
-    "a huge product": array(number(2**62) + number(2**62) + b"\x86", FOUR),
-    "a product of 0 modulo 2**64": array(number(2**33) + number(2**33) + b"\x86", b"C\x00"),
-    "a negative length": array(number(-1) + b"\x85", FOUR),
-    "two negative lengths": array(number(-1) + number(-1) + b"\x86", FOUR),
-    "a length that is no number": array(text("1") + b"\x85", FOUR),
-    "a boolean length": array(b"\x88\x85", FOUR),
-    "a shape that is a list": array(b"](K\x01e", FOUR),
-    "a shape that is a number": array(b"K\x01", FOUR),
-    "40 dimensions": array(b"(" + b"K\x01" * 40 + b"t", FOUR),
-    "nothing of a size beyond any": array(number(2**62) + number(2**62) + b"K\x00\x87", b"C\x00"),
-    "text for bytes": array(b"K\x01\x85", text("abcd")),
-    "a list for bytes": array(b"K\x01\x85", b"](NNNNe"),
-    "no bytes": array(b"K\x01\x85", b"N"),
-    "no type": call("numpy.core.multiarray.scalar", b"N", FOUR),
-    "a scalar of two": call("numpy.core.multiarray.scalar", call("numpy.dtype", text("f4"), b"\x89\x88"), b"C\x08abcdefgh"),
-    "a void of no size": array(number(10**9) + b"\x85", b"C\x00", code=b"V0"),
-    "text of no size": array(number(10**9) + b"\x85", b"C\x00", code=b"U0"),
-    "fields in its type": array(b"K\x01\x85", FOUR, fields=b"N(" + text("a") + b"t}"),
-    "a type within its type": array(b"K\x01\x85", FOUR, fields=b"(NNt" + b"NN"),
-    "no state": call("numpy.core.multiarray._reconstruct", name("numpy.ndarray"), b"K\x00\x85", b"C\x01b"),
-    "two states": array(b"K\x01\x85", FOUR) + b"Nb}b",
-    "jax's of another function": call("jax._src.array._reconstruct_array", name("numpy.ndarray"), b")", b")", b"}"),
-    "jax's of no state": call("jax._src.array._reconstruct_array", name("numpy.core.multiarray._reconstruct"), b")", b"N", b"}"),
-    "an order of axes that is none": call("numpy.core.numeric._frombuffer", FOUR, call("numpy.dtype", text("f4"), b"\x89\x88"),
-                                          b"K\x01\x85", text("K"), b"K\x05\x85"),
-    "an order that is none": call("numpy.core.numeric._frombuffer", FOUR, call("numpy.dtype", text("f4"), b"\x89\x88"),
-                                  b"K\x01\x85", text("Z")),
-}.items(), ids=lambda item: item[0])
+@pytest.mark.parametrize(
+    "made",
+    {
+        "more than its bytes": array(number(2) + b"\x85", FOUR),
+        "fewer than its bytes": array(b")", b"C\x05abcde"),
+        "a huge product": array(number(2**62) + number(2**62) + b"\x86", FOUR),
+        "a product of 0 modulo 2**64": array(number(2**33) + number(2**33) + b"\x86", b"C\x00"),
+        "a negative length": array(number(-1) + b"\x85", FOUR),
+        "two negative lengths": array(number(-1) + number(-1) + b"\x86", FOUR),
+        "a length that is no number": array(text("1") + b"\x85", FOUR),
+        "a boolean length": array(b"\x88\x85", FOUR),
+        "a shape that is a list": array(b"](K\x01e", FOUR),
+        "a shape that is a number": array(b"K\x01", FOUR),
+        "40 dimensions": array(b"(" + b"K\x01" * 40 + b"t", FOUR),
+        "nothing of a size beyond any": array(number(2**62) + number(2**62) + b"K\x00\x87", b"C\x00"),
+        "text for bytes": array(b"K\x01\x85", text("abcd")),
+        "a list for bytes": array(b"K\x01\x85", b"](NNNNe"),
+        "no bytes": array(b"K\x01\x85", b"N"),
+        "no type": call("numpy.core.multiarray.scalar", b"N", FOUR),
+        "a scalar of two": call(
+            "numpy.core.multiarray.scalar", call("numpy.dtype", text("f4"), b"\x89\x88"), b"C\x08abcdefgh"
+        ),
+        "a void of no size": array(number(10**9) + b"\x85", b"C\x00", code=b"V0"),
+        "text of no size": array(number(10**9) + b"\x85", b"C\x00", code=b"U0"),
+        "fields in its type": array(b"K\x01\x85", FOUR, fields=b"N(" + text("a") + b"t}"),
+        "a type within its type": array(b"K\x01\x85", FOUR, fields=b"(NNt" + b"NN"),
+        "no state": call("numpy.core.multiarray._reconstruct", name("numpy.ndarray"), b"K\x00\x85", b"C\x01b"),
+        "two states": array(b"K\x01\x85", FOUR) + b"Nb}b",
+        "jax's of another function": call("jax._src.array._reconstruct_array", name("numpy.ndarray"), b")", b")", b"}"),
+        "jax's of no state": call(
+            "jax._src.array._reconstruct_array", name("numpy.core.multiarray._reconstruct"), b")", b"N", b"}"
+        ),
+        "an order of axes that is none": call(
+            "numpy.core.numeric._frombuffer",
+            FOUR,
+            call("numpy.dtype", text("f4"), b"\x89\x88"),
+            b"K\x01\x85",
+            text("K"),
+            b"K\x05\x85",
+        ),
+        "an order that is none": call(
+            "numpy.core.numeric._frombuffer",
+            FOUR,
+            call("numpy.dtype", text("f4"), b"\x89\x88"),
+            b"K\x01\x85",
+            text("Z"),
+        ),
+    }.items(),
+    ids=lambda item: item[0],
+)
 def test_an_array_that_contradicts_itself_is_refused(refused, made):
     refused(under("params", under("a", made[1])) + b".")
 
@@ -192,29 +261,67 @@ def u64(n):
     return n.to_bytes(8, "little")
 
 
-@pytest.mark.parametrize("op, raw", {
-    "BYTEARRAY8": b"\x96" + u64(2**40), "BYTEARRAY8 beyond all": b"\x96" + u64(2**64 - 1), "BINBYTES8": b"\x8e" + u64(2**40),
-    "BINBYTES8 beyond all": b"\x8e" + u64(2**63), "BINBYTES": b"B" + b"\xff" * 4, "SHORT_BINBYTES": b"C\xff",
-    "BINUNICODE8": b"\x8d" + u64(2**40), "BINUNICODE": b"X" + b"\xff" * 4, "BINSTRING": b"T\xff\xff\xff\x7f",
-    "BINSTRING below 0": b"T\xff\xff\xff\xff", "SHORT_BINSTRING": b"U\xff", "LONG4": b"\x8b\xff\xff\xff\x7f",
-    "LONG4 below 0": b"\x8b\xff\xff\xff\xff", "LONG1": b"\x8a\xff", "FRAME": b"\x80\x04\x95" + u64(2**62),
-    "LONG_BINPUT": b"Nr\xff\xff\xff\xff.", "PUT": b"Np" + b"9" * 4000 + b"\n.", "PUT below 0": b"Np-1\n.",
-    "LONG_BINGET": b"j\xff\xff\xff\xff.", "GET": b"g99999999999\n.", "MEMOIZE of nothing": b"\x94.", "PROTO": b"\x80\xff.",
-    "INT": b"I" + b"9" * 1_000_000 + b"\n.", "INT of 4000 digits": b"I" + b"9" * 4000 + b"\n.", "LONG": b"L" + b"9" * 1_000_000 + b"L\n.",
-    "LONG4 of a megabyte": b"\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b".",
-    "FLOAT": b"F" + b"9" * 1_000_000 + b"\n.", "FLOAT of nothing": b"F\n.", "UNICODE without end": b"V" + b"a" * 100,
-    "UNICODE of half a pair": b"}V\\ud800\nNs.", "STRING without quotes": b"Sabc\n.", "TUPLE without MARK": b"NNt.",
-    "TUPLE3 of two": b"NN\x87.", "POP of nothing": b"0.", "POP_MARK": b"1.", "DUP": b"2.", "STOP": b".", "nothing": b"",
-    "SETITEMS odd": b"}(Nu.", "DICT odd": b"(K\x01d.", "APPENDS to a tuple": b")(Ne.", "APPEND to text": text("a") + b"Na.",
-    "SETITEM in a list": b"]NNs.", "SETITEM in a name": b"cargparse\nNamespace\n" + text("a") + b"Ns.",
-    "REDUCE of a number": b"K\x01)R.",
-    "REDUCE of arguments that are none": b"cargparse\nNamespace\nNR.",
-    "OBJ of nothing": b"(o.", "OBJ of text": b"(" + text("os") + b"o.", "BUILD of a name": b"cargparse\nNamespace\n}b.",
-    "BUILD of a dictionary": b"}}b.", "BUILD of a list": b"]}b.", "BUILD twice": call("argparse.Namespace") + b"}b}b.",
-    "BUILD with slots that are none": under("params", call("argparse.Namespace") + b"NK\x01\x86b") + b".",
-    "STACK_GLOBAL of numbers": b"K\x01K\x01\x93.", "STACK_GLOBAL of names": name("argparse.Namespace") * 2 + b"\x93.",
-    "NEWOBJ_EX with keywords": name("argparse.Namespace") + b")" + under("a", b"N") + b"\x92.",
-}.items())
+@pytest.mark.parametrize(
+    "op, raw",
+    {
+        "BYTEARRAY8": b"\x96" + u64(2**40),
+        "BYTEARRAY8 beyond all": b"\x96" + u64(2**64 - 1),
+        "BINBYTES8": b"\x8e" + u64(2**40),
+        "BINBYTES8 beyond all": b"\x8e" + u64(2**63),
+        "BINBYTES": b"B" + b"\xff" * 4,
+        "SHORT_BINBYTES": b"C\xff",
+        "BINUNICODE8": b"\x8d" + u64(2**40),
+        "BINUNICODE": b"X" + b"\xff" * 4,
+        "BINSTRING": b"T\xff\xff\xff\x7f",
+        "BINSTRING below 0": b"T\xff\xff\xff\xff",
+        "SHORT_BINSTRING": b"U\xff",
+        "LONG4": b"\x8b\xff\xff\xff\x7f",
+        "LONG4 below 0": b"\x8b\xff\xff\xff\xff",
+        "LONG1": b"\x8a\xff",
+        "FRAME": b"\x80\x04\x95" + u64(2**62),
+        "LONG_BINPUT": b"Nr\xff\xff\xff\xff.",
+        "PUT": b"Np" + b"9" * 4000 + b"\n.",
+        "PUT below 0": b"Np-1\n.",
+        "LONG_BINGET": b"j\xff\xff\xff\xff.",
+        "GET": b"g99999999999\n.",
+        "MEMOIZE of nothing": b"\x94.",
+        "PROTO": b"\x80\xff.",
+        "INT": b"I" + b"9" * 1_000_000 + b"\n.",
+        "INT of 4000 digits": b"I" + b"9" * 4000 + b"\n.",
+        "LONG": b"L" + b"9" * 1_000_000 + b"L\n.",
+        "LONG4 of a megabyte": b"\x8b" + (10**6).to_bytes(4, "little") + b"\x7f" * 10**6 + b".",
+        "FLOAT": b"F" + b"9" * 1_000_000 + b"\n.",
+        "FLOAT of nothing": b"F\n.",
+        "UNICODE without end": b"V" + b"a" * 100,
+        "UNICODE of half a pair": b"}V\\ud800\nNs.",
+        "STRING without quotes": b"Sabc\n.",
+        "TUPLE without MARK": b"NNt.",
+        "TUPLE3 of two": b"NN\x87.",
+        "POP of nothing": b"0.",
+        "POP_MARK": b"1.",
+        "DUP": b"2.",
+        "STOP": b".",
+        "nothing": b"",
+        "SETITEMS odd": b"}(Nu.",
+        "DICT odd": b"(K\x01d.",
+        "APPENDS to a tuple": b")(Ne.",
+        "APPEND to text": text("a") + b"Na.",
+        "SETITEM in a list": b"]NNs.",
+        "SETITEM in a name": b"cargparse\nNamespace\n" + text("a") + b"Ns.",
+        "REDUCE of a number": b"K\x01)R.",
+        "REDUCE of arguments that are none": b"cargparse\nNamespace\nNR.",
+        "OBJ of nothing": b"(o.",
+        "OBJ of text": b"(" + text("os") + b"o.",
+        "BUILD of a name": b"cargparse\nNamespace\n}b.",
+        "BUILD of a dictionary": b"}}b.",
+        "BUILD of a list": b"]}b.",
+        "BUILD twice": call("argparse.Namespace") + b"}b}b.",
+        "BUILD with slots that are none": under("params", call("argparse.Namespace") + b"NK\x01\x86b") + b".",
+        "STACK_GLOBAL of numbers": b"K\x01K\x01\x93.",
+        "STACK_GLOBAL of names": name("argparse.Namespace") * 2 + b"\x93.",
+        "NEWOBJ_EX with keywords": name("argparse.Namespace") + b")" + under("a", b"N") + b"\x92.",
+    }.items(),
+)
 def test_instructions_that_lie_are_refused_and_take_no_memory(refused, op, raw):
     refused(raw + b"abc")
 
@@ -224,9 +331,20 @@ def test_a_key_that_no_dictionary_can_have_is_refused(refused, key):
     assert "a key that can be none" in refused(b"}" + key + b"Ns.")
 
 
-@pytest.mark.parametrize("key, told", [
-    (b")", "()"), (b"N", "None"), (b"\x88", "True"), (b"G?\xe0" + bytes(6), "0.5"), (b"C\x01a", "61"), (name("my.A"), "my.A"),
-    (call("my.Color", b"K\x01"), "my.Color(1)"), (b"K\x01K\x02\x86", "(1, 2)"), (b"K\x01", "1")])
+@pytest.mark.parametrize(
+    "key, told",
+    [
+        (b")", "()"),
+        (b"N", "None"),
+        (b"\x88", "True"),
+        (b"G?\xe0" + bytes(6), "0.5"),
+        (b"C\x01a", "61"),
+        (name("my.A"), "my.A"),
+        (call("my.Color", b"K\x01"), "my.Color(1)"),
+        (b"K\x01K\x02\x86", "(1, 2)"),
+        (b"K\x01", "1"),
+    ],
+)
 def test_a_key_of_any_kind_becomes_text(inert, key, told):
     assert inert(beside(b"}" + key + b"K\x05s")).metadata == {told: 5}
 
@@ -248,14 +366,23 @@ def test_names_from_a_file_cannot_steer_the_terminal(refused):
 N = 20_000
 
 
-@pytest.mark.parametrize("raw", {
-    "lists": b"]" * N + b"a" * (N - 1), "tuples": b")" + b"\x85" * N, "dictionaries": b"}" + (text("a") + b"}") * N + b"s" * N,
-    "objects": (name("flax.core.frozen_dict.FrozenDict") * N + b"}" + b"\x85R" * N),
-    "optax": name("optax._src.base.EmptyState") * N + b")" + b"\x85\x81" * N,
-    "a tuple as key": b"}" + b")" + b"\x85" * N + b"Ns", "a set of tuples": b"\x8f(" + b")" + b"\x85" * N + b"\x90",
-    "a state": call("argparse.Namespace") + b")" + b"\x85" * N + b"b", "marks": b"(" * N + b"t" * N,
-    "a type": call("numpy.dtype", b")" + b"\x85" * N, b"\x89\x88"), "a shape": array(b")" + b"\x85" * N, FOUR),
-}.items(), ids=lambda item: item[0])
+@pytest.mark.parametrize(
+    "raw",
+    {
+        "lists": b"]" * N + b"a" * (N - 1),
+        "tuples": b")" + b"\x85" * N,
+        "dictionaries": b"}" + (text("a") + b"}") * N + b"s" * N,
+        "objects": (name("flax.core.frozen_dict.FrozenDict") * N + b"}" + b"\x85R" * N),
+        "optax": name("optax._src.base.EmptyState") * N + b")" + b"\x85\x81" * N,
+        "a tuple as key": b"}" + b")" + b"\x85" * N + b"Ns",
+        "a set of tuples": b"\x8f(" + b")" + b"\x85" * N + b"\x90",
+        "a state": call("argparse.Namespace") + b")" + b"\x85" * N + b"b",
+        "marks": b"(" * N + b"t" * N,
+        "a type": call("numpy.dtype", b")" + b"\x85" * N, b"\x89\x88"),
+        "a shape": array(b")" + b"\x85" * N, FOUR),
+    }.items(),
+    ids=lambda item: item[0],
+)
 def test_deep_nesting_is_refused_without_recursion(refused, raw):
     refused(under("params", raw[1]) + b".", megabytes=20)
 
@@ -276,13 +403,19 @@ def test_200_levels_are_read_and_201_refused(tmp_path):
         read(tmp_path, deep(202))
 
 
-@pytest.mark.parametrize("raw", {
-    "a list": b"]q\x00h\x00a", "a dictionary": b"}q\x00" + text("a") + b"h\x00s",
-    "a tuple by its list": b"]q\x00h\x00\x85a", "an object": call("argparse.Namespace") + b"q\x00}" + text("a") + b"h\x00sb",
-    "many times": b"]q\x00(" + b"h\x00" * 1000 + b"e",
-    "an array's state": call("numpy.core.multiarray._reconstruct", b")") + b"q\x00(h\x00h\x00h\x00h\x00h\x00tb",
-    "a variable": name("flax.nnx.variablelib.Param") + b")\x81q\x00}" + text("_raw_value") + b"h\x00sb",
-}.items(), ids=lambda item: item[0])
+@pytest.mark.parametrize(
+    "raw",
+    {
+        "a list": b"]q\x00h\x00a",
+        "a dictionary": b"}q\x00" + text("a") + b"h\x00s",
+        "a tuple by its list": b"]q\x00h\x00\x85a",
+        "an object": call("argparse.Namespace") + b"q\x00}" + text("a") + b"h\x00sb",
+        "many times": b"]q\x00(" + b"h\x00" * 1000 + b"e",
+        "an array's state": call("numpy.core.multiarray._reconstruct", b")") + b"q\x00(h\x00h\x00h\x00h\x00h\x00tb",
+        "a variable": name("flax.nnx.variablelib.Param") + b")\x81q\x00}" + text("_raw_value") + b"h\x00sb",
+    }.items(),
+    ids=lambda item: item[0],
+)
 def test_what_contains_itself_is_refused(refused, raw):
     refused(under("params", raw[1]) + b".")
 
@@ -294,25 +427,55 @@ def laughs(first, wrap, levels=30):
     return raw
 
 
-@pytest.mark.parametrize("raw", {
-    "lists": laughs(b"]", lambda x: b"](" + x * 10 + b"e"), "tuples": laughs(b")", lambda x: b"(" + x * 10 + b"t"),
-    "dictionaries": laughs(b"}", lambda x: b"}(" + b"".join(text(k) + x for k in "abcdefghij") + b"u"),
-    "objects": laughs(b"}", lambda x: call("flax.core.frozen_dict.FrozenDict", b"}(" + b"".join(text(k) + x for k in "abcdefghij") + b"u")),
-    "big arrays": array(number(10**6) + b"\x85", b"B" + (4 * 10**6).to_bytes(4, "little") + bytes(4 * 10**6)) + b"q\x000](" + b"h\x00" * 1000 + b"e",
-    "arrays out of one text": text("a" * 10**6) + b"q\x000" + text("latin1") + b"q\x010](" + 1000 * array(
-        number(250_000) + b"\x85", name("_codecs.encode") + b"h\x00h\x01\x86R", order=b">") + b"e",
-    "long text": text("a" * 10**6) + b"q\x000](" + b"h\x00" * 1000 + b"e",
-    "long keys": text("a" * 10**6) + b"q\x000](" + b"}h\x00Ns" * 1000 + b"e",
-    "paths of many parts": text("") + b"q\x000(" + b"h\x00" * 1000 + b"tq\x010" + name("pathlib.PurePosixPath") + b"q\x020]("
-                           + 1000 * b"h\x02h\x01R" + b"e",
-    "attributes that do not count": call("flax.nnx.State") + b"}(" + b"".join(text(str(i)) + b"N" for i in range(1000))
-                                    + text("_mapping") + b"}ubq\x000](" + b"h\x00" * 1000 + b"e",
-    "long paths": text("a" * 10**6) + b"q\x000" + name("pathlib.PurePosixPath") + b"(" + b"h\x00" * 1000 + b"tR",
-}.items(), ids=lambda item: item[0])
+@pytest.mark.parametrize(
+    "raw",
+    {
+        "lists": laughs(b"]", lambda x: b"](" + x * 10 + b"e"),
+        "tuples": laughs(b")", lambda x: b"(" + x * 10 + b"t"),
+        "dictionaries": laughs(b"}", lambda x: b"}(" + b"".join(text(k) + x for k in "abcdefghij") + b"u"),
+        "objects": laughs(
+            b"}",
+            lambda x: call(
+                "flax.core.frozen_dict.FrozenDict", b"}(" + b"".join(text(k) + x for k in "abcdefghij") + b"u"
+            ),
+        ),
+        "big arrays": array(number(10**6) + b"\x85", b"B" + (4 * 10**6).to_bytes(4, "little") + bytes(4 * 10**6))
+        + b"q\x000]("
+        + b"h\x00" * 1000
+        + b"e",
+        "arrays out of one text": text("a" * 10**6)
+        + b"q\x000"
+        + text("latin1")
+        + b"q\x010]("
+        + 1000 * array(number(250_000) + b"\x85", name("_codecs.encode") + b"h\x00h\x01\x86R", order=b">")
+        + b"e",
+        "long text": text("a" * 10**6) + b"q\x000](" + b"h\x00" * 1000 + b"e",
+        "long keys": text("a" * 10**6) + b"q\x000](" + b"}h\x00Ns" * 1000 + b"e",
+        "paths of many parts": text("")
+        + b"q\x000("
+        + b"h\x00" * 1000
+        + b"tq\x010"
+        + name("pathlib.PurePosixPath")
+        + b"q\x020]("
+        + 1000 * b"h\x02h\x01R"
+        + b"e",
+        "attributes that do not count": call("flax.nnx.State")
+        + b"}("
+        + b"".join(text(str(i)) + b"N" for i in range(1000))
+        + text("_mapping")
+        + b"}ubq\x000]("
+        + b"h\x00" * 1000
+        + b"e",
+        "long paths": text("a" * 10**6) + b"q\x000" + name("pathlib.PurePosixPath") + b"(" + b"h\x00" * 1000 + b"tR",
+    }.items(),
+    ids=lambda item: item[0],
+)
 def test_shared_references_do_not_multiply(refused, raw, monkeypatch):
     monkeypatch.setattr(plain, "_MAX_NODES", 20_000)
     for where in ("params", "metadata"):
-        said = refused(b"}(" + text("params") + under("w", array(b")", FOUR)) + text(where) + raw[1] + b"u.", megabytes=50)
+        said = refused(
+            b"}(" + text("params") + under("w", array(b")", FOUR)) + text(where) + raw[1] + b"u.", megabytes=50
+        )
         assert "refers to the same content so often" in said
 
 
@@ -335,14 +498,18 @@ def test_a_leafs_name_does_not_grow_without_end(refused):
 
 
 def test_the_limits_as_they_are_keep_a_read_short(refused):
-    nested = laughs(b"}", lambda x: call("flax.core.frozen_dict.FrozenDict", b"}(" + text("a") + x + text("b") + x + b"u"))
+    nested = laughs(
+        b"}", lambda x: call("flax.core.frozen_dict.FrozenDict", b"}(" + text("a") + x + text("b") + x + b"u")
+    )
     assert "more than 1,000,000 items" in refused(under("params", nested) + b".", traced=False)
     assert "more than 2,000,000 instructions" in refused(b"(" * 3_000_000, traced=False)
 
 
 def test_empty_arrays_of_any_shape_take_no_memory_in_metadata(tmp_path):
     made = array(number(10**12) + b"K\x00\x86", b"C\x00")
-    (tmp_path / "a.pkl").write_bytes(b"}(" + text("params") + under("w", array(b")", FOUR)) + text("metadata") + under("a", made) + b"u.")
+    (tmp_path / "a.pkl").write_bytes(
+        b"}(" + text("params") + under("w", array(b")", FOUR)) + text("metadata") + under("a", made) + b"u."
+    )
     assert legacy.read(tmp_path / "a.pkl").metadata == {"a": []}
 
 

@@ -4,16 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
-
 from faults import checkpoint
 from faults.hosts import Run, Training, disturbed, state, worker
-from ifvit.training.metrics import read_rows
 from testbed import Testbed
+
+from ifvit.training.metrics import read_rows
 from tune import record
 
 WHY_NOT = Testbed.available()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"no test bed: {WHY_NOT}")
-SHORT = Training(epochs=5, pairs=40, hang_timeout=120, resume="never")  # once: a worker that is killed does not begin anew
+SHORT = Training(
+    epochs=5, pairs=40, hang_timeout=120, resume="never"
+)  # once: a worker that is killed does not begin anew
 
 
 @pytest.fixture(scope="module")
@@ -65,20 +67,57 @@ def test_a_finished_run_says_so_and_a_mistake_in_a_job_is_a_sentence_and_exit_co
 
 
 def test_a_search_of_both_modules_by_job_submission_ends_in_an_evaluated_matcher(bed, tmp_path):
-    job = bed.submit(["python", "-m", "ifvit.train_all", "--tune", "2", "--preset", "smoke", "--dataset_root", "synthetic",
-                      "--sweep_dir", tmp_path / "sweep", "--dense_checkpoint_dir", tmp_path / "dense", "--matcher_checkpoint_dir",
-                      tmp_path / "matcher"], wait=True)
+    job = bed.submit(
+        [
+            "python",
+            "-m",
+            "ifvit.train_all",
+            "--tune",
+            "2",
+            "--preset",
+            "smoke",
+            "--dataset_root",
+            "synthetic",
+            "--sweep_dir",
+            tmp_path / "sweep",
+            "--dense_checkpoint_dir",
+            tmp_path / "dense",
+            "--matcher_checkpoint_dir",
+            tmp_path / "matcher",
+        ],
+        wait=True,
+    )
     said = bed.logs(job)
     assert bed.exit_code(job) == 0 and "Module 2, fused score" in said, said[-3000:]
     assert [len(record.read_all(tmp_path / "sweep" / name)) for name in ("dense", "match")] == [2, 2]
     for name, found in json.loads((tmp_path / "sweep/best.json").read_text()).items():
         ours = tmp_path / {"dense_reg": "dense", "matcher": "matcher"}[name] / f"{name}_ckpt"
-        assert checkpoint.read_metadata(ours)["digests"] == checkpoint.read_metadata(checkpoint.as_path(found))["digests"]
+        assert (
+            checkpoint.read_metadata(ours)["digests"] == checkpoint.read_metadata(checkpoint.as_path(found))["digests"]
+        )
 
 
 def test_a_trial_may_take_both_hosts(bed, tmp_path):
-    job = bed.submit(["python", "-m", "tune", "--module", "dense", "--num_samples", "1", "--trial_workers", "2", "--preset", "smoke",
-                      "--dataset_root", "synthetic", "--sweep_dir", tmp_path], wait=True)
+    job = bed.submit(
+        [
+            "python",
+            "-m",
+            "tune",
+            "--module",
+            "dense",
+            "--num_samples",
+            "1",
+            "--trial_workers",
+            "2",
+            "--preset",
+            "smoke",
+            "--dataset_root",
+            "synthetic",
+            "--sweep_dir",
+            tmp_path,
+        ],
+        wait=True,
+    )
     assert bed.exit_code(job) == 0, bed.logs(job)[-3000:]
     found = checkpoint.load(tmp_path / "dense/trials/000/dense_reg_ckpt")
     assert found.metadata["finished"] and found.metadata["history"][0]["processes"] == 2

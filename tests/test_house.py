@@ -9,7 +9,20 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up. A module belongs to the longest name here that it begins with.
 FLOORS = [
-    {"ifvit.errors", "ifvit.constants", "ifvit.files", "ifvit.paths", "ifvit.gcs", "ifvit.config", "ifvit.presets", "ifvit.cli", "ifvit.bar", "ifvit.flags", "ifvit.neighbours", "ifvit"},
+    {
+        "ifvit.errors",
+        "ifvit.constants",
+        "ifvit.files",
+        "ifvit.paths",
+        "ifvit.gcs",
+        "ifvit.config",
+        "ifvit.presets",
+        "ifvit.cli",
+        "ifvit.bar",
+        "ifvit.flags",
+        "ifvit.neighbours",
+        "ifvit",
+    },
     {"ifvit.devices"},
     {"ifvit.models"},
     {"ifvit.pixels"},
@@ -19,7 +32,15 @@ FLOORS = [
     {"ifvit.loftr", "ifvit.load_module1_weights"},
     {"ifvit.scoring"},
     {"ifvit.training"},
-    {"ifvit.commands", "ifvit.checkpoint.__main__", "ifvit.evaluate", "ifvit.verify", "ifvit.prints", "ifvit.train_dense", "ifvit.train_match"},
+    {
+        "ifvit.commands",
+        "ifvit.checkpoint.__main__",
+        "ifvit.evaluate",
+        "ifvit.verify",
+        "ifvit.prints",
+        "ifvit.train_dense",
+        "ifvit.train_match",
+    },
     {"tune"},
     {"ifvit.train_all", "ifvit.tune"},
 ]
@@ -41,7 +62,9 @@ def imports(file: Path) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {a.name for a in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names}
+            found |= {
+                f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in MODULES else node.module for a in node.names
+            }
     return found & MODULES.keys()
 
 

@@ -143,10 +143,20 @@ def test_the_limit_can_be_raised_beyond_pillows_own(tmp_path, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 100
 
 
-@pytest.mark.parametrize("dpi, ppi", [
-    ((500, 500), 500), ((1000, 1000), 1000), ((500, 505), 502.5), ((500, 600), None),
-    ((1, 1), None), ((72, 72), None), ((96, 96), None), ((120, 120), None), ((9999, 9999), None),
-])
+@pytest.mark.parametrize(
+    "dpi, ppi",
+    [
+        ((500, 500), 500),
+        ((1000, 1000), 1000),
+        ((500, 505), 502.5),
+        ((500, 600), None),
+        ((1, 1), None),
+        ((72, 72), None),
+        ((96, 96), None),
+        ((120, 120), None),
+        ((9999, 9999), None),
+    ],
+)
 def test_only_a_sensors_ppi_is_believed(tmp_path, dpi, ppi):
     assert believable_ppi(*dpi) == ppi
     Image.fromarray(RAMP.astype(np.uint8)).save(tmp_path / "a.tif", dpi=dpi)
@@ -158,8 +168,9 @@ def test_the_sets_ppi_comes_before_the_tag_before_500():
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-@pytest.mark.parametrize("ppi, period, on_canvas", [
-    (250, 9, 18), (500, 9, 9), (1000, 18, 9), (569, 10.242, 9), (175, 3.15, 9)])
+@pytest.mark.parametrize(
+    "ppi, period, on_canvas", [(250, 9, 18), (500, 9, 9), (1000, 18, 9), (569, 10.242, 9), (175, 3.15, 9)]
+)
 def test_a_period_is_scaled_to_500_ppi_in_both_directions(axis, ppi, period, on_canvas):
     shape = (int(0.5 * ppi), int(0.8 * ppi))  # 250 x 400 pixels at 500 ppi: not square
     canvas, _ = to_canvas(ridges(shape, **{("period_y", "period_x")[axis]: period}), ppi)
@@ -177,11 +188,15 @@ def test_the_foreground_is_the_print_without_holes_or_specks():
     assert mask[250, 230] and not mask[24, 484]
 
 
-@pytest.mark.parametrize("grey", [
-    np.full((300, 300), 255, np.uint8),
-    np.random.default_rng(0).normal(128, 2, (300, 300)).astype(np.uint8),
-    np.zeros((1, 1), np.uint8), np.zeros((3, 700), np.uint8),
-])
+@pytest.mark.parametrize(
+    "grey",
+    [
+        np.full((300, 300), 255, np.uint8),
+        np.random.default_rng(0).normal(128, 2, (300, 300)).astype(np.uint8),
+        np.zeros((1, 1), np.uint8),
+        np.zeros((3, 700), np.uint8),
+    ],
+)
 def test_a_blank_image_has_no_foreground_and_still_a_canvas(grey):
     assert not foreground(grey, 500).any()
     canvas, mask = to_canvas(grey, 500)

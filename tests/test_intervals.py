@@ -5,8 +5,8 @@ import csv
 import numpy as np
 import pytest
 
-from ifvit.scoring import comparison, intervals, rates
 from ifvit.errors import UserError
+from ifvit.scoring import comparison, intervals, rates
 from ifvit.scoring.scores_csv import scores_in
 
 
@@ -25,8 +25,10 @@ def database(fingers=8, impressions=3, seed=0, decimals=1):
 
 def repeated(weights, genuine, impostor, genuine_fingers, impostor_fingers):
     """The scores of a draw, each pair as often as it is drawn."""
-    return (np.repeat(genuine, weights[genuine_fingers]),
-            np.repeat(impostor, weights[impostor_fingers[:, 0]] * weights[impostor_fingers[:, 1]]))
+    return (
+        np.repeat(genuine, weights[genuine_fingers]),
+        np.repeat(impostor, weights[impostor_fingers[:, 0]] * weights[impostor_fingers[:, 1]]),
+    )
 
 
 @pytest.mark.parametrize("decimals", [0, 1, 9])  # many ties, some, none
@@ -125,8 +127,9 @@ def test_the_difference_of_two_systems_is_that_of_their_rates(tmp_path):
     for rate in rates.RATES:
         differences = []
         for name in ("DB1", "DB2"):
-            here, there = (rates.summary(*(scores_of(rows, name, kind) for kind in (1, 0)))[rate]
-                           for rows in (mine, theirs))
+            here, there = (
+                rates.summary(*(scores_of(rows, name, kind) for kind in (1, 0)))[rate] for rows in (mine, theirs)
+            )
             row = found["databases"][name][rate]
             assert (row["this"], row["other"], row["difference"]) == (here, there, here - there)
             assert row["ci"][0] <= row["ci"][1]
@@ -153,14 +156,20 @@ def test_what_is_hard_for_both_systems_cancels_out(tmp_path):
     assert paired["ci"][1] - paired["ci"][0] < (high - low) / 2
 
 
-@pytest.mark.parametrize("change, told", [
-    (lambda rows: rows[:-4], "has 210 pairs and .* 206, of which 206 are the same"),
-    (lambda rows: [["DB9", *r[1:]] for r in rows], "0 are the same"),
-    (lambda rows: [[*r[:3], 1 - r[3], r[4]] if n == 5 else r for n, r in enumerate(rows)], "1 pairs are genuine in one"),
-    (lambda rows: [*rows[:3], ["DB1", "a", "b", "1", "high"]], "b.csv is no scores.csv, line 5 of it is no pair"),
-    (lambda rows: [[*rows[0][:3], "yes", "0.5"]], "line 2 of it is no pair"),
-    (lambda rows: [], "b.csv holds no pair"),
-])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        (lambda rows: rows[:-4], "has 210 pairs and .* 206, of which 206 are the same"),
+        (lambda rows: [["DB9", *r[1:]] for r in rows], "0 are the same"),
+        (
+            lambda rows: [[*r[:3], 1 - r[3], r[4]] if n == 5 else r for n, r in enumerate(rows)],
+            "1 pairs are genuine in one",
+        ),
+        (lambda rows: [*rows[:3], ["DB1", "a", "b", "1", "high"]], "b.csv is no scores.csv, line 5 of it is no pair"),
+        (lambda rows: [[*rows[0][:3], "yes", "0.5"]], "line 2 of it is no pair"),
+        (lambda rows: [], "b.csv holds no pair"),
+    ],
+)
 def test_scores_of_other_pairs_are_refused(tmp_path, change, told):
     rows = rows_of("DB1", fingers=7)  # 21 · 20 / 2 = 210 pairs
     mine, theirs = write(tmp_path / "a.csv", rows), write(tmp_path / "b.csv", change(rows))

@@ -62,23 +62,51 @@ def command_problems(words: list[str], hosts: int) -> list[str]:
     """What is wrong with a training command that is to run on so many hosts."""
     said = {w.lstrip("-"): value for w, value in zip(words, [*words[1:], ""]) if w.startswith("--")}
     folders = [said.get(f, "") for f in ("dataset_root", "dense_checkpoint_dir", "matcher_checkpoint_dir")]
-    return [f"unknown flag --{f}" for f in said if f not in FLAGS] + found({
-        "not train_all": words[:3] != ["python", "-m", "ifvit.train_all"],
-        "not on shared storage": not all(f.startswith("/shared/") for f in folders),
-        f"{said.get('num_workers')} workers for {hosts} hosts": said.get("num_workers") != str(hosts),
-        "the preset would be that of the driver's host": said.get("preset") != "paper"})
+    return [f"unknown flag --{f}" for f in said if f not in FLAGS] + found(
+        {
+            "not train_all": words[:3] != ["python", "-m", "ifvit.train_all"],
+            "not on shared storage": not all(f.startswith("/shared/") for f in folders),
+            f"{said.get('num_workers')} workers for {hosts} hosts": said.get("num_workers") != str(hosts),
+            "the preset would be that of the driver's host": said.get("preset") != "paper",
+        }
+    )
 
 
 # What `ray job submit --working-dir .` sends
 
-CODE = ["ifvit/train_all.py", "ifvit/data/sources.py", "cluster/__init__.py", "tune/__init__.py", "pyproject.toml",
-        "mine.toml", "constraints-3.11.txt", "README.md"]
-REST = ["checkpoints/dense_reg/dense_reg_ckpt/state/d/0", "runs/x/metrics.jsonl", "dense_reg_epoch_5/state/d/0",
-        "core", "weights.pkl", "outdoor.ckpt", "outdoor.safetensors", ".venv/lib/jaxlib.so", ".git/objects/pack/p.pack",
-        ".cache/0", ".pytest_cache/v", "tests/test_x.py", "tests/out/curves.png", "build/lib/a.py", "evaluation/s.csv",
-        "ifvit/checkpoints/matcher/matcher_best/state/d/0", "ifvit/.cache/0", "ifvit/__pycache__/a.pyc", "ifvit/a.pkl",
-        *(f"prints/101_{i}{end}" for i, end in enumerate(sorted(EXTENSIONS))),
-        *(f"ifvit/data/101_{i}{end.upper()}" for i, end in enumerate(sorted(EXTENSIONS)))]
+CODE = [
+    "ifvit/train_all.py",
+    "ifvit/data/sources.py",
+    "cluster/__init__.py",
+    "tune/__init__.py",
+    "pyproject.toml",
+    "mine.toml",
+    "constraints-3.11.txt",
+    "README.md",
+]
+REST = [
+    "checkpoints/dense_reg/dense_reg_ckpt/state/d/0",
+    "runs/x/metrics.jsonl",
+    "dense_reg_epoch_5/state/d/0",
+    "core",
+    "weights.pkl",
+    "outdoor.ckpt",
+    "outdoor.safetensors",
+    ".venv/lib/jaxlib.so",
+    ".git/objects/pack/p.pack",
+    ".cache/0",
+    ".pytest_cache/v",
+    "tests/test_x.py",
+    "tests/out/curves.png",
+    "build/lib/a.py",
+    "evaluation/s.csv",
+    "ifvit/checkpoints/matcher/matcher_best/state/d/0",
+    "ifvit/.cache/0",
+    "ifvit/__pycache__/a.pyc",
+    "ifvit/a.pkl",
+    *(f"prints/101_{i}{end}" for i, end in enumerate(sorted(EXTENSIONS))),
+    *(f"ifvit/data/101_{i}{end.upper()}" for i, end in enumerate(sorted(EXTENSIONS))),
+]
 
 
 def sent(folder: Path, to: Path, gitignore: bool = True) -> set[str]:
@@ -116,6 +144,7 @@ def test_of_this_repository_every_module_is_sent(tmp_path):
 
 # KubeRay
 
+
 def schema_problems(job: dict) -> list[str]:
     schema, pod = (json.loads((SCHEMAS / name).read_text()) for name in ("rayjob.json", "pod.json"))
     schema["$defs"] |= pod["$defs"]
@@ -126,13 +155,16 @@ def pod_problems(spec: dict, name: str) -> list[str]:
     box = spec["containers"][0]
     mounts = {m["name"]: m["mountPath"] for m in box["volumeMounts"]}
     cache = {e["name"]: e["value"] for e in box["env"]}.get("IFVIT_CACHE", "")
-    return found({
-        f"{name} is not the one container": [c["name"] for c in spec["containers"]] != [name],
-        "no image": "image" not in box,
-        "a mount without its volume": not set(mounts) <= {v["name"] for v in spec["volumes"]},
-        "nothing at /shared": "/shared" not in mounts.values() or not cache.startswith("/shared/"),
-        "requests are not limits": box["resources"]["requests"] != box["resources"]["limits"],
-        "ports of the host": bool(spec.get("hostNetwork") or box.get("ports"))})
+    return found(
+        {
+            f"{name} is not the one container": [c["name"] for c in spec["containers"]] != [name],
+            "no image": "image" not in box,
+            "a mount without its volume": not set(mounts) <= {v["name"] for v in spec["volumes"]},
+            "nothing at /shared": "/shared" not in mounts.values() or not cache.startswith("/shared/"),
+            "requests are not limits": box["resources"]["requests"] != box["resources"]["limits"],
+            "ports of the host": bool(spec.get("hostNetwork") or box.get("ports")),
+        }
+    )
 
 
 def worker_problems(group: dict) -> list[str]:
@@ -141,14 +173,18 @@ def worker_problems(group: dict) -> list[str]:
     hook = spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][-1]
     problems = {
         "not all hosts at once": not group["minReplicas"] == group["replicas"] == group["maxReplicas"],
-        "killed while it saves": spec["terminationGracePeriodSeconds"] <= int(re.search(r"seconds (\d+)", hook)[1])}
+        "killed while it saves": spec["terminationGracePeriodSeconds"] <= int(re.search(r"seconds (\d+)", hook)[1]),
+    }
     if "google.com/tpu" in has:
         chips, shape = int(has["google.com/tpu"]), selector["cloud.google.com/gke-tpu-topology"]
         kind = {"tpu-v5-lite-podslice": "v5litepod", "tpu-v6e-slice": "v6e"}[
-            selector["cloud.google.com/gke-tpu-accelerator"]]
+            selector["cloud.google.com/gke-tpu-accelerator"]
+        ]
         problems[f"{group['numOfHosts']} hosts of {chips} chips are no {shape}"] = (
-            shape not in tpu.VALID_TPU_TOPOLOGY[kind] or chips != tpu.get_chips_per_host(shape, kind)
-            or chips * group["numOfHosts"] != tpu.get_num_chips_from_topology(shape))
+            shape not in tpu.VALID_TPU_TOPOLOGY[kind]
+            or chips != tpu.get_chips_per_host(shape, kind)
+            or chips * group["numOfHosts"] != tpu.get_num_chips_from_topology(shape)
+        )
     else:
         problems["not several GPUs"] = int(has["nvidia.com/gpu"]) < 2
     return found(problems)
@@ -161,11 +197,17 @@ def job_problems(job: dict) -> list[str]:
     cluster = job["spec"]["rayClusterSpec"]
     head, groups = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     hosts = sum(g["replicas"] * g.get("numOfHosts", 1) for g in groups)
-    return (command_problems(shlex.split(job["spec"]["entrypoint"]), hosts)
-            + pod_problems(head["template"]["spec"], "ray-head")
-            + [p for g in groups for p in pod_problems(g["template"]["spec"], "ray-worker") + worker_problems(g)]
-            + found({"another Ray than here": cluster["rayVersion"] != ray.__version__,
-                     "work on the head": head["rayStartParams"].get("num-cpus") != "0"}))
+    return (
+        command_problems(shlex.split(job["spec"]["entrypoint"]), hosts)
+        + pod_problems(head["template"]["spec"], "ray-head")
+        + [p for g in groups for p in pod_problems(g["template"]["spec"], "ray-worker") + worker_problems(g)]
+        + found(
+            {
+                "another Ray than here": cluster["rayVersion"] != ray.__version__,
+                "work on the head": head["rayStartParams"].get("num-cpus") != "0",
+            }
+        )
+    )
 
 
 @pytest.mark.parametrize("name", ["kuberay-gpu.yaml", "kuberay-tpu-v5e.yaml", "kuberay-tpu-v6e.yaml"])
@@ -178,35 +220,40 @@ GROUP = CLUSTER + "/workerGroupSpecs/0"
 POD = GROUP + "/template/spec"
 
 
-@pytest.mark.parametrize("where, value, message", [
-    ("spec/backofLimit", 3, "backofLimit"),
-    (CLUSTER + "/authOptions/mode", "disabled", "token"),
-    (CLUSTER + "/headGroupSpec/serviceType", "LoadBalancer", "ClusterIP"),
-    (CLUSTER + "/headGroupSpec/enableIngress", True, "enableIngress"),
-    (POD + "/containers/0/volumeMount", [], "volumeMount"),
-    ("spec/entrypoint", "python -m ifvit.train_all --dataset /shared/prints", "unknown flag --dataset"),
-    (GROUP + "/numOfHosts", 2, "2 hosts of 4 chips are no 4x4"),
-    (GROUP + "/numOfHosts", 2, "4 workers for 2 hosts"),
-    (GROUP + "/maxReplicas", 2, "not all hosts at once"),
-    (CLUSTER + "/rayVersion", "2.9.0", "another Ray"),
-    (CLUSTER + "/headGroupSpec/rayStartParams/num-cpus", None, "work on the head"),
-    (POD + "/nodeSelector/cloud.google.com~gke-tpu-topology", "2x4", "are no 2x4"),
-    (POD + "/containers/0/resources/requests/google.com~tpu", "1", "requests are not limits"),
-    (POD + "/containers/0/image", None, "no image"),
-    (POD + "/containers/0/name", "worker", "ray-worker"),
-    (POD + "/containers/0/ports", [{"containerPort": 8265, "hostPort": 8265}], "ports of the host"),
-    (POD + "/volumes", [], "a mount without its volume"),
-    (POD + "/terminationGracePeriodSeconds", 30, "killed while it saves")])
+@pytest.mark.parametrize(
+    "where, value, message",
+    [
+        ("spec/backofLimit", 3, "backofLimit"),
+        (CLUSTER + "/authOptions/mode", "disabled", "token"),
+        (CLUSTER + "/headGroupSpec/serviceType", "LoadBalancer", "ClusterIP"),
+        (CLUSTER + "/headGroupSpec/enableIngress", True, "enableIngress"),
+        (POD + "/containers/0/volumeMount", [], "volumeMount"),
+        ("spec/entrypoint", "python -m ifvit.train_all --dataset /shared/prints", "unknown flag --dataset"),
+        (GROUP + "/numOfHosts", 2, "2 hosts of 4 chips are no 4x4"),
+        (GROUP + "/numOfHosts", 2, "4 workers for 2 hosts"),
+        (GROUP + "/maxReplicas", 2, "not all hosts at once"),
+        (CLUSTER + "/rayVersion", "2.9.0", "another Ray"),
+        (CLUSTER + "/headGroupSpec/rayStartParams/num-cpus", None, "work on the head"),
+        (POD + "/nodeSelector/cloud.google.com~gke-tpu-topology", "2x4", "are no 2x4"),
+        (POD + "/containers/0/resources/requests/google.com~tpu", "1", "requests are not limits"),
+        (POD + "/containers/0/image", None, "no image"),
+        (POD + "/containers/0/name", "worker", "ray-worker"),
+        (POD + "/containers/0/ports", [{"containerPort": 8265, "hostPort": 8265}], "ports of the host"),
+        (POD + "/volumes", [], "a mount without its volume"),
+        (POD + "/terminationGracePeriodSeconds", 30, "killed while it saves"),
+    ],
+)
 def test_a_broken_rayjob_is_refused(where, value, message):
     assert message in str(job_problems(change(load("kuberay-tpu-v6e.yaml"), where, value)))
 
 
 # ray up
 
+
 def start_flags(command: str) -> dict:
     """What `ray start` at the end of a shell command understands; click raises where it does not know a flag."""
     words = shlex.split(command)
-    return ray_start.make_context("start", words[words.index("start") + 1:]).params
+    return ray_start.make_context("start", words[words.index("start") + 1 :]).params
 
 
 def launcher_problems(config: dict) -> list[str]:
@@ -221,25 +268,32 @@ def launcher_problems(config: dict) -> list[str]:
     head = kinds[config["head_node_type"]]
     (worker,) = (k for k in kinds.values() if k is not head)
     slice_ = worker["node_config"].get("acceleratorType", "v5litepod-16")
-    return found({
-        "work on the head": head["resources"] != {"CPU": 0},
-        "the dashboard is open": on_head["dashboard_host"] not in ("127.0.0.1", "localhost"),
-        "nobody would start the workers": not on_head["autoscaling_config"],
-        "no token": config["file_mounts"].get(TOKEN) != TOKEN or not all("RAY_AUTH_MODE=token" in s for s in starts),
-        "open to the world": any(a in json.dumps(config) for a in ("0.0.0.0", "::/0")),
-        # which Ray makes for hosts without one, and which opens port 22 to the world
-        "Ray's own security group": config["provider"]["type"] == "aws"
-        and not all(k["node_config"].get("SecurityGroupIds") for k in kinds.values()),
-        "not all hosts at once": not worker["min_workers"] == worker["max_workers"] == config["max_workers"],
-        "not preemptible": not re.search("spot|preemptible", str(worker["node_config"])),
-        "the head is preemptible": bool(re.search("spot|preemptible", str(head["node_config"]))),
-        "wrong chips": worker["resources"].get("TPU", 4) != tpu.get_num_tpu_visible_chips_per_host(slice_),
-        "more than code is copied": not set(config["file_mounts"].values()) <= {
-            TOKEN, "ifvit", "cluster", "tune", "pyproject.toml", "constraints-3.11.txt", "README.md"},
-        "this package is not installed": not any(f'pip install --quiet -c constraints-3.11.txt ".[{extra}]"' in command
-                                                 for command in config["setup_commands"] for extra in EXTRAS),
-        "the cache is not shared": not all("IFVIT_CACHE=/shared/" in s for s in starts),
-        "nothing at /shared": not re.search("mount .*YOUR-.* /shared", str(config["initialization_commands"]))})
+    return found(
+        {
+            "work on the head": head["resources"] != {"CPU": 0},
+            "the dashboard is open": on_head["dashboard_host"] not in ("127.0.0.1", "localhost"),
+            "nobody would start the workers": not on_head["autoscaling_config"],
+            "no token": config["file_mounts"].get(TOKEN) != TOKEN
+            or not all("RAY_AUTH_MODE=token" in s for s in starts),
+            "open to the world": any(a in json.dumps(config) for a in ("0.0.0.0", "::/0")),
+            # which Ray makes for hosts without one, and which opens port 22 to the world
+            "Ray's own security group": config["provider"]["type"] == "aws"
+            and not all(k["node_config"].get("SecurityGroupIds") for k in kinds.values()),
+            "not all hosts at once": not worker["min_workers"] == worker["max_workers"] == config["max_workers"],
+            "not preemptible": not re.search("spot|preemptible", str(worker["node_config"])),
+            "the head is preemptible": bool(re.search("spot|preemptible", str(head["node_config"]))),
+            "wrong chips": worker["resources"].get("TPU", 4) != tpu.get_num_tpu_visible_chips_per_host(slice_),
+            "more than code is copied": not set(config["file_mounts"].values())
+            <= {TOKEN, "ifvit", "cluster", "tune", "pyproject.toml", "constraints-3.11.txt", "README.md"},
+            "this package is not installed": not any(
+                f'pip install --quiet -c constraints-3.11.txt ".[{extra}]"' in command
+                for command in config["setup_commands"]
+                for extra in EXTRAS
+            ),
+            "the cache is not shared": not all("IFVIT_CACHE=/shared/" in s for s in starts),
+            "nothing at /shared": not re.search("mount .*YOUR-.* /shared", str(config["initialization_commands"])),
+        }
+    )
 
 
 @pytest.mark.parametrize("name", ["aws-gpu.yaml", "gcp-tpu.yaml"])
@@ -252,18 +306,26 @@ def test_launcher_files_hold(name):
     assert command_problems(shlex.split(said), hosts) == []
 
 
-@pytest.mark.parametrize("where, value, message", [
-    ("max_worker", 4, "max_worker"),
-    ("head_node_type", "heads", "head_node_type"),
-    ("available_node_types/gpu/min_worker", 4, "min_worker"),
-    ("provider/security_group", {"IpPermissions": [{"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}]}, "open to the world"),
-    ("available_node_types/head/node_config/SecurityGroupIds", None, "Ray's own security group"),
-    ("available_node_types/head/node_config/InstanceMarketOptions", {"MarketType": "spot"}, "the head is preemptible"),
-    ("head_start_ray_commands/1", "ray start --head --dashboard-host=0.0.0.0", "the dashboard is open"),
-    ("head_start_ray_commands/1", "ray start --head --dashboard-hosts=127.0.0.1", "No such option"),
-    ("worker_start_ray_commands/1", "ray start --address=$RAY_HEAD_IP:6379", "no token"),
-    ("file_mounts/~~ifvit", ".", "more than code is copied"),
-    ("setup_commands", [], "this package is not installed")])
+@pytest.mark.parametrize(
+    "where, value, message",
+    [
+        ("max_worker", 4, "max_worker"),
+        ("head_node_type", "heads", "head_node_type"),
+        ("available_node_types/gpu/min_worker", 4, "min_worker"),
+        ("provider/security_group", {"IpPermissions": [{"IpRanges": [{"CidrIp": "0.0.0.0/0"}]}]}, "open to the world"),
+        ("available_node_types/head/node_config/SecurityGroupIds", None, "Ray's own security group"),
+        (
+            "available_node_types/head/node_config/InstanceMarketOptions",
+            {"MarketType": "spot"},
+            "the head is preemptible",
+        ),
+        ("head_start_ray_commands/1", "ray start --head --dashboard-host=0.0.0.0", "the dashboard is open"),
+        ("head_start_ray_commands/1", "ray start --head --dashboard-hosts=127.0.0.1", "No such option"),
+        ("worker_start_ray_commands/1", "ray start --address=$RAY_HEAD_IP:6379", "no token"),
+        ("file_mounts/~~ifvit", ".", "more than code is copied"),
+        ("setup_commands", [], "this package is not installed"),
+    ],
+)
 def test_a_broken_cluster_is_refused(where, value, message):
     assert message in str(launcher_problems(change(load("aws-gpu.yaml"), where, value)))
 
@@ -273,10 +335,11 @@ def test_a_broken_cluster_is_refused(where, value, message):
 STAND_INS = {
     "srun": 'while [ "$1" != ray ]; do shift; done; exec "$@"',
     "ray": '[ "$1" = get-auth-token ] && exec echo secret; printf "%s\\n" "$@" > "$LOG/ray"; '
-           'while [ "$1" != -- ]; do shift; done; shift; "$@"',
+    'while [ "$1" != -- ]; do shift; done; shift; "$@"',
     "python": 'trap "exit 75" TERM; env > "$LOG/env"; echo "$@" > "$LOG/train"; [ "$CODE" = wait ] || exit "$CODE"; '
-              'while :; do sleep 0.05; done',
-    "scontrol": 'echo "$@" >> "$LOG/scontrol"; [ "$1" = show ] && echo "JobState=$STATE Reason=None"; true'}
+    "while :; do sleep 0.05; done",
+    "scontrol": 'echo "$@" >> "$LOG/scontrol"; [ "$1" = show ] && echo "JobState=$STATE Reason=None"; true',
+}
 
 
 @pytest.fixture
@@ -289,9 +352,16 @@ def sbatch(tmp_path):
         (tmp_path / "venv/bin" / name).chmod(0o755)
     script = tmp_path / "slurm.sh"
     script.write_text((JOBS / "slurm.sh").read_text().replace("/YOUR-SHARED", str(tmp_path)))
-    env = {"PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}", "LOG": str(tmp_path), "TMPDIR": str(tmp_path),
-           "HEAD_IP": "127.0.0.1", "SLURM_JOB_ID": "12345", "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "64",
-           "SLURM_GPUS_ON_NODE": "8"}
+    env = {
+        "PATH": f"{tmp_path}/venv/bin:{os.environ['PATH']}",
+        "LOG": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "HEAD_IP": "127.0.0.1",
+        "SLURM_JOB_ID": "12345",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_CPUS_PER_TASK": "64",
+        "SLURM_GPUS_ON_NODE": "8",
+    }
     return lambda code, state="RUNNING": subprocess.Popen(["bash", script], env=env | {"CODE": code, "STATE": state})
 
 
@@ -299,8 +369,10 @@ def requeued(folder: Path) -> bool:
     return (folder / "scontrol").exists() and "requeue 12345" in (folder / "scontrol").read_text()
 
 
-@pytest.mark.parametrize("code, state, again", [("75", "RUNNING", True), ("75", "COMPLETING", False),
-                                                ("0", "RUNNING", False), ("2", "RUNNING", False)])
+@pytest.mark.parametrize(
+    "code, state, again",
+    [("75", "RUNNING", True), ("75", "COMPLETING", False), ("0", "RUNNING", False), ("2", "RUNNING", False)],
+)
 def test_75_puts_the_job_in_the_queue_again_unless_it_was_cancelled(sbatch, tmp_path, code, state, again):
     assert sbatch(code, state).wait(20) == int(code)
     assert requeued(tmp_path) == again
@@ -318,7 +390,7 @@ def test_a_notice_reaches_the_driver_which_saves_and_the_job_queues_again(sbatch
 def test_what_the_slurm_script_says_is_understood_by_ray_and_by_the_command(sbatch, tmp_path):
     sbatch("0").wait(20)
     words = (tmp_path / "ray").read_text().splitlines()
-    words = words[words.index("symmetric-run") + 1:words.index("--")]
+    words = words[words.index("symmetric-run") + 1 : words.index("--")]
     given = symmetric_run.make_context("_", list(words), resilient_parsing=True).params
     start = ray_start.make_context("start", curate_and_validate_ray_start_args(list(words))).params
     assert (given["address"], given["min_nodes"]) == ("127.0.0.1:22345", 2)

@@ -64,10 +64,25 @@ class Session:
         return shutil.copytree(what, self.input / name)
 
     def inside(self, *words, **environment) -> subprocess.CompletedProcess:
-        return subprocess.run(["unshare", "--mount", *(["--map-root-user"] if os.geteuid() else []),
-                               "sh", "-c", ROOM, "sh", self.root, self.kaggle, *words],
-                              env=os.environ | self.machine.environment | environment, text=True, timeout=900,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        return subprocess.run(
+            [
+                "unshare",
+                "--mount",
+                *(["--map-root-user"] if os.geteuid() else []),
+                "sh",
+                "-c",
+                ROOM,
+                "sh",
+                self.root,
+                self.kaggle,
+                *words,
+            ],
+            env=os.environ | self.machine.environment | environment,
+            text=True,
+            timeout=900,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     def run(self, before: str = "", gpus: int = 0, **parameters) -> subprocess.CompletedProcess:
         """Runs all code cells, `parameters` in place of those that the first one sets."""
@@ -81,8 +96,12 @@ class Session:
         smi.parent.mkdir()
         smi.write_text("#!/bin/sh\n" + (f"seq -f 'GPU %g: Tesla T4' 0 {gpus - 1}\n" if gpus else "exit 9\n"))
         smi.chmod(0o755)
-        return self.inside(self.machine.python, "/kaggle/cells.py", KAGGLE_KERNEL_RUN_TYPE="Batch",
-                           PATH=f"/kaggle/bin:{os.environ['PATH']}")
+        return self.inside(
+            self.machine.python,
+            "/kaggle/cells.py",
+            KAGGLE_KERNEL_RUN_TYPE="Batch",
+            PATH=f"/kaggle/bin:{os.environ['PATH']}",
+        )
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +115,11 @@ def machine(tmp_path_factory):
     # As a plain entry of sys.path: the .pth files in there, such as that of an editable ifvit, are not followed.
     ours = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), str(Path(pytest.__file__).parents[1])}
     (site / "ours.pth").write_text("\n".join(sorted(ours)))
-    shutil.copytree(ROOT, folder / "source", ignore=shutil.ignore_patterns(
-        ".*", "__pycache__", "*.egg-info", "build", "checkpoints", "runs", "tests"))
+    shutil.copytree(
+        ROOT,
+        folder / "source",
+        ignore=shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "checkpoints", "runs", "tests"),
+    )
     return SimpleNamespace(python=python, source=folder / "source", environment=_builds_without_network())
 
 
@@ -113,6 +135,7 @@ def _builds_without_network() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def new_session(machine, tmp_path_factory):
     """new_session() -> a session with nothing attached; skips where a process cannot have a /kaggle of its own."""
+
     def new() -> Session:
         return Session(tmp_path_factory.mktemp("session"), machine)
 
@@ -181,7 +204,12 @@ def test_every_code_cell_is_plain_python_and_the_first_holds_the_parameters():
     assigned: dict = {}
     exec("".join(first["source"]), assigned)
     assert {k: v for k, v in assigned.items() if k.isupper()} == {
-        "SOURCE": None, "DATASET_ROOTS": None, "EXTRA": [], "HOURS": 9, "SPARE_MINUTES": 20}
+        "SOURCE": None,
+        "DATASET_ROOTS": None,
+        "EXTRA": [],
+        "HOURS": 9,
+        "SPARE_MINUTES": 20,
+    }
 
 
 # ---- sessions
@@ -198,7 +226,7 @@ def test_a_session_whose_time_is_up_saves_and_says_what_to_do(stopped):
     assert 2 <= step < 20
     assert checkpoint.load(stopped.working / f"IFViT/{folder}/dense_reg_step_{step}").metadata["step"] == step
     assert not (stopped.working / f"IFViT/{folder}/dense_reg_ckpt").exists()
-    told = stopped.said.stdout[stopped.said.stdout.index("The session is over"):]
+    told = stopped.said.stdout[stopped.said.stdout.index("The session is over") :]
     assert re.search(rf"^/kaggle/working/IFViT/{folder}/{of(step)}: Module 1, step {step} of 20", told, re.M)
     assert "Add Input" in told and "Save & Run All" in told
     assert {place.name for place in stopped.working.iterdir()} == {"IFViT"}  # and the cache is elsewhere
@@ -224,13 +252,14 @@ def test_the_next_session_goes_on_from_the_output_of_the_one_before_and_finishes
     step = step_of(stopped)
     assert "Copied /kaggle/input/notebooks/somebody/ifvit/IFViT/checkpoints to" in said.stdout
     assert "--dataset_root /kaggle/input/datasets/somebody/fingerprints --preset" in said.stdout
-    assert re.search(rf"^Going on from /kaggle/working/IFViT/checkpoints/dense_reg/{of(step)}, step {step} of 20$",
-                     said.stdout, re.M)
+    assert re.search(
+        rf"^Going on from /kaggle/working/IFViT/checkpoints/dense_reg/{of(step)}, step {step} of 20$", said.stdout, re.M
+    )
     left = session.working / "IFViT/checkpoints"
     for name, epochs in (("dense_reg", EPOCHS), ("matcher", 2)):
         metadata = checkpoint.load(left / name / f"{name}_ckpt").metadata
         assert metadata["finished"] and metadata["epoch"] == epochs
-    end = said.stdout[said.stdout.rindex("Evaluation on"):]  # shown again by the last cell
+    end = said.stdout[said.stdout.rindex("Evaluation on") :]  # shown again by the last cell
     assert len(re.findall(r"^macro +\d+\.\d\d% ", end, re.M)) == 2
     for picture in re.findall(r"^/kaggle/(.*\.png)$", end, re.M):
         assert (session.kaggle / picture).is_file()
@@ -271,18 +300,30 @@ def test_without_the_source_the_notebook_says_what_to_attach(new_session):
     assert said.stdout.splitlines()[-1].startswith("RuntimeError: The source of ifvit is not attached: add the project")
 
 
-@pytest.mark.parametrize("gpu, extra, words", [
-    (True, [], ["--set", "dense.accumulate=4", "--set", "match.accumulate=4"]),
-    (True, ["--set", "dense.num_epochs=20"], ["--set", "dense.accumulate=4", "--set", "match.accumulate=4"]),
-    (True, ["--preset", "cpu"], []),
-    (True, ["--preset=cpu"], []),
-    (True, ["--batch_size", "32"], []),
-    (True, ["--set", "dense.accumulate=2"], []),
-    (False, [], []),
-])
+@pytest.mark.parametrize(
+    "gpu, extra, words",
+    [
+        (True, [], ["--set", "dense.accumulate=4", "--set", "match.accumulate=4"]),
+        (True, ["--set", "dense.num_epochs=20"], ["--set", "dense.accumulate=4", "--set", "match.accumulate=4"]),
+        (True, ["--preset", "cpu"], []),
+        (True, ["--preset=cpu"], []),
+        (True, ["--batch_size", "32"], []),
+        (True, ["--set", "dense.accumulate=2"], []),
+        (False, [], []),
+    ],
+)
 def test_a_gpu_of_15_gb_gets_the_batch_in_parts(gpu, extra, words):
     cell = ast.parse(next("".join(c["source"]) for c in NOTEBOOK["cells"] if "def fitting" in "".join(c["source"])))
     names = {"has_gpu": lambda: gpu}
-    exec(compile(ast.Module([f for f in cell.body if isinstance(f, ast.FunctionDef) and f.name == "fitting"], []), "fitting", "exec"), names)
+    exec(
+        compile(
+            ast.Module([f for f in cell.body if isinstance(f, ast.FunctionDef) and f.name == "fitting"], []),
+            "fitting",
+            "exec",
+        ),
+        names,
+    )
     assert names["fitting"](extra) == words
-    assert [c.micro_batch for c in train_all.Args(set=tuple(words[1::2])).configs("paper")] == [32 if words else 128] * 2
+    assert [c.micro_batch for c in train_all.Args(set=tuple(words[1::2])).configs("paper")] == [
+        32 if words else 128
+    ] * 2

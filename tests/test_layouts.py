@@ -9,11 +9,11 @@ import sys
 from pathlib import Path
 
 import jax
-import pytest
-
 import layouts
-from ifvit import checkpoint
+import pytest
 from layouts import FAILURES, META, ONE, TWO, WHOLE
+
+from ifvit import checkpoint
 
 pytestmark = pytest.mark.process
 WORKER = Path(layouts.__file__)
@@ -23,9 +23,16 @@ MERGE = "params/loftr_transformer/layer_0/merge/kernel"
 
 def run(*commands: list) -> list[dict]:
     """What the worker says, one process a command, all at once; they are killed where they take minutes."""
-    processes = [subprocess.Popen([sys.executable, WORKER, *map(str, words)], text=True, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
-                 for words in commands]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, WORKER, *map(str, words)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        )
+        for words in commands
+    ]
     try:
         said = [p.communicate(timeout=240) for p in processes]
     finally:
@@ -70,7 +77,9 @@ def metadata(path: Path) -> dict:
 
 
 def test_digests_do_not_depend_on_the_layout(folder, one, tmp_path):
-    checkpoint.save(tmp_path / "host", "dense_reg", layouts.saved_tree(layouts.STATE, layouts.TASK), META)  # numpy's arrays
+    checkpoint.save(
+        tmp_path / "host", "dense_reg", layouts.saved_tree(layouts.STATE, layouts.TASK), META
+    )  # numpy's arrays
     want = metadata(tmp_path / "host")["digests"]
     assert len(want) > 200
     for layout in WHOLE:
@@ -92,7 +101,9 @@ def test_the_model_axis_splits_parameters_and_moments(one, layout):
     model = int(layout[-1])
     shards = one["shards"][layout]
     for above in ("", "opt_state/1/0/mu/", "opt_state/1/0/nu/"):
-        q, merge = (f"state/{above}{n}" if not above else f"state/{above}{n.removeprefix('params/')}" for n in (Q, MERGE))
+        q, merge = (
+            f"state/{above}{n}" if not above else f"state/{above}{n.removeprefix('params/')}" for n in (Q, MERGE)
+        )
         assert shards[q] == [16, 16 // model] and shards[merge] == [16 // model, 16]
     assert shards["state/params/resnet/stem/conv/kernel"][-1] == 8 // model
     assert shards["state/params/loftr_transformer/layer_0/norm1/scale"] == [16]
@@ -101,7 +112,7 @@ def test_the_model_axis_splits_parameters_and_moments(one, layout):
 def test_metadata_tell_how_the_writer_had_split_them(folder, one):
     assert metadata(folder / "of one/8x1")["shardings"] == {}
     split = metadata(folder / "of one/2x4")["shardings"]
-    assert split[f"state/{Q}"] .endswith("(None, 'model')") and split[f"state/{MERGE}"].endswith("('model', None)")
+    assert split[f"state/{Q}"].endswith("(None, 'model')") and split[f"state/{MERGE}"].endswith("('model', None)")
 
 
 @pytest.mark.parametrize("layout", ["2x2", "1x4"])

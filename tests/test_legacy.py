@@ -59,13 +59,24 @@ def leaf(read, value, protocol=4):
 
 
 STATE = {
-    "params": {"loftr_transformer": {"layer_0": {"q_proj": {"kernel": np.random.default_rng(0).random((3, 4), np.float32)}}},
-               "odd": np.array([np.nan, -0.0, np.inf, 1e-45], np.float32), "empty": np.zeros((0, 5), np.int8),
-               "scalar": np.array(2.5), "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
-               "strided": np.arange(12.0)[::3], "flags": np.array([True, False]), "complex": np.array([1j], np.complex64)},
+    "params": {
+        "loftr_transformer": {"layer_0": {"q_proj": {"kernel": np.random.default_rng(0).random((3, 4), np.float32)}}},
+        "odd": np.array([np.nan, -0.0, np.inf, 1e-45], np.float32),
+        "empty": np.zeros((0, 5), np.int8),
+        "scalar": np.array(2.5),
+        "fortran": np.asfortranarray(np.arange(6).reshape(2, 3)),
+        "strided": np.arange(12.0)[::3],
+        "flags": np.array([True, False]),
+        "complex": np.array([1j], np.complex64),
+    },
     "batch_stats": {"mean": np.ones((2, 1, 2), np.float16)},
-    "opt_state": {"0": {"count": np.int32(7), "mu": {"w": np.arange(5).astype(ml_dtypes.bfloat16)},
-                        "nu": {"w": np.arange(5).astype(ml_dtypes.float8_e4m3fn)}}},
+    "opt_state": {
+        "0": {
+            "count": np.int32(7),
+            "mu": {"w": np.arange(5).astype(ml_dtypes.bfloat16)},
+            "nu": {"w": np.arange(5).astype(ml_dtypes.float8_e4m3fn)},
+        }
+    },
     "step": np.int32(12),
 }
 METADATA = {"epoch": 3, "config": {"lr": 0.1 + 0.2, "roots": ["a", "é"], "none": None, "flag": True}}
@@ -156,8 +167,11 @@ def test_arrays_of_the_other_byte_order_come_in_this_machines(read, kind, protoc
 def test_the_names_of_numpy_1_and_2_are_one(tmp_path):
     for protocol in PROTOCOLS:
         two = pickle.dumps({"params": {"w": np.arange(3.0), "s": np.float32(1)}}, protocol)
-        one = two.replace(b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray").replace(
-            b"\x8c\x13numpy._core.numeric", b"\x8c\x12numpy.core.numeric").replace(b"cnumpy._core", b"cnumpy.core")
+        one = (
+            two.replace(b"\x8c\x16numpy._core.multiarray", b"\x8c\x15numpy.core.multiarray")
+            .replace(b"\x8c\x13numpy._core.numeric", b"\x8c\x12numpy.core.numeric")
+            .replace(b"cnumpy._core", b"cnumpy.core")
+        )
         assert b"numpy.core" in one and b"_core" not in one
         (tmp_path / "a.pkl").write_bytes(one)
         assert bits(legacy.read(tmp_path / "a.pkl").state["params"]) == bits({"w": np.arange(3.0), "s": np.float32(1)})
@@ -191,7 +205,9 @@ OPTIMISERS = {
     "adamw": optax.adamw(optax.warmup_cosine_decay_schedule(0, 1, 2, 5)),
     "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.trace(0.9), optax.scale(-1.0)),
     "masked": optax.masked(optax.adam(1e-3), {"dense": {"kernel": True, "bias": False}}),
-    "partition": optax.partition({"a": optax.adam(1e-3), "b": optax.set_to_zero()}, {"dense": {"kernel": "a", "bias": "b"}}),
+    "partition": optax.partition(
+        {"a": optax.adam(1e-3), "b": optax.set_to_zero()}, {"dense": {"kernel": "a", "bias": "b"}}
+    ),
     "inject": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1),
     "steps": optax.MultiSteps(optax.adam(1e-3), 4),
     "factored": optax.adafactor(1e-3),
@@ -205,7 +221,9 @@ OPTIMISERS = {
 def test_optax_states_become_flaxs_state_dicts_without_the_empty_ones(read, name, protocol):
     opt_state = jax.device_get(OPTIMISERS[name].init(jax.tree.map(jnp.asarray, PARAMS)))
     wanted = _without_empty(serialization.to_state_dict(opt_state))
-    assert bits(read({"state": {"params": PARAMS, "opt_state": opt_state}}, protocol).state["opt_state"]) == bits(wanted)
+    assert bits(read({"state": {"params": PARAMS, "opt_state": opt_state}}, protocol).state["opt_state"]) == bits(
+        wanted
+    )
 
 
 def test_an_optax_state_of_another_version_comes_by_position(read, monkeypatch):
@@ -225,7 +243,9 @@ def test_a_train_state_becomes_its_parts(read, protocol):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_nnx_states_become_their_arrays(read, protocol):
-    model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)))
+    model = nnx.Sequential(
+        nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.BatchNorm(3, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1))
+    )
     params, stats, _ = nnx.state(model, nnx.Param, nnx.BatchStat, ...)
     found = read({"params": params, "batch_stats": stats}, protocol).state
     wanted = jax.device_get({"params": nnx.to_pure_dict(params), "batch_stats": nnx.to_pure_dict(stats)})
@@ -247,26 +267,72 @@ def test_random_keys_become_their_numbers(read, protocol):
 
 
 def test_containers_and_numbers_of_the_state_become_dictionaries_and_arrays(read):
-    odd = {"list": [1, 2.5], "tuple": (True, None, ()), 3: np.int8(1), "none": None, "empty": {}, "big": 2**40,
-           "ordered": collections.OrderedDict(a=1), "default": collections.defaultdict(dict, a=1)}
+    odd = {
+        "list": [1, 2.5],
+        "tuple": (True, None, ()),
+        3: np.int8(1),
+        "none": None,
+        "empty": {},
+        "big": 2**40,
+        "ordered": collections.OrderedDict(a=1),
+        "default": collections.defaultdict(dict, a=1),
+    }
     found = read({"params": PARAMS | {"odd": odd}}, 2).state["params"]["odd"]
     one = np.int32(1)
-    assert bits(found) == bits({"list": {"0": one, "1": np.float32(2.5)}, "tuple": {"0": np.True_}, "3": np.int8(1),
-                                "big": np.int64(2**40), "ordered": {"a": one}, "default": {"a": one}})
+    assert bits(found) == bits(
+        {
+            "list": {"0": one, "1": np.float32(2.5)},
+            "tuple": {"0": np.True_},
+            "3": np.int8(1),
+            "big": np.int64(2**40),
+            "ordered": {"a": one},
+            "default": {"a": one},
+        }
+    )
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_metadata_become_plain_json(read, protocol):
-    metadata = {"epoch": np.int64(3), "loss": np.float32(0.5), "bf16": ml_dtypes.bfloat16(1.5), "path": Path("a/b"),
-                "pure": PurePosixPath("/c"), "config": argparse.Namespace(lr=1e-3, sizes=(1, 2)), "kind": jnp.bfloat16,
-                "dtype": np.float32, "more": types.SimpleNamespace(x=None), "rates": np.array([[1, 2]]), "jax": jnp.ones(2),
-                "set": {1}, "ordered": collections.OrderedDict(a=[1]), 5: True, "none": np.zeros((3, 0))}
+    metadata = {
+        "epoch": np.int64(3),
+        "loss": np.float32(0.5),
+        "bf16": ml_dtypes.bfloat16(1.5),
+        "path": Path("a/b"),
+        "pure": PurePosixPath("/c"),
+        "config": argparse.Namespace(lr=1e-3, sizes=(1, 2)),
+        "kind": jnp.bfloat16,
+        "dtype": np.float32,
+        "more": types.SimpleNamespace(x=None),
+        "rates": np.array([[1, 2]]),
+        "jax": jnp.ones(2),
+        "set": {1},
+        "ordered": collections.OrderedDict(a=[1]),
+        5: True,
+        "none": np.zeros((3, 0)),
+    }
     found = read({"state": {"params": PARAMS}, "metadata": metadata, "timestamp": "t"}, protocol)
     assert found.timestamp == "t"
-    assert json.loads(json.dumps(found.metadata)) == found.metadata == {
-        "epoch": 3, "loss": 0.5, "bf16": 1.5, "path": "a/b", "pure": "/c", "config": {"lr": 1e-3, "sizes": [1, 2]},
-        "kind": "bfloat16", "dtype": "float32", "more": {"x": None}, "rates": [[1, 2]], "jax": [1.0, 1.0], "set": [1],
-        "ordered": {"a": [1]}, "5": True, "none": []}
+    assert (
+        json.loads(json.dumps(found.metadata))
+        == found.metadata
+        == {
+            "epoch": 3,
+            "loss": 0.5,
+            "bf16": 1.5,
+            "path": "a/b",
+            "pure": "/c",
+            "config": {"lr": 1e-3, "sizes": [1, 2]},
+            "kind": "bfloat16",
+            "dtype": "float32",
+            "more": {"x": None},
+            "rates": [[1, 2]],
+            "jax": [1.0, 1.0],
+            "set": [1],
+            "ordered": {"a": [1]},
+            "5": True,
+            "none": [],
+        }
+    )
 
 
 class ConfigDict:
@@ -283,14 +349,19 @@ def test_a_config_dict_becomes_a_dictionary(read, monkeypatch):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     monkeypatch.setattr(sys.modules[ConfigDict.__module__], "ConfigDict", ConfigDict, raising=False)
     for protocol in PROTOCOLS:
-        found = read({"state": {"params": PARAMS}, "metadata": {"config": ConfigDict(lr=0.1, model=ConfigDict(width=8))}}, protocol)
+        found = read(
+            {"state": {"params": PARAMS}, "metadata": {"config": ConfigDict(lr=0.1, model=ConfigDict(width=8))}},
+            protocol,
+        )
         assert found.metadata == {"config": {"lr": 0.1, "model": {"width": 8}}}
 
 
 def test_the_three_layouts_are_told_apart(read):
     full = read({"state": {"params": PARAMS, "step": 2}, "metadata": {"epoch": 1}, "timestamp": "t", "version": 2})
     assert set(full.state) == {"params", "step"} and full.metadata == {"epoch": 1, "version": 2}
-    flat = read({"params": PARAMS, "step": 2, "ema": PARAMS, "epoch": np.int32(1), "config": {"lr": 0.1}, "timestamp": "t"})
+    flat = read(
+        {"params": PARAMS, "step": 2, "ema": PARAMS, "epoch": np.int32(1), "config": {"lr": 0.1}, "timestamp": "t"}
+    )
     assert set(flat.state) == {"params", "step", "ema"} and flat.metadata == {"epoch": 1, "config": {"lr": 0.1}}
     assert flat.timestamp == "t"
     bare = read(PARAMS)
@@ -309,8 +380,20 @@ def test_a_pickle_of_something_else_says_what_it_holds(read, value, why):
         read(value)
 
 
-@pytest.mark.parametrize("raw", [b"", b"\x00" * 100, b"hello, this is no pickle", b"PK\x03\x04" + bytes(50), b"\x1f\x8b\x08" + bytes(20),
-                                 b"\x89PNG\r\n\x1a\n", b"{\"params\": 1}", np.random.default_rng(0).bytes(10_000)], ids=lambda r: str(r[:8]))
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\x00" * 100,
+        b"hello, this is no pickle",
+        b"PK\x03\x04" + bytes(50),
+        b"\x1f\x8b\x08" + bytes(20),
+        b"\x89PNG\r\n\x1a\n",
+        b'{"params": 1}',
+        np.random.default_rng(0).bytes(10_000),
+    ],
+    ids=lambda r: str(r[:8]),
+)
 def test_a_file_that_is_no_pickle_is_refused(refused, raw):
     refused(raw)
 
@@ -327,7 +410,13 @@ def test_every_truncation_is_refused(tmp_path):
 def test_a_path_that_is_no_readable_file_is_a_sentence(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to("loop")
-    for path, why in ((tmp_path / "none.pkl", "Checkpoint not found: "), (tmp_path, "is not a file"), (tmp_path / "pipe", "is not a file"),
-                      (tmp_path / "loop", "cannot be read|not found"), ("/dev/zero", "is not a file"), ("a\0b", "corrupt|not found")):
+    for path, why in (
+        (tmp_path / "none.pkl", "Checkpoint not found: "),
+        (tmp_path, "is not a file"),
+        (tmp_path / "pipe", "is not a file"),
+        (tmp_path / "loop", "cannot be read|not found"),
+        ("/dev/zero", "is not a file"),
+        ("a\0b", "corrupt|not found"),
+    ):
         with pytest.raises(UserError, match=why):
             legacy.read(path)

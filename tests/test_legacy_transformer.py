@@ -11,13 +11,17 @@ from flax import linen, nnx
 from flax.traverse_util import flatten_dict
 
 from ifvit import legacy
-from ifvit.foreign import legacy_transformer
 from ifvit.errors import UserError
+from ifvit.foreign import legacy_transformer
 from ifvit.models.transformer import Transformer
 
 
 def bits(tree):
-    return {k: bits(v) for k, v in tree.items()} if isinstance(tree, dict) else (tree.dtype.name, tree.shape, tree.tobytes())
+    return (
+        {k: bits(v) for k, v in tree.items()}
+        if isinstance(tree, dict)
+        else (tree.dtype.name, tree.shape, tree.tobytes())
+    )
 
 
 WIDTH, PAIRS = 8, 2
@@ -30,7 +34,9 @@ def layer(seed, bias=None):
     if bias is not None:
         for k, s in SHAPES.items():
             made[k]["bias"] = np.full(s[1], bias, np.float32)
-    return made | {n: {"scale": rng.random(8, np.float32), "bias": rng.random(8, np.float32)} for n in ("norm1", "norm2")}
+    return made | {
+        n: {"scale": rng.random(8, np.float32), "bias": rng.random(8, np.float32)} for n in ("norm1", "norm2")
+    }
 
 
 def original(same=True, bias=None):
@@ -74,21 +80,32 @@ def test_of_layers_that_differ_print_0s_are_taken_and_the_rest_is_told():
     tree["layers.2.1"]["merge"]["kernel"] = tree["layers.2.1"]["merge"]["kernel"] + np.float32(0.5)
     _, mapped, notes = legacy_transformer.transformer({"loftr_transformer": tree})
     assert bits(mapped) == bits(OURS)
-    assert "one for both: print 0's were taken, and 40 arrays of print 1's left out, of which 1 differ by up to 0.5." in notes[0]
+    assert (
+        "one for both: print 0's were taken, and 40 arrays of print 1's left out, of which 1 differ by up to 0.5."
+        in notes[0]
+    )
 
 
 def test_biases_of_zero_are_dropped_and_others_left_out_with_their_size():
     _, tree, notes = legacy_transformer.transformer({"loftr_transformer": original(bias=0.0)})
     assert bits(tree) == bits(OURS)
-    assert notes[0] == "48 biases of loftr_transformer's linear maps, which LoFTR's have not, were all zero and dropped."
+    assert (
+        notes[0] == "48 biases of loftr_transformer's linear maps, which LoFTR's have not, were all zero and dropped."
+    )
     source = original(bias=0.0)
     source["layers.0.0"]["q_proj"]["bias"][3] = -0.25
     _, tree, notes = legacy_transformer.transformer({"loftr_transformer": source})
     assert bits(tree) == bits(OURS)
-    assert "1 biases" in notes[0] and "(of 48)" in notes[0] and notes[0].endswith("were left out; their largest value is 0.25.")
+    assert (
+        "1 biases" in notes[0]
+        and "(of 48)" in notes[0]
+        and notes[0].endswith("were left out; their largest value is 0.25.")
+    )
 
 
-@pytest.mark.parametrize("form", ["layers.{i}", "layers_{i}", "layer_{i}", "layers_{i}_0", "layers.{i}.0", "layer_{i}_0"])
+@pytest.mark.parametrize(
+    "form", ["layers.{i}", "layers_{i}", "layer_{i}", "layers_{i}_0", "layers.{i}.0", "layer_{i}_0"]
+)
 @pytest.mark.parametrize("mlp", ["mlp.", "mlp_"])
 def test_a_layer_shared_by_the_prints_is_known_by_any_name(form, mlp):
     tree = {form.format(i=i): {k.replace("mlp.", mlp): v for k, v in layer(i).items()} for i in range(4)}
@@ -99,7 +116,9 @@ def test_a_layer_shared_by_the_prints_is_known_by_any_name(form, mlp):
 @pytest.mark.parametrize("prints", [1, 2])
 def test_nested_layers_and_nested_maps_are_known(prints):
     def nested(tree):
-        return {k: v for k, v in tree.items() if "." not in k} | {"mlp": {"layers_0": tree["mlp.0"], "layers_2": tree["mlp.2"]}}
+        return {k: v for k, v in tree.items() if "." not in k} | {
+            "mlp": {"layers_0": tree["mlp.0"], "layers_2": tree["mlp.2"]}
+        }
 
     tree = {"layers": {str(i): {str(p): nested(layer(i)) for p in range(prints)} for i in range(4)}}
     assert bits(legacy_transformer.transformer({"loftr_transformer": tree})[1]) == bits(OURS)
@@ -107,8 +126,13 @@ def test_nested_layers_and_nested_maps_are_known(prints):
 
 def test_weights_of_torchs_layout_are_transposed():
     def torch(tree):
-        return {k: {"weight": v["kernel"].T if "kernel" in v else v["scale"], **({"bias": v["bias"]} if "scale" in v else {})}
-                for k, v in tree.items()}
+        return {
+            k: {
+                "weight": v["kernel"].T if "kernel" in v else v["scale"],
+                **({"bias": v["bias"]} if "scale" in v else {}),
+            }
+            for k, v in tree.items()
+        }
 
     tree = {"layers": {str(i): torch(layer(i)) for i in range(4)}}
     _, mapped, notes = legacy_transformer.transformer({"loftr_transformer": tree})
@@ -130,7 +154,9 @@ class Encoder(linen.Module):
         norm1, norm2 = linen.LayerNorm(name="norm1"), linen.LayerNorm(name="norm2")
         q, k, v, merge = (linen.Dense(WIDTH, name=n) for n in ("q_proj", "k_proj", "v_proj", "merge"))
         message = merge(q(norm1(x)) * k(source) + v(source))
-        out = linen.Dense(WIDTH, name="mlp.2")(linen.relu(linen.Dense(2 * WIDTH, name="mlp.0")(jnp.concatenate([x, message], -1))))
+        out = linen.Dense(WIDTH, name="mlp.2")(
+            linen.relu(linen.Dense(2 * WIDTH, name="mlp.0")(jnp.concatenate([x, message], -1)))
+        )
         return norm2(x + out)
 
 
@@ -149,7 +175,9 @@ class Dense(linen.Module):
 
 def test_a_transformer_that_linen_made_and_pickle_saved_is_mapped(tmp_path):
     variables = Dense().init(jax.random.key(0), jnp.ones((1, 3, WIDTH)))
-    (tmp_path / "a.pkl").write_bytes(pickle.dumps({"state": {"params": variables["params"], "step": 1}, "metadata": {}, "timestamp": "t"}))
+    (tmp_path / "a.pkl").write_bytes(
+        pickle.dumps({"state": {"params": variables["params"], "step": 1}, "metadata": {}, "timestamp": "t"})
+    )
     found = legacy.read(tmp_path / "a.pkl")
     _, tree, notes = legacy_transformer.transformer(found.state["params"])
     source = jax.device_get(variables["params"]["loftr_transformer"])
@@ -158,15 +186,25 @@ def test_a_transformer_that_linen_made_and_pickle_saved_is_mapped(tmp_path):
 
 
 def test_the_originals_other_transformer_is_refused_with_reasons():
-    attention = {"MultiHeadDotProductAttention_0": {"query": {"kernel": np.ones((8, 2, 4))}}, "LayerNorm_0": {"scale": np.ones(8)}}
+    attention = {
+        "MultiHeadDotProductAttention_0": {"query": {"kernel": np.ones((8, 2, 4))}},
+        "LayerNorm_0": {"scale": np.ones(8)},
+    }
     tree = {"self_attn_1_layer_0": attention, "cross_attn_1_layer_0": attention, "pos_encoding_1": {"w": np.ones(3)}}
-    with pytest.raises(UserError, match="siamese_transformer of this checkpoint is another architecture: .*biases.*position"):
+    with pytest.raises(
+        UserError, match="siamese_transformer of this checkpoint is another architecture: .*biases.*position"
+    ):
         legacy_transformer.transformer({"siamese_transformer": tree})
 
 
 def test_no_transformer_is_told_with_what_there_is():
-    for params in ({"resnet": {"w": np.ones(1)}, "head": {}}, {"resnet": np.ones(1), "head": {"loftr_transformer": np.ones(2)}}):
-        with pytest.raises(UserError, match="^No transformer found in Module 1 checkpoint, which has head, resnet and no"):
+    for params in (
+        {"resnet": {"w": np.ones(1)}, "head": {}},
+        {"resnet": np.ones(1), "head": {"loftr_transformer": np.ones(2)}},
+    ):
+        with pytest.raises(
+            UserError, match="^No transformer found in Module 1 checkpoint, which has head, resnet and no"
+        ):
             legacy_transformer.transformer(params)
 
 
@@ -179,9 +217,15 @@ def test_every_mismatch_is_named():
     tree["layers.3.1"]["dropout"] = {"rate": np.float32(0.1)}
     with pytest.raises(UserError) as caught:
         legacy_transformer.transformer({"loftr_transformer": tree})
-    for part in ("layer 1 of print 0 norm1/scale is missing", "layer 2 of print 0 is missing", "layer 0 of print 1 mlp_2/kernel is missing",
-                 "layer 0 of print 0 q_proj/kernel is (8, 4), not (8, 8)", "layers.1.1/k_proj/kernel is of type int32",
-                 "layers.3.1/norm2/bias has values that are not finite", "layers.3.1/dropout/rate has no place"):
+    for part in (
+        "layer 1 of print 0 norm1/scale is missing",
+        "layer 2 of print 0 is missing",
+        "layer 0 of print 1 mlp_2/kernel is missing",
+        "layer 0 of print 0 q_proj/kernel is (8, 4), not (8, 8)",
+        "layers.1.1/k_proj/kernel is of type int32",
+        "layers.3.1/norm2/bias has values that are not finite",
+        "layers.3.1/dropout/rate has no place",
+    ):
         assert part in str(caught.value)
 
 

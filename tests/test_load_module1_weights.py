@@ -8,25 +8,27 @@ import sys
 from pathlib import Path
 
 import jax
+import layouts
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from flax import serialization
+from test_guide import LOG
 
-import layouts
 from ifvit import checkpoint, legacy
 from ifvit.config import DenseConfig, MatchConfig, preset
 from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights, verify_module1_loading
+from ifvit.models.networks import dense_network
 from ifvit.training.match import checkpoint_of_module1
 from ifvit.training.state import init_state, optimizer
-from ifvit.models.networks import dense_network
-from test_guide import LOG
 
 WIDTH, LAYERS = 64, 2 * 2  # self and cross
-CONFIG = preset("smoke", DenseConfig).replace(transformer_width=WIDTH, transformer_heads=4, transformer_layers=LAYERS // 2)
+CONFIG = preset("smoke", DenseConfig).replace(
+    transformer_width=WIDTH, transformer_heads=4, transformer_layers=LAYERS // 2
+)
 PARAMETERS = LAYERS * (10 * WIDTH**2 + 4 * WIDTH)  # as test_guide counts them
 KERNEL = "loftr_transformer/layer_3/mlp_2/kernel"
 
@@ -71,7 +73,7 @@ def equal(a, b) -> bool:
 def flip(folder: Path, array: np.ndarray) -> None:
     """One bit of an array, where it lies on disk."""
     raw = array.tobytes()
-    file, = (p for p in (folder / "state").rglob("*") if p.is_file() and raw in p.read_bytes())
+    (file,) = (p for p in (folder / "state").rglob("*") if p.is_file() and raw in p.read_bytes())
     data = bytearray(file.read_bytes())
     data[data.index(raw) + len(raw) // 2] ^= 1
     file.write_bytes(data)
@@ -135,8 +137,13 @@ def test_no_more_is_read_than_the_transformer_and_the_names(good, module2, trans
 
 @pytest.mark.process
 def test_arrays_come_to_lie_where_module_2s_did(good):
-    ended = subprocess.run([sys.executable, layouts.__file__, "seed", good], text=True, capture_output=True, timeout=120,
-                           env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
+    ended = subprocess.run(
+        [sys.executable, layouts.__file__, "seed", good],
+        text=True,
+        capture_output=True,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
     assert ended.returncode == 0, ended.stderr[-4000:]
     said = json.loads(ended.stdout.splitlines()[-1])
     assert said["split"] == 2 * LAYERS * 6  # every linear map, in both branches
@@ -166,11 +173,14 @@ def test_every_mismatch_is_listed_and_nothing_is_loaded(good, module2):
     before = jax.tree.map(np.copy, module2)
     with pytest.raises(UserError) as refused:
         load_module1_transformer_weights(str(good), module2)
-    listed = str(refused.value).removeprefix("Module 1's transformer does not fit Module 2: ").split(". Give")[0].split("; ")
+    listed = (
+        str(refused.value).removeprefix("Module 1's transformer does not fit Module 2: ").split(". Give")[0].split("; ")
+    )
     assert sorted(listed) == [
         "loftr_transformer_global/layer_0/q_proj/kernel: (64, 64) in Module 1, (64, 32) in Module 2",
         "loftr_transformer_global/layer_2/norm1/bias: (64,) in Module 1, missing in Module 2",
-        "loftr_transformer_local/layer_9/merge/kernel: missing in Module 1, (3, 4) in Module 2"]
+        "loftr_transformer_local/layer_9/merge/kernel: missing in Module 1, (3, 4) in Module 2",
+    ]
     assert equal(module2, before)
 
 
@@ -198,8 +208,10 @@ def original(transformer: dict) -> dict:
     layers = {}
     for i in range(LAYERS):
         for p in range(2):
-            layer = {n.replace("_", ".") if n.startswith("mlp") else n: dict(leaves)
-                     for n, leaves in transformer[f"layer_{i}"].items()}
+            layer = {
+                n.replace("_", ".") if n.startswith("mlp") else n: dict(leaves)
+                for n, leaves in transformer[f"layer_{i}"].items()
+            }
             for leaves in layer.values():
                 if "kernel" in leaves:
                     leaves["bias"] = np.full(leaves["kernel"].shape[1], 0.5, np.float32)
@@ -209,8 +221,11 @@ def original(transformer: dict) -> dict:
 
 def test_a_pickle_of_the_original_seeds_module_2_and_what_was_left_out_is_said(transformer, module2, tmp_path, capsys):
     file = tmp_path / "dense_reg_ckpt.pkl"
-    saved = {"state": {"params": original(transformer), "opt_state": {}, "step": 5}, "metadata": {"epoch": 1, "config": {}},
-             "timestamp": "2025-01-01T00:00:00"}
+    saved = {
+        "state": {"params": original(transformer), "opt_state": {}, "step": 5},
+        "metadata": {"epoch": 1, "config": {}},
+        "timestamp": "2025-01-01T00:00:00",
+    }
     file.write_bytes(pickle.dumps(saved))
     after = load_module1_transformer_weights(str(file), module2)
     assert all(equal(after[b], transformer) for b in BRANCHES)  # print 0's
@@ -230,14 +245,20 @@ def test_a_checkpoint_that_goes_out_as_a_pickle_and_comes_back_is_equal(command,
     assert "equal to the bit" in said.out
     ours, theirs = (checkpoint.load(p).metadata for p in (good, back))
     assert {k: theirs[k] for k in ("epoch", "config", "module", "timestamp")} == {
-        k: ours[k] for k in ("epoch", "config", "module", "timestamp")}
+        k: ours[k] for k in ("epoch", "config", "module", "timestamp")
+    }
 
 
 def test_a_matcher_takes_its_aligner_along(command, state, tmp_path):
     aligner = {k: state[k] for k in ("params", "batch_stats")}
-    matcher = {"params": {b: aligner["params"] for b in BRANCHES}, "step": np.int32(1)}
-    checkpoint.save(tmp_path / "matcher", "matcher", matcher,
-                    {"epoch": 1, "config": preset("smoke", MatchConfig).to_dict()}, aligner)
+    matcher = {"params": dict.fromkeys(BRANCHES, aligner["params"]), "step": np.int32(1)}
+    checkpoint.save(
+        tmp_path / "matcher",
+        "matcher",
+        matcher,
+        {"epoch": 1, "config": preset("smoke", MatchConfig).to_dict()},
+        aligner,
+    )
     for words in (["export", "matcher", "matcher.pkl"], ["import", "matcher.pkl", "back"], ["diff", "matcher", "back"]):
         said = command("checkpoint", *words, cwd=tmp_path)
         assert said.code == 0, said
@@ -276,12 +297,17 @@ def test_importing_over_something_is_a_mistake(command, good, tmp_path):
 def plain(request, state, tmp_path):
     """Module 1 as any program with Orbax and optax would save it."""
     theirs = {"params": state["params"], "opt_state": optax.adamw(1e-3).init(state["params"]), "step": 7}
-    handler = ocp.CompositeCheckpointHandler(state=ocp.StandardCheckpointHandler(use_ocdbt=request.param),
-                                             metadata=ocp.JsonCheckpointHandler())
+    handler = ocp.CompositeCheckpointHandler(
+        state=ocp.StandardCheckpointHandler(use_ocdbt=request.param), metadata=ocp.JsonCheckpointHandler()
+    )
     with ocp.Checkpointer(handler) as writer:
-        writer.save(tmp_path / "plain", ocp.args.Composite(
-            state=ocp.args.StandardSave(theirs),
-            metadata=ocp.args.JsonSave({"epoch": 4, "config": {"lr": 0.1}, "timestamp": "2025-01-01T00:00:00"})))
+        writer.save(
+            tmp_path / "plain",
+            ocp.args.Composite(
+                state=ocp.args.StandardSave(theirs),
+                metadata=ocp.args.JsonSave({"epoch": 4, "config": {"lr": 0.1}, "timestamp": "2025-01-01T00:00:00"}),
+            ),
+        )
     assert (tmp_path / "plain/state/manifest.ocdbt").exists() == request.param
     return tmp_path / "plain"
 

@@ -62,9 +62,14 @@ def test_of_more_layers_the_first_are_taken_and_it_is_said(tmp_path, capsys):
     target = transformer_from_loftr(write_torch(tmp_path / "b.ckpt", loftr_state(layers=4, width=8)))
     loaded = load_loftr(path, target)
     assert set(loaded) == {"layer_0", "layer_1", "layer_2", "layer_3"}
-    np.testing.assert_array_equal(loaded["layer_3"]["mlp_0"]["kernel"], state["matcher.loftr_coarse.layers.3.mlp.0.weight"].T)
+    np.testing.assert_array_equal(
+        loaded["layer_3"]["mlp_0"]["kernel"], state["matcher.loftr_coarse.layers.3.mlp.0.weight"].T
+    )
     said = capsys.readouterr().out
-    assert "has 8 encoder layers and the transformer 4: the first 4 were taken" in said and "--set transformer_layers=4" in said
+    assert (
+        "has 8 encoder layers and the transformer 4: the first 4 were taken" in said
+        and "--set transformer_layers=4" in said
+    )
 
 
 def test_each_array_of_a_layer_that_is_left_out_is_checked_all_the_same(tmp_path):
@@ -109,8 +114,17 @@ def test_an_array_that_loftr_has_not_is_not_exported():
     assert "layer_0/q_proj/bias" in refusal(loftr_from_transformer, {"layer_0": {"q_proj": {"bias": np.zeros(2)}}})
 
 
-PREFIXES = ["module.matcher.", "_orig_mod.matcher.", "matcher._orig_mod.", "model.", "net.", "ema_model.module.",
-            "module._orig_mod.model.net.matcher.", "my_own_name.", "student.backbone.matcher."]
+PREFIXES = [
+    "module.matcher.",
+    "_orig_mod.matcher.",
+    "matcher._orig_mod.",
+    "model.",
+    "net.",
+    "ema_model.module.",
+    "module._orig_mod.model.net.matcher.",
+    "my_own_name.",
+    "student.backbone.matcher.",
+]
 
 
 @pytest.mark.parametrize("prefix", PREFIXES)
@@ -118,30 +132,52 @@ PREFIXES = ["module.matcher.", "_orig_mod.matcher.", "matcher._orig_mod.", "mode
 def test_the_names_before_loftrs_are_no_matter(tmp_path, prefix, unwrap):
     state = loftr_state(layers=2, width=8, prefix=prefix)
     found = transformer_from_loftr(write_torch(tmp_path / "a.ckpt", state, unwrap=unwrap))
-    np.testing.assert_array_equal(found["layer_1"]["merge"]["kernel"], state[f"{prefix}loftr_coarse.layers.1.merge.weight"].T)
+    np.testing.assert_array_equal(
+        found["layer_1"]["merge"]["kernel"], state[f"{prefix}loftr_coarse.layers.1.merge.weight"].T
+    )
     again = transformer_from_loftr(write_safetensors(tmp_path / "a.safetensors", state))
     np.testing.assert_array_equal(again["layer_1"]["merge"]["kernel"], found["layer_1"]["merge"]["kernel"])
 
 
-@pytest.mark.parametrize("within", ["loftr_coarse._orig_mod.layers.{}", "loftr_coarse.layers.{}.module", "loftr_coarse.layers.{}._fsdp_wrapped_module",
-                                    "loftr_coarse.module.layers.{}._checkpoint_wrapped_module._orig_mod"])
+@pytest.mark.parametrize(
+    "within",
+    [
+        "loftr_coarse._orig_mod.layers.{}",
+        "loftr_coarse.layers.{}.module",
+        "loftr_coarse.layers.{}._fsdp_wrapped_module",
+        "loftr_coarse.module.layers.{}._checkpoint_wrapped_module._orig_mod",
+    ],
+)
 def test_wrappers_within_the_transformer_are_no_matter(tmp_path, within):
     plain = loftr_state(layers=2, width=8)
-    state = {key.replace(f"loftr_coarse.layers.{key.split('.')[3]}", within.format(key.split(".")[3])): x for key, x in plain.items()}
-    found, wanted = (flatten_dict(transformer_from_loftr(write_torch(tmp_path / "a.ckpt", s)), sep="/") for s in (state, plain))
+    state = {
+        key.replace(f"loftr_coarse.layers.{key.split('.')[3]}", within.format(key.split(".")[3])): x
+        for key, x in plain.items()
+    }
+    found, wanted = (
+        flatten_dict(transformer_from_loftr(write_torch(tmp_path / "a.ckpt", s)), sep="/") for s in (state, plain)
+    )
     assert found.keys() == wanted.keys() and all(np.array_equal(found[k], wanted[k]) for k in wanted)
 
 
 def test_what_lightning_saves_beside_the_weights_is_no_matter(tmp_path):
-    beside = {"callbacks": mapping({"ModelCheckpoint": mapping({"dirpath": call(name("pathlib", "PosixPath"), value("x"))})}),
-              "loops": mapping({"fit_loop": call(name("pytorch_lightning.loops.progress", "BatchProgress"))}),
-              "hyper_parameters": mapping({"config": call(name("yacs.config", "CfgNode")) + value("LR") + value(0.1) + b"s",
-                                           "act": call(name("functools", "partial"), name("torch.nn", "GELU")),
-                                           "stage": call(name("pytorch_lightning.trainer.states", "RunningStage"), value("train"))})}
+    beside = {
+        "callbacks": mapping({"ModelCheckpoint": mapping({"dirpath": call(name("pathlib", "PosixPath"), value("x"))})}),
+        "loops": mapping({"fit_loop": call(name("pytorch_lightning.loops.progress", "BatchProgress"))}),
+        "hyper_parameters": mapping(
+            {
+                "config": call(name("yacs.config", "CfgNode")) + value("LR") + value(0.1) + b"s",
+                "act": call(name("functools", "partial"), name("torch.nn", "GELU")),
+                "stage": call(name("pytorch_lightning.trainer.states", "RunningStage"), value("train")),
+            }
+        ),
+    }
     more = b"".join(value(key) + item for key, item in beside.items())
     state = loftr_state(layers=2, width=8)
     found = transformer_from_loftr(write_torch(tmp_path / "last.ckpt", state, unwrap=True, more=more))
-    np.testing.assert_array_equal(found["layer_0"]["q_proj"]["kernel"], state["matcher.loftr_coarse.layers.0.q_proj.weight"].T)
+    np.testing.assert_array_equal(
+        found["layer_0"]["q_proj"]["kernel"], state["matcher.loftr_coarse.layers.0.q_proj.weight"].T
+    )
 
 
 def test_of_two_transformers_in_a_file_one_is_to_be_chosen(tmp_path):
@@ -163,19 +199,24 @@ def test_two_transformers_that_are_equal_are_one(tmp_path):
     assert set(transformer_from_loftr(path)) == {"layer_0", "layer_1"}
 
 
-@pytest.mark.parametrize("wrong, why", [(np.full((8,), np.nan, np.float32), "not finite"), (np.zeros((8,), np.int8), "is of type int8")])
+@pytest.mark.parametrize(
+    "wrong, why", [(np.full((8,), np.nan, np.float32), "not finite"), (np.zeros((8,), np.int8), "is of type int8")]
+)
 def test_arrays_that_are_no_weights_are_named(tmp_path, wrong, why):
     state = loftr_state(layers=2, width=8) | {"matcher.loftr_coarse.layers.1.norm1.weight": wrong}
     safetensors.numpy.save_file(state, tmp_path / "a.safetensors")
     assert f"layer_1/norm1/scale {'has values that are ' if why == 'not finite' else ''}{why}" in refusal(
-        transformer_from_loftr, tmp_path / "a.safetensors")
+        transformer_from_loftr, tmp_path / "a.safetensors"
+    )
 
 
 # ---- back out, by a command
 
 
 def saved(path, module="dense_reg"):
-    params = {"loftr_transformer": transformer_from_loftr(write_torch(path / "in.ckpt", loftr_state(layers=2, width=8)))}
+    params = {
+        "loftr_transformer": transformer_from_loftr(write_torch(path / "in.ckpt", loftr_state(layers=2, width=8)))
+    }
     checkpoint.save(path / "ours", module, {"params": params}, {"epoch": 1, "config": {"temp_bug_fix": False}})
     return path / "ours"
 
@@ -191,13 +232,17 @@ def test_module_1s_transformer_goes_out_under_loftrs_names(tmp_path, command):
 
 
 def test_a_pickles_transformer_goes_out_too(tmp_path, command):
-    params = {"loftr_transformer": transformer_from_loftr(write_torch(tmp_path / "in.ckpt", loftr_state(layers=2, width=8)))}
+    params = {
+        "loftr_transformer": transformer_from_loftr(write_torch(tmp_path / "in.ckpt", loftr_state(layers=2, width=8)))
+    }
     legacy.write(tmp_path / "old.pkl", {"params": params}, {}, None)
     assert command("loftr", "export", "old.pkl", "out.safetensors", cwd=tmp_path).code == 0
     assert set(transformer_from_loftr(tmp_path / "out.safetensors")) == {"layer_0", "layer_1"}
 
 
-@pytest.mark.parametrize("to, why", [("out.ckpt", "does not end in .safetensors"), ("in.ckpt/out.safetensors", "Cannot write")])
+@pytest.mark.parametrize(
+    "to, why", [("out.ckpt", "does not end in .safetensors"), ("in.ckpt/out.safetensors", "Cannot write")]
+)
 def test_an_export_that_cannot_be_written_is_a_sentence(tmp_path, command, to, why):
     said = command("loftr", "export", saved(tmp_path), to, cwd=tmp_path)
     assert said.code == 2 and why in said.err and "Traceback" not in said.err

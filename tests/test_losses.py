@@ -6,12 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit.models import losses
+from ifvit.models import losses, matching
 from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.models.matching import log_dual_softmax
-from ifvit.models import losses
-from ifvit.models.losses import IGNORE, NO_MATCH
-from ifvit.models import matching
 
 log_dual_softmax, cosine_embedding_loss = jax.jit(matching.log_dual_softmax), jax.jit(losses.cosine_embedding_loss)
 focal_loss, nll_loss, arcface_loss = (jax.jit(f) for f in (losses.focal_loss, losses.nll_loss, losses.arcface_loss))

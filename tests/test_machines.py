@@ -19,6 +19,7 @@ from cluster.host import ClusterError
 from cluster.job import Job, Request
 from ifvit import cli, commands
 
+
 @pytest.fixture
 def proxy(monkeypatch):
     for name in list(os.environ):
@@ -36,19 +37,39 @@ def proxy(monkeypatch):
 @pytest.mark.parametrize("platforms, name", [("cuda", "ifvit.train_dense"), ("nonsense", "ifvit.train_all")])
 def test_a_platform_that_is_not_there_is_named_with_the_variable(process, tmp_path, platforms, name):
     said = process("-m", name, "--dataset_root", "synthetic", cwd=tmp_path, JAX_PLATFORMS=platforms)
-    assert said.code == 2 and said.err.startswith(f"Error: JAX_PLATFORMS={platforms} gives JAX no device on this machine"), said
+    assert said.code == 2 and said.err.startswith(
+        f"Error: JAX_PLATFORMS={platforms} gives JAX no device on this machine"
+    ), said
     assert "unset JAX_PLATFORMS or set it to cpu" in said.err and "Traceback" not in said.out + said.err
 
 
-@pytest.mark.parametrize("error, told", [
-    (RuntimeError("Unable to initialize backend 'cuda': FAILED_PRECONDITION: No visible GPU devices. (set JAX_PLATFORMS='' to …)"),
-     "gives JAX no device on this machine (FAILED_PRECONDITION: No visible GPU devices; CUDA_VISIBLE_DEVICES is empty); unset"),
-    (RuntimeError("Backend 'cuda' failed to initialize: Outdated cuDNN installation found.\nInstalled version: 8907"),
-     "(Outdated cuDNN installation found. Installed version: 8907; CUDA_VISIBLE_DEVICES is empty); unset JAX_PLATFORMS"),
-    (RuntimeError("Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 77."),
-     "Another process has the TPU. End it"),
-    (JaxRuntimeError("INTERNAL: Failed to open /p.so: /p.so: cannot open shared object file"), "unset JAX_PLATFORMS or set it to cpu"),
-])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (
+            RuntimeError(
+                "Unable to initialize backend 'cuda': FAILED_PRECONDITION: No visible GPU devices. (set JAX_PLATFORMS='' to …)"
+            ),
+            "gives JAX no device on this machine (FAILED_PRECONDITION: No visible GPU devices; CUDA_VISIBLE_DEVICES is empty); unset",
+        ),
+        (
+            RuntimeError(
+                "Backend 'cuda' failed to initialize: Outdated cuDNN installation found.\nInstalled version: 8907"
+            ),
+            "(Outdated cuDNN installation found. Installed version: 8907; CUDA_VISIBLE_DEVICES is empty); unset JAX_PLATFORMS",
+        ),
+        (
+            RuntimeError(
+                "Unable to initialize backend 'tpu': ABORTED: The TPU is already in use by process with pid 77."
+            ),
+            "Another process has the TPU. End it",
+        ),
+        (
+            JaxRuntimeError("INTERNAL: Failed to open /p.so: /p.so: cannot open shared object file"),
+            "unset JAX_PLATFORMS or set it to cpu",
+        ),
+    ],
+)
 def test_what_jax_says_of_devices_is_told_with_a_remedy(monkeypatch, error, told):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -74,14 +95,20 @@ def test_a_plugin_that_cannot_be_loaded_is_a_line_and_the_run_goes_on(process, t
     assert "⚠" in said.out and "Outdated cuDNN found Installed: 1" in said.out, said
 
 
-@pytest.mark.parametrize("flags, told", [
-    ("--xla_no_such_flag=1", "Unknown flag in XLA_FLAGS: --xla_no_such_flag=1"),
-    ("--xla_force_host_platform_device_count=two", "Couldn't interpret value two"),
-    ("no_such_file", 'Could not open file "no_such_file"')])
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        ("--xla_no_such_flag=1", "Unknown flag in XLA_FLAGS: --xla_no_such_flag=1"),
+        ("--xla_force_host_platform_device_count=two", "Couldn't interpret value two"),
+        ("no_such_file", 'Could not open file "no_such_file"'),
+    ],
+)
 def test_flags_that_would_end_xla_are_told_before_they_do(monkeypatch, command, tmp_path, flags, told):
     monkeypatch.setenv("XLA_FLAGS", flags)
     said = command("checkpoint", "inspect", tmp_path, cwd=tmp_path)
-    assert said.code == 2 and f"XLA refuses XLA_FLAGS={flags} ({told}" in said.err and "unset the variable" in said.err, said
+    assert (
+        said.code == 2 and f"XLA refuses XLA_FLAGS={flags} ({told}" in said.err and "unset the variable" in said.err
+    ), said
 
 
 def test_flags_that_xla_knows_are_none_of_our_business(monkeypatch):
@@ -115,13 +142,20 @@ def test_a_worker_whose_jax_does_not_start_says_on_which_host(monkeypatch):
 def test_rays_workers_have_the_devices_that_jax_platforms_names(monkeypatch):
     cpu, gpu = {"Resources": {"CPU": 8.0}}, {"Resources": {"CPU": 8.0, "GPU": 2.0}}
     for platforms, nodes, alone, kind in [
-            ("", [cpu], True, "CPU"), ("", [cpu, gpu], False, "GPU"), ("cpu", [gpu], True, "CPU"),
-            ("cpu", [cpu, gpu], False, "GPU"),  # of the driver's own host, which has none
-            ("cuda", [cpu], True, "GPU"), ("cuda,cpu", [cpu], True, "CPU"), ("cpu,cuda", [gpu], True, "CPU")]:
+        ("", [cpu], True, "CPU"),
+        ("", [cpu, gpu], False, "GPU"),
+        ("cpu", [gpu], True, "CPU"),
+        ("cpu", [cpu, gpu], False, "GPU"),  # of the driver's own host, which has none
+        ("cuda", [cpu], True, "GPU"),
+        ("cuda,cpu", [cpu], True, "CPU"),
+        ("cpu,cuda", [gpu], True, "CPU"),
+    ]:
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
         assert placement.kind_of_devices(nodes, alone) == kind, platforms
     monkeypatch.setenv("JAX_PLATFORMS", "metal")
-    with pytest.raises(ClusterError, match="JAX_PLATFORMS=metal names metal, which Ray's workers cannot have; unset it, or set"):
+    with pytest.raises(
+        ClusterError, match="JAX_PLATFORMS=metal names metal, which Ray's workers cannot have; unset it, or set"
+    ):
         placement.kind_of_devices([cpu], True)
 
 
@@ -142,9 +176,19 @@ def test_a_worker_that_may_not_use_its_gpu_names_the_variable(monkeypatch):
 # ---- RAY_ADDRESS
 
 
-@pytest.mark.parametrize("given, means", [
-    (None, "local"), ("", "local"), ("  ", "local"), ("local", "local"), (" auto\n", "auto"), ("10.0.0.1:6379 ", "10.0.0.1:6379"),
-    ("head.cluster:6379", "head.cluster:6379"), ("[fd00::1]:6379", "[fd00::1]:6379")])
+@pytest.mark.parametrize(
+    "given, means",
+    [
+        (None, "local"),
+        ("", "local"),
+        ("  ", "local"),
+        ("local", "local"),
+        (" auto\n", "auto"),
+        ("10.0.0.1:6379 ", "10.0.0.1:6379"),
+        ("head.cluster:6379", "head.cluster:6379"),
+        ("[fd00::1]:6379", "[fd00::1]:6379"),
+    ],
+)
 def test_an_address_as_people_set_it(monkeypatch, given, means):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     if given is not None:
@@ -153,11 +197,23 @@ def test_an_address_as_people_set_it(monkeypatch, given, means):
     assert Request().on_ray() == bool((given or "").strip())
 
 
-@pytest.mark.parametrize("given, why", [
-    ("http://127.0.0.1:8265", "the address of Ray's dashboard"), ("https://head", "the address of Ray's dashboard"),
-    ("ray://head:10001", "an address of Ray Client"), ("tcp://head:6379", "no address of a Ray cluster"), ("10.0.0.1", "has no port"),
-    ("head", "has no port"), (":6379", "is not HOST:PORT"), ("head:port", "is not HOST:PORT"), ("head:70000", "is not HOST:PORT"),
-    ("head:0", "is not HOST:PORT"), ("fd00::1:6379", "is not HOST:PORT"), ("a:1,b:1", "is not HOST:PORT")])
+@pytest.mark.parametrize(
+    "given, why",
+    [
+        ("http://127.0.0.1:8265", "the address of Ray's dashboard"),
+        ("https://head", "the address of Ray's dashboard"),
+        ("ray://head:10001", "an address of Ray Client"),
+        ("tcp://head:6379", "no address of a Ray cluster"),
+        ("10.0.0.1", "has no port"),
+        ("head", "has no port"),
+        (":6379", "is not HOST:PORT"),
+        ("head:port", "is not HOST:PORT"),
+        ("head:70000", "is not HOST:PORT"),
+        ("head:0", "is not HOST:PORT"),
+        ("fd00::1:6379", "is not HOST:PORT"),
+        ("a:1,b:1", "is not HOST:PORT"),
+    ],
+)
 def test_what_is_no_address_is_said_at_once_with_every_remedy(monkeypatch, command, tmp_path, given, why):
     monkeypatch.setenv("RAY_ADDRESS", given)
     said = command("train_dense", "--dataset_root", "synthetic", cwd=tmp_path)
@@ -166,8 +222,10 @@ def test_what_is_no_address_is_said_at_once_with_every_remedy(monkeypatch, comma
     assert Request(runtime="local").on_ray() is False  # which is not kept from running
 
 
-@pytest.mark.parametrize("given, address, alone", [
-    ("  ", "local", True), ("local", "local", True), (" 10.0.0.1:6379\n", "10.0.0.1:6379", False)])
+@pytest.mark.parametrize(
+    "given, address, alone",
+    [("  ", "local", True), ("local", "local", True), (" 10.0.0.1:6379\n", "10.0.0.1:6379", False)],
+)
 def test_ray_is_told_the_address_without_its_blanks_and_the_host_goes_past_proxies(proxy, given, address, alone):
     proxy.setenv("RAY_ADDRESS", given)
     proxy.setenv("http_proxy", "http://proxy:3128")
@@ -184,7 +242,10 @@ def test_ray_is_told_the_address_without_its_blanks_and_the_host_goes_past_proxi
 def test_auto_where_no_ray_runs(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(ray, "init", raising_with(ConnectionError("Could not find any running Ray instance.")))
-    with pytest.raises(ClusterError, match="RAY_ADDRESS=auto, and no Ray runs on this machine; start one"), session.session():
+    with (
+        pytest.raises(ClusterError, match="RAY_ADDRESS=auto, and no Ray runs on this machine; start one"),
+        session.session(),
+    ):
         raise AssertionError("it is not connected")
 
 
@@ -198,6 +259,7 @@ def raising_with(error: BaseException):
 @contextlib.contextmanager
 def answering(method: str):
     """A gRPC server of this machine with one method; its HOST:PORT."""
+
     class Methods(grpc.GenericRpcHandler):
         def service(self, details):
             return grpc.unary_unary_rpc_method_handler(lambda request, _: b"") if details.method == method else None
@@ -212,7 +274,10 @@ def answering(method: str):
 def test_what_answers_and_is_not_rays_coordinator_is_told_before_ray_tries_for_minutes():
     with answering(private.ALIVE) as there:
         session._answers(there, seconds=0)
-    with answering("/ray.rpc.RayletDriver/Init") as there, pytest.raises(ClusterError, match=f"answers at RAY_ADDRESS={there} is not Ray's"):
+    with (
+        answering("/ray.rpc.RayletDriver/Init") as there,
+        pytest.raises(ClusterError, match=f"answers at RAY_ADDRESS={there} is not Ray's"),
+    ):
         session._answers(there, seconds=0)
 
 
@@ -245,7 +310,9 @@ def test_rays_own_folder_is_kept_where_it_will_do(monkeypatch, capsys):
     with short_folder() as folder:
         monkeypatch.setenv("RAY_TMPDIR", str(folder))
         assert "_temp_dir" not in places.of_ray() and capsys.readouterr().out == ""
-        assert [p.name for p in folder.iterdir()] == ["ray"] and not list((folder / "ray").iterdir())  # nothing is left of the trial
+        assert [p.name for p in folder.iterdir()] == ["ray"] and not list(
+            (folder / "ray").iterdir()
+        )  # nothing is left of the trial
 
 
 @contextlib.contextmanager
@@ -259,7 +326,9 @@ def short_folder():
 def test_where_no_folder_will_do_the_remedy_is_said(monkeypatch, tmp_path):
     monkeypatch.setenv("RAY_TMPDIR", str(long_folder(tmp_path)))
     monkeypatch.setattr(places, "_others", lambda: iter(()))
-    with pytest.raises(ClusterError, match="Ray can have no sockets in .* set RAY_TMPDIR to a directory with a short name"):
+    with pytest.raises(
+        ClusterError, match="Ray can have no sockets in .* set RAY_TMPDIR to a directory with a short name"
+    ):
         places.of_ray()
 
 
@@ -328,32 +397,67 @@ def test_grpc_goes_past_a_dead_proxy_to_a_host_of_the_run(proxy):
 # ---- what XLA says
 
 
-@pytest.mark.parametrize("said, told", [
-    ("FAILED_PRECONDITION: DNN library initialization failed. Look at the errors above for more details.", "install the extra `cuda`"),
-    ("INTERNAL: cuSolver internal error", "nvidia-smi"),
-    ("INTERNAL: Failed to initialize BLAS support", "another process has the GPU's memory"),
-    ("UNKNOWN: CUDNN_STATUS_NOT_INITIALIZED\nin external/xla/xla/stream_executor/cuda/cuda_dnn.cc", "in a fresh environment"),
-    ("INTERNAL: cudaErrorInsufficientDriver : CUDA driver version is insufficient for CUDA runtime version", "Update the driver"),
-    ("INTERNAL: CUDA error: CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "Update the driver"),
-    ("INTERNAL: failed to create context: CUDA_ERROR_DEVICE_UNAVAILABLE: all CUDA-capable devices are busy or unavailable", "Another process has the GPU"),
-    ("INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered", "has failed in the midst of its work"),
-    ("UNIMPLEMENTED: no kernel image is available for execution on the device", "JAX_PLATFORMS=cpu"),
-    ("INTERNAL: NCCL operation ncclCommInitRank(&comm, nranks, id, rank) failed: unhandled system error", "NCCL_DEBUG=INFO"),
-    ("INTERNAL: Core halted unexpectedly", "The TPU has failed"),
-    ("DEADLINE_EXCEEDED: Barrier timed out. Barrier_id: PjRT_Client_Connect. Timed out task names:\n/job:jax_worker/task:1", "Another process of the run"),
-    ("UNAVAILABLE: failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.1:4711: Connection refused", "every port has to be open"),
-    ("ABORTED: connect with a different incarnation", "The other hosts' logs say why"),
-    ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", "--set accumulate=4"),
-])
+@pytest.mark.parametrize(
+    "said, told",
+    [
+        (
+            "FAILED_PRECONDITION: DNN library initialization failed. Look at the errors above for more details.",
+            "install the extra `cuda`",
+        ),
+        ("INTERNAL: cuSolver internal error", "nvidia-smi"),
+        ("INTERNAL: Failed to initialize BLAS support", "another process has the GPU's memory"),
+        (
+            "UNKNOWN: CUDNN_STATUS_NOT_INITIALIZED\nin external/xla/xla/stream_executor/cuda/cuda_dnn.cc",
+            "in a fresh environment",
+        ),
+        (
+            "INTERNAL: cudaErrorInsufficientDriver : CUDA driver version is insufficient for CUDA runtime version",
+            "Update the driver",
+        ),
+        ("INTERNAL: CUDA error: CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "Update the driver"),
+        (
+            "INTERNAL: failed to create context: CUDA_ERROR_DEVICE_UNAVAILABLE: all CUDA-capable devices are busy or unavailable",
+            "Another process has the GPU",
+        ),
+        (
+            "INTERNAL: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered",
+            "has failed in the midst of its work",
+        ),
+        ("UNIMPLEMENTED: no kernel image is available for execution on the device", "JAX_PLATFORMS=cpu"),
+        (
+            "INTERNAL: NCCL operation ncclCommInitRank(&comm, nranks, id, rank) failed: unhandled system error",
+            "NCCL_DEBUG=INFO",
+        ),
+        ("INTERNAL: Core halted unexpectedly", "The TPU has failed"),
+        (
+            "DEADLINE_EXCEEDED: Barrier timed out. Barrier_id: PjRT_Client_Connect. Timed out task names:\n/job:jax_worker/task:1",
+            "Another process of the run",
+        ),
+        (
+            "UNAVAILABLE: failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.1:4711: Connection refused",
+            "every port has to be open",
+        ),
+        ("ABORTED: connect with a different incarnation", "The other hosts' logs say why"),
+        ("RESOURCE_EXHAUSTED: Out of memory allocating 17179869184 bytes.", "--set accumulate=4"),
+    ],
+)
 def test_an_error_of_the_runtime_is_a_sentence_with_its_remedy(said, told):
     code, message = cli.outcome(raising(JaxRuntimeError(said)))
     assert code == 1 and told in message and said.splitlines()[0].rstrip(".") in message and "\n" not in message
 
 
-@pytest.mark.parametrize("error", [
-    JaxRuntimeError("INTERNAL: Generated function failed: CpuCallback error: KeyError"), JaxRuntimeError("INVALID_ARGUMENT: shapes differ"),
-    JaxRuntimeError("INTERNAL: RET_CHECK failure (xla/service/hlo_verifier.cc:77)"), RuntimeError("FAILED_PRECONDITION: DNN library of ours"),
-    AssertionError(), AssertionError("Unable"), ValueError("UNAVAILABLE: it is")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        JaxRuntimeError("INTERNAL: Generated function failed: CpuCallback error: KeyError"),
+        JaxRuntimeError("INVALID_ARGUMENT: shapes differ"),
+        JaxRuntimeError("INTERNAL: RET_CHECK failure (xla/service/hlo_verifier.cc:77)"),
+        RuntimeError("FAILED_PRECONDITION: DNN library of ours"),
+        AssertionError(),
+        AssertionError("Unable"),
+        ValueError("UNAVAILABLE: it is"),
+    ],
+)
 def test_an_error_that_is_not_known_stays_what_it_is(error):
     with pytest.raises(type(error)) as raised:
         cli.outcome(raising(error))
@@ -364,13 +468,20 @@ def test_what_another_start_may_mend_is_left_to_who_starts_again_and_the_rest_is
     gone = JaxRuntimeError("UNAVAILABLE: failed to connect to all addresses")
     with pytest.raises(JaxRuntimeError):
         cli.outcome(raising(gone), tried_again=True)
-    assert cli.outcome(raising(JaxRuntimeError("FAILED_PRECONDITION: DNN library initialization failed.")), tried_again=True)[0] == 1
+    assert (
+        cli.outcome(
+            raising(JaxRuntimeError("FAILED_PRECONDITION: DNN library initialization failed.")), tried_again=True
+        )[0]
+        == 1
+    )
 
 
 def test_a_run_that_is_given_up_says_what_can_be_done_about_its_workers_errors():
     from cluster import on_ray
 
-    error = private.WorkerGroupError("dead", {1: JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: unhandled cuda error")})
+    error = private.WorkerGroupError(
+        "dead", {1: JaxRuntimeError("INTERNAL: NCCL operation ncclAllReduce failed: unhandled cuda error")}
+    )
     assert "NCCL_DEBUG=INFO tells why" in on_ray._remedy(error) and "JAX says" not in on_ray._remedy(error)
     assert on_ray._remedy(private.WorkerGroupError("dead", {0: ValueError("anything")})) == ""
 
@@ -392,11 +503,16 @@ def test_hosts_that_do_not_come_are_asked_for_once_and_the_claim_is_given_back(m
     monkeypatch.setattr(placement, "remove_placement_group", called.append)
     monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": False}])
     with pytest.raises(ClusterError, match="none; remedy"):
-        placement.wait_for_hosts(lambda nodes: placement.Missing([{"CPU": 2}] * 3, "none; remedy") if not nodes else 1, 0.6)
+        placement.wait_for_hosts(
+            lambda nodes: placement.Missing([{"CPU": 2}] * 3, "none; remedy") if not nodes else 1, 0.6
+        )
     assert called == [[{"CPU": 2}] * 3, "group"]
 
 
 def test_what_a_caller_calls_its_items_and_its_remedy_is_told():
     job = Job(None, "job", (15,), item="parcels", another_batch="fewer parcels")
-    with pytest.raises(ClusterError, match="Batches of 15 parcels do not divide among 4 workers; use another --num_workers, or fewer parcels."):
+    with pytest.raises(
+        ClusterError,
+        match="Batches of 15 parcels do not divide among 4 workers; use another --num_workers, or fewer parcels.",
+    ):
         placement.Placement("CPU", {"CPU": 1.0}, (4, 4), True).fitting(job)

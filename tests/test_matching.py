@@ -60,19 +60,27 @@ def test_mistake_4_a_confidence_of_0_19_is_no_match_at_the_threshold_0_2_and_one
 
 def brute_force(conf, threshold, border, grid):
     """(cell0, cell1, confidence), best first, by looking at every pair of cells."""
+
     def inside(cell):
         row, col = divmod(cell, grid[1])
         return border <= row < grid[0] - border and border <= col < grid[1] - border
 
-    found = [(i, j, conf[i, j]) for i in range(conf.shape[0]) for j in range(conf.shape[1])
-             if conf[i, j] > threshold and inside(i) and inside(j)
-             and all(conf[i, k] < conf[i, j] for k in range(conf.shape[1]) if k != j)
-             and all(conf[k, j] < conf[i, j] for k in range(conf.shape[0]) if k != i)]
+    found = [
+        (i, j, conf[i, j])
+        for i in range(conf.shape[0])
+        for j in range(conf.shape[1])
+        if conf[i, j] > threshold
+        and inside(i)
+        and inside(j)
+        and all(conf[i, k] < conf[i, j] for k in range(conf.shape[1]) if k != j)
+        and all(conf[k, j] < conf[i, j] for k in range(conf.shape[0]) if k != i)
+    ]
     return sorted(found, key=lambda m: -m[2])
 
 
-@pytest.mark.parametrize("threshold, border, count", [
-    (0.0, 0, 20), (0.3, 0, 20), (0.1, 1, 20), (0.0, 0, 3), (0.0, 0, 99)])
+@pytest.mark.parametrize(
+    "threshold, border, count", [(0.0, 0, 20), (0.3, 0, 20), (0.1, 1, 20), (0.0, 0, 3), (0.0, 0, 99)]
+)
 def test_mistake_4_matches_are_mutual_above_the_threshold_and_inside_the_border(confidences, threshold, border, count):
     log_conf = confidences[0]
     found = jax.tree.map(np.asarray, mutual_matches(log_conf, count, threshold, border, (4, 5)))

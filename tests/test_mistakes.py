@@ -26,30 +26,46 @@ from flax import nnx
 
 from cluster.host import Host
 from ifvit import checkpoint, train_dense, train_match
-from ifvit.devices.batch_axes import over_batch
-from ifvit.config import (DENSE_CONFIG, MATCH_CONFIG, PRESETS, DenseConfig, MatchConfig, parse_value, preset,
-                          with_changes)
-from ifvit.pixels.views import plain_view, truth
+from ifvit.config import (
+    DENSE_CONFIG,
+    MATCH_CONFIG,
+    PRESETS,
+    DenseConfig,
+    MatchConfig,
+    parse_value,
+    preset,
+    with_changes,
+)
 from ifvit.data.canvases import Files
 from ifvit.data.prepare import PrintSet
 from ifvit.data.sources import Print
+from ifvit.devices.batch_axes import over_batch
 from ifvit.errors import UserError
 from ifvit.models import matcher
+from ifvit.models.networks import Network, dense_network, match_network
 from ifvit.models.resnet import ConvBN
+from ifvit.pixels.views import plain_view, truth
+from ifvit.scoring.known_warps import dense_eval
 from ifvit.training.dense import steps_per_epoch, warp_metrics
 from ifvit.training.loop import train
-from ifvit.training.task import Task
-from ifvit.models.networks import Network
 from ifvit.training.state import TrainState, learning_rate, learning_rates, optimizer
-from ifvit.models.networks import dense_network, match_network
-from ifvit.scoring.known_warps import dense_eval
 from ifvit.training.step import dense_step, match_step, train_step
+from ifvit.training.task import Task
 
-TINY = dict(PRESETS["smoke"][0], image_size=32, resnet_widths=(2, 2, 2), transformer_width=8, input_ppi=400.0,
-            canvas_size=64, batch_size=2, partial=0.0)
+TINY = dict(
+    PRESETS["smoke"][0],
+    image_size=32,
+    resnet_widths=(2, 2, 2),
+    transformer_width=8,
+    input_ppi=400.0,
+    canvas_size=64,
+    batch_size=2,
+    partial=0.0,
+)
 DENSE = DenseConfig(**TINY)
-MATCH = MatchConfig(**TINY, roi_size=16, embedding_size=4, embedding_grid=2, embedding_channels=2, min_matches=2,
-                    arcface_scale=4.0)
+MATCH = MatchConfig(
+    **TINY, roi_size=16, embedding_size=4, embedding_grid=2, embedding_channels=2, min_matches=2, arcface_scale=4.0
+)
 CLASSES = 5
 
 
@@ -63,8 +79,7 @@ def drawn_state(net: Network, tx) -> TrainState:
     rng = np.random.default_rng(0)
     params, stats = jax.eval_shape(net.init, jax.random.key(0))
     params = jax.tree.map(lambda p: rng.normal(0.1, 0.4, p.shape).astype(np.float32), params)
-    stats = jax.tree_util.tree_map_with_path(
-        lambda path, s: np.full(s.shape, path[-1].key == "var", np.float32), stats)
+    stats = jax.tree_util.tree_map_with_path(lambda path, s: np.full(s.shape, path[-1].key == "var", np.float32), stats)
     return TrainState(params, stats, tx.init(params), jnp.int32(0))
 
 
@@ -78,9 +93,15 @@ def batch():
     y, x = np.mgrid[:64, :64]
     prints = [(128 + 100 * np.sin(np.hypot(y + s, x - s) * 2 * np.pi / 9)).astype(np.uint8) for s in (0, 40, 90)]
     mask = np.ones((2, 8, 8), bool)
-    return {"canvas0": np.stack([prints[0], prints[1]]), "canvas1": np.stack([prints[0], prints[2]]), "mask0": mask,
-            "mask1": mask, "genuine": np.array([True, False]), "label0": np.array([0, 1], np.int32),
-            "label1": np.array([0, 2], np.int32)}
+    return {
+        "canvas0": np.stack([prints[0], prints[1]]),
+        "canvas1": np.stack([prints[0], prints[2]]),
+        "mask0": mask,
+        "mask1": mask,
+        "genuine": np.array([True, False]),
+        "label0": np.array([0, 1], np.int32),
+        "label1": np.array([0, 2], np.int32),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +110,7 @@ def dense_steps(batch):
 
     Module 1's network is a table of confidences here, whatever it sees, and counts its training passes.
     """
+
     def table(params, stats, image0, image1, mask0, mask1, train):
         return jnp.broadcast_to(jax.nn.log_sigmoid(params["table"]), (2, 16, 16)), {"passes": stats["passes"] + train}
 
@@ -98,8 +120,10 @@ def dense_steps(batch):
     start = TrainState(params, {"passes": np.zeros(1)}, tx.init(params), jnp.int32(0))
     step = quickly(dense_step(Network(None, table), DENSE))
     impostors = batch | {"genuine": np.array([False, False])}
-    return start, [jax.device_get(step(start._replace(step=jnp.int32(s)), b, schedule(s))) for s, b in
-                   ((0, batch), (1, batch), (0, impostors))]
+    return start, [
+        jax.device_get(step(start._replace(step=jnp.int32(s)), b, schedule(s)))
+        for s, b in ((0, batch), (1, batch), (0, impostors))
+    ]
 
 
 class OneLayer(nnx.Module):
@@ -115,6 +139,7 @@ class OneLayer(nnx.Module):
 @pytest.fixture(scope="module")
 def match_steps(batch):
     """Module 2's state before a step, and (state, metrics) after it; Module 1 is sure that nothing moved."""
+
     def sure(params, stats, image0, image1, mask0, mask1, train):
         assert not train
         return jnp.broadcast_to(jnp.where(jnp.eye(16, dtype=bool), -0.1, -9.0), (2, 16, 16)), stats
@@ -126,7 +151,9 @@ def match_steps(batch):
         net = match_network(MATCH, CLASSES)
         start = drawn_state(net, tx)
     step = quickly(match_step(net, Network(None, sure), MATCH))
-    once, _ = step(start, batch, schedule(0), ({}, {}))  # the schedule's first rate is 0: the second step is the first that moves
+    once, _ = step(
+        start, batch, schedule(0), ({}, {})
+    )  # the schedule's first rate is 0: the second step is the first that moves
     return jax.device_get(once), *jax.device_get(step(once, batch, schedule(1), ({}, {})))
 
 
@@ -155,8 +182,12 @@ def strided_convolution(images, kernel):
     before = (2 * (size // 2 - 1) + 7 - size) // 2
     p = np.pad(images, ((0, 0), (before, 7 - before), (before, 7 - before), (0, 0)))
     rows = range(0, size, 2)
-    return np.array([[[np.tensordot(p[n, r : r + 7, c : c + 7], kernel, 3) for c in rows] for r in rows]
-                     for n in range(len(images))])
+    return np.array(
+        [
+            [[np.tensordot(p[n, r : r + 7, c : c + 7], kernel, 3) for c in rows] for r in rows]
+            for n in range(len(images))
+        ]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +209,10 @@ def test_mistake_5_batchnorm_sees_the_clean_and_the_corrupted_print_as_one_batch
     found = stats["resnet"]["stem"]["bn"]
     np.testing.assert_allclose(found["mean"], 0.05 * both.mean((0, 1, 2)), rtol=1e-3)
     np.testing.assert_allclose(found["var"], 0.95 + 0.05 * both.var((0, 1, 2)), rtol=1e-3)
-    apart = np.mean([strided_convolution(i, state.params["resnet"]["stem"]["conv"]["kernel"]).var((0, 1, 2))
-                     for i in inputs[:2]], axis=0)
+    apart = np.mean(
+        [strided_convolution(i, state.params["resnet"]["stem"]["conv"]["kernel"]).var((0, 1, 2)) for i in inputs[:2]],
+        axis=0,
+    )
     assert not np.allclose(found["var"], 0.95 + 0.05 * apart, rtol=1e-2)
 
 
@@ -290,8 +323,21 @@ def small_task(folder, validated):
         validated.append((epoch, int(state.step)))
         return {"eer": 1 / epoch}
 
-    return Task("dense_reg", config, STEPS, "digest", create, train_step(loss, config),
-                learning_rates(config, 3 * STEPS), (), read, validate, "eer", False, {})
+    return Task(
+        "dense_reg",
+        config,
+        STEPS,
+        "digest",
+        create,
+        train_step(loss, config),
+        learning_rates(config, 3 * STEPS),
+        (),
+        read,
+        validate,
+        "eer",
+        False,
+        {},
+    )
 
 
 @pytest.fixture(scope="module")
@@ -328,8 +374,11 @@ def test_validation_counts_a_pair_once_where_the_last_batch_is_filled_up(tmp_pat
     """One pair less than two batches; impostors get confidence 1, of a genuine pair's 10 cells half are right."""
     np.save(tmp_path / "c.npy", np.zeros((4, 8, 8), np.uint8))
     np.save(tmp_path / "m.npy", np.ones((4, 1, 1), bool))
-    prints = PrintSet(tuple(Print("", "A", str(i), "1", 500) for i in range(4)), tuple((0, row) for row in range(4)),
-                      (Files(str(tmp_path / "c.npy"), str(tmp_path / "m.npy")),))
+    prints = PrintSet(
+        tuple(Print("", "A", str(i), "1", 500) for i in range(4)),
+        tuple((0, row) for row in range(4)),
+        (Files(str(tmp_path / "c.npy"), str(tmp_path / "m.npy")),),
+    )
     seen, drawn = [], []
 
     def evaluate(batch, keys):
@@ -354,8 +403,9 @@ def test_a_pair_that_fills_a_batch_up_has_no_part_in_the_metrics(batch):
     half = Network(None, lambda params, stats, *inputs, train: (jnp.asarray(log_conf), stats))
     evaluate = quickly(dense_eval(half, DENSE.replace(partial=0.0)))
     keys = jax.random.split(jax.random.key(0), 2)
-    both, first, second = (evaluate({}, {}, batch | {"counts": np.array(c)}, keys)
-                           for c in ([True, True], [True, False], [False, True]))
+    both, first, second = (
+        evaluate({}, {}, batch | {"counts": np.array(c)}, keys) for c in ([True, True], [True, False], [False, True])
+    )
     assert 0 < first["known"] == both["known"] and first["impostor_confidence"] == 0
     assert 0 == second["known"] == second["correct"] and second["impostor_confidence"] == both["impostor_confidence"]
     assert both["impostor_confidence"] == pytest.approx(0.5)
@@ -384,23 +434,47 @@ def test_mistake_12_a_run_without_prints_is_an_error_and_saves_nothing(tmp_path,
 # --- settings -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key, nearest", [("learning_rte", "learning_rate"), ("batchsize", "batch_size"),
-                                          ("num_epoch", "num_epochs"), ("rotations", "rotation")])
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("learning_rte", "learning_rate"),
+        ("batchsize", "batch_size"),
+        ("num_epoch", "num_epochs"),
+        ("rotations", "rotation"),
+    ],
+)
 def test_an_unknown_key_names_the_nearest_known_one(key, nearest):
-    for attempt in (lambda: DENSE_CONFIG[key], lambda: with_changes(DENSE_CONFIG, {key: 1}),
-                    lambda: parse_value(DenseConfig, key, "1")):
+    for attempt in (
+        lambda: DENSE_CONFIG[key],
+        lambda: with_changes(DENSE_CONFIG, {key: 1}),
+        lambda: parse_value(DenseConfig, key, "1"),
+    ):
         with pytest.raises(UserError, match=f"did you mean '{nearest}'"):
             attempt()
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("learning_rate", 0.0, "more than 0"), ("learning_rate", math.nan, "out of range"), ("batch_size", 0, "at least 1"),
-    ("rotation", 181.0, "at most 180"), ("impostor_share", -0.1, "at least 0"), ("batch_size", 2.5, "type int"),
-    ("batch_size", True, "type int"), ("grad_clip", math.inf, "out of range"),
-    ("transformer", "swin", "loftr, siamese"),
-    ("image_size", 100, "use 104"), ("canvas_size", 130, "use 136"), ("resnet_widths", (64, 128), "3 to 5"),
-    ("resnet_widths", (64, 128, 2.5), "list of int"), ("transformer_heads", 7, "not a multiple of transformer_heads"),
-    ("transformer_width", 6, "multiple"), ("dataset_root", (), "at least one"), ("temp_bug_fix", 1, "type bool")])
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("learning_rate", 0.0, "more than 0"),
+        ("learning_rate", math.nan, "out of range"),
+        ("batch_size", 0, "at least 1"),
+        ("rotation", 181.0, "at most 180"),
+        ("impostor_share", -0.1, "at least 0"),
+        ("batch_size", 2.5, "type int"),
+        ("batch_size", True, "type int"),
+        ("grad_clip", math.inf, "out of range"),
+        ("transformer", "swin", "loftr, siamese"),
+        ("image_size", 100, "use 104"),
+        ("canvas_size", 130, "use 136"),
+        ("resnet_widths", (64, 128), "3 to 5"),
+        ("resnet_widths", (64, 128, 2.5), "list of int"),
+        ("transformer_heads", 7, "not a multiple of transformer_heads"),
+        ("transformer_width", 6, "multiple"),
+        ("dataset_root", (), "at least one"),
+        ("temp_bug_fix", 1, "type bool"),
+    ],
+)
 def test_a_value_out_of_range_or_of_another_type_is_refused_with_its_range(key, value, message):
     with pytest.raises(UserError, match=message) as e:
         DENSE_CONFIG.replace(**{key: value})
@@ -412,9 +486,17 @@ def test_a_region_of_interest_larger_than_the_window_is_refused():
         MATCH_CONFIG.replace(roi_size=200)
 
 
-@pytest.mark.parametrize("key, text, value", [
-    ("resnet_widths", "16,32,64", (16, 32, 64)), ("learning_rate", "1e-3", 1e-3), ("temp_bug_fix", "false", False),
-    ("dataset_root", "a,b", ("a", "b")), ("batch_size", "8", 8), ("loftr_ckpt", "x.ckpt", "x.ckpt")])
+@pytest.mark.parametrize(
+    "key, text, value",
+    [
+        ("resnet_widths", "16,32,64", (16, 32, 64)),
+        ("learning_rate", "1e-3", 1e-3),
+        ("temp_bug_fix", "false", False),
+        ("dataset_root", "a,b", ("a", "b")),
+        ("batch_size", "8", 8),
+        ("loftr_ckpt", "x.ckpt", "x.ckpt"),
+    ],
+)
 def test_text_becomes_the_fields_type(key, text, value):
     assert parse_value(DenseConfig, key, text) == value
 
@@ -428,13 +510,33 @@ def test_text_of_another_type_is_refused(key, text):
 def test_configurations_read_by_key_and_hold_the_papers_values():
     assert DENSE_CONFIG["checkpoint_dir"] == "./checkpoints/dense_reg"
     assert MATCH_CONFIG["dense_reg_ckpt"] == "./checkpoints/dense_reg/dense_reg_ckpt.pkl"
-    paper = {"batch_size": 128, "learning_rate": 1e-3, "weight_decay": 2e-4, "num_epochs": 100, "rotation": 60,
-             "transformer_layers": 4, "transformer_heads": 8, "transformer_width": 256, "image_size": 128,
-             "match_threshold": 0.2, "impostor_share": 0.25}
+    paper = {
+        "batch_size": 128,
+        "learning_rate": 1e-3,
+        "weight_decay": 2e-4,
+        "num_epochs": 100,
+        "rotation": 60,
+        "transformer_layers": 4,
+        "transformer_heads": 8,
+        "transformer_width": 256,
+        "image_size": 128,
+        "match_threshold": 0.2,
+        "impostor_share": 0.25,
+    }
     assert {k: DENSE_CONFIG[k] for k in paper} == paper
-    paper = {"learning_rate": 1e-4, "num_epochs": 70, "loss_dense": 0.5, "loss_embedding": 0.1, "loss_arcface": 1.0,
-             "embedding_margin": 0.4, "arcface_margin": 0.4, "arcface_scale": 64, "roi_size": 90, "global_weight": 0.6,
-             "embedding_size": 256}
+    paper = {
+        "learning_rate": 1e-4,
+        "num_epochs": 70,
+        "loss_dense": 0.5,
+        "loss_embedding": 0.1,
+        "loss_arcface": 1.0,
+        "embedding_margin": 0.4,
+        "arcface_margin": 0.4,
+        "arcface_scale": 64,
+        "roi_size": 90,
+        "global_weight": 0.6,
+        "embedding_size": 256,
+    }
     assert {k: MATCH_CONFIG[k] for k in paper} == paper
 
 

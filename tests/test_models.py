@@ -10,11 +10,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict
 
 from ifvit.config import DenseConfig, MatchConfig
+from ifvit.constants import STRIDE
 from ifvit.models import transformer
 from ifvit.models.cells import cell_mask
 from ifvit.models.dense_reg import DenseRegistration
 from ifvit.models.matcher import Aligned, EmbeddingHead, Matcher
-from ifvit.constants import STRIDE
 from ifvit.models.resnet import ConvBN, ResNet18
 from ifvit.models.transformer import EncoderLayer, Transformer, position_encoding
 
@@ -27,6 +27,7 @@ TINY = dict(resnet_widths=(2, 3, 4), transformer_width=8, transformer_heads=2, t
 
 def attention_by_definition(q, k, v, q_mask, kv_mask):
     """Katharopoulos et al. 2020, eq. 5 with φ = elu + 1, query by query and key by key: O(L · S)."""
+
     def phi(x):
         return np.where(x > 0, x + 1, np.exp(np.minimum(x, 0)))
 
@@ -53,11 +54,17 @@ def layer_norm(x, scale, bias):
 
 def loftr_layer(p, heads, x, source, x_mask, source_mask, attention=attention_by_definition):
     """LoFTREncoderLayer: x + norm2(mlp([x, norm1(merge(attention))])); p maps our names to arrays."""
+
     def split(y):
         return y.reshape(*y.shape[:2], heads, -1)
 
-    message = attention(split(x @ p["q_proj/kernel"]), split(source @ p["k_proj/kernel"]),
-                        split(source @ p["v_proj/kernel"]), x_mask, source_mask).reshape(x.shape)
+    message = attention(
+        split(x @ p["q_proj/kernel"]),
+        split(source @ p["k_proj/kernel"]),
+        split(source @ p["v_proj/kernel"]),
+        x_mask,
+        source_mask,
+    ).reshape(x.shape)
     message = layer_norm(message @ p["merge/kernel"], p["norm1/scale"], p["norm1/bias"])
     hidden = np.maximum(np.concatenate([x, message], -1) @ p["mlp_0/kernel"], 0)
     return x + layer_norm(hidden @ p["mlp_2/kernel"], p["norm2/scale"], p["norm2/bias"])
@@ -102,8 +109,9 @@ def two_prints():
 # --- attention ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("attention, definition", [
-    (linear_attention, attention_by_definition), (softmax_attention, softmax_by_definition)])
+@pytest.mark.parametrize(
+    "attention, definition", [(linear_attention, attention_by_definition), (softmax_attention, softmax_by_definition)]
+)
 def test_attention_equals_its_definition_query_by_query(attention, definition):
     rng = np.random.default_rng(2)
     q, k, v = (rng.normal(size=(2, n, 2, 3)).astype(np.float32) for n in (4, 5, 5))
@@ -159,9 +167,17 @@ def test_mistake_1_self_and_cross_alternate_and_image_1_attends_to_the_updated_i
 def test_mistake_2_four_layers_are_eight_encoder_layers_of_loftrs_80_arrays_and_5251072_parameters():
     tree = shapes(lambda: Transformer(256, 8, 4, "loftr", rngs=nnx.Rngs(0)))
     ours = {
-        "q_proj/kernel": (256, 256), "k_proj/kernel": (256, 256), "v_proj/kernel": (256, 256),
-        "merge/kernel": (256, 256), "mlp_0/kernel": (512, 512), "mlp_2/kernel": (512, 256),
-        "norm1/scale": (256,), "norm1/bias": (256,), "norm2/scale": (256,), "norm2/bias": (256,)}
+        "q_proj/kernel": (256, 256),
+        "k_proj/kernel": (256, 256),
+        "v_proj/kernel": (256, 256),
+        "merge/kernel": (256, 256),
+        "mlp_0/kernel": (512, 512),
+        "mlp_2/kernel": (512, 256),
+        "norm1/scale": (256,),
+        "norm1/bias": (256,),
+        "norm2/scale": (256,),
+        "norm2/bias": (256,),
+    }
     assert tree == {f"layer_{i}/{name}": shape for i in range(8) for name, shape in ours.items()}
     assert len(tree) == 80
     assert sum(math.prod(s) for s in tree.values()) == 5_251_072
@@ -266,8 +282,12 @@ def test_a_tied_transformer_is_one_and_an_untied_one_is_two():
 
 
 def test_a_local_window_need_not_be_a_multiple_of_the_stride():
-    pair = Aligned(*np.zeros((2, 2, 32, 32, 1), np.float32), np.ones((2, 32, 32), bool),
-                   *np.zeros((2, 2, 20, 20, 1), np.float32), np.ones((2, 20, 20), bool))
+    pair = Aligned(
+        *np.zeros((2, 2, 32, 32, 1), np.float32),
+        np.ones((2, 32, 32), bool),
+        *np.zeros((2, 2, 20, 20, 1), np.float32),
+        np.ones((2, 20, 20), bool),
+    )
     e = nnx.eval_shape(lambda: Matcher(MATCH, 5, rngs=nnx.Rngs(0))(pair, train=False))
     assert [v.shape for v in e] == [(2, 6)] * 4 + [(2, 16, 16), (2, 16)]
 

@@ -14,19 +14,25 @@ HERE = str(ROOT)
 def folder(tmp_path):
     """A user's folder with modules of our names, that say so and end."""
     for name in ("cluster", "tune", "optax"):
-        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('the user's {name}.py was run')\n".replace("user's", "users"))
+        (tmp_path / f"{name}.py").write_text(
+            f"raise SystemExit('the user's {name}.py was run')\n".replace("user's", "users")
+        )
     return tmp_path
 
 
-@pytest.mark.parametrize("module", ["ifvit.train_dense", "ifvit.train_all", "ifvit.evaluate", "ifvit.checkpoint", "ifvit.tune"])
+@pytest.mark.parametrize(
+    "module", ["ifvit.train_dense", "ifvit.train_all", "ifvit.evaluate", "ifvit.checkpoint", "ifvit.tune"]
+)
 def test_commands_work_beside_a_users_modules(process, folder, module):
     said = process("-m", module, "--help", cwd=folder, PYTHONPATH=HERE)
     assert said.code == 0 and module in said.out, said
 
 
 def test_a_current_folder_that_is_gone_is_told(process, tmp_path):
-    code = "import os, subprocess, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); " \
-           "sys.exit(subprocess.run([sys.executable, '-m', 'ifvit.train_dense', '--help']).returncode)"
+    code = (
+        "import os, subprocess, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); "
+        "sys.exit(subprocess.run([sys.executable, '-m', 'ifvit.train_dense', '--help']).returncode)"
+    )
     said = process("-c", code, cwd=tmp_path, PYTHONPATH=HERE)
     assert (said.code, said.err) == (2, "Error: The current folder is gone; change to another one.\n"), said
 

@@ -23,9 +23,16 @@ SHAPES = {"q_proj": (1, 1), "k_proj": (1, 1), "v_proj": (1, 1), "merge": (1, 1),
 def layers(dtype=np.float32, layer: str = "layer_{}") -> dict:
     """A transformer of LoFTR's layers, one pair of self and cross."""
     rng = np.random.default_rng(0)
-    made = {module: {"kernel": rng.standard_normal([WIDTH * n for n in shape]).astype(np.float32)} for module, shape in SHAPES.items()}
-    made |= {norm: {"scale": np.ones(WIDTH, np.float32), "bias": np.zeros(WIDTH, np.float32)} for norm in ("norm1", "norm2")}
-    return {layer.format(n): {m: {k: x.astype(dtype) for k, x in leaf.items()} for m, leaf in made.items()} for n in (0, 1)}
+    made = {
+        module: {"kernel": rng.standard_normal([WIDTH * n for n in shape]).astype(np.float32)}
+        for module, shape in SHAPES.items()
+    }
+    made |= {
+        norm: {"scale": np.ones(WIDTH, np.float32), "bias": np.zeros(WIDTH, np.float32)} for norm in ("norm1", "norm2")
+    }
+    return {
+        layer.format(n): {m: {k: x.astype(dtype) for k, x in leaf.items()} for m, leaf in made.items()} for n in (0, 1)
+    }
 
 
 PARAMS = {"loftr_transformer": layers()}
@@ -34,9 +41,16 @@ MODULE2 = {branch: layers() for branch in BRANCHES}
 
 def by_orbax(path, params: dict, metadata: dict | None = None, **how):
     """What Orbax's own writer leaves."""
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(**how), metadata=ocp.JsonCheckpointHandler())) as to:
-        to.save(path, ocp.args.Composite(state=ocp.args.PyTreeSave({"params": params}),
-                                         metadata=ocp.args.JsonSave({"epoch": 4, "config": {"lr": 0.1}} | (metadata or {}))))
+    with ocp.Checkpointer(
+        ocp.CompositeCheckpointHandler(state=ocp.PyTreeCheckpointHandler(**how), metadata=ocp.JsonCheckpointHandler())
+    ) as to:
+        to.save(
+            path,
+            ocp.args.Composite(
+                state=ocp.args.PyTreeSave({"params": params}),
+                metadata=ocp.args.JsonSave({"epoch": 4, "config": {"lr": 0.1}} | (metadata or {})),
+            ),
+        )
     return path
 
 
@@ -77,14 +91,27 @@ def test_other_types_become_float32_and_it_is_said(tmp_path, capsys):
     assert "was converted to float32 from bfloat16" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("params, why", [
-    ({"loftr_transformer": layers(np.int32)}, "is of type int32"),
-    ({"loftr_transformer": {k: {m: {n: np.full_like(x, np.nan) for n, x in p.items()} for m, p in v.items()} for k, v in layers().items()}},
-     "not finite"),
-    ({"loftr_transformer": {"self_attn_0_layer_0": {"kernel": np.ones((4, 4), np.float32)}}}, "another architecture"),
-    ({"loftr_transformer": np.ones((4, 4), np.float32)}, "no layers"),
-    ({"dense": {"kernel": np.ones((4, 4), np.float32)}}, "No transformer found"),
-])
+@pytest.mark.parametrize(
+    "params, why",
+    [
+        ({"loftr_transformer": layers(np.int32)}, "is of type int32"),
+        (
+            {
+                "loftr_transformer": {
+                    k: {m: {n: np.full_like(x, np.nan) for n, x in p.items()} for m, p in v.items()}
+                    for k, v in layers().items()
+                }
+            },
+            "not finite",
+        ),
+        (
+            {"loftr_transformer": {"self_attn_0_layer_0": {"kernel": np.ones((4, 4), np.float32)}}},
+            "another architecture",
+        ),
+        ({"loftr_transformer": np.ones((4, 4), np.float32)}, "no layers"),
+        ({"dense": {"kernel": np.ones((4, 4), np.float32)}}, "No transformer found"),
+    ],
+)
 def test_what_cannot_seed_module_2_is_refused_by_the_check_too(tmp_path, params, why, capsys):
     path = by_orbax(tmp_path / "theirs", params)
     assert not verify_module1_loading(str(path))
@@ -93,11 +120,25 @@ def test_what_cannot_seed_module_2_is_refused_by_the_check_too(tmp_path, params,
         load_module1_transformer_weights(str(path), MODULE2)
 
 
-@pytest.mark.parametrize("metadata", [{"config": None}, {"module": ["x"]}, {"history": 5}, {"history": [1], "epoch": "two", "step": [1]},
-                                      {"best": 3, "value": "good", "note": "\x1b[2J"}])
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"config": None},
+        {"module": ["x"]},
+        {"history": 5},
+        {"history": [1], "epoch": "two", "step": [1]},
+        {"best": 3, "value": "good", "note": "\x1b[2J"},
+    ],
+)
 def test_what_others_say_of_a_checkpoint_does_not_lead_astray(tmp_path, command, metadata):
     path = by_orbax(tmp_path / "theirs", PARAMS, metadata)
-    for words in (("inspect", path), ("verify", path), ("export", path, "out.pkl"), ("inspect", "out.pkl"), ("verify", "out.pkl")):
+    for words in (
+        ("inspect", path),
+        ("verify", path),
+        ("export", path, "out.pkl"),
+        ("inspect", "out.pkl"),
+        ("verify", "out.pkl"),
+    ):
         said = command("checkpoint", *words, cwd=tmp_path)
         assert said.code == 0 and "\x1b" not in said.out, said
 
@@ -106,9 +147,15 @@ def test_a_run_does_not_go_on_from_what_nothing_can_check(module1, prints, comma
     found = checkpoint.load(module1.path)
     config = preset("smoke", DenseConfig).to_dict()
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as to:
-        to.save(tmp_path / "theirs", ocp.args.Composite(state=ocp.args.PyTreeSave(found.state),
-                                                        metadata=ocp.args.JsonSave({"epoch": 1, "config": config})))
-    said = command("train_dense", "--dataset_root", prints, "--preset", "smoke", "--resume", tmp_path / "theirs", cwd=tmp_path)
+        to.save(
+            tmp_path / "theirs",
+            ocp.args.Composite(
+                state=ocp.args.PyTreeSave(found.state), metadata=ocp.args.JsonSave({"epoch": 1, "config": config})
+            ),
+        )
+    said = command(
+        "train_dense", "--dataset_root", prints, "--preset", "smoke", "--resume", tmp_path / "theirs", cwd=tmp_path
+    )
     sentence(said, "has no digests")
 
 
@@ -128,8 +175,18 @@ def test_a_pickle_is_inspected_and_verified(tmp_path, command):
     assert said.code == 0 and "no digests: not checked" in said.out, said
 
 
-@pytest.mark.parametrize("part", [{"step": np.array([3, 3])}, {"step": {"a": np.ones(2)}}, {"step": float("nan")}, {"opt_state": np.ones(3)},
-                                  {"params": np.ones(3)}, {"batch_stats": np.ones(3)}, {"aligner": np.ones(3)}])
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"step": np.array([3, 3])},
+        {"step": {"a": np.ones(2)}},
+        {"step": float("nan")},
+        {"opt_state": np.ones(3)},
+        {"params": np.ones(3)},
+        {"batch_stats": np.ones(3)},
+        {"aligner": np.ones(3)},
+    ],
+)
 def test_a_state_of_another_form_is_told(tmp_path, command, part):
     pickled(tmp_path / "theirs.pkl", {"params": PARAMS} | part)
     for words in (("import", "theirs.pkl", "out"), ("inspect", "theirs.pkl"), ("verify", "theirs.pkl")):
@@ -137,7 +194,9 @@ def test_a_state_of_another_form_is_told(tmp_path, command, part):
         assert next(iter(part)) in said.err + said.out and "Traceback" not in said.err, said
         assert said.code == (1 if words[0] == "verify" else 2), said
     assert not verify_module1_loading(str(tmp_path / "theirs.pkl")) or "params" not in part
-    sentence(command("train_match", "--preset", "smoke", "--pretrained_ckpt", "theirs.pkl", cwd=tmp_path), next(iter(part)))
+    sentence(
+        command("train_match", "--preset", "smoke", "--pretrained_ckpt", "theirs.pkl", cwd=tmp_path), next(iter(part))
+    )
 
 
 def test_a_pickle_comes_back_as_it_was_its_optimiser_too(tmp_path, command):
@@ -160,11 +219,14 @@ def test_parameters_of_anything_are_imported_and_exported(tmp_path, command):
     assert said.code == 0, said
 
 
-@pytest.mark.parametrize("extra, told", [
-    ({"a.b": np.ones(2, np.float32), "a": {"b": np.zeros(2, np.float32)}}, "are one name on the disk"),
-    ({"none": np.ones((0, 3), np.float32)}, "an array without elements"),
-    ({"odd": np.ones(4, jnp.float8_e4m3)}, "Cannot write"),
-])
+@pytest.mark.parametrize(
+    "extra, told",
+    [
+        ({"a.b": np.ones(2, np.float32), "a": {"b": np.zeros(2, np.float32)}}, "are one name on the disk"),
+        ({"none": np.ones((0, 3), np.float32)}, "an array without elements"),
+        ({"odd": np.ones(4, jnp.float8_e4m3)}, "Cannot write"),
+    ],
+)
 def test_what_a_checkpoint_cannot_hold_is_named(tmp_path, command, extra, told):
     pickled(tmp_path / "theirs.pkl", {"params": PARAMS | extra})
     sentence(command("checkpoint", "import", "theirs.pkl", "ours", cwd=tmp_path), told)

@@ -19,8 +19,10 @@ def impressions(database, finger, count):
 
 PRINTS = tuple(p for d in "AB" for f in "123" for p in impressions(d, f, 2)) + tuple(impressions("A", "4", 12))
 FINGERS = [p.identity for p in PRINTS]
-KINDS = [lambda seed=0, share=0.25: DensePairs(PRINTS, share, 0.0, seed),
-         lambda seed=0, share=0.25: MatchPairs(PRINTS, share, 0.0, seed)]
+KINDS = [
+    lambda seed=0, share=0.25: DensePairs(PRINTS, share, 0.0, seed),
+    lambda seed=0, share=0.25: MatchPairs(PRINTS, share, 0.0, seed),
+]
 of_either_module = pytest.mark.parametrize("kind", KINDS, ids=["module1", "module2"])
 
 
@@ -130,8 +132,9 @@ def test_impostors_are_those_that_lists_of_the_other_fingers_gave(number, make):
 
 
 def test_mistake_10_ten_fingers_of_a_person_are_ten_classes_and_impostors_to_each_other():
-    names = [f"1_{hand}_{finger}" for hand in ("left", "right")
-             for finger in ("thumb", "index", "middle", "ring", "little")]
+    names = [
+        f"1_{hand}_{finger}" for hand in ("left", "right") for finger in ("thumb", "index", "middle", "ring", "little")
+    ]
     prints = tuple(p for name in names for p in impressions("SOCOFing", name, 2))
     labels = class_labels(prints)
     assert sorted(labels.values()) == list(range(10))

@@ -32,6 +32,7 @@ def bare(monkeypatch, tmp_path):
 @pytest.fixture
 def unknown(bare, monkeypatch):
     """The same of a user without an entry in /etc/passwd."""
+
     def nobody(_):
         raise KeyError
 
@@ -42,9 +43,20 @@ def unknown(bare, monkeypatch):
 # --- ~ -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("given, there", [
-    ("~", "/h"), ("~/runs", "/h/runs"), ("~/", "/h/"), (f"~{ME.pw_name}/x", f"{ME.pw_dir}/x"),
-    ("./~/x", "./~/x"), ("a/~/b", "a/~/b"), ("gs://bucket/~x", "gs://bucket/~x"), ("/abs/~", "/abs/~"), ("", "")])
+@pytest.mark.parametrize(
+    "given, there",
+    [
+        ("~", "/h"),
+        ("~/runs", "/h/runs"),
+        ("~/", "/h/"),
+        (f"~{ME.pw_name}/x", f"{ME.pw_dir}/x"),
+        ("./~/x", "./~/x"),
+        ("a/~/b", "a/~/b"),
+        ("gs://bucket/~x", "gs://bucket/~x"),
+        ("/abs/~", "/abs/~"),
+        ("", ""),
+    ],
+)
 def test_a_tilde_at_the_beginning_is_the_home(monkeypatch, given, there):
     monkeypatch.setenv("HOME", "/h")
     monkeypatch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)
@@ -72,33 +84,49 @@ def test_a_home_that_nobody_has_is_refused(unknown, monkeypatch):
 
 def test_paths_in_files_and_in_set_are_the_homes(monkeypatch):
     monkeypatch.setenv("HOME", "/h")
-    config = with_changes(preset("smoke", MatchConfig), {"dataset_root": ["~/a", "b"], "checkpoint_dir": "~/m", "dense_reg_ckpt": "~/d/ckpt.pkl"})
-    assert (config.dataset_root, config.checkpoint_dir, config.dense_reg_ckpt) == (("/h/a", "b"), "/h/m", "/h/d/ckpt.pkl")
+    config = with_changes(
+        preset("smoke", MatchConfig),
+        {"dataset_root": ["~/a", "b"], "checkpoint_dir": "~/m", "dense_reg_ckpt": "~/d/ckpt.pkl"},
+    )
+    assert (config.dataset_root, config.checkpoint_dir, config.dense_reg_ckpt) == (
+        ("/h/a", "b"),
+        "/h/m",
+        "/h/d/ckpt.pkl",
+    )
     value = parse_value(DenseConfig, "loftr_ckpt", "~/loftr.ckpt")
     assert with_changes(preset("smoke", DenseConfig), {"loftr_ckpt": value}).loftr_ckpt == "/h/loftr.ckpt"
     assert str(places.as_path("~/run/x")) == "/h/run/x"
 
 
-@pytest.mark.parametrize("module, words", [
-    ("train_dense", ["--checkpoint_dir=~/x", "--resume=~/x", "--config=~/x", "--loftr_ckpt=~/x", "--dataset_root", "~/x"]),
-    ("train_match", ["--checkpoint_dir=~/x", "--pretrained_ckpt=~/x"]),
-    ("train_all", ["--dense_checkpoint_dir=~/x", "--matcher_checkpoint_dir=~/x", "--sweep_dir=~/x"]),
-    ("evaluate", ["--checkpoint=~/x", "--out=~/x", "--dataset_root=~/x"]),
-    ("verify", ["~/x", "~/x", "--checkpoint=~/x", "--picture=~/x"]),
-    ("load_module1_weights", ["--module1_ckpt=~/x"])])
+@pytest.mark.parametrize(
+    "module, words",
+    [
+        (
+            "train_dense",
+            ["--checkpoint_dir=~/x", "--resume=~/x", "--config=~/x", "--loftr_ckpt=~/x", "--dataset_root", "~/x"],
+        ),
+        ("train_match", ["--checkpoint_dir=~/x", "--pretrained_ckpt=~/x"]),
+        ("train_all", ["--dense_checkpoint_dir=~/x", "--matcher_checkpoint_dir=~/x", "--sweep_dir=~/x"]),
+        ("evaluate", ["--checkpoint=~/x", "--out=~/x", "--dataset_root=~/x"]),
+        ("verify", ["~/x", "~/x", "--checkpoint=~/x", "--picture=~/x"]),
+        ("load_module1_weights", ["--module1_ckpt=~/x"]),
+    ],
+)
 def test_paths_in_every_flag_are_the_homes(monkeypatch, module, words):
     import importlib
 
     monkeypatch.setenv("HOME", "/h")
     args = vars(cli.parse(importlib.import_module(f"ifvit.{module}").Args, module, words))
-    found = [v for value in args.values() for v in (value if isinstance(value, tuple) else (value,)) if v in ("/h/x", "~/x")]
+    found = [
+        v for value in args.values() for v in (value if isinstance(value, tuple) else (value,)) if v in ("/h/x", "~/x")
+    ]
     assert found == ["/h/x"] * sum("~" in w for w in words)
 
 
 def test_checkpoint_commands_make_no_folder_called_tilde(command, monkeypatch, tmp_path):
-    from ifvit import legacy
-
     import numpy as np
+
+    from ifvit import legacy
 
     (home := tmp_path / "home").mkdir()
     (here := tmp_path / "here").mkdir()
@@ -171,8 +199,15 @@ def test_a_folder_of_somebody_elses_is_not_taken_for_the_cache(unknown):
         paths.cache_dir()
 
 
-@pytest.mark.parametrize("useless, why", [("/dev/null", "no folder"), ("/dev/null/below", "Not a directory"), ("/proc/nothing", "No such file"),
-                                          ("gs://bucket/cache", "on a disk")])
+@pytest.mark.parametrize(
+    "useless, why",
+    [
+        ("/dev/null", "no folder"),
+        ("/dev/null/below", "Not a directory"),
+        ("/proc/nothing", "No such file"),
+        ("gs://bucket/cache", "on a disk"),
+    ],
+)
 def test_an_ifvit_cache_that_cannot_be_written_to_is_named(bare, monkeypatch, useless, why):
     monkeypatch.setenv("IFVIT_CACHE", useless)
     with pytest.raises(UserError, match=f"IFVIT_CACHE is {useless}.*{why}"):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ifvit.scoring import plots
 from ifvit.errors import UserError
+from ifvit.scoring import plots
 from ifvit.scoring.rates import det_curve
 
 
@@ -63,7 +63,7 @@ def test_histogram_of_one_kind_alone(tmp_path):
 
 def test_curves_have_a_panel_a_metric(tmp_path):
     def rows(metrics):
-        train = [{"step": s, "epoch": 0, "split": "train", **{m: 1 / (s + 1) for m in metrics}} for s in range(50)]
+        train = [{"step": s, "epoch": 0, "split": "train", **dict.fromkeys(metrics, 1 / (s + 1))} for s in range(50)]
         return train + [{"step": 49, "epoch": 0, "split": "val", "loss": 0.3, "note": "text", "lr": float("nan")}]
 
     plots.curves(tmp_path / "a.png", rows(["loss"]))

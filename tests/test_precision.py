@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from ifvit.config import PRESETS, DenseConfig, MatchConfig
+from ifvit.models.networks import dense_network, match_network
 from ifvit.pixels.alignment import align
 from ifvit.pixels.registration import register
-from ifvit.config import PRESETS, DenseConfig, MatchConfig
 from ifvit.pixels.views import dense_pair, match_views, plain_views
+from ifvit.scoring.known_warps import dense_eval
 from ifvit.scoring.scores import dense_scores, match_scores
 from ifvit.training.state import init_state
-from ifvit.models.networks import dense_network, match_network
-from ifvit.scoring.known_warps import dense_eval
 from ifvit.training.step import pair_keys
 
 DENSE, MATCH = DenseConfig(**PRESETS["smoke"][0]), MatchConfig(**PRESETS["smoke"][1])
@@ -43,8 +43,11 @@ def weights(net) -> tuple:
 def products(f, *args) -> list[tuple[str, bool]]:
     """The matrix products and convolutions of a program: what each is, and whether it asks for float32."""
     lines = jax.jit(f).lower(*args).as_text().splitlines()
-    return [(line.strip(), bool(re.search(r"HIGHEST.*HIGHEST", line))) for line in lines
-            if re.search(r"stablehlo\.(dot_general|convolution)", line)]
+    return [
+        (line.strip(), bool(re.search(r"HIGHEST.*HIGHEST", line)))
+        for line in lines
+        if re.search(r"stablehlo\.(dot_general|convolution)", line)
+    ]
 
 
 def aligned(views, log_conf):
@@ -68,8 +71,17 @@ def programs() -> dict:
     }
 
 
-@pytest.mark.parametrize("name", ["Module 1's pairs and their truth", "Module 2's views", "the alignment", "Module 1's score",
-                                  "Module 2's score", "Module 1's validation"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Module 1's pairs and their truth",
+        "Module 2's views",
+        "the alignment",
+        "Module 1's score",
+        "Module 2's score",
+        "Module 1's validation",
+    ],
+)
 def test_every_product_is_one_of_float32(programs, name):
     f, *args = programs[name]
     found = products(f, *args)

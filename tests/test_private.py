@@ -21,16 +21,19 @@ def test_what_is_private_was_checked_on_the_installed_versions():
         assert version.startswith(f"{checked}."), f"checked on {package} {checked}, installed are {INSTALLED}"
 
 
-@pytest.mark.parametrize("owner, name, parameters", [
-    (private.DataParallelTrainer, "_create_default_callbacks", ["self"]),
-    (private.DataParallelTrainer, "_initialize_and_run_controller", ["self", "controller_init_kwargs"]),
-    (private.DefaultFailurePolicy, "make_decision", ["self", "training_failed_error"]),
-    (private.ElasticScalingPolicy, "_count_possible_workers", None),
-    (private.FixedScalingPolicy, "_send_resource_request", ["self"]),
-    (private.FixedScalingPolicy, "_maybe_send_resource_request", ["self"]),
-    (private.FixedScalingPolicy, "_cancel_resource_request", ["self"]),
-    (private.train_context, "get_train_context", []),
-])
+@pytest.mark.parametrize(
+    "owner, name, parameters",
+    [
+        (private.DataParallelTrainer, "_create_default_callbacks", ["self"]),
+        (private.DataParallelTrainer, "_initialize_and_run_controller", ["self", "controller_init_kwargs"]),
+        (private.DefaultFailurePolicy, "make_decision", ["self", "training_failed_error"]),
+        (private.ElasticScalingPolicy, "_count_possible_workers", None),
+        (private.FixedScalingPolicy, "_send_resource_request", ["self"]),
+        (private.FixedScalingPolicy, "_maybe_send_resource_request", ["self"]),
+        (private.FixedScalingPolicy, "_cancel_resource_request", ["self"]),
+        (private.train_context, "get_train_context", []),
+    ],
+)
 def test_a_method_is_there_with_its_parameters(owner, name, parameters):
     found = getattr(owner, name, None)
     assert callable(found), f"{name} is gone from {owner} in {INSTALLED}"
@@ -63,12 +66,23 @@ def test_jaxs_cache_is_written_by_the_function_that_is_replaced(monkeypatch):
     before = compiler._cache_write
     monkeypatch.setattr(compiler, "_cache_write", before)  # and put back
     private.cache_every_process()
-    assert list(inspect.signature(compiler._cache_write).parameters) == ["key", "seconds", "name", "client", "executable", "host_callbacks"]
+    assert list(inspect.signature(compiler._cache_write).parameters) == [
+        "key",
+        "seconds",
+        "name",
+        "client",
+        "executable",
+        "host_callbacks",
+    ]
     assert len(inspect.signature(before).parameters) == 6, INSTALLED
-    assert callable(compilation_cache.put_executable_and_time) and config.persistent_cache_min_compile_time_secs.value >= 0
+    assert (
+        callable(compilation_cache.put_executable_and_time) and config.persistent_cache_min_compile_time_secs.value >= 0
+    )
 
 
 @pytest.mark.parametrize("flags, ends_well", [("", True), ("--xla_no_such_flag=1", False)])
 def test_jaxlib_reads_xla_flags_where_it_is_asked_to(flags, ends_well):
-    said = subprocess.run([sys.executable, "-c", xla_flags.READ], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True)
+    said = subprocess.run(
+        [sys.executable, "-c", xla_flags.READ], env=os.environ | {"XLA_FLAGS": flags}, capture_output=True, text=True
+    )
     assert (said.returncode == 0) == ends_well, (INSTALLED, said)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ifvit import checkpoint
+from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 from ifvit.training.pace import slow
 from ifvit.training.resume import lost
-from ifvit.training.metrics import TIMES, Metrics, in_steps, read_rows
 
 pytestmark = pytest.mark.process
 WORKER = '''
@@ -135,8 +135,16 @@ def two(prints, tmp_path_factory):
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    started = [subprocess.Popen([sys.executable, "-c", WORKER, str(rank), str(port), str(folder), str(prints)], text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env) for rank in (0, 1)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(port), str(folder), str(prints)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+        )
+        for rank in (0, 1)
+    ]
     try:
         ended = [p.communicate(timeout=400) for p in started]
     finally:
@@ -144,8 +152,9 @@ def two(prints, tmp_path_factory):
             p.kill()
     for p, (_, err) in zip(started, ended):
         assert p.returncode == 0, err[-4000:]
-    return SimpleNamespace(said=[json.loads(out.splitlines()[-1]) for out, _ in ended], out=[out for out, _ in ended],
-                           run=folder / "run")
+    return SimpleNamespace(
+        said=[json.loads(out.splitlines()[-1]) for out, _ in ended], out=[out for out, _ in ended], run=folder / "run"
+    )
 
 
 def both(two, what):
@@ -153,12 +162,17 @@ def both(two, what):
 
 
 def test_processes_hear_each_other(two):
-    assert both(two, "exchange") == [["of 0", "of 1"]] * 2 and both(two, "exchange again") == [["again 0", "again 1"]] * 2
+    assert (
+        both(two, "exchange") == [["of 0", "of 1"]] * 2 and both(two, "exchange again") == [["again 0", "again 1"]] * 2
+    )
 
 
 def test_what_has_to_be_the_same_is_compared(two):
     assert both(two, "same") == [None, None]
-    assert both(two, "different") == ["UserError: The data differs between process 0 (0 prints) and process 1 (1 prints); mend it."] * 2
+    assert (
+        both(two, "different")
+        == ["UserError: The data differs between process 0 (0 prints) and process 1 (1 prints); mend it."] * 2
+    )
 
 
 def test_a_mistake_on_one_process_is_one_on_all(two):
@@ -185,8 +199,11 @@ def test_a_host_that_cannot_write_is_named(two):
 
 def test_hosts_with_other_prints_are_told_so(two):
     for said in both(two, "other prints"):
-        assert re.fullmatch(r"UserError: The list of prints differs between process 0 \(18 prints, \w+\) and process 1 \(17 prints, "
-                            r"\w+\); give a --dataset_root that is the same on every host\.", said), said
+        assert re.fullmatch(
+            r"UserError: The list of prints differs between process 0 \(18 prints, \w+\) and process 1 \(17 prints, "
+            r"\w+\); give a --dataset_root that is the same on every host\.",
+            said,
+        ), said
     assert not any(said.get("decoded") for said in two.said)
 
 
@@ -212,12 +229,27 @@ def test_a_run_that_another_has_taken_over_ends(two):
 
 
 def test_two_processes_train_as_one_does(two, command, prints, tmp_path):
-    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", tmp_path / "one", "--preset", "smoke",
-                   "--num_epochs", 3, cwd=tmp_path)
+    said = command(
+        "train_dense",
+        "--dataset_root",
+        prints,
+        "--checkpoint_dir",
+        tmp_path / "one",
+        "--preset",
+        "smoke",
+        "--num_epochs",
+        3,
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
-    rows = [[r for r in read_rows(folder / "metrics.jsonl") if r["split"] != "hosts"] for folder in (tmp_path / "one", two.run)]
-    one, more = ({(r["step"], r["split"], k): v for r in found for k, v in r.items() if k not in (*TIMES, "split", "step")}
-                 for found in rows)
+    rows = [
+        [r for r in read_rows(folder / "metrics.jsonl") if r["split"] != "hosts"]
+        for folder in (tmp_path / "one", two.run)
+    ]
+    one, more = (
+        {(r["step"], r["split"], k): v for r in found for k, v in r.items() if k not in (*TIMES, "split", "step")}
+        for found in rows
+    )
     shared = one.keys() & more.keys()
     assert len(shared) > 20
     for key in shared:  # a row that the interruption split is an average over fewer steps
@@ -254,7 +286,9 @@ def test_a_slow_host_is_named_with_what_it_is_slow_at():
 
 def test_what_an_attempt_had_done_after_its_last_checkpoint_is_said():
     rows = [{"split": "train", "step": s, "seconds": 2.0} for s in (10, 20, 30)] + [{"split": "val", "step": 30}]
-    assert lost(rows, 10, "2026-01-01T00:00:00+00:00").startswith("Lost: 20 steps (4 s of training); the checkpoint was written ")
+    assert lost(rows, 10, "2026-01-01T00:00:00+00:00").startswith(
+        "Lost: 20 steps (4 s of training); the checkpoint was written "
+    )
     assert lost(rows, 30, "2026-01-01T00:00:00+00:00").startswith("Lost: no step that was logged;")
     assert lost(rows, 0) == "Lost: 30 steps (6 s of training); there is no checkpoint, and the run begins anew"
 

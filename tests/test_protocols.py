@@ -42,8 +42,10 @@ def every_pair(prints) -> list[Pair]:
 def mixed_prints(seed) -> list[Print]:
     """Fingers of one to several impressions, of three databases, some altered, in no order."""
     some = random.Random(seed)
-    return [print_of(some.choice("ABC"), str(some.randrange(9)), str(some.randrange(99)), some.random() < 0.2)
-            for _ in range(60)]
+    return [
+        print_of(some.choice("ABC"), str(some.randrange(9)), str(some.randrange(99)), some.random() < 0.2)
+        for _ in range(60)
+    ]
 
 
 def test_the_fvc_protocol_makes_280_genuine_and_45_impostor_pairs_of_10_fingers_by_8():
@@ -97,10 +99,14 @@ def test_pairs_are_a_sequence_like_the_list_of_them(protocol):
     assert sum(len(pairs[pairs.of(d.database, kind)]) for d in pairs.databases for kind in (True, False)) == len(plain)
 
 
-@pytest.mark.parametrize("fingers, impressions, protocol, genuine, impostor", [
-    (6000, 1, "fvc", 0, 17_997_000),      # 6000 · 5999 / 2
-    (600, 10, "fvc", 27_000, 179_700),    # 600 · 45; 600 · 599 / 2
-    (600, 10, "all", 27_000, 17_970_000)])
+@pytest.mark.parametrize(
+    "fingers, impressions, protocol, genuine, impostor",
+    [
+        (6000, 1, "fvc", 0, 17_997_000),  # 6000 · 5999 / 2
+        (600, 10, "fvc", 27_000, 179_700),  # 600 · 45; 600 · 599 / 2
+        (600, 10, "all", 27_000, 17_970_000),
+    ],
+)
 def test_millions_of_pairs_are_counted_and_looked_up_without_a_list(fingers, impressions, protocol, genuine, impostor):
     prints = fvc_fingers("DB", fingers, impressions)
     tracemalloc.start()

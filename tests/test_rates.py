@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ifvit.scoring import rates
 from ifvit.errors import UserError
+from ifvit.scoring import rates
 
 
 def brute_force(genuine, impostor):

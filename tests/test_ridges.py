@@ -70,8 +70,15 @@ def test_shade_and_a_frame_do_not_change_the_period():
     assert ridge_period(grey.clip(0, 255).astype(np.uint8)) == pytest.approx(9, rel=0.03)
 
 
-@pytest.mark.parametrize("grey", [np.full((300, 300), 255, np.uint8), np.zeros((5, 400), np.uint8), np.zeros((1, 1), np.uint8),
-                                  np.random.default_rng(0).normal(128, 20, (300, 300)).astype(np.uint8)])
+@pytest.mark.parametrize(
+    "grey",
+    [
+        np.full((300, 300), 255, np.uint8),
+        np.zeros((5, 400), np.uint8),
+        np.zeros((1, 1), np.uint8),
+        np.random.default_rng(0).normal(128, 20, (300, 300)).astype(np.uint8),
+    ],
+)
 def test_where_there_are_no_ridges_there_is_no_period(grey):
     assert ridge_period(grey) is None
 
@@ -149,7 +156,9 @@ def test_auto_leaves_what_is_right(tmp_path, caplog):
 def test_a_single_print_is_scaled_by_its_ridges_too(tmp_path):
     Image.fromarray(drawn(9.0)).save(tmp_path / "a.png", dpi=(300, 300))
     Image.fromarray(drawn(9.0, 1)).save(tmp_path / "b.png")
-    periods = [ridge_period(canvas) for canvas, _ in on_canvases([tmp_path / "a.png", tmp_path / "b.png"], "auto", 512).arrays]
+    periods = [
+        ridge_period(canvas) for canvas, _ in on_canvases([tmp_path / "a.png", tmp_path / "b.png"], "auto", 512).arrays
+    ]
     np.testing.assert_allclose(periods, 9, rtol=0.04)
 
 

@@ -49,8 +49,16 @@ def long(command, prints, tmp_path_factory):
 
 
 def test_the_same_command_in_another_process_gives_the_same_metrics(process, command, module1, prints, tmp_path):
-    said = process("-m", "ifvit.train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg",
-                   *SMOKE, cwd=tmp_path)
+    said = process(
+        "-m",
+        "ifvit.train_dense",
+        "--dataset_root",
+        prints,
+        "--checkpoint_dir",
+        "./checkpoints/dense_reg",
+        *SMOKE,
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
     again = rows(tmp_path / "checkpoints/dense_reg")
     assert again == rows(module1.folder)
@@ -61,14 +69,25 @@ def test_the_same_command_in_another_process_gives_the_same_metrics(process, com
 
 def test_the_same_matcher_again_gives_the_same_metrics(command, module1, module2, prints, tmp_path):
     shutil.copytree(module1.folder, tmp_path / "checkpoints/dense_reg")
-    said = command("train_match", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/matcher",
-                   "--num_classes", 100, *SMOKE, cwd=tmp_path)
+    said = command(
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--checkpoint_dir",
+        "./checkpoints/matcher",
+        "--num_classes",
+        100,
+        *SMOKE,
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
     again = rows(tmp_path / "checkpoints/matcher")
     assert again == rows(module2.folder)
     assert {r["split"] for r in again} == {"train", "val"} and "eer" in again[-1]
     assert same(command, tmp_path / "checkpoints/matcher/matcher_ckpt", module2.path)
-    fusion = [checkpoint.read_metadata(p)["fusion"] for p in (tmp_path / "checkpoints/matcher/matcher_ckpt", module2.path)]
+    fusion = [
+        checkpoint.read_metadata(p)["fusion"] for p in (tmp_path / "checkpoints/matcher/matcher_ckpt", module2.path)
+    ]
     assert fusion[0] == fusion[1]
 
 
@@ -79,8 +98,9 @@ def test_the_same_matcher_again_gives_the_same_metrics(command, module1, module2
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_parameters(command, long, prints, tmp_path):
     words = ["-m", "ifvit.train_dense", "--dataset_root", str(prints), *map(str, LONG)]
     folder = tmp_path / "checkpoints/dense_reg"
-    running = subprocess.Popen([sys.executable, *words], cwd=tmp_path, text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+    running = subprocess.Popen(
+        [sys.executable, *words], cwd=tmp_path, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
     patience = time.monotonic() + 300
     while not (folder / "metrics.jsonl").is_file() or not rows(folder, "val"):  # an epoch of ten is done
         assert running.poll() is None and time.monotonic() < patience, running.communicate()
@@ -138,8 +158,9 @@ def test_sigterm_within_an_epoch_saves_and_is_gone_on_from(command, module1, mod
 
 
 def test_a_run_goes_on_from_a_checkpoint_that_is_named(command, module1, prints, tmp_path):
-    said = command("train_dense", "--dataset_root", prints, "--resume", module1.folder / "dense_reg_epoch_1", *SMOKE,
-                   cwd=tmp_path)
+    said = command(
+        "train_dense", "--dataset_root", prints, "--resume", module1.folder / "dense_reg_epoch_1", *SMOKE, cwd=tmp_path
+    )
     assert said.code == 0, said
     assert "dense_reg_epoch_1, step 2 of 4" in said.out
     assert same(command, tmp_path / "checkpoints/dense_reg/dense_reg_ckpt", module1.path)
@@ -150,8 +171,9 @@ def test_a_half_written_checkpoint_is_set_aside_and_not_gone_on_from(command, mo
     shutil.copytree(module1.folder, folder)
     shutil.rmtree(folder / "dense_reg_ckpt/metadata")
     (folder / "dense_reg_epoch_2").rename(folder / "dense_reg_epoch_2.orbax-checkpoint-tmp")
-    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE,
-                   cwd=tmp_path)
+    said = command(
+        "train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=tmp_path
+    )
     assert said.code == 0, said
     assert f"Going on from {folder / 'dense_reg_epoch_1'}, step 2 of 4" in said.out
     assert "dense_reg_ckpt.damaged" in said.out and (folder / "dense_reg_ckpt.damaged/state").is_dir()
@@ -161,9 +183,21 @@ def test_a_half_written_checkpoint_is_set_aside_and_not_gone_on_from(command, mo
 
 def test_a_run_goes_on_sharded_to_the_same_parameters_but_for_rounding(process, module1, prints, tmp_path):
     for name, parallel in (("whole", 1), ("sharded", 2)):
-        said = process("-m", "ifvit.train_dense", "--dataset_root", prints, "--checkpoint_dir", name, "--resume",
-                       module1.folder / "dense_reg_epoch_1", *SMOKE, "--set", f"model_parallel={parallel}", cwd=tmp_path,
-                       XLA_FLAGS="--xla_force_host_platform_device_count=2")
+        said = process(
+            "-m",
+            "ifvit.train_dense",
+            "--dataset_root",
+            prints,
+            "--checkpoint_dir",
+            name,
+            "--resume",
+            module1.folder / "dense_reg_epoch_1",
+            *SMOKE,
+            "--set",
+            f"model_parallel={parallel}",
+            cwd=tmp_path,
+            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+        )
         assert said.code == 0, said
     found = checkpoint.load(tmp_path / "sharded/dense_reg_ckpt")
     sharded = found.metadata["shardings"]
@@ -171,7 +205,9 @@ def test_a_run_goes_on_sharded_to_the_same_parameters_but_for_rounding(process, 
     assert "model" in sharded["state/opt_state/1/0/mu/loftr_transformer/layer_0/q_proj/kernel"]
     assert [attempt["mesh"]["model"] for attempt in found.metadata["history"]] == [1, 2]
     # on one device the batch of four is summed in another order, which BatchNorm magnifies in the gradients of two steps
-    assert rows(tmp_path / "sharded", "train")[-1]["loss"] == pytest.approx(rows(module1.folder, "train")[-1]["loss"], rel=1e-5)
+    assert rows(tmp_path / "sharded", "train")[-1]["loss"] == pytest.approx(
+        rows(module1.folder, "train")[-1]["loss"], rel=1e-5
+    )
     whole = checkpoint.leaves(checkpoint.load(tmp_path / "whole/dense_reg_ckpt").state)
     for name, leaf in checkpoint.leaves(found.state).items():
         assert np.abs(leaf - whole[name]).max() <= 1e-4 * max(1e-3, np.abs(whole[name]).max()), name
@@ -180,8 +216,19 @@ def test_a_run_goes_on_sharded_to_the_same_parameters_but_for_rounding(process, 
 def test_never_trains_anew_and_leaves_the_run_before_whole(command, module1, prints, tmp_path):
     folder = tmp_path / "checkpoints/dense_reg"
     shutil.copytree(module1.folder, folder)
-    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE,
-                   "--resume", "never", "--seed", 1, cwd=tmp_path)
+    said = command(
+        "train_dense",
+        "--dataset_root",
+        prints,
+        "--checkpoint_dir",
+        "./checkpoints/dense_reg",
+        *SMOKE,
+        "--resume",
+        "never",
+        "--seed",
+        1,
+        cwd=tmp_path,
+    )
     assert said.code == 0, said
     assert not same(command, folder / "dense_reg_ckpt", module1.path)
     for name in ("dense_reg_ckpt", "dense_reg_best", "dense_reg_epoch_1"):
@@ -218,7 +265,9 @@ def test_never_is_once_for_all_processes_of_a_command(module1, prints, tmp_path,
     assert "Going on from" in capsys.readouterr().out and not (folder / "before_2").exists()
 
 
-def test_a_run_from_an_earlier_checkpoint_leaves_those_after_it_whole_and_goes_on_from_its_own(command, module1, prints, tmp_path, capsys):
+def test_a_run_from_an_earlier_checkpoint_leaves_those_after_it_whole_and_goes_on_from_its_own(
+    command, module1, prints, tmp_path, capsys
+):
     folder = tmp_path / "run"
     shutil.copytree(module1.folder, folder)
     config = preset("smoke", DenseConfig).replace(dataset_root=(str(prints),), checkpoint_dir=str(folder), num_epochs=2)
@@ -244,7 +293,9 @@ def test_the_seconds_of_a_row_hold_the_checkpoint_that_it_counts(prints, tmp_pat
     """Goodput takes the one from the other."""
     snapshot = checkpoint.snapshot
     monkeypatch.setattr(checkpoint, "snapshot", lambda state: time.sleep(2) or snapshot(state))
-    train_dense.run(preset("smoke", DenseConfig).replace(dataset_root=(str(prints),), checkpoint_dir=str(tmp_path)), "never", Host())
+    train_dense.run(
+        preset("smoke", DenseConfig).replace(dataset_root=(str(prints),), checkpoint_dir=str(tmp_path)), "never", Host()
+    )
     read = [row for row in read_rows(tmp_path / "metrics.jsonl") if row["split"] == "train"]
     assert [row["checkpoint_seconds"] >= 2 for row in read] == [False, True]
     for row in read:
@@ -255,7 +306,9 @@ def test_what_an_attempt_without_a_checkpoint_had_done_is_said(command, module1,
     folder = tmp_path / "checkpoints/dense_reg"
     folder.mkdir(parents=True)
     shutil.copy(module1.folder / "metrics.jsonl", folder)
-    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=tmp_path)
+    said = command(
+        "train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=tmp_path
+    )
     assert said.code == 0 and re.search(r"Lost: 4 steps \(\d+ s of training\); there is no checkpoint", said.out), said
 
 
@@ -270,7 +323,10 @@ def test_patience_ends_a_run_that_does_not_get_better_wherever_it_was_stopped(co
     final = checkpoint.load(folder / "dense_reg_ckpt")
     assert final.metadata["finished"] and final.metadata["epoch"] == worse + 1
 
-    for also_gone in ((), (f"dense_reg_epoch_{worse + 1}",)):  # stopped just before the final checkpoint, or an epoch before
+    for also_gone in (
+        (),
+        (f"dense_reg_epoch_{worse + 1}",),
+    ):  # stopped just before the final checkpoint, or an epoch before
         (folder / "dense_reg_ckpt").rename(tmp_path / f"before{len(also_gone)}")
         for name in also_gone:
             shutil.rmtree(folder / name)
@@ -282,28 +338,47 @@ def test_patience_ends_a_run_that_does_not_get_better_wherever_it_was_stopped(co
 def test_a_finished_run_says_so_and_is_left_alone(command, module1, prints):
     before = checkpoint.read_metadata(module1.path)["timestamp"], rows(module1.folder)
     (module1.folder / "curves.png").unlink()  # as where it was killed between its last checkpoint and them
-    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE,
-                   cwd=module1.cwd)
+    said = command(
+        "train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=module1.cwd
+    )
     assert said.code == 0 and (module1.folder / "curves.png").exists()
     assert "is finished (2 epochs)" in said.out and "--resume never" in said.out
     assert (checkpoint.read_metadata(module1.path)["timestamp"], rows(module1.folder)) == before
 
 
-@pytest.mark.parametrize("words, told", [
-    (["--set", "rotation=10"], ["rotation = 60.0", "10.0"]),
-    (["--num_epochs", 3], ["num_epochs = 2", "3"]),
-    (["--set", "rotation=10", "--batch_size", 2], ["rotation", "batch_size"]),
-])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (["--set", "rotation=10"], ["rotation = 60.0", "10.0"]),
+        (["--num_epochs", 3], ["num_epochs = 2", "3"]),
+        (["--set", "rotation=10", "--batch_size", 2], ["rotation", "batch_size"]),
+    ],
+)
 def test_a_changed_configuration_names_the_field(command, module1, prints, words, told):
-    said = command("train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, *words,
-                   cwd=module1.cwd)
+    said = command(
+        "train_dense",
+        "--dataset_root",
+        prints,
+        "--checkpoint_dir",
+        "./checkpoints/dense_reg",
+        *SMOKE,
+        *words,
+        cwd=module1.cwd,
+    )
     assert said.code == 2 and said.err.startswith("Error: ")
     assert all(words in said.err for words in [*told, "--resume never"]), said.err
 
 
 def test_other_prints_are_a_mistake_to_go_on_with(command, module1):
-    said = command("train_dense", "--dataset_root", "synthetic", "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE,
-                   cwd=module1.cwd)
+    said = command(
+        "train_dense",
+        "--dataset_root",
+        "synthetic",
+        "--checkpoint_dir",
+        "./checkpoints/dense_reg",
+        *SMOKE,
+        cwd=module1.cwd,
+    )
     assert said.code == 2 and "other prints" in said.err, said
 
 
@@ -319,11 +394,28 @@ def test_the_held_out_fingers_depend_on_a_seed_of_their_own(prints, cache):
     assert len({frozenset(held_out(data_seed=n)) for n in range(4)}) > 1
 
 
-@pytest.mark.parametrize("words, warned", [([], False), (["--seed", 7], False), (["--set", "data_seed=1"], True),
-                                           (["--set", "held_out=0.2"], False), (["--set", "held_out=0.5"], True)])
+@pytest.mark.parametrize(
+    "words, warned",
+    [
+        ([], False),
+        (["--seed", 7], False),
+        (["--set", "data_seed=1"], True),
+        (["--set", "held_out=0.2"], False),
+        (["--set", "held_out=0.5"], True),
+    ],
+)
 def test_it_is_said_where_module_1_has_seen_fingers_that_module_2_holds_out(started, module1, prints, words, warned):
-    said, task, _ = started("train_match", "--dataset_root", prints, "--pretrained_ckpt", module1.path, *SMOKE, *words,
-                            cwd=module1.cwd, create=False)
+    said, task, _ = started(
+        "train_match",
+        "--dataset_root",
+        prints,
+        "--pretrained_ckpt",
+        module1.path,
+        *SMOKE,
+        *words,
+        cwd=module1.cwd,
+        create=False,
+    )
     assert said.code == 0 and task, said
     assert (f"⚠ Module 1 in {module1.path} held out other fingers" in said.out) == warned
 
@@ -338,6 +430,7 @@ def test_nan_stops_the_run_and_names_the_step(command, prints, tmp_path, monkeyp
 
     def dense_step(net, config):
         """Counts, and loses its way in step 3."""
+
         def step(state, batch, rate):
             return state._replace(step=state.step + 1), {"loss": jnp.where(state.step == 2, jnp.nan, 1.0)}
 
@@ -362,17 +455,24 @@ def test_train_all_ends_with_the_table_and_the_paths(pipeline):
     for table in tables:
         assert [line.split()[0] for line in table.splitlines()] == ["synthetic", "macro"]
         assert all(len(re.findall(r"\d+\.\d\d%", line)) == 3 for line in table.splitlines())
-    printed = re.findall(r"^[^:\n]+: (/\S+)$", out[out.rindex("impostor"):], re.M)
+    printed = re.findall(r"^[^:\n]+: (/\S+)$", out[out.rindex("impostor") :], re.M)
     paths = {os.path.relpath(p, pipeline.folder) for p in printed}
-    assert {"dense_reg/dense_reg_ckpt", "matcher/matcher_ckpt", "dense_reg/curves.png", "matcher/curves.png",
-            "matcher/evaluation"} <= paths
+    assert {
+        "dense_reg/dense_reg_ckpt",
+        "matcher/matcher_ckpt",
+        "dense_reg/curves.png",
+        "matcher/curves.png",
+        "matcher/evaluation",
+    } <= paths
     assert all(os.path.exists(p) for p in printed)
 
 
 @pytest.mark.parametrize("module", ["dense_reg", "matcher"])
 def test_train_all_evaluates_both_modules(pipeline, module):
     folder = pipeline.folder / "matcher/evaluation" / module
-    assert {"metrics.json", "scores.csv", "det.png", "histogram.png", "matches.png"} <= {p.name for p in folder.iterdir()}
+    assert {"metrics.json", "scores.csv", "det.png", "histogram.png", "matches.png"} <= {
+        p.name for p in folder.iterdir()
+    }
     found = json.loads((folder / "metrics.json").read_text())["databases"]["synthetic"]
     # 3 held-out fingers of 2 impressions: a genuine pair each, and 3 pairs of first impressions
     assert (found["genuine"], found["impostor"]) == (3, 3)

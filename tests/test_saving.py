@@ -49,10 +49,25 @@ def names(*numbers: int) -> list[str]:
 # ---- names
 
 
-@pytest.mark.parametrize("name, step", [
-    ("m_ckpt", math.inf), ("m_epoch_3", 12), ("m_epoch_0", 0), ("m_step_7", 7), ("m_best", None), ("m_epoch_", None),
-    ("m_epoch_3.damaged", None), ("m_epoch_3.orbax-checkpoint-tmp", None), ("m_epoch_-3", None), ("m_epoch_3x", None),
-    ("xm_epoch_3", None), ("other_ckpt", None), ("m_ckpt.pkl", None), ("m_step_7.replaced", None)])
+@pytest.mark.parametrize(
+    "name, step",
+    [
+        ("m_ckpt", math.inf),
+        ("m_epoch_3", 12),
+        ("m_epoch_0", 0),
+        ("m_step_7", 7),
+        ("m_best", None),
+        ("m_epoch_", None),
+        ("m_epoch_3.damaged", None),
+        ("m_epoch_3.orbax-checkpoint-tmp", None),
+        ("m_epoch_-3", None),
+        ("m_epoch_3x", None),
+        ("xm_epoch_3", None),
+        ("other_ckpt", None),
+        ("m_ckpt.pkl", None),
+        ("m_step_7.replaced", None),
+    ],
+)
 def test_a_name_tells_how_far_a_checkpoint_is(name, step):
     assert step_of_name(name, "m", STEPS) == step
 
@@ -73,8 +88,18 @@ def there(folder: epath.Path) -> list[str]:
 
 
 def test_a_run_goes_on_from_the_furthest(folder):
-    make(folder, "m_epoch_2", "m_step_9", "m_step_7", "m_epoch_10", "m_best", "m_epoch_3.damaged", "other_epoch_99",
-         "m_epoch_50.orbax-checkpoint-tmp", "before_1")
+    make(
+        folder,
+        "m_epoch_2",
+        "m_step_9",
+        "m_step_7",
+        "m_epoch_10",
+        "m_best",
+        "m_epoch_3.damaged",
+        "other_epoch_99",
+        "m_epoch_50.orbax-checkpoint-tmp",
+        "before_1",
+    )
     (folder / "m_epoch_60").write_text("a file")
     assert [p.name for p in candidates(folder, "m", STEPS)] == ["m_epoch_10", "m_step_9", "m_epoch_2", "m_step_7"]
 
@@ -87,7 +112,11 @@ def test_the_final_one_is_the_furthest(folder):
 def test_one_that_was_being_replaced_counts_after_the_one_with_its_name(folder):
     make(folder, "m_epoch_3", "m_epoch_3.replaced", "m_epoch_4.replaced", "m_epoch_2")
     assert [p.name for p in candidates(folder, "m", STEPS)] == [
-        "m_epoch_4.replaced", "m_epoch_3", "m_epoch_3.replaced", "m_epoch_2"]
+        "m_epoch_4.replaced",
+        "m_epoch_3",
+        "m_epoch_3.replaced",
+        "m_epoch_2",
+    ]
 
 
 def test_nothing_there_is_nothing_to_go_on_from(folder):
@@ -127,17 +156,20 @@ def test_the_best_come_first_and_of_equals_the_earlier(higher, best_first):
         assert [s.name for s in ranked(list(order), higher)] == names(*best_first)
 
 
-@pytest.mark.parametrize("rules, gone", [
-    (config(), [1, 2, 3, 4, 5]),                                   # but the newest
-    (config(keep_last=3), [1, 2, 3]),
-    (config(keep_last=99), []),
-    (config(save_every=2), [1, 3, 5]),
-    (config(save_every=2, keep_last=2), [1, 3]),
-    (config(save_every=1), []),
-    (config(keep_best=2), [1, 3, 4]),                              # 2 and 5; of the best alone there is a copy
-    (config(keep_best=3, keep_last=2), [3, 4]),                    # 2, 5 and 1; 5 and 6
-    (config(save_every=3, keep_best=2, keep_last=1), [1, 4]),
-])
+@pytest.mark.parametrize(
+    "rules, gone",
+    [
+        (config(), [1, 2, 3, 4, 5]),  # but the newest
+        (config(keep_last=3), [1, 2, 3]),
+        (config(keep_last=99), []),
+        (config(save_every=2), [1, 3, 5]),
+        (config(save_every=2, keep_last=2), [1, 3]),
+        (config(save_every=1), []),
+        (config(keep_best=2), [1, 3, 4]),  # 2 and 5; of the best alone there is a copy
+        (config(keep_best=3, keep_last=2), [3, 4]),  # 2, 5 and 1; 5 and 6
+        (config(save_every=3, keep_best=2, keep_last=1), [1, 4]),
+    ],
+)
 def test_what_no_rule_keeps_goes(rules, gone):
     saved = epochs(0.6, 0.9, 0.1, 0.2, 0.8, 0.5)
     assert doomed(saved, "m", rules, True) == names(*gone)
@@ -212,8 +244,10 @@ def whole(folder: epath.Path) -> list[str]:
     return there(folder)
 
 
-@pytest.mark.parametrize("higher, values, best", [
-    (True, [0.5, 0.7, 0.7, 0.6, 0.8], [1, 2, 2, 2, 5]), (False, [0.5, 0.5, 0.4, 0.6, 0.1], [1, 1, 3, 3, 5])])
+@pytest.mark.parametrize(
+    "higher, values, best",
+    [(True, [0.5, 0.7, 0.7, 0.6, 0.8], [1, 2, 2, 2, 5]), (False, [0.5, 0.5, 0.4, 0.6, 0.1], [1, 1, 3, 3, 5])],
+)
 def test_the_best_copy_changes_for_a_better_one_only(saver, folder, higher, values, best):
     run = saver(higher)
     for n, (value, expected) in enumerate(zip(values, best), 1):
@@ -280,7 +314,9 @@ def test_half_written_ones_are_not_counted_at_a_resume(saver, folder):
     make(folder, "m_epoch_2", "m_epoch_3")
     run = saver(keep_last=2)
     save(run, epoch(4, 0.4))
-    assert {"m_epoch_1", "m_epoch_2", "m_epoch_3", "m_epoch_4"} <= set(there(folder))  # what is not known is not deleted
+    assert {"m_epoch_1", "m_epoch_2", "m_epoch_3", "m_epoch_4"} <= set(
+        there(folder)
+    )  # what is not known is not deleted
 
 
 @pytest.mark.parametrize("name", ["run 2", "run*?", "läufe/größe"])
@@ -370,8 +406,10 @@ def test_a_write_that_fails_is_said_in_a_line_and_the_next_one_works(saver, fold
     save(run, epoch(1, 0.5))
     mend = refuse(monkeypatch, writing.MetadataHandler, "finalize")
     assert not save(run, epoch(2, 0.6))
-    assert warnings() == [f"⚠ Checkpoint {folder}/m_epoch_2 could not be written (No space left on device); "
-                          "training goes on, and the next save tries again."]
+    assert warnings() == [
+        f"⚠ Checkpoint {folder}/m_epoch_2 could not be written (No space left on device); "
+        "training goes on, and the next save tries again."
+    ]
     assert run.last == "m_epoch_1" and step_in(folder / "m_best") == 4
     assert whole(folder) == ["m_best", "m_epoch_1"]
     mend()
@@ -417,8 +455,15 @@ def test_what_is_half_copied_does_not_look_like_the_best(saver, folder, monkeypa
 
 
 def test_a_killed_runs_leavings_are_gone_with_the_next_save_and_others_are_not(saver, folder):
-    make(folder, "m_epoch_1.orbax-checkpoint-tmp", "m_best.orbax-checkpoint-tmp-copy",
-         "m_epoch_2.orbax-checkpoint-tmp-deleted", "other_epoch_1.orbax-checkpoint-tmp", "m_epoch_3.damaged", "m_notes")
+    make(
+        folder,
+        "m_epoch_1.orbax-checkpoint-tmp",
+        "m_best.orbax-checkpoint-tmp-copy",
+        "m_epoch_2.orbax-checkpoint-tmp-deleted",
+        "other_epoch_1.orbax-checkpoint-tmp",
+        "m_epoch_3.damaged",
+        "m_notes",
+    )
     assert save(saver(), epoch(4))
     assert there(folder) == ["m_epoch_3.damaged", "m_epoch_4", "m_notes", "other_epoch_1.orbax-checkpoint-tmp"]
 

@@ -36,43 +36,45 @@ def only(prints: list[Print]) -> Print:
     return one
 
 
-@pytest.mark.parametrize("name, database, finger, impression, ppi", [
-    ("FVC2004/DB1_A/12_3.tif", "DB1_A", "12", "3", None),
-    ("FVC2004/DB3_B/102_3.tif", "DB3_B", "102", "3", 512),
-    ("FVC2006/Dbs/DB1_A/12_3.bmp", "DB1_A", "12", "3", 250),
-    ("FVC2006/DB2_A/12_3.BMP", "DB2_A", "12", "3", 569),
-    ("FVC2006/DB3_A/12_3.BMP", "DB3_A", "12", "3", None),
-    ("FVC2002/DB2_A/101_8.tif", "DB2_A", "101", "8", 569),
-    ("fvc2002/extra/Db2_b/101_8.tif", "Db2_b", "101", "8", 569),
-    ("FVC2002/DB1_B/101_8.tif", "DB1_B", "101", "8", None),
-    ("d/FVC2002_DB2_A/101_8.tif", "FVC2002_DB2_A", "101", "8", 569),
-    ("fvc2002-fingerprints/DB2_B/101_8.tif", "DB2_B", "101", "8", 569),
-    ("fvc-2006/DB1_A/images/1_8.bmp", "images", "1", "8", 250),
-    ("FVC2004/DB3_A_png/1_8.png", "DB3_A_png", "1", "8", 512),
-    ("FVC2002/DB2_A_500ppi/1_8.png", "DB2_A_500ppi", "1", "8", None),
-    ("PolyU_HRF/DBII/7_2_5.jpg", "DBII", "7", "2_5", 1200),
-    ("CASIA-FingerprintV5/007/L/007_L3_4.bmp", "CASIA-FingerprintV5", "007_L3", "4", None),
-    ("cross/first_session/7_1.jpg", "cross", "7", "first_session_1", None),
-    ("CrossMatch/012_3_4.TIFF", "CrossMatch", "012_3", "4", None),
-    ("SOCOFing/Real/7__F_Left_ring_finger.BMP", "SOCOFing", "7_left_ring", "real", 175),
-    ("sd04/figs_0/f0001_07.png", "sd04", "0001", "f", None),
-    ("sd04/png_txt/figs_7/s1999_02.png", "sd04", "1999", "s", None),
-    ("sd300a/500/png/roll/00001000_roll_500_03.png",
-     "sd300", "00001000_03", "roll", 500),
-    ("sd300a/1000/png/plain/00001000_plain_1000_11.png",
-     "sd300", "00001000_01", "plain_thumb", 1000),
-    ("sd300a/1000/png/plain/00001000_plain_1000_12.png",
-     "sd300", "00001000_06", "plain_thumb", 1000),
-    ("sd301/friction-ridge/N/500/slap-segmented/png/00002222_1_N_500_slap-segmented_07.png",
-     "sd301", "00002222_07", "1_N_slap-segmented", 500),
-    ("sd302/images/challengers/A/roll/png/00002222_A_roll_10.png",
-     "sd302", "00002222_10", "A_roll", None),
-    ("mine/anna-left-index/first.jpg", "mine", "anna-left-index", "first", None),
-    ("mine/2/1.wsq", "mine", "2", "1", None),
-])
-def test_a_name_says_database_finger_impression_and_ppi(
-    tmp_path, name, database, finger, impression, ppi
-):
+@pytest.mark.parametrize(
+    "name, database, finger, impression, ppi",
+    [
+        ("FVC2004/DB1_A/12_3.tif", "DB1_A", "12", "3", None),
+        ("FVC2004/DB3_B/102_3.tif", "DB3_B", "102", "3", 512),
+        ("FVC2006/Dbs/DB1_A/12_3.bmp", "DB1_A", "12", "3", 250),
+        ("FVC2006/DB2_A/12_3.BMP", "DB2_A", "12", "3", 569),
+        ("FVC2006/DB3_A/12_3.BMP", "DB3_A", "12", "3", None),
+        ("FVC2002/DB2_A/101_8.tif", "DB2_A", "101", "8", 569),
+        ("fvc2002/extra/Db2_b/101_8.tif", "Db2_b", "101", "8", 569),
+        ("FVC2002/DB1_B/101_8.tif", "DB1_B", "101", "8", None),
+        ("d/FVC2002_DB2_A/101_8.tif", "FVC2002_DB2_A", "101", "8", 569),
+        ("fvc2002-fingerprints/DB2_B/101_8.tif", "DB2_B", "101", "8", 569),
+        ("fvc-2006/DB1_A/images/1_8.bmp", "images", "1", "8", 250),
+        ("FVC2004/DB3_A_png/1_8.png", "DB3_A_png", "1", "8", 512),
+        ("FVC2002/DB2_A_500ppi/1_8.png", "DB2_A_500ppi", "1", "8", None),
+        ("PolyU_HRF/DBII/7_2_5.jpg", "DBII", "7", "2_5", 1200),
+        ("CASIA-FingerprintV5/007/L/007_L3_4.bmp", "CASIA-FingerprintV5", "007_L3", "4", None),
+        ("cross/first_session/7_1.jpg", "cross", "7", "first_session_1", None),
+        ("CrossMatch/012_3_4.TIFF", "CrossMatch", "012_3", "4", None),
+        ("SOCOFing/Real/7__F_Left_ring_finger.BMP", "SOCOFing", "7_left_ring", "real", 175),
+        ("sd04/figs_0/f0001_07.png", "sd04", "0001", "f", None),
+        ("sd04/png_txt/figs_7/s1999_02.png", "sd04", "1999", "s", None),
+        ("sd300a/500/png/roll/00001000_roll_500_03.png", "sd300", "00001000_03", "roll", 500),
+        ("sd300a/1000/png/plain/00001000_plain_1000_11.png", "sd300", "00001000_01", "plain_thumb", 1000),
+        ("sd300a/1000/png/plain/00001000_plain_1000_12.png", "sd300", "00001000_06", "plain_thumb", 1000),
+        (
+            "sd301/friction-ridge/N/500/slap-segmented/png/00002222_1_N_500_slap-segmented_07.png",
+            "sd301",
+            "00002222_07",
+            "1_N_slap-segmented",
+            500,
+        ),
+        ("sd302/images/challengers/A/roll/png/00002222_A_roll_10.png", "sd302", "00002222_10", "A_roll", None),
+        ("mine/anna-left-index/first.jpg", "mine", "anna-left-index", "first", None),
+        ("mine/2/1.wsq", "mine", "2", "1", None),
+    ],
+)
+def test_a_name_says_database_finger_impression_and_ppi(tmp_path, name, database, finger, impression, ppi):
     grow(tmp_path / "top", name)
     p = only(read_root(tmp_path / "top"))
     assert p == Print(str(tmp_path / "top" / name), database, finger, impression, ppi)
@@ -86,11 +88,18 @@ def test_the_same_file_has_the_same_identity_from_whatever_root(tmp_path):
 
 
 def test_the_parts_of_a_nist_set_are_of_the_same_fingers(tmp_path):
-    grow(tmp_path, *(f"sd302a/images/challengers/{d}/roll/png/00002222_{d}_roll_{n:02d}.png" for d in "AB" for n in range(1, 11)),
-         *(f"sd302b/images/baseline/R/500/slap/png/00002222_R_500_slap-segmented_{n:02d}.png" for n in range(1, 11)))
+    grow(
+        tmp_path,
+        *(f"sd302a/images/challengers/{d}/roll/png/00002222_{d}_roll_{n:02d}.png" for d in "AB" for n in range(1, 11)),
+        *(f"sd302b/images/baseline/R/500/slap/png/00002222_R_500_slap-segmented_{n:02d}.png" for n in range(1, 11)),
+    )
     count = Counter(p.identity for p in read_root(tmp_path))
     assert len(count) == 10 and set(count.values()) == {3}
-    grow(tmp_path / "cards", "sd300a/500/png/roll/00001000_roll_500_03.png", "sd300b/1000/png/roll/00001000_roll_1000_03.png")
+    grow(
+        tmp_path / "cards",
+        "sd300a/500/png/roll/00001000_roll_500_03.png",
+        "sd300b/1000/png/roll/00001000_roll_1000_03.png",
+    )
     assert only(read_root(tmp_path / "cards")).ppi == 500  # one impression
 
 
@@ -115,14 +124,20 @@ def test_a_folder_within_others_is_no_finger(tmp_path):
 
 
 def test_a_persons_fingers_are_ten_identities(tmp_path):
-    names = [f"SOCOFing/Real/1__M_{h}_{f}_finger.BMP" for h in ("Left", "Right")
-             for f in ("thumb", "index", "middle", "ring", "little")]
+    names = [
+        f"SOCOFing/Real/1__M_{h}_{f}_finger.BMP"
+        for h in ("Left", "Right")
+        for f in ("thumb", "index", "middle", "ring", "little")
+    ]
     assert len({p.identity for p in read_root(grow(tmp_path, *names))}) == 10
 
 
 def test_devices_and_captures_are_impressions_of_one_finger(tmp_path):
-    grow(tmp_path, *(f"sd302/challengers/{d}/roll/png/00002222_{d}_roll_02.png" for d in "ABC"),
-         *(f"sd300/500/png/{c}/00001000_{c}_500_02.png" for c in ("roll", "plain")))
+    grow(
+        tmp_path,
+        *(f"sd302/challengers/{d}/roll/png/00002222_{d}_roll_02.png" for d in "ABC"),
+        *(f"sd300/500/png/{c}/00001000_{c}_500_02.png" for c in ("roll", "plain")),
+    )
     count = Counter(p.identity for p in read_root(tmp_path))
     assert count == {("sd302", "00002222_02"): 3, ("sd300", "00001000_02"): 2}
 
@@ -138,8 +153,11 @@ def test_sessions_and_parts_of_a_tree_hold_the_same_fingers(tmp_path):
 
 
 def test_latents_beside_a_nist_set_are_no_finger_of_their_folder(tmp_path):
-    grow(tmp_path, "sd302a/images/challengers/A/roll/png/00002222_A_roll_02.png",
-         *(f"sd302e/images/latent/png/00002304/00002304_1C_R_L0{n}_BP_S22_1200PPI_8BPC_1CH_LP03_1.png" for n in "12"))
+    grow(
+        tmp_path,
+        "sd302a/images/challengers/A/roll/png/00002222_A_roll_02.png",
+        *(f"sd302e/images/latent/png/00002304/00002304_1C_R_L0{n}_BP_S22_1200PPI_8BPC_1CH_LP03_1.png" for n in "12"),
+    )
     assert only(read_root(tmp_path)).finger == "00002222_02"
 
 
@@ -170,10 +188,13 @@ def by_finger(prints: list[Print]) -> dict[str, list[Print]]:
 
 
 def test_slaps_and_palms_are_left_out(tmp_path):
-    grow(tmp_path, "sd300/500/png/plain/00001000_plain_500_13.png",
-         "sd300/500/png/plain/00001000_plain_500_14.png",
-         "sd301/friction-ridge/P/500/palm/png/00002222_1_P_500_palm_25.png",
-         "sd301/friction-ridge/P/500/slap/png/00002222_1_P_500_slap_13.png")
+    grow(
+        tmp_path,
+        "sd300/500/png/plain/00001000_plain_500_13.png",
+        "sd300/500/png/plain/00001000_plain_500_14.png",
+        "sd301/friction-ridge/P/500/palm/png/00002222_1_P_500_palm_25.png",
+        "sd301/friction-ridge/P/500/slap/png/00002222_1_P_500_slap_13.png",
+    )
     with pytest.raises(UserError, match="4 files: 4 .png"):
         read_root(tmp_path)
     grow(tmp_path, "sd300/500/png/plain/00001000_plain_500_12.png")
@@ -187,13 +208,19 @@ def test_one_card_at_two_ppi_is_one_impression(tmp_path, caplog):
 
 
 def test_alterations_share_the_real_prints_identity(tmp_path):
-    grow(tmp_path, "SOCOFing/Real/7__F_Left_ring_finger.BMP",
-         "SOCOFing/Altered/Altered-Easy/7__F_Left_ring_finger_CR.BMP",
-         "SOCOFing/Altered/Altered-Hard/7__F_Left_ring_finger_CR.BMP")
+    grow(
+        tmp_path,
+        "SOCOFing/Real/7__F_Left_ring_finger.BMP",
+        "SOCOFing/Altered/Altered-Easy/7__F_Left_ring_finger_CR.BMP",
+        "SOCOFing/Altered/Altered-Hard/7__F_Left_ring_finger_CR.BMP",
+    )
     prints = read_root(tmp_path)
     assert {p.identity for p in prints} == {("SOCOFing", "7_left_ring")}
     assert {p.impression: p.altered for p in prints} == {
-        "real": False, "altered-easy_cr": True, "altered-hard_cr": True}
+        "real": False,
+        "altered-easy_cr": True,
+        "altered-hard_cr": True,
+    }
 
 
 def test_a_wide_socofing_print_is_not_at_175_ppi(tmp_path):
@@ -208,13 +235,17 @@ def test_a_given_ppi_overrides_the_sets(tmp_path):
 
 
 def test_databases_of_equal_name_stay_apart(tmp_path):
-    grow(tmp_path, *(f"FVC200{y}/DB{n}_B/1_1.tif" for y in (0, 2) for n in (1, 2)),
-         "FVC2002/DB4_B/1_1.tif")
+    grow(tmp_path, *(f"FVC200{y}/DB{n}_B/1_1.tif" for y in (0, 2) for n in (1, 2)), "FVC2002/DB4_B/1_1.tif")
     one = read_root(tmp_path / "FVC2002")
     assert [p.database for p in one] == ["DB1_B", "DB2_B", "DB4_B"]
     two = read_roots([tmp_path / "FVC2002", tmp_path / "FVC2000"])
     assert [p.database for p in two] == [
-        "FVC2000/DB1_B", "FVC2000/DB2_B", "FVC2002/DB1_B", "FVC2002/DB2_B", "FVC2002/DB4_B"]
+        "FVC2000/DB1_B",
+        "FVC2000/DB2_B",
+        "FVC2002/DB1_B",
+        "FVC2002/DB2_B",
+        "FVC2002/DB4_B",
+    ]
 
 
 def test_a_file_reached_twice_counts_once(tmp_path):
@@ -233,29 +264,39 @@ def test_a_loop_of_links_ends(tmp_path):
 def test_prints_come_in_natural_order(tmp_path):
     grow(tmp_path, *(f"DB{d}/{f}_{i}.png" for d in (10, 2) for f in (10, 9) for i in (10, 2)))
     assert [(p.database, p.finger, p.impression) for p in read_root(tmp_path)] == [
-        (f"DB{d}", f, i) for d in (2, 10) for f in ("9", "10") for i in ("2", "10")]
+        (f"DB{d}", f, i) for d in (2, 10) for f in ("9", "10") for i in ("2", "10")
+    ]
 
 
 def test_hidden_files_and_other_files_are_no_prints(tmp_path, caplog):
-    grow(tmp_path, "DB1/1_1.tif", "DB1/._1_2.tif", "__MACOSX/DB1/1_3.tif", "DB1/Thumbs.db",
-         "DB1/notes.txt", ".cache/9_9.png")
+    grow(
+        tmp_path,
+        "DB1/1_1.tif",
+        "DB1/._1_2.tif",
+        "__MACOSX/DB1/1_3.tif",
+        "DB1/Thumbs.db",
+        "DB1/notes.txt",
+        ".cache/9_9.png",
+    )
     assert only(read_root(tmp_path)).impression == "1"
     assert not caplog.text
 
 
 def test_names_that_do_not_fit_are_left_out_and_told(tmp_path, caplog):
-    grow(tmp_path, "DB1/1_1.tif", "DB1/1_2.tif", "DB1/1_1 (copy).tif", "DB1/1_2_3.tif",
-         "misc/photo.png")
+    grow(tmp_path, "DB1/1_1.tif", "DB1/1_2.tif", "DB1/1_1 (copy).tif", "DB1/1_2_3.tif", "misc/photo.png")
     with caplog.at_level(logging.WARNING, "ifvit"):
         assert len(read_root(tmp_path)) == 2
     assert "3 files left out" in caplog.text and "1_1 (copy).tif" in caplog.text
 
 
-@pytest.mark.parametrize("names, message", [
-    ([], "is empty"),
-    (["a.txt", "b.txt", "c.csv"], "3 files: 2 .txt, 1 .csv"),
-    (["IMG 1.jpg", "a.txt"], "names such as IMG 1.jpg"),
-])
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        ([], "is empty"),
+        (["a.txt", "b.txt", "c.csv"], "3 files: 2 .txt, 1 .csv"),
+        (["IMG 1.jpg", "a.txt"], "names such as IMG 1.jpg"),
+    ],
+)
 def test_a_root_without_prints_is_a_users_error(tmp_path, names, message):
     with pytest.raises(UserError, match=message):
         read_root(grow(tmp_path, *names))
@@ -287,8 +328,7 @@ def test_the_split_depends_on_the_seed_and_not_on_order_or_other_databases():
     assert held == {p.finger for p in split_by_finger(prints[::-1], 0.2, 1)[1]}
     assert held != {p.finger for p in split_by_finger(prints, 0.2, 2)[1]}
     more = prints_of("FVC2000/DB1", 40) + prints_of("FVC2002/DB1", 9)
-    assert held == {p.finger for p in split_by_finger(more, 0.2, 1)[1]
-                    if p.database == "FVC2000/DB1"}
+    assert held == {p.finger for p in split_by_finger(more, 0.2, 1)[1] if p.database == "FVC2000/DB1"}
 
 
 def test_small_databases_are_split_together_and_nothing_is_held_out_at_zero():
@@ -325,7 +365,9 @@ def test_roots_that_share_prints_are_known_whatever_their_paths(tmp_path, monkey
     for shared in ("a", "./a/", str(tmp_path / "a"), "link", ".", "b/../a"):
         assert overlap(["b/none", "a"], [shared])
     assert not overlap(["a"], ["b", SYNTHETIC]) and overlap([SYNTHETIC], ["b", SYNTHETIC])
-    assert overlap(["gs://prints/all"], ["gs://prints/all/DB1"]) and not overlap(["gs://prints/all"], ["gs://prints/al"])
+    assert overlap(["gs://prints/all"], ["gs://prints/all/DB1"]) and not overlap(
+        ["gs://prints/all"], ["gs://prints/al"]
+    )
 
 
 def test_one_finger_is_too_few():
@@ -343,7 +385,23 @@ def test_the_sets_at_hand_are_read_as_their_readme_counts_them():
     fingers = Counter(database for database, _ in {p.identity for p in prints})
     fvc = [f"FVC2000/DB{n}_B" for n in (1, 2, 3)] + [f"FVC2002/DB{n}_B" for n in (1, 2, 3, 4)]
     assert fingers == dict.fromkeys(fvc, 10) | {
-        "CrossMatch": 51, "SOCOFing": 500, "SFinGe": 10, "FVC2000_DB4_B": 10, "S155": 153, "Small40": 40, "Ten5": 10, "UareU": 26}
+        "CrossMatch": 51,
+        "SOCOFing": 500,
+        "SFinGe": 10,
+        "FVC2000_DB4_B": 10,
+        "S155": 153,
+        "Small40": 40,
+        "Ten5": 10,
+        "UareU": 26,
+    }
     assert count == dict.fromkeys(fvc, 80) | {
-        "CrossMatch": 408, "SOCOFing": 500, "SFinGe": 100, "FVC2000_DB4_B": 80, "S155": 1208, "Small40": 80, "Ten5": 50, "UareU": 208}
+        "CrossMatch": 408,
+        "SOCOFing": 500,
+        "SFinGe": 100,
+        "FVC2000_DB4_B": 80,
+        "S155": 1208,
+        "Small40": 80,
+        "Ten5": 50,
+        "UareU": 208,
+    }
     assert {p.ppi for p in prints if p.database == "FVC2002/DB2_B"} == {569}

@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from ifvit.devices.batch_axes import batch_axes, over_batch
 from ifvit.config import DenseConfig, preset
 from ifvit.data.loader import PairSource
-from ifvit.errors import UserError
+from ifvit.devices.batch_axes import batch_axes, over_batch
 from ifvit.devices.sharding import arranged, make_mesh, put_batch
+from ifvit.errors import UserError
 
 WORKER = """
 import json, sys
@@ -86,9 +86,14 @@ print(json.dumps(out))
 @pytest.fixture(scope="module")
 def said():
     """What a process with four devices finds, of each module; both at once."""
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": os.pathsep.join(sys.path)}
-    started = {m: subprocess.Popen([sys.executable, "-c", WORKER, m], stdout=subprocess.PIPE, text=True, env=env)
-               for m in ("dense", "match")}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    started = {
+        m: subprocess.Popen([sys.executable, "-c", WORKER, m], stdout=subprocess.PIPE, text=True, env=env)
+        for m in ("dense", "match")
+    }
     return {m: json.loads(p.communicate(timeout=600)[0].splitlines()[-1]) for m, p in started.items()}
 
 
@@ -131,6 +136,7 @@ def test_sums_over_the_batch_are_sums_over_the_devices_the_code_is_mapped_over()
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_the_processes_parts_of_a_batch_make_the_same_micro_batches(processes):
     """Micro-batch k of step s holds the pairs s·B + k·B/A … whoever reads them."""
+
     class Numbers:
         def __getitem__(self, n):
             return n
@@ -146,7 +152,8 @@ def test_the_processes_parts_of_a_batch_make_the_same_micro_batches(processes):
             for k in range(2):
                 seen.setdefault((s, k), []).extend(steps[s, k])
     assert {key: sorted(v) for key, v in seen.items()} == {
-        (s, k): list(range((3 + s) * 16 + k * 8, (3 + s) * 16 + k * 8 + 8)) for s in range(2) for k in range(2)}
+        (s, k): list(range((3 + s) * 16 + k * 8, (3 + s) * 16 + k * 8 + 8)) for s in range(2) for k in range(2)
+    }
 
 
 def test_a_batch_comes_to_the_devices_in_micro_batches():
@@ -157,8 +164,10 @@ def test_a_batch_comes_to_the_devices_in_micro_batches():
 
 def test_devices_of_a_host_are_neighbours_and_slices_lie_on_the_outer_axis():
     """Two slices of two hosts with two chips, numbered in any order."""
-    chips = [SimpleNamespace(slice_index=s, process_index=2 * s + h, id=i)
-             for i, (h, s, _) in enumerate(itertools.product(range(2), range(2), range(2)))]
+    chips = [
+        SimpleNamespace(slice_index=s, process_index=2 * s + h, id=i)
+        for i, (h, s, _) in enumerate(itertools.product(range(2), range(2), range(2)))
+    ]
     rows = np.array(arranged(chips[::-1])).reshape(-1, 2)  # data × model
     assert all(a.process_index == b.process_index for a, b in rows)
     assert [a.slice_index for a, _ in rows] == [0, 0, 1, 1]

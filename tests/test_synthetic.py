@@ -26,9 +26,7 @@ def minutiae(master) -> int:
     corners += (slice(1, None), slice(1, None)), (slice(1, None), slice(-1))
     phase, side = wave + 1j * across, along[corners[0]].conj()
     # Orientation has no sign, so neither has the phase: take the first corner's.
-    ring = [
-        np.where((side * along[c]).real < 0, phase[c].conj(), phase[c]) for c in corners
-    ]
+    ring = [np.where((side * along[c]).real < 0, phase[c].conj(), phase[c]) for c in corners]
     turns = sum(np.angle(b * a.conj()) for a, b in zip(ring, ring[1:] + ring[:1])) / (2 * np.pi)
     inner = ndimage.binary_erosion(master.mask, iterations=12)[1:, 1:]
     return int((np.abs(np.round(turns)) * inner).sum())

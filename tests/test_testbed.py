@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 import testbed
 from testbed import HOSTS_FILES, TEMP, Testbed, until
 
@@ -67,8 +66,12 @@ def left(name: str) -> list:
     for file in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):  # it has ended
             lines.append(file.read_text(errors="replace"))
-    return [*(s for s in spaces if s.startswith(f"{name}-")), *HOSTS_FILES.glob(f"{name}-*"), *TEMP.glob(name),
-            *(line for line in lines if name in line)]
+    return [
+        *(s for s in spaces if s.startswith(f"{name}-")),
+        *HOSTS_FILES.glob(f"{name}-*"),
+        *TEMP.glob(name),
+        *(line for line in lines if name in line),
+    ]
 
 
 def test_two_hosts_are_alive_each_at_its_address(bed):

@@ -11,7 +11,19 @@ import zipfile
 import ml_dtypes
 import numpy as np
 import pytest
-from torch_files import call, mapping, name, refusal, storage, tensor, value, write_legacy, write_safetensors, write_torch, write_zip
+from torch_files import (
+    call,
+    mapping,
+    name,
+    refusal,
+    storage,
+    tensor,
+    value,
+    write_legacy,
+    write_safetensors,
+    write_torch,
+    write_zip,
+)
 
 from ifvit.errors import CheckpointNotFound
 from ifvit.foreign.torch_file import read_arrays
@@ -69,10 +81,27 @@ def test_every_dtype_in_either_byte_order(tmp_path, kind, dtype, order):
 
 def test_a_name_is_the_way_to_the_array(tmp_path):
     a = tensor(storage("0", 1), (1,), (1,))
-    module = call(name("my.nets", "Net")) + mapping({"_parameters": mapping({"w": a}), "_modules": mapping({"0": mapping({"b": a})}),
-                                                     "training": value(True), "other": a}) + b"b"
-    body = mapping({"epoch": value(3), "state_dict": mapping({"a.b": a}), "optimizer_states": b"](" + mapping({0: a}) + b"e",
-                    "net": module, "hyper": call(name("my.code", "Anything"), value("x"))})
+    module = (
+        call(name("my.nets", "Net"))
+        + mapping(
+            {
+                "_parameters": mapping({"w": a}),
+                "_modules": mapping({"0": mapping({"b": a})}),
+                "training": value(True),
+                "other": a,
+            }
+        )
+        + b"b"
+    )
+    body = mapping(
+        {
+            "epoch": value(3),
+            "state_dict": mapping({"a.b": a}),
+            "optimizer_states": b"](" + mapping({0: a}) + b"e",
+            "net": module,
+            "hyper": call(name("my.code", "Anything"), value("x")),
+        }
+    )
     path = write_zip(tmp_path / "a.pt", body, {"0": bytes(4)})
     assert list(read_state_dict(path)) == ["state_dict.a.b", "optimizer_states.0.0", "net.w", "net.0.b", "net.other"]
     assert list(read_arrays(path, lambda way: way.startswith("net"))) == ["net.w", "net.0.b", "net.other"]
@@ -84,11 +113,21 @@ def test_a_pickle_of_numpy_arrays_is_read_too(tmp_path):
     assert list(read) == ["model.a"] and read["model.a"].tolist() == [0, 1, 2]
 
 
-@pytest.mark.parametrize("function, told", [
-    ("_rebuild_qtensor", "quantised"), ("_rebuild_sparse_tensor", "sparse"), ("_rebuild_meta_tensor_no_storage", "without values")])
+@pytest.mark.parametrize(
+    "function, told",
+    [
+        ("_rebuild_qtensor", "quantised"),
+        ("_rebuild_sparse_tensor", "sparse"),
+        ("_rebuild_meta_tensor_no_storage", "without values"),
+    ],
+)
 def test_a_tensor_of_another_form_is_named_where_it_is_wanted(tmp_path, function, told):
     odd = call(name("torch._utils", function), storage("0", 4, "QInt8Storage"), value((4,)))
-    path = write_zip(tmp_path / "a.pt", mapping({"odd": odd, "b": tensor(storage("1", 1), (1,), (1,))}), {"0": bytes(4), "1": bytes(4)})
+    path = write_zip(
+        tmp_path / "a.pt",
+        mapping({"odd": odd, "b": tensor(storage("1", 1), (1,), (1,))}),
+        {"0": bytes(4), "1": bytes(4)},
+    )
     assert list(read_arrays(path, lambda way: way == "b")) == ["b"]
     assert f"holds odd as a tensor that is {told}" in refusal(read_state_dict, path)
 
@@ -266,11 +305,26 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, entry):
 NESTED = b")" + b"\x85" * 1_000_000  # a tuple of a million levels
 
 
-@pytest.mark.parametrize("body, how", [
-    (b"}" + NESTED + b"Ns.", "read"), (b"}(" + NESTED + b"Nu.", "read"), (b"(" + NESTED + b"Nd.", "read"), (NESTED + b".", "read"),
-    (b"]q\x00h\x00a.", "read"), (b")q\x000" + b"".join(b"(" + b"h" + bytes([i]) * 1 + b"h" + bytes([i]) + b"tq" + bytes([i + 1]) + b"0"
-                                                         for i in range(60)) + b"h\x3c.", "refused"),
-    (b"}r\xff\xff\xff\xff.", "read"), (b"}r" + (60_000_000).to_bytes(4, "little") + b".", "read")])
+@pytest.mark.parametrize(
+    "body, how",
+    [
+        (b"}" + NESTED + b"Ns.", "read"),
+        (b"}(" + NESTED + b"Nu.", "read"),
+        (b"(" + NESTED + b"Nd.", "read"),
+        (NESTED + b".", "read"),
+        (b"]q\x00h\x00a.", "read"),
+        (
+            b")q\x000"
+            + b"".join(
+                b"(" + b"h" + bytes([i]) * 1 + b"h" + bytes([i]) + b"tq" + bytes([i + 1]) + b"0" for i in range(60)
+            )
+            + b"h\x3c.",
+            "refused",
+        ),
+        (b"}r\xff\xff\xff\xff.", "read"),
+        (b"}r" + (60_000_000).to_bytes(4, "little") + b".", "read"),
+    ],
+)
 def test_a_hostile_pickle_neither_ends_the_process_nor_fills_the_memory(body, how, tmp_path):
     """C's unpickler hashes a key of any depth, and makes room for any index of its memo."""
     with zipfile.ZipFile(tmp_path / "evil.ckpt", "w") as archive:

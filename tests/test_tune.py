@@ -16,9 +16,8 @@ from ray.tune.experiment import Trial as Tried
 from cluster import placement
 from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
-from ifvit.errors import Failure, Interrupted
 from ifvit.config import HOST, OWN, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, keys_with, preset, use_of
-from ifvit.errors import UserError
+from ifvit.errors import Failure, Interrupted, UserError
 from ifvit.training.dense import dense_program
 from tune import record, results, space, sweep, trial
 from tune.__main__ import Args, _with_module1
@@ -32,7 +31,13 @@ BASE = {"dense": preset("smoke", DenseConfig), "match": preset("smoke", MatchCon
 def changed_in(config, f: dataclasses.Field):
     """The configuration with another value in the field, one that it may have."""
     value = getattr(config, f.name)
-    some = [*f.metadata.get("choices", ()), not value if isinstance(value, bool) else None, ("elsewhere",), "elsewhere", (8, 16, 16)]
+    some = [
+        *f.metadata.get("choices", ()),
+        not value if isinstance(value, bool) else None,
+        ("elsewhere",),
+        "elsewhere",
+        (8, 16, 16),
+    ]
     if type(value) in (int, float):
         some += [value + 8, value + 1, value * 0.9, value / 2, value * 2]
     for other in some:
@@ -92,7 +97,9 @@ def test_the_first_sample_is_the_configuration_itself_and_others_depend_on_seed_
     assert space.draw(found, base, 0, 7) == space.draw(found, base, 0, 7)
     assert space.draw(found, base, 0, 7) != space.draw(found, base, 1, 7) != space.draw(found, base, 1, 8)
     fewer = {k: p for k, p in found.items() if k != "weight_decay"}
-    assert space.draw(fewer, base, 0, 7) == {k: v for k, v in space.draw(found, base, 0, 7).items() if k != "weight_decay"}
+    assert space.draw(fewer, base, 0, 7) == {
+        k: v for k, v in space.draw(found, base, 0, 7).items() if k != "weight_decay"
+    }
 
 
 def test_four_trials_in_a_row_share_their_structure():
@@ -131,8 +138,14 @@ def test_what_another_choice_makes_moot_is_not_in_a_sample():
         assert ("cosine_scale" in values) == (values["similarity"] == "cosine")
 
 
-@pytest.mark.parametrize("changes, key", [({"weight_decay": 0.2}, "weight_decay"), ({"learning_rate": 5.0}, "learning_rate"),
-                                          ({"batch_size": 16, "accumulate": 16}, "batch_size")])
+@pytest.mark.parametrize(
+    "changes, key",
+    [
+        ({"weight_decay": 0.2}, "weight_decay"),
+        ({"learning_rate": 5.0}, "learning_rate"),
+        ({"batch_size": 16, "accumulate": 16}, "batch_size"),
+    ],
+)
 def test_multiples_of_a_value_stay_within_what_it_may_be(changes, key):
     base = BASE["dense"].replace(**changes)
     p = space.space_for("dense", base)[key]
@@ -142,13 +155,19 @@ def test_multiples_of_a_value_stay_within_what_it_may_be(changes, key):
 
 def test_what_is_given_is_not_searched():
     plans = Args(preset="smoke", set=("dense.weight_decay=0.3", "match.noise=0.1"))._plans("smoke")
-    assert "weight_decay" not in plans["dense"][1] and plans["dense"][0].weight_decay == 0.3 and "noise" in plans["dense"][1]
+    assert (
+        "weight_decay" not in plans["dense"][1]
+        and plans["dense"][0].weight_decay == 0.3
+        and "noise" in plans["dense"][1]
+    )
     assert "noise" not in plans["match"][1] and "weight_decay" in plans["match"][1]
 
 
 def test_what_is_taken_in_turn_is_tried_whole():
     found = {"dense_reg_ckpt": Choice(tuple("abcdefgh"), in_turn=True), "noise": Range(0, 1)}
-    drawn = [space.draw(found, BASE["match"].replace(dense_reg_ckpt="a"), 0, n).get("dense_reg_ckpt", "a") for n in range(8)]
+    drawn = [
+        space.draw(found, BASE["match"].replace(dense_reg_ckpt="a"), 0, n).get("dense_reg_ckpt", "a") for n in range(8)
+    ]
     assert sorted(drawn) == list("abcdefgh")
 
 
@@ -185,24 +204,27 @@ def test_a_users_file_narrows_adds_and_fixes():
     assert space.fixed(table) == {"noise": 0.5}
 
 
-@pytest.mark.parametrize("text, what", [
-    ("[dense.lerning_rate]\nlow = 1", "no key 'lerning_rate'; did you mean 'learning_rate'"),
-    ("[dense.learning_rate]\nlow = 0.1\nhigh = 0.01", "upside down: low is 0.1, high 0.01"),
-    ("[dense.noise]\nlow = 0\nscale = \"log\"", "above 0"),
-    ("[dense.noise]\nlow = \"a\"", "give two numbers"),
-    ("[dense.noise]\nstep = 1", "noise.step is not known of a range"),
-    ("[dense.noise]\nscale = \"cubic\"", "give linear or log"),
-    ("[dense.noise]\nhigh = 9", "noise is 9.0, which is out of range"),
-    ("[dense.transformer]\nlow = 1\nhigh = 2", "give a list of values"),
-    ("[dense]\ntransformer = []", "nothing to choose from"),
-    ("[dense]\ntransformer = [\"lofter\"]", "choose from loftr, siamese"),
-    ("[dense.grad_clip]\nlow = 1", "no range yet; give low and high"),
-    ("[desne]\nnoise = 1", "did you mean dense"),
-    ("dense = 3", "write [dense]"),
-    ("[dense.num_epochs]\nlow = 1\nhigh = 3", "num_epochs cannot be searched"),
-    ("[match]\ntransformer = ['loftr', 'siamese']", "leave it out of [match]"),
-    ("[dense]\nseed = [1, 2]", "seed cannot be searched"),
-])
+@pytest.mark.parametrize(
+    "text, what",
+    [
+        ("[dense.lerning_rate]\nlow = 1", "no key 'lerning_rate'; did you mean 'learning_rate'"),
+        ("[dense.learning_rate]\nlow = 0.1\nhigh = 0.01", "upside down: low is 0.1, high 0.01"),
+        ('[dense.noise]\nlow = 0\nscale = "log"', "above 0"),
+        ('[dense.noise]\nlow = "a"', "give two numbers"),
+        ("[dense.noise]\nstep = 1", "noise.step is not known of a range"),
+        ('[dense.noise]\nscale = "cubic"', "give linear or log"),
+        ("[dense.noise]\nhigh = 9", "noise is 9.0, which is out of range"),
+        ("[dense.transformer]\nlow = 1\nhigh = 2", "give a list of values"),
+        ("[dense]\ntransformer = []", "nothing to choose from"),
+        ('[dense]\ntransformer = ["lofter"]', "choose from loftr, siamese"),
+        ("[dense.grad_clip]\nlow = 1", "no range yet; give low and high"),
+        ("[desne]\nnoise = 1", "did you mean dense"),
+        ("dense = 3", "write [dense]"),
+        ("[dense.num_epochs]\nlow = 1\nhigh = 3", "num_epochs cannot be searched"),
+        ("[match]\ntransformer = ['loftr', 'siamese']", "leave it out of [match]"),
+        ("[dense]\nseed = [1, 2]", "seed cannot be searched"),
+    ],
+)
 def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
     file = tmp_path / "space.toml"
     file.write_text(text)
@@ -211,38 +233,51 @@ def test_mistakes_in_a_users_file_are_told(text, what, tmp_path, capsys):
     assert what in said and said.count("\n") == 1
 
 
-@pytest.mark.parametrize("words, what", [
-    (["--search", "lerning_rate"], "did you mean learning_rate"),
-    (["--num_samples", "0"], "at least 1"),
-    (["--metric", "eer"], "one for each module"),
-    (["--module", "dense", "--joint"], "--module both"),
-    (["--resume", "elsewhere"], "auto or never"),
-    (["--trial_epochs", "0"], "at least 1"),
-    (["--max_concurrent", "-1"], "from 0 on"),
-    (["--trial_cpus", "-1"], "from 0 on"),
-    (["--trial_accelerators", "1.5"], "a part of one, or a whole number"),
-    (["--wait_for_hosts", "nan"], "from 0 on"),
-    (["--joint", "--scheduler", "pbt"], "give another --scheduler"),
-    (["--max_concurrent", "2", "--scheduler", "pbt"], "leave --max_concurrent"),
-    (["--trial_workers", "2", "--scheduler", "pbt"], "give another --scheduler"),
-    (["--searcher", "optuna", "--scheduler", "pbt"], "leave --searcher out"),
-    (["--scheduler", "pbt", "--search", "batch_size"], "batch_size cannot change while a trial runs"),
-    (["--set", "match.image_size=128"], "give --set dense.image_size=… too"),
-    (["--set", "match.image_size=128", "--set", "dense.image_size=96"], "give --set dense.image_size=… too, the same"),
-    (["--sweep_dir", "/tmp/ray/working_dir_files/x"], "which Ray removes"),
-    (["--num_sampels", "3"], "did you mean --num_samples"),
-])
+@pytest.mark.parametrize(
+    "words, what",
+    [
+        (["--search", "lerning_rate"], "did you mean learning_rate"),
+        (["--num_samples", "0"], "at least 1"),
+        (["--metric", "eer"], "one for each module"),
+        (["--module", "dense", "--joint"], "--module both"),
+        (["--resume", "elsewhere"], "auto or never"),
+        (["--trial_epochs", "0"], "at least 1"),
+        (["--max_concurrent", "-1"], "from 0 on"),
+        (["--trial_cpus", "-1"], "from 0 on"),
+        (["--trial_accelerators", "1.5"], "a part of one, or a whole number"),
+        (["--wait_for_hosts", "nan"], "from 0 on"),
+        (["--joint", "--scheduler", "pbt"], "give another --scheduler"),
+        (["--max_concurrent", "2", "--scheduler", "pbt"], "leave --max_concurrent"),
+        (["--trial_workers", "2", "--scheduler", "pbt"], "give another --scheduler"),
+        (["--searcher", "optuna", "--scheduler", "pbt"], "leave --searcher out"),
+        (["--scheduler", "pbt", "--search", "batch_size"], "batch_size cannot change while a trial runs"),
+        (["--set", "match.image_size=128"], "give --set dense.image_size=… too"),
+        (
+            ["--set", "match.image_size=128", "--set", "dense.image_size=96"],
+            "give --set dense.image_size=… too, the same",
+        ),
+        (["--sweep_dir", "/tmp/ray/working_dir_files/x"], "which Ray removes"),
+        (["--num_sampels", "3"], "did you mean --num_samples"),
+    ],
+)
 def test_mistakes_in_flags_are_told(words, what, capsys):
     assert cli.main(Args, "tune", ["--preset", "smoke", *words]) == 2
     assert what in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("module, words, table", [
-    ("matcher", ["--set", "roi_size=160"], ""), ("dense", [], "[dense.learning_rate]\nlow = 6e-3"), ("matcher", ["--set", "roi_size=100"], ""),
-])
+@pytest.mark.parametrize(
+    "module, words, table",
+    [
+        ("matcher", ["--set", "roi_size=160"], ""),
+        ("dense", [], "[dense.learning_rate]\nlow = 6e-3"),
+        ("matcher", ["--set", "roi_size=100"], ""),
+    ],
+)
 def test_what_one_of_the_presets_that_devices_choose_takes_is_no_mistake(module, words, table, tmp_path):
     (tmp_path / "space.toml").write_text(table)
-    plans = commands.tried(cli.parse(Args, "tune", ["--module", module, "--space", str(tmp_path / "space.toml"), *words])._plans, None)
+    plans = commands.tried(
+        cli.parse(Args, "tune", ["--module", module, "--space", str(tmp_path / "space.toml"), *words])._plans, None
+    )
     assert len(plans) == 1
 
 
@@ -258,8 +293,11 @@ def test_resume_alone_is_resume_auto():
 def ended(folder, number, values, rows, how="finished", reason="") -> None:
     """A trial of an earlier attempt: `rows` of the metric, an epoch each."""
     record.note_values(folder, number, values)
-    lines = [{"step": 2 * e, "epoch": e, "split": split, "accuracy": a, "seconds": 1.0}
-             for e, a in enumerate(rows, 1) for split in ("train", "val")]
+    lines = [
+        {"step": 2 * e, "epoch": e, "split": split, "accuracy": a, "seconds": 1.0}
+        for e, a in enumerate(rows, 1)
+        for split in ("train", "val")
+    ]
     (record.folder_of(folder, number) / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if how:
         record.note_end(folder, number, how, reason, 10.0)
@@ -275,7 +313,9 @@ def plan(folder, base=SHORT) -> Plan:
 def test_interrupted_trials_come_first_with_the_values_they_had_and_those_that_ended_do_not_come_again(tmp_path):
     ended(tmp_path, 0, {"noise": 0.1}, [0.5])
     ended(tmp_path, 1, {"noise": 0.2}, [0.4], how="")
-    samples = Samples(Random({"noise": Range(0, 1)}, BASE["dense"], 0), str(tmp_path), "accuracy", "max", record.read_all(tmp_path), 4)
+    samples = Samples(
+        Random({"noise": Range(0, 1)}, BASE["dense"], 0), str(tmp_path), "accuracy", "max", record.read_all(tmp_path), 4
+    )
     drawn = [samples.suggest(f"trial {n}") for n in range(4)]
     assert drawn[0] == {"trial": 1, "noise": 0.2}
     assert [d["trial"] for d in drawn[1:3]] == [2, 3] and drawn[3] == Samples.FINISHED
@@ -296,11 +336,17 @@ def test_what_a_crash_or_a_bad_disk_left_of_a_trials_notes_is_not_taken_for_them
 
 def test_optuna_learns_from_trials_also_of_an_earlier_attempt(tmp_path):
     pytest.importorskip("optuna")
-    found = {"noise": Range(0.0, 1.0), "transformer": Choice(("loftr", "siamese")), "resnet_widths": Choice(((8, 8, 8), (8, 16, 32)))}
+    found = {
+        "noise": Range(0.0, 1.0),
+        "transformer": Choice(("loftr", "siamese")),
+        "resnet_widths": Choice(((8, 8, 8), (8, 16, 32))),
+    }
     value = lambda v: -abs(v.get("noise", 1.0) - 0.2) - (v.get("transformer") == "siamese")
 
     def search(numbers, begun):
-        samples = Samples(Optuna(found, BASE["dense"], 0, "max"), str(tmp_path), "accuracy", "max", begun, numbers[-1] + 1)
+        samples = Samples(
+            Optuna(found, BASE["dense"], 0, "max"), str(tmp_path), "accuracy", "max", begun, numbers[-1] + 1
+        )
         for n in numbers:
             drawn = samples.suggest(f"t{n}")
             assert drawn["trial"] == n
@@ -309,8 +355,11 @@ def test_optuna_learns_from_trials_also_of_an_earlier_attempt(tmp_path):
 
     search(range(0, 20), [])
     search(range(20, 40), record.read_all(tmp_path))
-    late = [json.loads(line)["values"] for n in range(25, 40)
-            for line in (record.folder_of(tmp_path, n) / "values.jsonl").read_text().splitlines()[:1]]
+    late = [
+        json.loads(line)["values"]
+        for n in range(25, 40)
+        for line in (record.folder_of(tmp_path, n) / "values.jsonl").read_text().splitlines()[:1]
+    ]
     assert np.mean([abs(v["noise"] - 0.2) for v in late]) < 0.22  # evenly drawn: 0.34
     assert np.mean([v["transformer"] == "loftr" for v in late]) > 0.7
 
@@ -330,8 +379,11 @@ def test_optuna_does_not_draw_the_same_again_after_an_interruption(tmp_path):
 def test_an_epochs_row_has_what_training_reported_too(tmp_path):
     ended(tmp_path, 0, {}, [0.5])
     file = record.folder_of(tmp_path, 0) / "metrics.jsonl"
-    lines = [{"split": "train", "step": 1, "epoch": 1, "loss": 3.0, "seconds": 1.0}, {"split": "train", "step": 2, "epoch": 1, "loss": 2.0, "seconds": 1.0},
-             {"split": "val", "step": 2, "epoch": 1, "accuracy": 0.5}]
+    lines = [
+        {"split": "train", "step": 1, "epoch": 1, "loss": 3.0, "seconds": 1.0},
+        {"split": "train", "step": 2, "epoch": 1, "loss": 2.0, "seconds": 1.0},
+        {"split": "val", "step": 2, "epoch": 1, "accuracy": 0.5},
+    ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     found = record.read_all(tmp_path)
     assert (found[0].last("loss"), found[0].last("accuracy"), found[0].epochs) == (2.0, 0.5, 1)
@@ -343,7 +395,15 @@ def test_asha_knows_what_trials_of_an_earlier_attempt_have_reached(tmp_path):
         ended(tmp_path, n, {}, [best - 0.2, best - 0.1, best])
 
     def decide(begun):
-        asha = sweep.Halving(plan(tmp_path), begun, grace_period=1, max_t=9, reduction_factor=3, time_attr="epoch", stop_last_trials=False)
+        asha = sweep.Halving(
+            plan(tmp_path),
+            begun,
+            grace_period=1,
+            max_t=9,
+            reduction_factor=3,
+            time_attr="epoch",
+            stop_last_trials=False,
+        )
         asha.set_search_properties("accuracy", "max")
         trial = SimpleNamespace(trial_id="new", config={"trial": 3})
         asha.on_trial_add(None, trial)
@@ -355,8 +415,14 @@ def test_asha_knows_what_trials_of_an_earlier_attempt_have_reached(tmp_path):
 def population(count: int, monkeypatch):
     """The scheduler, its members, and what it asks of Tune."""
     monkeypatch.setattr(Tried, "get_trainable_cls", lambda self: None)
-    pbt = sweep.Population(metric="accuracy", mode="max", time_attr="epoch", synch=True, perturbation_interval=1,
-                           hyperparam_mutations={"noise": lambda: 0.5})
+    pbt = sweep.Population(
+        metric="accuracy",
+        mode="max",
+        time_attr="epoch",
+        synch=True,
+        perturbation_interval=1,
+        hyperparam_mutations={"noise": lambda: 0.5},
+    )
     members = [Tried("stub", trial_id=str(n), config={"noise": 0.1}, stub=True) for n in range(count)]
     return pbt, members, SimpleNamespace(get_trials=lambda: members, get_live_trials=lambda: members, search_alg=None)
 
@@ -364,7 +430,9 @@ def population(count: int, monkeypatch):
 def test_a_round_of_a_population_ends_where_its_last_member_fails(monkeypatch):
     pbt, members, controller = population(4, monkeypatch)
     cloned = []
-    monkeypatch.setattr(pbt, "_checkpoint_or_exploit", lambda t, _, upper, lower: cloned.append((t.trial_id, t in upper, t in lower)))
+    monkeypatch.setattr(
+        pbt, "_checkpoint_or_exploit", lambda t, _, upper, lower: cloned.append((t.trial_id, t in upper, t in lower))
+    )
     for t in members:
         pbt.on_trial_add(controller, t)
         t.set_status(Tried.RUNNING)
@@ -428,18 +496,21 @@ def test_all_trials_failed_is_told_with_the_most_frequent_reason_first(tmp_path)
         sweep._complain(record.read_all(tmp_path), plan(tmp_path))
 
 
-@pytest.mark.parametrize("hosts, request_, gets", [
-    ([{"CPU": 2.0}], {}, {"CPU": 1}),
-    ([{"CPU": 64.0}], {}, {"CPU": 8}),                       # 8 samples keep 64 cores busy
-    ([{"CPU": 64.0}], {"cpus": 4}, {"CPU": 4}),
-    ([{"CPU": 4.0}] * 16, {}, {"CPU": 4}),                   # no trial is larger than a host
-    ([{"CPU": 0.0}, {"CPU": 4.0}], {}, {"CPU": 1}),
-    ([{"CPU": 32.0, "GPU": 4.0}], {}, {"CPU": 8, "GPU": 1.0}),
-    ([{"CPU": 8.0, "GPU": 1.0}], {"accelerators": 0.5}, {"CPU": 4, "GPU": 0.5}),
-    ([{"CPU": 16.0}, {"CPU": 200.0, "TPU": 4.0}], {"accelerators": 4}, {"CPU": 200, "TPU": 4}),
-    ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),   # a large head without one
-    ([{"CPU": 64.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),
-])
+@pytest.mark.parametrize(
+    "hosts, request_, gets",
+    [
+        ([{"CPU": 2.0}], {}, {"CPU": 1}),
+        ([{"CPU": 64.0}], {}, {"CPU": 8}),  # 8 samples keep 64 cores busy
+        ([{"CPU": 64.0}], {"cpus": 4}, {"CPU": 4}),
+        ([{"CPU": 4.0}] * 16, {}, {"CPU": 4}),  # no trial is larger than a host
+        ([{"CPU": 0.0}, {"CPU": 4.0}], {}, {"CPU": 1}),
+        ([{"CPU": 32.0, "GPU": 4.0}], {}, {"CPU": 8, "GPU": 1.0}),
+        ([{"CPU": 8.0, "GPU": 1.0}], {"accelerators": 0.5}, {"CPU": 4, "GPU": 0.5}),
+        ([{"CPU": 16.0}, {"CPU": 200.0, "TPU": 4.0}], {"accelerators": 4}, {"CPU": 200, "TPU": 4}),
+        ([{"CPU": 64.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),  # a large head without one
+        ([{"CPU": 64.0, "GPU": 4.0}, {"CPU": 8.0, "GPU": 4.0}], {}, {"CPU": 2, "GPU": 1.0}),
+    ],
+)
 def test_a_trial_gets_its_share_of_a_host(hosts, request_, gets, monkeypatch, tmp_path):
     monkeypatch.delenv("JAX_PLATFORMS")
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
@@ -459,7 +530,9 @@ def test_hosts_for_trials_that_are_still_to_come_are_asked_for_and_waited_for(mo
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     hosts, called = [{"CPU": 2.0}], []
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": h} for h in hosts])
-    monkeypatch.setattr(placement, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group")
+    monkeypatch.setattr(
+        placement, "placement_group", lambda bundles, strategy: called.append((bundles, strategy)) or "group"
+    )
     monkeypatch.setattr(placement, "remove_placement_group", called.append)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: hosts.append({"CPU": 8.0, "GPU": 1.0}))
     assert sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1)).platform == "GPU"
@@ -479,13 +552,17 @@ def test_a_trial_whose_jax_has_no_gpu_says_so(monkeypatch, tmp_path):
 def test_a_gpu_that_jax_platforms_asks_for_and_no_host_has_is_told_with_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_PLATFORMS", "cuda")
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
-    with pytest.raises(ClusterError, match="there are 2 CPU and 0 GPU; JAX_PLATFORMS=cuda asks for them: unset it, or ask for less"):
+    with pytest.raises(
+        ClusterError, match="there are 2 CPU and 0 GPU; JAX_PLATFORMS=cuda asks for them: unset it, or ask for less"
+    ):
         sweep.placed(plan(tmp_path), sweep.Request(8))
 
 
 def test_a_trial_that_fits_nowhere_is_told_with_what_there_is(monkeypatch, tmp_path):
     monkeypatch.setattr(sweep.ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 2.0}}])
-    with pytest.raises(ClusterError, match="asks for 1 CPU and 1 GPU on one host, and there are 2 CPU and 0 GPU; ask for less"):
+    with pytest.raises(
+        ClusterError, match="asks for 1 CPU and 1 GPU on one host, and there are 2 CPU and 0 GPU; ask for less"
+    ):
         sweep.placed(plan(tmp_path), sweep.Request(8, accelerators=1))
 
 
@@ -526,16 +603,25 @@ def test_a_trial_that_is_stopped_ends_where_it_stands():
     assert ends == [PREEMPTED]
 
 
-@pytest.mark.parametrize("error, said", [
-    (UserError("A batch of 3 does not divide."), (2, "A batch of 3 does not divide.")),
-    (Failure("loss is nan at step 3"), (1, "loss is nan at step 3")),
-    (RuntimeError("INTERNAL: a kernel failed\nmore"), (1, "RuntimeError: INTERNAL: a kernel failed")),
-    (RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"), (1, "The memory of the device is full. --set accumulate=4 goes through a batch in "
-                                                                  "four parts (in train_all --set dense.accumulate=4 --set match.accumulate=4), "
-                                                                  "--set compute_dtype=bfloat16 or --set remat=true take less of it; nvidia-smi shows whether "
-                                                                  "another process has some. JAX says: "
-                                                                  "RESOURCE_EXHAUSTED: Out of memory")),
-])
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (UserError("A batch of 3 does not divide."), (2, "A batch of 3 does not divide.")),
+        (Failure("loss is nan at step 3"), (1, "loss is nan at step 3")),
+        (RuntimeError("INTERNAL: a kernel failed\nmore"), (1, "RuntimeError: INTERNAL: a kernel failed")),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore"),
+            (
+                1,
+                "The memory of the device is full. --set accumulate=4 goes through a batch in "
+                "four parts (in train_all --set dense.accumulate=4 --set match.accumulate=4), "
+                "--set compute_dtype=bfloat16 or --set remat=true take less of it; nvidia-smi shows whether "
+                "another process has some. JAX says: "
+                "RESOURCE_EXHAUSTED: Out of memory",
+            ),
+        ),
+    ],
+)
 def test_whatever_befalls_a_trial_is_its_own_end_with_a_reason(error, said):
     def train(host):
         raise error
@@ -556,7 +642,11 @@ def test_the_best_is_the_best_of_those_trained_furthest_and_failures_do_not_coun
 
 
 def many(folder, value, count=60):
-    found = {"noise": Range(0.0, 1.5), "learning_rate": Range(1e-4, 1e-2, "log"), "transformer": Choice(("loftr", "siamese"))}
+    found = {
+        "noise": Range(0.0, 1.5),
+        "learning_rate": Range(1e-4, 1e-2, "log"),
+        "transformer": Choice(("loftr", "siamese")),
+    }
     for n in range(count):
         values = space.draw(found, BASE["dense"], 1, 4 * n + 4)
         ended(folder, n, values, [value(values)])
@@ -599,7 +689,9 @@ def test_a_best_value_at_the_edge_of_its_range_is_what_to_try_next():
 
 
 def test_best_toml_makes_the_same_configuration_whatever_the_preset(tmp_path):
-    dense = BASE["dense"].replace(learning_rate=1.25e-05, resnet_widths=(8, 16, 24), transformer="siamese", num_epochs=3)
+    dense = BASE["dense"].replace(
+        learning_rate=1.25e-05, resnet_widths=(8, 16, 24), transformer="siamese", num_epochs=3
+    )
     match = BASE["match"].replace(enhance=False, arcface_scale=33.3, resnet_widths=(8, 16, 24), transformer="siamese")
     file = tmp_path / "best.toml"
     file.write_text(results.best_toml({"dense": dense, "match": match}, {"dense": {"learning_rate"}}, ["best"]))
@@ -622,7 +714,9 @@ def test_trials_csv_and_the_page_have_every_trial(tmp_path):
     assert all(float(r["accuracy"]) == float(json.loads(r["noise"])) for r in rows[:8])
     results.page(tmp_path / "index.html", "Sweep", ["a < b"], records, found, BASE["dense"], "accuracy", True)
     text = (tmp_path / "index.html").read_text()
-    assert text.count("data:image/svg+xml") == 3 and text.count("<tr>") == 10 and "a &lt; b" in text and "http" not in text
+    assert (
+        text.count("data:image/svg+xml") == 3 and text.count("<tr>") == 10 and "a &lt; b" in text and "http" not in text
+    )
 
 
 def test_another_sweep_in_the_same_folder_is_a_mistake_that_names_the_setting(tmp_path):
@@ -644,7 +738,9 @@ def test_a_sweep_on_another_module_1_is_another_sweep(tmp_path):
 
     for name in "ab":
         (tmp_path / f"{name}.pkl").write_bytes(name.encode())
-    on = lambda name: dataclasses.replace(plan(tmp_path), module="match", base=BASE["match"].replace(dense_reg_ckpt=str(tmp_path / f"{name}.pkl")))
+    on = lambda name: dataclasses.replace(
+        plan(tmp_path), module="match", base=BASE["match"].replace(dense_reg_ckpt=str(tmp_path / f"{name}.pkl"))
+    )
     assert on("a").config({}, 0).batch_size == 4  # a pickle tells nothing of what both modules have in common
     _check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
     _check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
@@ -659,7 +755,10 @@ def test_trials_that_failed_before_their_first_step_are_no_end_of_the_summary(tm
     ended(tmp_path, 1, {}, [0.1], "stopped")
     ended(tmp_path, 2, {}, [], "failed", "loss is nan at step 1")
     records = record.read_all(tmp_path)
-    assert _summary(records, records[0], "accuracy", plan(tmp_path))[-1] == "37% of the steps that all trials in full would take"
+    assert (
+        _summary(records, records[0], "accuracy", plan(tmp_path))[-1]
+        == "37% of the steps that all trials in full would take"
+    )
 
 
 def test_the_best_of_the_other_module_stays_in_the_same_folder(tmp_path):
@@ -669,7 +768,11 @@ def test_the_best_of_the_other_module_stays_in_the_same_folder(tmp_path):
     _write_best(tmp_path, {"match": match}, {"matcher": "m"}, "smoke")
     _write_best(tmp_path, {"dense": dense}, {"dense_reg": "d"}, "smoke")
     found = tomllib.loads((tmp_path / "best.toml").read_text())
-    assert list(found) == ["dense", "match"] and found["dense"]["learning_rate"] == 0.007 and found["match"]["enhance"] is False
+    assert (
+        list(found) == ["dense", "match"]
+        and found["dense"]["learning_rate"] == 0.007
+        and found["match"]["enhance"] is False
+    )
     assert json.loads((tmp_path / "best.json").read_text()) == {"dense_reg": "d", "matcher": "m"}
 
 
@@ -687,8 +790,11 @@ def test_a_folder_is_one_sweeps_at_a_time(tmp_path, monkeypatch):
     from tune import __main__ as command
 
     monkeypatch.setattr(command, "PATIENCE", 0.1)
-    with (command._alone_in(tmp_path / "sweep"), pytest.raises(UserError, match="Another sweep is running in"),
-          command._alone_in(tmp_path / "sweep")):
+    with (
+        command._alone_in(tmp_path / "sweep"),
+        pytest.raises(UserError, match="Another sweep is running in"),
+        command._alone_in(tmp_path / "sweep"),
+    ):
         pass
     with command._alone_in(tmp_path / "sweep"):
         pass
@@ -701,8 +807,9 @@ def test_what_is_found_wins_over_a_users_file_which_keeps_a_runs_own_affairs(tmp
     from ifvit.train_all import Args as TrainAll
     from ifvit.train_all import with_best
 
-    (tmp_path / "best.toml").write_text(results.best_toml(
-        {n: BASE[n].replace(learning_rate=0.0125) for n in BASE}, {}, ["best"]))
+    (tmp_path / "best.toml").write_text(
+        results.best_toml({n: BASE[n].replace(learning_rate=0.0125) for n in BASE}, {}, ["best"])
+    )
     file = tmp_path / "mine.toml"
     file.write_text('seed = 3\n[dense]\nlearning_rate = 0.5\nloftr_ckpt = "é.ckpt"\n[match]\nnum_classes = 77\n')
     dense, match = TrainAll(config=str(with_best(str(file), tmp_path)), preset="cpu").configs(None)
@@ -722,8 +829,16 @@ def test_a_sweeps_best_is_taken_over_anew_when_it_is_another_and_no_other_run_gi
         state = {k: v for k, v in metadata.state.items()}
         state["step"] = np.asarray(bit, np.int32)
         config = metadata.metadata["config"] | {"checkpoint_dir": str(of)}
-        checkpoint.save(folder / "dense_reg_ckpt", "dense_reg", state, {k: metadata.metadata[k] for k in (
-            "epoch", "step", "finished", "best", "value", "history", "data", "steps_per_epoch")} | {"config": config})
+        checkpoint.save(
+            folder / "dense_reg_ckpt",
+            "dense_reg",
+            state,
+            {
+                k: metadata.metadata[k]
+                for k in ("epoch", "step", "finished", "best", "value", "history", "data", "steps_per_epoch")
+            }
+            | {"config": config},
+        )
         return folder / "dense_reg_ckpt"
 
     sweep = tmp_path / "sweep"

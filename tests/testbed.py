@@ -63,23 +63,28 @@ class Testbed:
         self.token = uuid.uuid4().hex
         self._jobs = itertools.count()
         cores = sorted(os.sched_getaffinity(0))
-        self._cores = ([cores[i * cpus : (i + 1) * cpus] for i in range(hosts)] if hosts * cpus <= len(cores)
-                       else [cores] * hosts)
+        self._cores = (
+            [cores[i * cpus : (i + 1) * cpus] for i in range(hosts)] if hosts * cpus <= len(cores) else [cores] * hosts
+        )
         outside = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and not k.lower().endswith("_proxy")}
-        self.env = outside | {
-            "PATH": f"{Path(sys.executable).parent}:{outside['PATH']}",
-            "PYTHONPATH": ":".join(filter(None, [str(ROOT), outside.get("PYTHONPATH")])),
-            "JAX_PLATFORMS": "cpu",
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_AUTH_MODE": "token",  # said here, else it hangs on ~/.ray/auth_token, which `ray.init()` writes
-            "RAY_AUTH_TOKEN": self.token,
-            # A host counts as dead 5 seconds after it was killed and 10 after it was cut off, not 14 and 29.
-            "RAY_health_check_initial_delay_ms": "1000",
-            "RAY_health_check_period_ms": "1000",
-            "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "5",
-        } | (env or {})
+        self.env = (
+            outside
+            | {
+                "PATH": f"{Path(sys.executable).parent}:{outside['PATH']}",
+                "PYTHONPATH": ":".join(filter(None, [str(ROOT), outside.get("PYTHONPATH")])),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest
+                "RAY_USAGE_STATS_ENABLED": "0",
+                "RAY_AUTH_MODE": "token",  # said here, else it hangs on ~/.ray/auth_token, which `ray.init()` writes
+                "RAY_AUTH_TOKEN": self.token,
+                # A host counts as dead 5 seconds after it was killed and 10 after it was cut off, not 14 and 29.
+                "RAY_health_check_initial_delay_ms": "1000",
+                "RAY_health_check_period_ms": "1000",
+                "RAY_health_check_timeout_ms": "1000",
+                "RAY_health_check_failure_threshold": "5",
+            }
+            | (env or {})
+        )
 
     @staticmethod
     def available() -> str | None:
@@ -160,10 +165,27 @@ class Testbed:
         # hosts, does not start beside itself.
         (self.temp / str(i) / "ray_current_cluster").unlink(missing_ok=True)
         head = f"{self.addresses[0]}:6379"
-        role = ["--address", head] if i else ["--head", "--port", "6379", "--include-dashboard", "true",
-                                              "--dashboard-host", self.addresses[0]]
-        said = self.run(i, ["ray", "start", *role, "--node-ip-address", self.addresses[i], "--num-cpus", str(self.cpus),
-                            "--object-store-memory", "150000000", "--temp-dir", str(self.temp / str(i))])
+        role = (
+            ["--address", head]
+            if i
+            else ["--head", "--port", "6379", "--include-dashboard", "true", "--dashboard-host", self.addresses[0]]
+        )
+        said = self.run(
+            i,
+            [
+                "ray",
+                "start",
+                *role,
+                "--node-ip-address",
+                self.addresses[i],
+                "--num-cpus",
+                str(self.cpus),
+                "--object-store-memory",
+                "150000000",
+                "--temp-dir",
+                str(self.temp / str(i)),
+            ],
+        )
         if said.returncode:
             raise RuntimeError(f"host {i} did not start\n{said.stdout}\n{said.stderr}")
 
@@ -208,9 +230,23 @@ class Testbed:
 
     def drain(self, i: int, seconds: float) -> None:
         """Tells Ray that host i will be taken away in so many seconds, as clouds do; it is still there then."""
-        said = self.run(0, ["ray", "drain-node", "--address", f"{self.addresses[0]}:6379", "--node-id",
-                            self._nodes()[self.addresses[i]], "--reason", "DRAIN_NODE_REASON_PREEMPTION",
-                            "--reason-message", "the test bed takes it", "--deadline-remaining-seconds", str(int(seconds))])
+        said = self.run(
+            0,
+            [
+                "ray",
+                "drain-node",
+                "--address",
+                f"{self.addresses[0]}:6379",
+                "--node-id",
+                self._nodes()[self.addresses[i]],
+                "--reason",
+                "DRAIN_NODE_REASON_PREEMPTION",
+                "--reason-message",
+                "the test bed takes it",
+                "--deadline-remaining-seconds",
+                str(int(seconds)),
+            ],
+        )
         if said.returncode:
             raise RuntimeError(f"host {i} could not be drained\n{said.stdout}\n{said.stderr}")
 
@@ -234,22 +270,46 @@ class Testbed:
     def run(self, i: int, words: list, timeout: float = PATIENCE, **env) -> subprocess.CompletedProcess:
         """Runs a command on host i, in its folder, where its temporary files go too. Ctrl-C does not reach it."""
         folder = self.temp / str(i)
-        return subprocess.run(self.command(i, words), cwd=folder, env=self.env | {"TMPDIR": str(folder)} | env,
-                              timeout=timeout, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-                              start_new_session=True)
+        return subprocess.run(
+            self.command(i, words),
+            cwd=folder,
+            env=self.env | {"TMPDIR": str(folder)} | env,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            start_new_session=True,
+        )
 
     # ---- jobs
 
-    def submit(self, words: list, env: dict[str, str] | None = None, working_dir: Path | None = None, wait: bool = False) -> str:
+    def submit(
+        self, words: list, env: dict[str, str] | None = None, working_dir: Path | None = None, wait: bool = False
+    ) -> str:
         """`ray job submit`, said on host 0, where the driver runs too; the job's id, after its end with `wait`.
 
         Without a working_dir, which is sent to all hosts, a process starts in its host's folder: paths are absolute.
         """
         job = f"{self.name}-{next(self._jobs)}"
         where = ["--working-dir", working_dir] if working_dir else []
-        said = self.run(0, ["ray", "job", "submit", "--address", f"http://{self.addresses[0]}:8265", "--no-wait",
-                            "--submission-id", job, "--runtime-env-json", json.dumps({"env_vars": env or {}}), *where, "--",
-                            *words])
+        said = self.run(
+            0,
+            [
+                "ray",
+                "job",
+                "submit",
+                "--address",
+                f"http://{self.addresses[0]}:8265",
+                "--no-wait",
+                "--submission-id",
+                job,
+                "--runtime-env-json",
+                json.dumps({"env_vars": env or {}}),
+                *where,
+                "--",
+                *words,
+            ],
+        )
         if said.returncode:
             raise RuntimeError(f"the job was not taken\n{said.stdout}\n{said.stderr}")
         if wait:

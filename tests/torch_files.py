@@ -95,8 +95,6 @@ def loftr_state(layers=8, width=256, prefix="matcher."):
     }
 
 
-
-
 def refusal(function, *arguments):
     with pytest.raises(UserError) as caught:
         function(*arguments)

@@ -1,6 +1,6 @@
 """Searches the settings of one module or of both.
 
-    python -m tune --module both --num_samples 24 --dataset_root DIR
+python -m tune --module both --num_samples 24 --dataset_root DIR
 """
 
 import contextlib
@@ -21,17 +21,27 @@ from typing import ClassVar, Literal
 
 from cluster.host import ClusterError, Host
 from ifvit import cli
-from ifvit.errors import Failure
 from ifvit.commands import ConfigArgs, build_config, check_common, check_outlives_job, given, named_roots, tried
-from ifvit.config import COMMON, FREE, Config, DenseConfig, MatchConfig, completed, config_of, keys_with, read_toml, with_changes
-from ifvit.errors import UserError
+from ifvit.config import (
+    COMMON,
+    FREE,
+    Config,
+    DenseConfig,
+    MatchConfig,
+    completed,
+    config_of,
+    keys_with,
+    read_toml,
+    with_changes,
+)
+from ifvit.errors import Failure, UserError
 from ifvit.files import write_whole
 from ifvit.paths import resolve
 from tune import space as spaces
 from tune.space import RUNS, Choice
 
 PARENT = "IFVIT_SWEEP_OF"  # in the environment: the process without which a sweep is to end
-PATIENCE = 30.0            # seconds that a sweep which is ending gets to leave its folder
+PATIENCE = 30.0  # seconds that a sweep which is ending gets to leave its folder
 METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # by default, and whether more is better
 LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # in a metric's name
 
@@ -86,33 +96,49 @@ class Args(ConfigArgs):
             if not 0 <= getattr(self, name) < math.inf:  # NaN neither
                 raise UserError(f"--{name} is {getattr(self, name)}; give a number from 0 on.")
         if self.trial_accelerators > 1 and self.trial_accelerators % 1:
-            raise UserError(f"--trial_accelerators is {self.trial_accelerators}; give a part of one, or a whole number.")
+            raise UserError(
+                f"--trial_accelerators is {self.trial_accelerators}; give a part of one, or a whole number."
+            )
         if self.trial_workers > 1 and (self.trial_cpus or self.trial_accelerators):
-            raise UserError("A trial of several workers takes whole hosts; leave --trial_cpus and --trial_accelerators out.")
+            raise UserError(
+                "A trial of several workers takes whole hosts; leave --trial_cpus and --trial_accelerators out."
+            )
         if self.resume not in ("auto", "never"):
             raise UserError(f"--resume {self.resume}: a sweep takes auto or never.")
         if self.metric and len(self.metric) != (2 if self.module == "both" else 1):
             raise UserError(f"--metric names {len(self.metric)} metrics; give one for each module that is searched.")
         if "://" in self.sweep_dir:
-            raise UserError(f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path.")
+            raise UserError(
+                f"--sweep_dir {self.sweep_dir}: a sweep lies in a directory that all hosts share; give its path."
+            )
         if self.searcher == "optuna" and self.scheduler == "pbt":
-            raise UserError("Population-based training draws its settings itself; leave --searcher out, or give another --scheduler.")
+            raise UserError(
+                "Population-based training draws its settings itself; leave --searcher out, or give another --scheduler."
+            )
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
         if self.joint and self.scheduler == "pbt":
-            raise UserError("--joint tries one Module 1 after the other, and population-based training changes numbers alone; "
-                            "give another --scheduler.")
+            raise UserError(
+                "--joint tries one Module 1 after the other, and population-based training changes numbers alone; "
+                "give another --scheduler."
+            )
         if self.joint and self.trial_epochs:
-            raise UserError("--joint takes Module 1 from trials that were trained to the end; leave --trial_epochs out.")
+            raise UserError(
+                "--joint takes Module 1 from trials that were trained to the end; leave --trial_epochs out."
+            )
         check_outlives_job(resolve(self.sweep_dir), "sweep_dir")
         tried(self._plans, self.preset)  # what is wrong with flags and files shows before Ray is started
         if self.scheduler == "pbt" and (self.max_concurrent or self.trial_workers > 1):
-            raise UserError("Population-based training goes round by round through all its trials; leave --max_concurrent and "
-                            "--trial_workers out, or give another --scheduler.")
+            raise UserError(
+                "Population-based training goes round by round through all its trials; leave --max_concurrent and "
+                "--trial_workers out, or give another --scheduler."
+            )
         try:
             from cluster.session import session
         except ImportError:
-            raise UserError("Ray is not installed, and a sweep needs it; pip install 'ray[default,train,tune]'.") from None
+            raise UserError(
+                "Ray is not installed, and a sweep needs it; pip install 'ray[default,train,tune]'."
+            ) from None
         import jax
 
         jax.config.update("jax_platforms", "cpu")  # here prints are read, no more: accelerators are the trials'
@@ -135,7 +161,9 @@ class Args(ConfigArgs):
     def _sweeps(self, out: Path, platform: str) -> None:
         from ifvit import checkpoint
 
-        preset = self.preset or ("cpu" if platform == "CPU" and not self.trial_accelerators else "paper")  # they may be still to come
+        preset = self.preset or (
+            "cpu" if platform == "CPU" and not self.trial_accelerators else "paper"
+        )  # they may be still to come
         plans = self._plans(preset)
         roots = named_roots(self, next(iter(plans.values()))[0])
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
@@ -148,14 +176,20 @@ class Args(ConfigArgs):
                     config = config.replace(dense_reg_ckpt=finished[0])
                 config = _with_module1(config, self.set)
                 if self.joint and len(finished) > 1:
-                    space["dense_reg_ckpt"] = Choice(tuple(finished), "Module 1 decides what can be aligned", in_turn=True)
+                    space["dense_reg_ckpt"] = Choice(
+                        tuple(finished), "Module 1 decides what can be aligned", in_turn=True
+                    )
                 if trained and _noted(out / name).get("module1") not in (None, _modules1(config, space)):
-                    print(f"Module 1 is another one now: what was tried on the one before is moved to {_move_away(out / name)}")
+                    print(
+                        f"Module 1 is another one now: what was tried on the one before is moved to {_move_away(out / name)}"
+                    )
             best[name], finished = self._sweep(name, config, space, out / name)
             trained[RUNS[name]] = finished[0]
         if self.joint:  # the Module 1 that goes with the best Module 2
             trained["dense_reg"] = best["match"].dense_reg_ckpt
-            best["dense"] = config_of(DenseConfig, checkpoint.read_metadata(checkpoint.locate(trained["dense_reg"]))["config"])
+            best["dense"] = config_of(
+                DenseConfig, checkpoint.read_metadata(checkpoint.locate(trained["dense_reg"]))["config"]
+            )
         _write_best(out, best, trained, preset)
         for name, path in trained.items():
             print(f"Module {1 if name == 'dense_reg' else 2} checkpoint: {path}")
@@ -183,8 +217,10 @@ class Args(ConfigArgs):
             if self.scheduler == "pbt":
                 kept = spaces.changeable(space)
                 if lost := [k for k in (*self.search, *table[name]) if k in space and k not in kept]:
-                    raise UserError(f"{lost[0]} cannot change while a trial runs, as population-based training would have it; leave it out, "
-                                    "or give another --scheduler.")
+                    raise UserError(
+                        f"{lost[0]} cannot change while a trial runs, as population-based training would have it; leave it out, "
+                        "or give another --scheduler."
+                    )
                 space = kept
             plans[name] = config, space
         return plans
@@ -209,12 +245,23 @@ class Args(ConfigArgs):
             warn_of_seen_fingers(base, module1, held_out)
         plan = Plan(name, base, str(out), metric, higher, frozenset(space) if pbt else frozenset(), os.getcwd(), "", {})
         _check_same_sweep(out, plan, space, prints.digest())
-        print(f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings", flush=True)
+        print(
+            f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings",
+            flush=True,
+        )
         for line in spaces.describe(space):
             print(f"  {line}")
-        request = sweep.Request(samples, self.searcher, self.scheduler, concurrent=self.max_concurrent, seed=base.seed,
-                                wait_for_hosts=self.wait_for_hosts, cpus=self.trial_cpus, workers=self.trial_workers,
-                                accelerators=self.trial_accelerators)
+        request = sweep.Request(
+            samples,
+            self.searcher,
+            self.scheduler,
+            concurrent=self.max_concurrent,
+            seed=base.seed,
+            wait_for_hosts=self.wait_for_hosts,
+            cpus=self.trial_cpus,
+            workers=self.trial_workers,
+            accelerators=self.trial_accelerators,
+        )
         records = sweep.run(plan, space, request)
 
         ends = [r for r in record.order(records, metric, higher) if (r.end or {}).get("how") == "finished"]
@@ -225,7 +272,9 @@ class Args(ConfigArgs):
         hint = results.what_next(best, space, base)
         results.write_csv(out / "trials.csv", records, space, metric)
         results.page(out / "index.html", f"Sweep of {name}", [*summary, hint], records, space, base, metric, higher)
-        print("\n" + "\n".join([*summary, hint, f"trials: {out / 'trials.csv'}; page: {out / 'index.html'}"]), flush=True)
+        print(
+            "\n" + "\n".join([*summary, hint, f"trials: {out / 'trials.csv'}; page: {out / 'index.html'}"]), flush=True
+        )
         folders = [record.folder_of(out, r.number) for r in ends]
         if epochs < full.num_epochs:
             best, folder = _to_its_end(plan, full, space, request, ends)
@@ -241,7 +290,9 @@ def _with_module1(config: MatchConfig, given: tuple[str, ...]) -> MatchConfig:
     found = like_module1(config)
     for k in keys_with(COMMON):
         if found[k] != config[k] and any(item.startswith((f"{k}=", f"match.{k}=")) for item in given):
-            raise UserError(f"{k} is {found[k]} of Module 1 ({config.dense_reg_ckpt}), and --set gives Module 2 {config[k]}; leave that out.")
+            raise UserError(
+                f"{k} is {found[k]} of Module 1 ({config.dense_reg_ckpt}), and --set gives Module 2 {config[k]}; leave that out."
+            )
     return found
 
 
@@ -257,22 +308,34 @@ def _to_its_end(plan, full: Config, space: spaces.Space, request, ends: list):
             return best, record.folder_of(folder, 0)
         except Failure:
             end = record.read(folder, 0).end
-            print(f"trial {best.number} fails when it is trained to its end: {end['reason'] if end else 'see its log'}", flush=True)
+            print(
+                f"trial {best.number} fails when it is trained to its end: {end['reason'] if end else 'see its log'}",
+                flush=True,
+            )
     for folder in folders:  # the same command tries them again
         (record.folder_of(folder, 0) / "ended.json").unlink(missing_ok=True)
-    raise Failure(f"No trial of {plan.module} could be trained to its end; mend that, and the same command goes on. Their logs are in "
-                  f"{plan.folder}/best_*/trials.")
+    raise Failure(
+        f"No trial of {plan.module} could be trained to its end; mend that, and the same command goes on. Their logs are in "
+        f"{plan.folder}/best_*/trials."
+    )
 
 
 def _summary(records, best, metric: str, plan) -> list[str]:
     ends = [r.end["how"] for r in records if r.end]
     first = records[0].last(metric)
     full = max((r.steps for r in records if (r.end or {}).get("how") == "finished"), default=0)
-    whole = {r.number: r.rows[-1]["step"] / r.epochs * plan.base.num_epochs for r in records if r.rows}  # steps, had it gone on
+    whole = {
+        r.number: r.rows[-1]["step"] / r.epochs * plan.base.num_epochs for r in records if r.rows
+    }  # steps, had it gone on
     share = full and sum(r.steps / whole.get(r.number, full) for r in records) / len(records)
-    values = ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.values.items()) or "the configuration as it is"
-    lines = [f"{len(records)} trials: " + ", ".join(f"{ends.count(h)} {h}" for h in ("finished", "stopped", "failed")),
-             f"best: trial {best.number}, {metric} {best.last(metric):.4g} after {best.epochs} epochs: {values}"]
+    values = (
+        ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.values.items())
+        or "the configuration as it is"
+    )
+    lines = [
+        f"{len(records)} trials: " + ", ".join(f"{ends.count(h)} {h}" for h in ("finished", "stopped", "failed")),
+        f"best: trial {best.number}, {metric} {best.last(metric):.4g} after {best.epochs} epochs: {values}",
+    ]
     if best.number != 0 and first is not None and not plan.changing:  # population-based training has changed it
         lines.append(f"the configuration as it is: {metric} {first:.4g} after {records[0].epochs} epochs")
     if full:
@@ -289,10 +352,14 @@ def _modules1(config: MatchConfig, space: spaces.Space) -> list[str]:
         if not path:
             return "none"
         found = module1_folder(config.replace(dense_reg_ckpt=path))
-        content = json.dumps(checkpoint.read_metadata(found)["digests"]).encode() if found.is_dir() else found.read_bytes()
+        content = (
+            json.dumps(checkpoint.read_metadata(found)["digests"]).encode() if found.is_dir() else found.read_bytes()
+        )
         return hashlib.sha256(content).hexdigest()[:16]
 
-    return [of(path) for path in (space["dense_reg_ckpt"].values if "dense_reg_ckpt" in space else (config.dense_reg_ckpt,))]
+    return [
+        of(path) for path in (space["dense_reg_ckpt"].values if "dense_reg_ckpt" in space else (config.dense_reg_ckpt,))
+    ]
 
 
 def _noted(out: Path) -> dict:
@@ -309,21 +376,37 @@ def _check_same_sweep(out: Path, plan, space, data: str) -> None:
     free = keys_with(FREE)
 
     base = {k: v for k, v in plan.base.to_dict().items() if k not in free}
-    ours = json.loads(json.dumps({"metric": plan.metric, "configuration": base, "data": data,
-                                  "module1": _modules1(plan.base, space) if plan.module == "match" else [],
-                                  "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()}}))
+    ours = json.loads(
+        json.dumps(
+            {
+                "metric": plan.metric,
+                "configuration": base,
+                "data": data,
+                "module1": _modules1(plan.base, space) if plan.module == "match" else [],
+                "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()},
+            }
+        )
+    )
     if theirs := _noted(out):
-        theirs["configuration"] = {k: v for k, v in completed(type(plan.base), theirs["configuration"]).items() if k not in free}
+        theirs["configuration"] = {
+            k: v for k, v in completed(type(plan.base), theirs["configuration"]).items() if k not in free
+        }
         for part in ("configuration", "space"):
             for key in ours[part].keys() | theirs[part].keys():
                 if ours[part].get(key) != theirs[part].get(key):
-                    raise UserError(f"{out} holds a sweep with another {part}: {key} was {theirs[part].get(key)}, and is "
-                                    f"{ours[part].get(key)}. Give the same, or --resume never, or another --sweep_dir.")
+                    raise UserError(
+                        f"{out} holds a sweep with another {part}: {key} was {theirs[part].get(key)}, and is "
+                        f"{ours[part].get(key)}. Give the same, or --resume never, or another --sweep_dir."
+                    )
         if ours["metric"] != theirs["metric"]:
-            raise UserError(f"{out} holds a sweep by the metric {theirs['metric']}; give the same, or another --sweep_dir.")
+            raise UserError(
+                f"{out} holds a sweep by the metric {theirs['metric']}; give the same, or another --sweep_dir."
+            )
         for part, what in (("data", "other prints"), ("module1", "another Module 1")):
             if theirs.get(part) != ours[part]:
-                raise UserError(f"{out} holds a sweep on {what}; give the same, or --resume never, or another --sweep_dir.")
+                raise UserError(
+                    f"{out} holds a sweep on {what}; give the same, or --resume never, or another --sweep_dir."
+                )
         return
     out.mkdir(parents=True, exist_ok=True)
     write_whole(out / "sweep.json", json.dumps(ours, indent=1) + "\n")
@@ -335,14 +418,20 @@ def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], pre
     from tune.record import read_all
 
     if (out / "best.toml").exists() and (out / "best.json").exists():
-        found = {name: config_of(spaces.CONFIGS[name], table) for name, table in read_toml(str(out / "best.toml")).items()}
+        found = {
+            name: config_of(spaces.CONFIGS[name], table) for name, table in read_toml(str(out / "best.toml")).items()
+        }
         best, trained, new = found | best, json.loads((out / "best.json").read_text(encoding="utf-8")) | trained, best
         if len(best) > len(new) and (other := [k for k in keys_with(COMMON) if best["dense"][k] != best["match"][k]]):
             (old,) = best.keys() - new.keys()
-            print(f"What was found for {old} before goes with another {other[0]}: it is left out of {out / 'best.toml'}.")
+            print(
+                f"What was found for {old} before goes with another {other[0]}: it is left out of {out / 'best.toml'}."
+            )
             best.pop(old), trained.pop(RUNS[old], None)
-        best, trained = ({name: table[name] for name in order if name in table}
-                         for table, order in ((best, RUNS), (trained, RUNS.values())))
+        best, trained = (
+            {name: table[name] for name in order if name in table}
+            for table, order in ((best, RUNS), (trained, RUNS.values()))
+        )
     searched = {name: {k for r in read_all(out / name) for k in r.values} for name in best}
     header = [f"The best of a sweep from preset {preset}; --config of every training command."]
     write_whole(out / "best.toml", results.best_toml(best, searched, header))
@@ -367,7 +456,9 @@ def _alone_in(out: Path) -> Iterator[None]:
                 break
             except BlockingIOError:
                 if time.monotonic() > until:
-                    raise UserError(f"Another sweep is running in {out}; wait for its end, or give another --sweep_dir.") from None
+                    raise UserError(
+                        f"Another sweep is running in {out}; wait for its end, or give another --sweep_dir."
+                    ) from None
                 time.sleep(0.5)
         yield
 

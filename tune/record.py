@@ -1,8 +1,8 @@
 """What a sweep knows of its trials: their folders, and nothing else. Whatever dies, they tell what was done.
 
-    SWEEP/trials/007/values.jsonl   the values searched; a line more when population-based training changes them
-                     ended.json     how it ended; not there while it runs, or after it was interrupted
-                     …              a run's folder: checkpoints, metrics.jsonl, config.json; log.txt
+SWEEP/trials/007/values.jsonl   the values searched; a line more when population-based training changes them
+                 ended.json     how it ended; not there while it runs, or after it was interrupted
+                 …              a run's folder: checkpoints, metrics.jsonl, config.json; log.txt
 """
 
 import json
@@ -18,10 +18,10 @@ from ifvit.training.metrics import read_rows
 class Record:
     number: int
     values: dict
-    rows: list[dict] = field(default_factory=list)   # an epoch each: validation, and the newest of training
-    steps: int = 0                                   # optimiser steps done
-    step_seconds: float = 0.0                        # in them
-    end: dict | None = None                          # how: finished, stopped (by the scheduler) or failed; reason; seconds
+    rows: list[dict] = field(default_factory=list)  # an epoch each: validation, and the newest of training
+    steps: int = 0  # optimiser steps done
+    step_seconds: float = 0.0  # in them
+    end: dict | None = None  # how: finished, stopped (by the scheduler) or failed; reason; seconds
 
     @property
     def epochs(self) -> int:
@@ -40,13 +40,17 @@ def note_values(sweep: str | Path, number: int, values: dict, epoch: int = 0, cl
     folder = folder_of(sweep, number)
     folder.mkdir(parents=True, exist_ok=True)
     line = {"from_epoch": epoch, "values": values} | ({"clone_of": clone_of} if clone_of else {})
-    with (folder / "values.jsonl").open("a" if epoch else "w", encoding="utf-8") as file:  # anew, where a crash left half a line
+    with (folder / "values.jsonl").open(
+        "a" if epoch else "w", encoding="utf-8"
+    ) as file:  # anew, where a crash left half a line
         file.write(json.dumps(line) + "\n")
 
 
 def note_end(sweep: str | Path, number: int, how: str, reason: str, seconds: float) -> None:
     folder = folder_of(sweep, number)
-    write_whole(folder / "ended.json", json.dumps({"how": how, "reason": reason, "seconds": seconds, "time": time.time()}))
+    write_whole(
+        folder / "ended.json", json.dumps({"how": how, "reason": reason, "seconds": seconds, "time": time.time()})
+    )
 
 
 def read(sweep: str | Path, number: int) -> Record:
@@ -64,8 +68,14 @@ def read(sweep: str | Path, number: int) -> Record:
         end = json.loads((folder / "ended.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # not there, or damaged: the run itself knows how far it is
         end = None
-    return Record(number, lines[-1]["values"] if lines else {}, epochs, steps[-1]["step"] if steps else 0,
-                  sum(r["seconds"] for r in steps), end)
+    return Record(
+        number,
+        lines[-1]["values"] if lines else {},
+        epochs,
+        steps[-1]["step"] if steps else 0,
+        sum(r["seconds"] for r in steps),
+        end,
+    )
 
 
 def read_all(sweep: str | Path) -> list[Record]:

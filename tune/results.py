@@ -38,12 +38,24 @@ def write_csv(file: Path, records: list[Record], space: Space, metric: str) -> N
     rows.writerow(["trial", "ended", "epochs", "steps", "seconds", metric, *space, "reason"])
     for r in records:
         end = r.end or {}
-        rows.writerow([r.number, end.get("how", "interrupted"), r.epochs, r.steps, f"{end.get('seconds', 0):.1f}", r.last(metric),
-                       *(json.dumps(r.values[k]) if k in r.values else "" for k in space), end.get("reason", "")])
+        rows.writerow(
+            [
+                r.number,
+                end.get("how", "interrupted"),
+                r.epochs,
+                r.steps,
+                f"{end.get('seconds', 0):.1f}",
+                r.last(metric),
+                *(json.dumps(r.values[k]) if k in r.values else "" for k in space),
+                end.get("reason", ""),
+            ]
+        )
     write_whole(file, text.getvalue())
 
 
-def importance(records: list[Record], space: Space, base: Config, metric: str, higher_is_better: bool) -> dict[str, float]:
+def importance(
+    records: list[Record], space: Space, base: Config, metric: str, higher_is_better: bool
+) -> dict[str, float]:
     """Share of the variance of the trials' ranks that a setting alone explains, most important first.
 
     ε² of a one-way analysis of variance on ranks (Kelley 1935): chance alone gives 0 on average. Ranges are
@@ -52,7 +64,11 @@ def importance(records: list[Record], space: Space, base: Config, metric: str, h
     ranked = order(records, metric, higher_is_better)
     found = {}
     for key, p in space.items():
-        having = [(r.values.get(key, base[key]), rank) for rank, r in enumerate(ranked) if not p.when or key in r.values or not r.values]
+        having = [
+            (r.values.get(key, base[key]), rank)
+            for rank, r in enumerate(ranked)
+            if not p.when or key in r.values or not r.values
+        ]
         values = [v for v, _ in having]
         if isinstance(p, Range):
             cuts = np.quantile(values, [1 / 3, 2 / 3]) if values else []
@@ -85,24 +101,43 @@ def what_next(best: Record, space: Space, base: Config) -> str:
             share = p.share(min(max(value, p.low), p.high))
             limits = next(f.metadata for f in fields(base) if f.name == key)
             if (share < EDGE and p.low > limits["lo"]) or (share > 1 - EDGE and p.high < limits["hi"]):
-                edges.append(f"{key} (best {value:.4g}) at the {'lower' if share < EDGE else 'upper'} edge of {p.low:.4g} … {p.high:.4g}")
+                edges.append(
+                    f"{key} (best {value:.4g}) at the {'lower' if share < EDGE else 'upper'} edge of {p.low:.4g} … {p.high:.4g}"
+                )
     if edges:
         return "Next: go beyond " + "; ".join(edges) + " with --space FILE."
     return "Next: no best value lies at the edge of its range; more trials, or a narrower space around them."
 
 
-def page(file: Path, title: str, summary: list[str], records: list[Record], space: Space, base: Config, metric: str,
-         higher_is_better: bool) -> None:
+def page(
+    file: Path,
+    title: str,
+    summary: list[str],
+    records: list[Record],
+    space: Space,
+    base: Config,
+    metric: str,
+    higher_is_better: bool,
+) -> None:
     """One HTML file, pictures within: all trials' curves, importance, each setting against the metric, the table."""
     weights = importance(records, space, base, metric, higher_is_better)
     ranked = order(records, metric, higher_is_better)
-    pictures = [_svg(_curves(ranked, metric)), _svg(_bars(weights)), _svg(_scatter(ranked, list(weights)[:9], space, base, metric))]
+    pictures = [
+        _svg(_curves(ranked, metric)),
+        _svg(_bars(weights)),
+        _svg(_scatter(ranked, list(weights)[:9], space, base, metric)),
+    ]
     keys = list(weights)
     head = "".join(f"<th>{html.escape(h)}</th>" for h in ["trial", "ended", "epochs", metric, *keys])
     body = ""
     for r in ranked + [r for r in records if r not in ranked]:
-        cells = [r.number, (r.end or {}).get("how", "interrupted"), r.epochs, _short(r.last(metric)),
-                 *(_short(r.values.get(k, base[k] if not r.values else "")) for k in keys)]
+        cells = [
+            r.number,
+            (r.end or {}).get("how", "interrupted"),
+            r.epochs,
+            _short(r.last(metric)),
+            *(_short(r.values.get(k, base[k] if not r.values else "")) for k in keys),
+        ]
         body += "<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>\n"
     text = f"""<!doctype html><meta charset="utf-8"><title>{html.escape(title)}</title>
 <style>body{{font:15px sans-serif;margin:2em auto;max-width:70em}}td,th{{padding:2px 8px;text-align:right}}
@@ -137,8 +172,15 @@ def _curves(ranked: list[Record], metric: str):
     figure, axes = _figure(9, 4)
     for i, r in reversed(list(enumerate(ranked))):
         rows = [row for row in r.rows if row.get(metric) is not None]
-        axes.plot([row["epoch"] for row in rows], [row[metric] for row in rows], marker="o", markersize=3,
-                  color="C1" if i == 0 else "0.6", lw=2 if i == 0 else 0.8, label=f"trial {r.number}, the best" if i == 0 else None)
+        axes.plot(
+            [row["epoch"] for row in rows],
+            [row[metric] for row in rows],
+            marker="o",
+            markersize=3,
+            color="C1" if i == 0 else "0.6",
+            lw=2 if i == 0 else 0.8,
+            label=f"trial {r.number}, the best" if i == 0 else None,
+        )
     axes.set_xlabel("epoch"), axes.set_ylabel(metric)
     if ranked:
         axes.legend()
@@ -168,7 +210,7 @@ def _scatter(ranked: list[Record], keys: list[str], space: Space, base: Config, 
             axes.xaxis.set_minor_formatter(NullFormatter())
         axes.scatter(values, [r.last(metric) for r in having], c=[r.epochs for r in having], cmap="viridis", s=14)
         axes.set_title(key, fontsize=9)
-    for axes in list(grid.flat)[len(keys):]:
+    for axes in list(grid.flat)[len(keys) :]:
         axes.set_axis_off()
     figure.tight_layout()
     return figure

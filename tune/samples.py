@@ -82,11 +82,15 @@ class Optuna:
     def draw(self, number: int) -> dict:
         if number == 0:  # the configuration as it is
             return {}
-        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])  # another attempt does not draw the same again
+        seed = int(
+            np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
+        )  # another attempt does not draw the same again
         self._study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
         trial = self._asked[number] = self._study.ask()
         values: dict = {}
-        for key, p in sorted(self._space.items(), key=lambda item: item[1].when is not None):  # conditions before what they decide
+        for key, p in sorted(
+            self._space.items(), key=lambda item: item[1].when is not None
+        ):  # conditions before what they decide
             if not p.when or values.get(p.when[0], self._base[p.when[0]]) == p.when[1]:
                 values[key] = self._suggest(trial, key, p)
         return {k: values[k] for k in self._space if k in values}
@@ -100,13 +104,21 @@ class Optuna:
     def learn(self, number: int, values: dict, value: float | None) -> None:
         state = self._optuna.trial.TrialState
         if number in self._asked:
-            told = (self._asked.pop(number), value) if value is not None else (self._asked.pop(number), None, state.FAIL)
+            told = (
+                (self._asked.pop(number), value) if value is not None else (self._asked.pop(number), None, state.FAIL)
+            )
             self._study.tell(*told)
         elif values and value is not None:  # of an earlier attempt at this sweep
             kept = {k: v for k, v in values.items() if k in self._space}
-            self._study.add_trial(self._optuna.trial.create_trial(
-                params={k: json.dumps(v) if isinstance(self._space[k], Choice) else float(v) for k, v in kept.items()},
-                distributions={k: self._distribution(self._space[k]) for k in kept}, value=value))
+            self._study.add_trial(
+                self._optuna.trial.create_trial(
+                    params={
+                        k: json.dumps(v) if isinstance(self._space[k], Choice) else float(v) for k, v in kept.items()
+                    },
+                    distributions={k: self._distribution(self._space[k]) for k in kept},
+                    value=value,
+                )
+            )
 
     def _distribution(self, p: Range | Choice):
         d = self._optuna.distributions

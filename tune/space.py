@@ -34,10 +34,10 @@ class Range:
 
     low: float
     high: float
-    scale: str = "linear"                    # or log
+    scale: str = "linear"  # or log
     why: str = ""
-    times: bool = False                      # low and high are multiples of the configuration's own value
-    when: tuple[str, object] | None = None   # (key, value) without which this one is moot
+    times: bool = False  # low and high are multiples of the configuration's own value
+    when: tuple[str, object] | None = None  # (key, value) without which this one is moot
 
     def at(self, u: float) -> float:
         """The value at a share `u`, 0 … 1, of the range."""
@@ -62,7 +62,7 @@ class Choice:
     why: str = ""
     times: bool = False
     when: tuple[str, object] | None = None
-    in_turn: bool = False                    # random search takes one after the other: all are tried
+    in_turn: bool = False  # random search takes one after the other: all are tried
 
     def at(self, u: float):
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
@@ -74,8 +74,12 @@ _TRAINING: Space = {
     "learning_rate": Range(0.2, 5, "log", "decides more than anything else, and depends on all else", times=True),
     "weight_decay": Range(0.1, 100, "log", "small sets of prints are learned by heart", times=True),
     "warmup": Range(0.01, 0.2, why="attention from scratch diverges without one; steps in it are slow ones"),
-    "batch_size": Choice((0.5, 1, 2), "more steps an epoch, or better statistics in BatchNorm and more impostors", times=True),
-    "impostor_share": Range(0.05, 0.6, why="too few, and impostors are given matches; too many, and nothing is learned of ridges"),
+    "batch_size": Choice(
+        (0.5, 1, 2), "more steps an epoch, or better statistics in BatchNorm and more impostors", times=True
+    ),
+    "impostor_share": Range(
+        0.05, 0.6, why="too few, and impostors are given matches; too many, and nothing is learned of ridges"
+    ),
     "noise": Range(0.0, 1.5, why="as noisy as the worst sensor, or the network smooths ridges away"),
     "thickness": Range(0.0, 1.5, why="dry and wet fingers"),
     "distortion": Range(0.0, 1.5, why="how far skin gives way"),
@@ -83,17 +87,23 @@ _TRAINING: Space = {
 }
 
 SPACES: dict[str, Space] = {
-    "dense": _TRAINING | {
+    "dense": _TRAINING
+    | {
         "resnet_widths": Choice((0.5, 1, 1.5), "the ResNet has most of the cost and of the parameters", times=True),
         "transformer_width": Choice((0.5, 1, 2), "how much a cell's feature can tell", times=True),
         "transformer_layers": Choice((0.5, 1, 2), "how far prints are compared before they are matched", times=True),
-        "transformer": Choice(("loftr", "siamese"), "linear attention, or softmax: better on small grids, dearer on large"),
+        "transformer": Choice(
+            ("loftr", "siamese"), "linear attention, or softmax: better on small grids, dearer on large"
+        ),
         "similarity": Choice(("scaled_dot", "cosine"), "a fixed temperature, or a learned scale"),
-        "temperature": Range(0.03, 0.3, "log", "sharper confidences, or gradients for more cells", when=("similarity", "scaled_dot")),
+        "temperature": Range(
+            0.03, 0.3, "log", "sharper confidences, or gradients for more cells", when=("similarity", "scaled_dot")
+        ),
         "cosine_scale": Range(5, 50, "log", "where the learned scale starts", when=("similarity", "cosine")),
         "rotation": Range(15.0, 90.0, why="how far prints are turned against each other"),
     },
-    "match": _TRAINING | {
+    "match": _TRAINING
+    | {
         "synthetic_share": Range(0.02, 0.6, why="many fingers that are made, or the sensor's own"),
         "loss_dense": Range(0.05, 2, "log", "keeps what Module 1 knew of ridges"),
         "loss_embedding": Range(0.05, 3, "log", "what verification asks, on pairs"),
@@ -101,7 +111,9 @@ SPACES: dict[str, Space] = {
         "embedding_margin": Range(0.0, 0.7, why="how far apart impostors have to be"),
         "arcface_margin": Range(0.1, 0.7, why="how tight a finger's prints have to lie"),
         "arcface_scale": Range(10, 64, "log", "sharpness of the classes; large with few fingers saturates"),
-        "roi_size": Choice((0.75, 1, 1.25), "detail of the middle, or the local branch sees what the global one does", times=True),
+        "roi_size": Choice(
+            (0.75, 1, 1.25), "detail of the middle, or the local branch sees what the global one does", times=True
+        ),
         "enhance": Choice((True, False), "ridges alone, or pores and intensities too"),
         "share_global_local": Choice((True, False), "one transformer for both branches, or two that part"),
         "seed_resnet": Choice((True, False), "begins with Module 1's filters, or its own"),
@@ -111,7 +123,9 @@ SPACES: dict[str, Space] = {
 }
 
 
-def space_for(module: str, base, changes: dict | None = None, only: tuple[str, ...] = (), without: Set[str] = frozenset()) -> Space:
+def space_for(
+    module: str, base, changes: dict | None = None, only: tuple[str, ...] = (), without: Set[str] = frozenset()
+) -> Space:
     """The space of a module around the configuration `base`, narrowed by a user's table; ranges in absolute numbers.
 
     `only`: of these keys those that there are, but for those in `without`. UserError for unknown keys, for such as
@@ -136,8 +150,10 @@ def space_for(module: str, base, changes: dict | None = None, only: tuple[str, .
     for key, p in space.items():
         _check(key, p, base)
     if "synthetic_share" in space and not (base.synthetic_share and _least(space["synthetic_share"])):
-        raise UserError("synthetic_share is searched, and 0 is one of its values: such trials would have other prints and epochs "
-                        "of another length. Let the configuration have one above 0 (--config), and search above 0.")
+        raise UserError(
+            "synthetic_share is searched, and 0 is one of its values: such trials would have other prints and epochs "
+            "of another length. Let the configuration have one above 0 (--config), and search above 0."
+        )
     return space
 
 
@@ -151,8 +167,10 @@ def check_names(names: tuple[str, ...], modules: tuple[str, ...], changes: dict[
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
-            raise UserError(f"{name} is not in the search space; "
-                            + (f"did you mean {near[0]}?" if near else f"there are {', '.join(dict.fromkeys(known))}."))
+            raise UserError(
+                f"{name} is not in the search space; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(dict.fromkeys(known))}.")
+            )
 
 
 def fixed(changes: dict) -> dict:
@@ -178,7 +196,9 @@ def draw(space: Space, base, seed: int, number: int) -> dict:
     if number == 0:
         return {}
     values = {}
-    size = GROUP if any(_use(k) != PROGRAM and not (isinstance(p, Choice) and p.in_turn) for k, p in space.items()) else 1
+    size = (
+        GROUP if any(_use(k) != PROGRAM and not (isinstance(p, Choice) and p.in_turn) for k, p in space.items()) else 1
+    )
     for key, p in space.items():
         if isinstance(p, Choice) and p.in_turn:
             values[key] = p.values[number % len(p.values)]
@@ -227,7 +247,10 @@ def _narrowed(key: str, before: Range | Choice | None, table: dict) -> Range | C
     for name in table:
         if name not in known:
             near = difflib.get_close_matches(name, known, 1, cutoff=0.4)
-            raise UserError(f"{key}.{name} is not known of a range; " + (f"did you mean {near[0]}?" if near else f"give {', '.join(known)}."))
+            raise UserError(
+                f"{key}.{name} is not known of a range; "
+                + (f"did you mean {near[0]}?" if near else f"give {', '.join(known)}.")
+            )
     if not isinstance(before, Range):
         if not {"low", "high"} <= table.keys():
             raise UserError(f"{key} has no range yet; give low and high.")
@@ -244,12 +267,14 @@ def _check(key: str, p: Range | Choice, base) -> None:
     else:
         if p.scale not in ("linear", "log"):
             raise UserError(f"{key} has the scale {p.scale!r}; give linear or log.")
-        if not all(isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in (p.low, p.high)):
+        if not all(
+            isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x) for x in (p.low, p.high)
+        ):
             raise UserError(f"{key} goes from {p.low!r} to {p.high!r}; give two numbers.")
         if p.low > p.high:
             raise UserError(f"{key} has its range upside down: low is {p.low:g}, high {p.high:g}; exchange them.")
         if p.scale == "log" and p.low <= 0:
-            raise UserError(f"{key} goes from {p.low:g} on a log scale; give a low above 0, or scale = \"linear\".")
+            raise UserError(f'{key} goes from {p.low:g} on a log scale; give a low above 0, or scale = "linear".')
         if not isinstance(base[key], (int, float)) or isinstance(base[key], bool):
             raise UserError(f"{key} is no number; give a list of values to choose from.")
         values = (as_field(base, key, p.low), as_field(base, key, p.high))
@@ -271,8 +296,10 @@ def read_space(table: dict) -> dict[str, dict]:
     for name in table:
         if name not in CONFIGS:
             near = difflib.get_close_matches(name, CONFIGS, 1, cutoff=0.3)
-            raise UserError(f"A search space has the tables [dense] and [match], not {name!r}"
-                            + (f"; did you mean {near[0]}?" if near else "; put it into one of them."))
+            raise UserError(
+                f"A search space has the tables [dense] and [match], not {name!r}"
+                + (f"; did you mean {near[0]}?" if near else "; put it into one of them.")
+            )
         if not isinstance(table[name], dict):
             raise UserError(f"{name} is no table in the search space; write [{name}] and its keys below.")
     return {m: table.get(m, {}) for m in CONFIGS}

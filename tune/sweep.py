@@ -23,9 +23,9 @@ from cluster.address import alone
 from cluster.host import INTERRUPTED, PREEMPTED
 from cluster.placement import Missing, jax_platforms_ask, kind_of_devices, wait_for_hosts
 from cluster.session import passed_on
-from ifvit.errors import Failure, Interrupted
-from ifvit.devices.cores import cores
 from ifvit.commands import JOB
+from ifvit.devices.cores import cores
+from ifvit.errors import Failure, Interrupted
 from tune import record
 from tune.samples import Optuna, Random, Samples
 from tune.space import Range, Space
@@ -40,16 +40,16 @@ class Request:
     """How a sweep is run."""
 
     num_samples: int
-    searcher: str = "random"       # or optuna
-    scheduler: str = "asha"        # or pbt, none
-    reduction: int = 4             # of ASHA: one in so many goes on at each rung
-    grace: int = 1                 # epochs that every trial gets
-    concurrent: int = 0            # trials at once; 0: as many as there is room for
+    searcher: str = "random"  # or optuna
+    scheduler: str = "asha"  # or pbt, none
+    reduction: int = 4  # of ASHA: one in so many goes on at each rung
+    grace: int = 1  # epochs that every trial gets
+    concurrent: int = 0  # trials at once; 0: as many as there is room for
     seed: int = 0
     wait_for_hosts: float = 50.0
-    cpus: int = 0                  # of a trial; 0: so many that all cores are busy
-    workers: int = 1               # hosts of a trial; 1: a trial is a process
-    accelerators: float = 0.0      # GPUs or TPU chips of a trial, a part of one too; 0: one, where there are any
+    cpus: int = 0  # of a trial; 0: so many that all cores are busy
+    workers: int = 1  # hosts of a trial; 1: a trial is a process
+    accelerators: float = 0.0  # GPUs or TPU chips of a trial, a part of one too; 0: one, where there are any
 
 
 def run(plan: Plan, space: Space, request: Request) -> list[record.Record]:
@@ -77,27 +77,44 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
     for left_behind in Path(plan.folder).glob(f"{SCRATCH}*"):
         shutil.rmtree(left_behind, ignore_errors=True)
     # Tune's own state; nothing of the trials. All hosts have to see it.
-    with tempfile.TemporaryDirectory(dir=plan.folder, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch, _signals(watch):
+    with (
+        tempfile.TemporaryDirectory(dir=plan.folder, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch,
+        _signals(watch),
+    ):
         tuner = tune.Tuner(
             tune.with_resources(tune.with_parameters(Trial, plan=plan), plan.resources),
             param_space=param_space,
             tune_config=tune.TuneConfig(
-                metric=plan.metric, mode=mode, search_alg=search, scheduler=_scheduler(plan, space, request, begun),
-                num_samples=left, reuse_actors=True,
+                metric=plan.metric,
+                mode=mode,
+                search_alg=search,
+                scheduler=_scheduler(plan, space, request, begun),
+                num_samples=left,
+                reuse_actors=True,
                 max_concurrent_trials=min(filter(None, (request.concurrent, plan.at_once)), default=None),
                 trial_name_creator=lambda trial: str(trial.config["trial"]),
-                trial_dirname_creator=lambda trial: f"{trial.config['trial']:03d}_{trial.trial_id}"),
+                trial_dirname_creator=lambda trial: f"{trial.config['trial']:03d}_{trial.trial_id}",
+            ),
             run_config=RunConfig(
-                name="sweep", storage_path=scratch, verbose=0, callbacks=[watch], stop=_Unless(watch),
+                name="sweep",
+                storage_path=scratch,
+                verbose=0,
+                callbacks=[watch],
+                stop=_Unless(watch),
                 failure_config=FailureConfig(max_failures=RETRIES),
-                checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False)))
+                checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+            ),
+        )
         tuner.fit()
     if watch.problem:
         raise Failure(watch.problem)
     if watch.told:
         code = INTERRUPTED if watch.told[0] == signal.SIGINT else PREEMPTED
-        raise Interrupted(f"The sweep was stopped; {watch.ended} of {request.num_samples} trials have ended, and the same command "
-                          "goes on with the others from their checkpoints.", code)
+        raise Interrupted(
+            f"The sweep was stopped; {watch.ended} of {request.num_samples} trials have ended, and the same command "
+            "goes on with the others from their checkpoints.",
+            code,
+        )
 
 
 def _population(plan: Plan, space: Space, request: Request, begun: list[record.Record]):
@@ -114,15 +131,28 @@ def _population(plan: Plan, space: Space, request: Request, begun: list[record.R
 
 def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Record]) -> TrialScheduler | None:
     if request.scheduler == "asha":
-        return Halving(plan, begun, grace_period=min(request.grace, plan.base.num_epochs), max_t=plan.base.num_epochs,
-                       reduction_factor=request.reduction, time_attr="epoch", stop_last_trials=False)
+        return Halving(
+            plan,
+            begun,
+            grace_period=min(request.grace, plan.base.num_epochs),
+            max_t=plan.base.num_epochs,
+            reduction_factor=request.reduction,
+            time_attr="epoch",
+            stop_last_trials=False,
+        )
     if request.scheduler == "pbt":
+
         def within(config: dict) -> dict:
             return config | {k: min(max(config[k], p.low), p.high) for k, p in space.items() if isinstance(p, Range)}
 
         return Population(
-            time_attr="epoch", perturbation_interval=max(1, plan.base.num_epochs // 10), synch=True, log_config=False,
-            custom_explore_fn=within, hyperparam_mutations=_domains(space))
+            time_attr="epoch",
+            perturbation_interval=max(1, plan.base.num_epochs // 10),
+            synch=True,
+            log_config=False,
+            custom_explore_fn=within,
+            hyperparam_mutations=_domains(space),
+        )
     return None
 
 
@@ -142,7 +172,9 @@ class Population(PopulationBasedTraining):
             for gone in set(members) - set(waiting):  # Ray counts those whose process died as behind for ever
                 state = self._trial_state[gone]
                 state.last_train_time = max(state.last_train_time, self._next_perturbation_sync)
-            self.on_trial_result(tune_controller, waiting[-1], waiting[-1].last_result)  # as if it were the round's last
+            self.on_trial_result(
+                tune_controller, waiting[-1], waiting[-1].last_result
+            )  # as if it were the round's last
             chosen = super().choose_trial_to_run(tune_controller)
             if chosen is None:  # members of an earlier attempt are at the end of this round already
                 self._next_perturbation_sync += self._perturbation_interval
@@ -184,19 +216,24 @@ class Watch(tune.Callback):
         self._plan, self._request = plan, request
         self._started: dict[str, float] = {}
         self.ended = sum(r.end is not None for r in begun)
-        self.told: list[int] = []    # signals
-        self.problem = ""            # that ends the sweep
+        self.told: list[int] = []  # signals
+        self.problem = ""  # that ends the sweep
 
     def on_trial_start(self, iteration, trials, trial, **_) -> None:
         self._started.setdefault(trial.trial_id, time.monotonic())
 
     def on_trial_result(self, iteration, trials, trial, result, **_) -> None:
         if result.get("no_metric"):
-            self.problem = (f"No trial reports the metric {self._plan.metric!r}: trial {trial.custom_trial_name} {result['failed']}. "
-                            "Give another --metric, or more fingers to validate on.")
+            self.problem = (
+                f"No trial reports the metric {self._plan.metric!r}: trial {trial.custom_trial_name} {result['failed']}. "
+                "Give another --metric, or more fingers to validate on."
+            )
         elif "failed" not in result:
-            print(f"trial {trial.custom_trial_name}: epoch {result['epoch']} of {self._plan.base.num_epochs}, {self._plan.metric} "
-                  f"{result[self._plan.metric]:.4g}", flush=True)
+            print(
+                f"trial {trial.custom_trial_name}: epoch {result['epoch']} of {self._plan.base.num_epochs}, {self._plan.metric} "
+                f"{result[self._plan.metric]:.4g}",
+                flush=True,
+            )
 
     def on_trial_complete(self, iteration, trials, trial, **_) -> None:
         if self.told:  # not its own end
@@ -214,7 +251,10 @@ class Watch(tune.Callback):
         seconds = time.monotonic() - self._started.get(trial.trial_id, time.monotonic())
         record.note_end(self._plan.folder, number, how, reason, seconds)
         self.ended += 1
-        print(f"trial {number}: {how}{': ' + reason if reason else ''} ({self.ended} of {self._request.num_samples})", flush=True)
+        print(
+            f"trial {number}: {how}{': ' + reason if reason else ''} ({self.ended} of {self._request.num_samples})",
+            flush=True,
+        )
 
 
 class _Unless(tune.Stopper):
@@ -233,6 +273,7 @@ class _Unless(tune.Stopper):
 @contextlib.contextmanager
 def _signals(watch: Watch):
     """SIGINT and SIGTERM end the sweep, not its trials: they go on when it does. One is enough."""
+
     def note(number, frame):
         watch.told.append(number)
         if len(watch.told) == 1:
@@ -254,6 +295,7 @@ def placed(plan: Plan, request: Request) -> Plan:
 
     A trial of several workers takes as many whole hosts, by way of Ray Train; here it only holds its place.
     """
+
     def look(nodes: list[dict]) -> Plan | Missing:
         hosts = [n["Resources"] for n in nodes]
         every = sum(int(h.get("CPU", 0)) for h in hosts)
@@ -271,13 +313,21 @@ def placed(plan: Plan, request: Request) -> Plan:
         room = sum(all(h.get(k, 0) >= v for k, v in wanted.items()) for h in hosts)
         if room >= request.workers:
             at = dataclasses.replace(plan, platform=kind, resources=wanted, workers=request.workers)
-            return dataclasses.replace(at, resources={"memory": 1}, at_once=room // request.workers) if request.workers > 1 else at
+            return (
+                dataclasses.replace(at, resources={"memory": 1}, at_once=room // request.workers)
+                if request.workers > 1
+                else at
+            )
         asked = " and ".join(f"{v:g} {k}" for k, v in wanted.items())
         there = ", ".join(" and ".join(f"{h.get(k, 0):g} {k}" for k in wanted) for h in hosts)
         where = f"on each of {request.workers} hosts" if request.workers > 1 else "on one host"
-        return Missing([wanted] * request.workers, (
-            f"The cluster cannot fit a trial: it asks for {asked} {where}, and there are {there or 'no hosts'}; "
-            f"{'' if request.accelerators else jax_platforms_ask(kind)}ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts."))
+        return Missing(
+            [wanted] * request.workers,
+            (
+                f"The cluster cannot fit a trial: it asks for {asked} {where}, and there are {there or 'no hosts'}; "
+                f"{'' if request.accelerators else jax_platforms_ask(kind)}ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts."
+            ),
+        )
 
     return wait_for_hosts(look, 0 if alone() else request.wait_for_hosts)
 
@@ -287,19 +337,29 @@ def _complain(records: list[record.Record], plan: Plan) -> None:
     failed = [r for r in records if r.end and r.end["how"] == "failed"]
     if records and len(failed) == len(records):
         reasons = collections.Counter(r.end["reason"] for r in failed).most_common()
-        raise Failure(f"All {len(records)} trials failed. " + " ".join(f"{n} × {why}" for why, n in reasons[:3])
-                      + f" Their logs are in {plan.folder}/trials; mend that, then give another --sweep_dir, or --resume never.")
+        raise Failure(
+            f"All {len(records)} trials failed. "
+            + " ".join(f"{n} × {why}" for why, n in reasons[:3])
+            + f" Their logs are in {plan.folder}/trials; mend that, then give another --sweep_dir, or --resume never."
+        )
 
 
 def session_options() -> dict:
     """Of `cluster.session.session`; and Tune's own ways are switched off: its tables, files and signal handlers."""
-    for name in ("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "TUNE_DISABLE_SIGINT_HANDLER", "TUNE_DISABLE_STRICT_METRIC_CHECKING"):
+    for name in (
+        "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
+        "TUNE_DISABLE_SIGINT_HANDLER",
+        "TUNE_DISABLE_STRICT_METRIC_CHECKING",
+    ):
         os.environ[name] = "1"
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
     # a trial's devices are what Ray gives it, whatever the driver's are
     env = {k: v for k, v in passed_on(JOB["variables"]).items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
-    return {"cores": cores(), "runtime_env": {"env_vars": env | {"RAY_CHDIR_TO_TRIAL_DIR": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}}}
+    return {
+        "cores": cores(),
+        "runtime_env": {"env_vars": env | {"RAY_CHDIR_TO_TRIAL_DIR": "0", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}},
+    }
 
 
 def platform() -> str:

@@ -23,12 +23,12 @@ from cluster.cores import as_important_as_others, claim
 from cluster.host import PREEMPTED, Host
 from ifvit import checkpoint, cli, train_dense, train_match
 from ifvit.checkpoint.places import duplicate
-from ifvit.errors import Interrupted
 from ifvit.commands import JOB, check_backend
 from ifvit.config import Config, with_changes
+from ifvit.devices.sharding import use_cpu_cores
+from ifvit.errors import Interrupted
 from ifvit.paths import cache_dir
 from ifvit.training.match import like_module1
-from ifvit.devices.sharding import use_cpu_cores
 from tune import record
 from tune.space import RUNS
 
@@ -37,17 +37,17 @@ from tune.space import RUNS
 class Plan:
     """What all trials of a sweep have in common."""
 
-    module: str            # dense or match
-    base: Config           # what a trial's values are put into
-    folder: str            # of the sweep
+    module: str  # dense or match
+    base: Config  # what a trial's values are put into
+    folder: str  # of the sweep
     metric: str
     higher_is_better: bool
-    changing: frozenset    # keys that may change while a trial runs (population-based training)
+    changing: frozenset  # keys that may change while a trial runs (population-based training)
     cwd: str
-    platform: str          # GPU, TPU or CPU
-    resources: dict        # of a trial, as Ray has them
-    workers: int = 1       # hosts of a trial; 1: a trial is a process, else one on each
-    at_once: int = 0       # trials, at most; 0: as resources let
+    platform: str  # GPU, TPU or CPU
+    resources: dict  # of a trial, as Ray has them
+    workers: int = 1  # hosts of a trial; 1: a trial is a process, else one on each
+    at_once: int = 0  # trials, at most; 0: as resources let
 
     def config(self, values: dict, number: int) -> Config:
         """A trial's configuration. What Module 2 has in common with its Module 1 comes from that one's checkpoint."""
@@ -67,7 +67,9 @@ class Trial(tune.Trainable):
 
     def setup(self, config: dict, plan: Plan) -> None:
         self._plan = plan
-        with contextlib.suppress(OSError):  # relative paths mean what they mean where the sweep was started, if that is here
+        with contextlib.suppress(
+            OSError
+        ):  # relative paths mean what they mean where the sweep was started, if that is here
             os.chdir(plan.cwd)
         _prepare_process(plan)
         self._loop = None
@@ -101,7 +103,15 @@ class Trial(tune.Trainable):
         return self._last | {"done": True, "finished": True}
 
     def _failed(self, reason: str, **more) -> dict:
-        return {"epoch": 0, "step": 0, **self._last, self._plan.metric: self._plan.worst, "failed": reason, "done": True, **more}
+        return {
+            "epoch": 0,
+            "step": 0,
+            **self._last,
+            self._plan.metric: self._plan.worst,
+            "failed": reason,
+            "done": True,
+            **more,
+        }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Notes the run's newest checkpoint, once it is whole."""
@@ -109,7 +119,9 @@ class Trial(tune.Trainable):
         until = time.monotonic() + checkpoint.BARRIER_MS / 1000
         while not checkpoint.complete(path) and time.monotonic() < until:
             time.sleep(0.05)
-        Path(checkpoint_dir, "run.json").write_text(json.dumps({"path": str(path), "last": self._last}), encoding="utf-8")
+        Path(checkpoint_dir, "run.json").write_text(
+            json.dumps({"path": str(path), "last": self._last}), encoding="utf-8"
+        )
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
         """Goes on from a checkpoint: its own, or another trial's, which becomes its own under the same name."""
@@ -144,7 +156,12 @@ class Trial(tune.Trainable):
 
         request = Request(num_workers=str(self._plan.workers))
         on_ray.prepare(request)
-        job = Job(functools.partial(run_on_hosts, self._plan, config, self._resume), f"trial-{self.trial_name}", (config.micro_batch,), **JOB)
+        job = Job(
+            functools.partial(run_on_hosts, self._plan, config, self._resume),
+            f"trial-{self.trial_name}",
+            (config.micro_batch,),
+            **JOB,
+        )
         code, message = on_ray.run_connected(job, request, placement(request, False).fitting(job), False, host)
         if code:
             raise Interrupted(message, code)

@@ -14,15 +14,59 @@ in buckets, gs:// URLs (`places`). Nothing is handed on before its digests have 
 """
 
 from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, restore
-from ifvit.checkpoint.metadata import Damaged, check_module, check_ours, complete, read_metadata, reason, sound, versions
-from ifvit.checkpoint.places import OLD, UNFINISHED, as_path, as_writable_path, discard_unfinished, has_name, is_local, locate
+from ifvit.checkpoint.metadata import (
+    Damaged,
+    check_module,
+    check_ours,
+    complete,
+    read_metadata,
+    reason,
+    sound,
+    versions,
+)
+from ifvit.checkpoint.places import (
+    OLD,
+    UNFINISHED,
+    as_path,
+    as_writable_path,
+    discard_unfinished,
+    has_name,
+    is_local,
+    locate,
+)
 from ifvit.checkpoint.reading import read_leaves, shapes
 from ifvit.checkpoint.tree import difference, kind, leaves, nested
 from ifvit.checkpoint.writing import BARRIER_MS, save, snapshot
 
 __all__ = [
-    "BARRIER_MS", "NETWORK", "OLD", "UNFINISHED", "Checkpoint", "Damaged", "as_path", "as_writable_path", "check_module",
-    "check_ours", "complete", "difference", "discard_unfinished", "from_legacy", "has_name", "is_local", "kind", "leaves",
-    "load", "locate", "nested", "read_leaves", "read_metadata", "reason", "restore", "save", "shapes", "snapshot", "sound",
+    "BARRIER_MS",
+    "NETWORK",
+    "OLD",
+    "UNFINISHED",
+    "Checkpoint",
+    "Damaged",
+    "as_path",
+    "as_writable_path",
+    "check_module",
+    "check_ours",
+    "complete",
+    "difference",
+    "discard_unfinished",
+    "from_legacy",
+    "has_name",
+    "is_local",
+    "kind",
+    "leaves",
+    "load",
+    "locate",
+    "nested",
+    "read_leaves",
+    "read_metadata",
+    "reason",
+    "restore",
+    "save",
+    "shapes",
+    "snapshot",
+    "sound",
     "versions",
 ]

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import numpy as np
-
 import tyro
 from etils import epath
 
 from ifvit import checkpoint, cli, gcs, legacy
-from ifvit.foreign import legacy_transformer
 from ifvit.errors import UserError
+from ifvit.foreign import legacy_transformer
 
 
 @dataclass(frozen=True)
@@ -55,12 +54,17 @@ def checkpoints_below(root: epath.Path, seen: frozenset[str] = frozenset()) -> l
     found = []
     seen |= {os.path.realpath(root)}
     for child in sorted(root.iterdir()):
-        if not child.is_dir() or checkpoint.UNFINISHED in child.name or os.path.realpath(child) in seen:  # a link to above it
+        if (
+            not child.is_dir() or checkpoint.UNFINISHED in child.name or os.path.realpath(child) in seen
+        ):  # a link to above it
             continue
         if ASIDE.fullmatch(child.name):
             print(f"aside {child}")
-        elif NAMED.fullmatch(child.name) or (child / "_CHECKPOINT_METADATA").exists() or any(
-                (child / part).is_dir() for part in ("state", "metadata", "aligner")):
+        elif (
+            NAMED.fullmatch(child.name)
+            or (child / "_CHECKPOINT_METADATA").exists()
+            or any((child / part).is_dir() for part in ("state", "metadata", "aligner"))
+        ):
             found.append(child)
         else:
             found += checkpoints_below(child, seen)
@@ -80,8 +84,10 @@ class Inspect:
         sizes: Counter = Counter()
         for name, leaf in checkpoint.leaves(trees).items():
             sizes["/".join(name.split("/")[:2])] += leaf.nbytes
-            print(f"{name:90s} {leaf.dtype!s:8s} {list(leaf.shape)!s:18s} {leaf.nbytes:>10d} "
-                  f"{shardings.get(name, 'replicated')}")
+            print(
+                f"{name:90s} {leaf.dtype!s:8s} {list(leaf.shape)!s:18s} {leaf.nbytes:>10d} "
+                f"{shardings.get(name, 'replicated')}"
+            )
         for key, value in found.metadata.items():
             if key not in ("digests", "shardings", "history"):
                 print(f"{key}: {_printable(value)}")
@@ -145,8 +151,10 @@ class Import:
             raise
         except Exception as e:  # of the disk, or an array of a type that Orbax does not know
             raise UserError(f"Cannot write {folder} ({checkpoint.reason(e)}); give another place, or make room.") from e
-        print(f"{folder}: {len(checkpoint.leaves(state))} leaves of {file}"
-              + (", made by other code: its transformer can seed Module 2" if found.metadata.get("foreign") else ""))
+        print(
+            f"{folder}: {len(checkpoint.leaves(state))} leaves of {file}"
+            + (", made by other code: its transformer can seed Module 2" if found.metadata.get("foreign") else "")
+        )
         return 0
 
 
@@ -168,7 +176,9 @@ def _check_names(file: epath.Path, flat: dict[str, np.ndarray]) -> None:
     taken: dict[str, str] = {}
     for name, leaf in flat.items():
         if not leaf.size:
-            raise UserError(f"{file} holds {name}, an array without elements, which a checkpoint cannot hold; leave it out.")
+            raise UserError(
+                f"{file} holds {name}, an array without elements, which a checkpoint cannot hold; leave it out."
+            )
         other = taken.setdefault(name.replace("/", "."), name)
         if other != name:
             raise UserError(f"{file} holds {other} and {name}, which are one name on the disk; rename one of them.")

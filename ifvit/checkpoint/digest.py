@@ -16,8 +16,8 @@ import numpy as np
 
 Sums = tuple[int, int]
 
-BLOCK = 4096        # period of the keys of an axis: key(i) = low[i % BLOCK] * high[i // BLOCK]
-CHUNK = 1 << 16     # elements that are multiplied with one vector of keys: they stay in the cache
+BLOCK = 4096  # period of the keys of an axis: key(i) = low[i % BLOCK] * high[i // BLOCK]
+CHUNK = 1 << 16  # elements that are multiplied with one vector of keys: they stay in the cache
 MASK = (1 << 64) - 1
 
 
@@ -32,16 +32,26 @@ def partial(shard: np.ndarray | np.generic, start: tuple[int, ...]) -> Sums:
         columns *= words.shape[inner]
     if inner < words.ndim:
         axes = list(zip(start, words.shape))
-        return _sums(words.reshape(-1, columns), *((_keys(axes[:inner], 0, lane), _keys(axes[inner:], inner, lane))
-                                                   for lane in (0, 1)))
+        return _sums(
+            words.reshape(-1, columns),
+            *((_keys(axes[:inner], 0, lane), _keys(axes[inner:], inner, lane)) for lane in (0, 1)),
+        )
     # The last axis alone is longer: whole periods of its keys are rows, what hangs over is added.
     *before, (begin, size) = zip(start, words.shape)
     head = min(size, -begin % BLOCK)
     body = (size - head) // BLOCK * BLOCK
     last, first = len(before), (begin + head) // BLOCK
     rows = np.ascontiguousarray(words[..., head : head + body]).reshape(-1, BLOCK)
-    total = _sums(rows, *((np.multiply.outer(_keys(before, 0, lane), _high(first, first + body // BLOCK, last, lane))
-                           .reshape(-1), _low(last, lane)) for lane in (0, 1)))
+    total = _sums(
+        rows,
+        *(
+            (
+                np.multiply.outer(_keys(before, 0, lane), _high(first, first + body // BLOCK, last, lane)).reshape(-1),
+                _low(last, lane),
+            )
+            for lane in (0, 1)
+        ),
+    )
     edges = (words[..., :head], begin), (words[..., head + body :], begin + head + body)
     return add(total, *(partial(edge, (*start[:-1], at)) for edge, at in edges))
 

@@ -19,7 +19,7 @@ NETWORK = ("state/params", "state/batch_stats", "aligner")  # what it takes to r
 @dataclass(frozen=True)
 class Checkpoint:
     path: epath.Path
-    state: dict     # nested dictionaries of arrays: numpy's, or JAX's on the devices asked for
+    state: dict  # nested dictionaries of arrays: numpy's, or JAX's on the devices asked for
     metadata: dict
     aligner: dict | None
 
@@ -43,8 +43,9 @@ def load(path: str | Path, module: str | None = None, parts: tuple[str, ...] = (
         return found
     metadata = read_metadata(folder)
     check_module(folder, metadata, module)
-    return _as_checkpoint(folder, metadata, read_leaves(
-        folder, metadata, {n: None for n in metadata["digests"] if n.startswith(parts)}))
+    return _as_checkpoint(
+        folder, metadata, read_leaves(folder, metadata, {n: None for n in metadata["digests"] if n.startswith(parts)})
+    )
 
 
 def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:
@@ -53,7 +54,7 @@ def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:
     Every process calls it, and reads no more than its devices need. UserError as `load`, and of the same
     class on every process.
     """
-    wanted = {n: None for n in metadata["digests"]} | leaves({"state": shardings})
+    wanted = dict.fromkeys(metadata["digests"]) | leaves({"state": shardings})
     return _as_checkpoint(folder, metadata, read_leaves(folder, metadata, wanted))
 
 

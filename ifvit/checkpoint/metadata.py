@@ -33,8 +33,10 @@ def read_metadata(folder: epath.Path) -> dict:
             raise ValueError("its metadata do not have their digest")
     except Exception as e:
         check_access(folder, e)
-        raise Damaged(f"{folder} is not a whole checkpoint (metadata/metadata: {first_line(e)}); it is half-written or something else: "
-                      "use another one.") from e
+        raise Damaged(
+            f"{folder} is not a whole checkpoint (metadata/metadata: {first_line(e)}); it is half-written or something else: "
+            "use another one."
+        ) from e
     return metadata
 
 
@@ -50,15 +52,19 @@ def complete(folder: epath.Path) -> bool:
 def check_module(folder, metadata: dict, module: str | None) -> None:
     if module and metadata["module"] != module:
         kinds = {"dense_reg": "Module 1 (dense registration)", "matcher": "Module 2 (matcher)"}
-        raise UserError(f"{folder} is a checkpoint of {kinds.get(metadata['module'], metadata['module'])}, not of "
-                        f"{kinds[module]}; give the path of one of those.")
+        raise UserError(
+            f"{folder} is a checkpoint of {kinds.get(metadata['module'], metadata['module'])}, not of "
+            f"{kinds[module]}; give the path of one of those."
+        )
 
 
 def check_ours(folder, metadata: dict) -> None:
     """UserError for a checkpoint of other code, which can seed Module 2 and do nothing else here."""
     if metadata.get("foreign"):
-        raise UserError(f"{folder} was made by other code: its transformer can seed Module 2 (--pretrained_ckpt), the rest "
-                        "is not of this project's networks. Give a checkpoint that was trained here.")
+        raise UserError(
+            f"{folder} was made by other code: its transformer can seed Module 2 (--pretrained_ckpt), the rest "
+            "is not of this project's networks. Give a checkpoint that was trained here."
+        )
 
 
 def check_access(folder: epath.Path, e: Exception) -> None:
@@ -87,10 +93,33 @@ def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
 
 def sound(metadata: dict) -> dict:
     """What other software says of a checkpoint, with ours where that is missing or of another kind."""
-    ours = {"epoch": 0, "step": 0, "finished": False, "best": None, "value": None, "history": [], "config": {}, "data": ""}
-    kinds = {"module": str, "epoch": (int, float), "step": int, "finished": bool, "best": (dict, type(None)),
-             "value": (int, float, type(None)), "history": list, "config": dict, "data": str, "timestamp": str}
-    kept = {k: v for k, v in metadata.items() if isinstance(v, kinds.get(k, object)) and k not in ("digest", "digests", "shardings")}
+    ours = {
+        "epoch": 0,
+        "step": 0,
+        "finished": False,
+        "best": None,
+        "value": None,
+        "history": [],
+        "config": {},
+        "data": "",
+    }
+    kinds = {
+        "module": str,
+        "epoch": (int, float),
+        "step": int,
+        "finished": bool,
+        "best": (dict, type(None)),
+        "value": (int, float, type(None)),
+        "history": list,
+        "config": dict,
+        "data": str,
+        "timestamp": str,
+    }
+    kept = {
+        k: v
+        for k, v in metadata.items()
+        if isinstance(v, kinds.get(k, object)) and k not in ("digest", "digests", "shardings")
+    }
     if kept.get("module") not in ("dense_reg", "matcher"):
         kept.pop("module", None)
     if not all(isinstance(attempt, dict) for attempt in kept.get("history", [])):

@@ -15,9 +15,8 @@ import jax
 from etils import epath
 
 from ifvit import gcs
-from ifvit.errors import UserError
+from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.files import to_disk
-from ifvit.errors import CheckpointNotFound
 from ifvit.paths import resolve
 
 OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
@@ -165,8 +164,13 @@ def discard_unfinished(folder: epath.Path, names: str) -> None:
     if is_local(folder):
         left = folder.glob(f"{names}{UNFINISHED}*")
     else:
-        left = [p for p in folder.iterdir() if fnmatch.fnmatch(p.name, names) and not has_name(p)
-                and ((p / "state").is_dir() or (p / "metadata").is_dir())]
+        left = [
+            p
+            for p in folder.iterdir()
+            if fnmatch.fnmatch(p.name, names)
+            and not has_name(p)
+            and ((p / "state").is_dir() or (p / "metadata").is_dir())
+        ]
     for path in left:
         with contextlib.suppress(OSError):  # it may still be written to; the next save tries again
             path.rmtree(missing_ok=True)

@@ -28,7 +28,9 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
 
     def read(name):
         try:
-            out[name], sums[name] = reader.read(name, wanted[name], checked=metadata["digests"].get(name, "") is not None)
+            out[name], sums[name] = reader.read(
+                name, wanted[name], checked=metadata["digests"].get(name, "") is not None
+            )
         except Exception as e:  # whatever TensorStore says of a damaged file
             wrong[name] = FORBIDDEN if is_forbidden(e) else first_line(e)
             errors.append(e)
@@ -48,8 +50,10 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
         raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.")
     if wrong:
         name = min(wrong)
-        raise Damaged(f"Checkpoint {folder} is damaged: {len(wrong)} of {len(wanted)} leaves, e.g. {name} "
-                      f"({wrong[name]}); use another one.")
+        raise Damaged(
+            f"Checkpoint {folder} is damaged: {len(wrong)} of {len(wanted)} leaves, e.g. {name} "
+            f"({wrong[name]}); use another one."
+        )
     return out
 
 
@@ -79,13 +83,17 @@ class _Reader:
         if item not in self._ocdbt:
             self._ocdbt[item] = (base / "manifest.ocdbt").exists()
         key = key.replace("/", ".") + "/"
-        kvstore = {"driver": "ocdbt", "base": kvstore_of(base), "path": key} if self._ocdbt[item] else kvstore_of(base, key)
+        kvstore = (
+            {"driver": "ocdbt", "base": kvstore_of(base), "path": key} if self._ocdbt[item] else kvstore_of(base, key)
+        )
         how = {"context": self._context, "open": True, "read": True}
         store = ts.open({"driver": "auto", "kvstore": kvstore}, **how).result()
         if checked:
             return store
         known = store.spec().to_json()
-        return ts.open({"driver": known["driver"], "kvstore": known["kvstore"], "fill_missing_data_reads": False}, **how).result()
+        return ts.open(
+            {"driver": known["driver"], "kvstore": known["kvstore"], "fill_missing_data_reads": False}, **how
+        ).result()
 
     def read(self, name: str, sharding, checked: bool) -> tuple[np.ndarray | jax.Array, digest.Sums]:
         """The leaf, and the sums of the part of it that this process answers for."""
@@ -101,8 +109,14 @@ class _Reader:
         mine = {d: _box(i, store.shape) for d, i in sharding.addressable_devices_indices_map(store.shape).items()}
         pending = {box: _into_memory(store[tuple(slice(a, b) for a, b in box)]) for box in set(mine.values())}
         parts = {box: part for box, (part, done) in pending.items() if done.result() is None}
-        sums = digest.add((0, 0), *(digest.partial(part, tuple(a for a, _ in box)) for box, part in parts.items()
-                                    if owner[box].process_index == jax.process_index()))
+        sums = digest.add(
+            (0, 0),
+            *(
+                digest.partial(part, tuple(a for a, _ in box))
+                for box, part in parts.items()
+                if owner[box].process_index == jax.process_index()
+            ),
+        )
         on_devices = [jax.device_put(parts[box], device) for device, box in mine.items()]
         return jax.make_array_from_single_device_arrays(store.shape, sharding, on_devices), sums
 
@@ -135,5 +149,8 @@ def _joined(wrong: dict[str, str], names: list[str]) -> dict[str, str]:
         return wrong
     kinds = np.array([0 if n not in wrong else 2 if wrong[n] == FORBIDDEN else 1 for n in names], np.uint8)
     worst = np.asarray(multihost_utils.process_allgather(kinds)).max(axis=0)
-    return {n: wrong.get(n, FORBIDDEN if kind == 2 else "unreadable on another host")
-            for n, kind in zip(names, worst) if kind}
+    return {
+        n: wrong.get(n, FORBIDDEN if kind == 2 else "unreadable on another host")
+        for n, kind in zip(names, worst)
+        if kind
+    }

@@ -32,7 +32,9 @@ def kind(dtype, shape: tuple[int, ...]) -> str:
 def difference(a: dict, b: dict) -> dict[str, str]:
     """Leaves that are not equal to the bit -> how they differ."""
     a, b = ({n: np.asarray(x) for n, x in leaves(tree).items()} for tree in (a, b))
-    out = {n: "only in the first" for n in a.keys() - b.keys()} | {n: "only in the second" for n in b.keys() - a.keys()}
+    out = dict.fromkeys(a.keys() - b.keys(), "only in the first") | dict.fromkeys(
+        b.keys() - a.keys(), "only in the second"
+    )
     for n in a.keys() & b.keys():
         if a[n].shape != b[n].shape or a[n].dtype != b[n].dtype:
             out[n] = f"{a[n].dtype}{list(a[n].shape)} against {b[n].dtype}{list(b[n].shape)}"

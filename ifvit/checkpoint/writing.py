@@ -17,14 +17,13 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from ifvit.checkpoint import places
-from ifvit.checkpoint import digest
+from ifvit.checkpoint import digest, places
 from ifvit.checkpoint.metadata import digest_of, reason, versions
 from ifvit.checkpoint.places import UNFINISHED, as_writable_path, discard_unfinished, is_local
 from ifvit.checkpoint.tree import leaves
-from ifvit.devices.processes import exchange
 from ifvit.checkpoint.unsynced import synced_as_can_be, tree_to_disk
 from ifvit.devices.cores import cores
+from ifvit.devices.processes import exchange
 from ifvit.files import to_disk
 
 BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
@@ -52,15 +51,21 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
         if isinstance(x, jax.Array):
             _ = x.addressable_shards
     metadata = {
-        "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"), "versions": versions(),
-        **metadata, "module": module,
+        "timestamp": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "versions": versions(),
+        **metadata,
+        "module": module,
         "shardings": {n: str(x.sharding.spec) for n, x in flat.items() if _is_sharded(x)},
     }
     first = jax.process_index() == 0
     number, failure = next(_saves), None
     items = {name: ocp.args.PyTreeSave(tree) for name, tree in trees.items()}
     sizes = [x.nbytes for x in flat.values()]
-    with (_beside(path) as folder, synced_as_can_be(Path(folder)) as synced, _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer):
+    with (
+        _beside(path) as folder,
+        synced_as_can_be(Path(folder)) as synced,
+        _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer,
+    ):
         # a name of its own: what is left of a write that failed may still be written to
         fresh = folder / f"{path.name}{UNFINISHED}-{number}"
         try:
@@ -110,8 +115,11 @@ def _beside(path: epath.Path) -> Iterator[epath.Path]:
 def _upload(path: epath.Path, fresh: Path, number: int) -> None:
     """A checkpoint of which every process has its part in a local folder to a bucket."""
     first = jax.process_index() == 0
-    for what, stage in (("room", lambda: first and places.make_room(path)), ("uploaded", lambda: places.upload(path, fresh)),
-                        ("finished", lambda: first and places.finish(path, fresh))):
+    for what, stage in (
+        ("room", lambda: first and places.make_room(path)),
+        ("uploaded", lambda: places.upload(path, fresh)),
+        ("finished", lambda: first and places.finish(path, fresh)),
+    ):
         failure = None
         try:
             stage()
@@ -123,10 +131,13 @@ def _upload(path: epath.Path, fresh: Path, number: int) -> None:
 class _Together(ocp.CompositeCheckpointHandler):
     """What fails on one process fails on all, at once: else they would wait for each other at Orbax's barriers."""
 
-    def __init__(self, number: int, processes: ocp.options.MultiprocessingOptions, metadata: "MetadataHandler", **items):
+    def __init__(
+        self, number: int, processes: ocp.options.MultiprocessingOptions, metadata: "MetadataHandler", **items
+    ):
         options = ocp.CompositeOptions(
             multiprocessing_options=processes,  # told in the background, one process's folders would be taken for another's
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False))
+            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
+        )
         super().__init__(composite_options=options, metadata=metadata, **items)
         self._number, self._processes, self._metadata, self._finalizing = number, processes, metadata, False
 
@@ -154,8 +165,10 @@ class _Together(ocp.CompositeCheckpointHandler):
     def release(self) -> None:
         """Lets the processes pass that wait for the first one to finalize."""
         if self._finalizing:
-            ocp.multihost.sync_global_processes(f"{self._processes.barrier_sync_key_prefix}_Checkpointer:finalize",
-                                                processes=self._processes.active_processes)
+            ocp.multihost.sync_global_processes(
+                f"{self._processes.barrier_sync_key_prefix}_Checkpointer:finalize",
+                processes=self._processes.active_processes,
+            )
 
 
 @ocp.args.register_with_handler(_Together, for_save=True, for_restore=True)
@@ -180,16 +193,30 @@ def _orbax(size: int, largest: int, number: int, shared: bool = True) -> ocp.Che
     used again: memory that is touched for the first time costs as much as writing it to the disk. Barriers go through
     the coordination service, not the devices, which train meanwhile.
     """
-    arrays = dict(use_ocdbt=size < 2**28 and shared, use_zarr3=True, use_compression=False,
-                  save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9)  # a leaf has to fit in
+    arrays = dict(
+        use_ocdbt=size < 2**28 and shared,
+        use_zarr3=True,
+        use_compression=False,
+        save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9,
+    )  # a leaf has to fit in
     me = jax.process_index()
     processes = ocp.options.MultiprocessingOptions(
-        primary_host=0 if shared else None, active_processes=set(range(jax.process_count())) if shared else {me},
-        barrier_sync_key_prefix=f"save{number}" + ("" if shared else f"of{me}"))
-    return ocp.Checkpointer(_Together(
-        number, processes, metadata=MetadataHandler(),
-        **{name: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, **arrays) for name in ("state", "aligner")},
-    ), multiprocessing_options=processes)
+        primary_host=0 if shared else None,
+        active_processes=set(range(jax.process_count())) if shared else {me},
+        barrier_sync_key_prefix=f"save{number}" + ("" if shared else f"of{me}"),
+    )
+    return ocp.Checkpointer(
+        _Together(
+            number,
+            processes,
+            metadata=MetadataHandler(),
+            **{
+                name: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, **arrays)
+                for name in ("state", "aligner")
+            },
+        ),
+        multiprocessing_options=processes,
+    )
 
 
 @dataclass
@@ -217,8 +244,10 @@ class MetadataHandler(ocp.AsyncCheckpointHandler):
         self._parts = list(map(json.loads, exchange(f"save{number}/sums", json.dumps(self._sums), BARRIER_MS)))
 
     def finalize(self, directory: epath.Path) -> None:
-        digests = {n: digest.text(dtype, shape, digest.add(*(tuple(part[n]) for part in self._parts)))
-                   for n, (dtype, shape) in self._leaves.items()}
+        digests = {
+            n: digest.text(dtype, shape, digest.add(*(tuple(part[n]) for part in self._parts)))
+            for n, (dtype, shape) in self._leaves.items()
+        }
         metadata = self._metadata | {"digests": digests}
         metadata["digest"] = digest_of(metadata)
         (directory / "metadata").write_text(json.dumps(metadata), encoding="utf-8")
@@ -238,8 +267,14 @@ def _own_sums(x) -> digest.Sums:
     """Sums over the shards that this process writes: of what is replicated, one."""
     if not isinstance(x, jax.Array):
         return digest.partial(x, (0,) * x.ndim) if jax.process_index() == 0 else (0, 0)
-    return digest.add((0, 0), *(digest.partial(np.asarray(s.data), tuple(i.start or 0 for i in s.index))
-                                for s in x.addressable_shards if s.replica_id == 0))
+    return digest.add(
+        (0, 0),
+        *(
+            digest.partial(np.asarray(s.data), tuple(i.start or 0 for i in s.index))
+            for s in x.addressable_shards
+            if s.replica_id == 0
+        ),
+    )
 
 
 def _is_sharded(x) -> bool:

@@ -8,8 +8,33 @@ import zlib
 
 # width, height, bits, compression, photometric, fill order, strips, orientation, samples, planes, T4 and T6 options,
 # predictor, palette, tiles, extra samples, sample format, JPEG and YCbCr
-_TIFF_PIXELS = {256, 257, 258, 259, 262, 266, 273, 274, 277, 278, 279, 284, 292, 293, 317, 320, 322, 323, 324, 325,
-                338, 339, *range(512, 522), 347, *range(529, 533)}
+_TIFF_PIXELS = {
+    256,
+    257,
+    258,
+    259,
+    262,
+    266,
+    273,
+    274,
+    277,
+    278,
+    279,
+    284,
+    292,
+    293,
+    317,
+    320,
+    322,
+    323,
+    324,
+    325,
+    338,
+    339,
+    *range(512, 522),
+    347,
+    *range(529, 533),
+}
 _TIFF_RESOLUTION = {282: (5, 1), 283: (5, 1), 296: (3, 1)}  # (type, count) of a tag that is as it should be
 
 

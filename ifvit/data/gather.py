@@ -11,7 +11,6 @@ from typing import Literal
 
 from cluster.host import Host
 from ifvit import gcs
-from ifvit.devices.cores import cores
 from ifvit.config import Config
 from ifvit.data import synthetic
 from ifvit.data.contents import in_order_of_contents
@@ -19,9 +18,10 @@ from ifvit.data.prepare import Decoded, PrintSet, decoded, prepare
 from ifvit.data.sources import SYNTHETIC, Print, Reading, read, read_root
 from ifvit.data.split import require_fingers, split_by_finger
 from ifvit.data.summary import summarise
+from ifvit.devices.cores import cores
+from ifvit.devices.processes import require_same, together
 from ifvit.errors import UserError
 from ifvit.paths import cache_dir, resolve_data
-from ifvit.devices.processes import require_same, together
 
 log = logging.getLogger("ifvit")
 
@@ -33,14 +33,26 @@ def gather(config: Config, host: Host) -> tuple[PrintSet, PrintSet, PrintSet]:
     fingers, when the split leaves a side with fewer, or when hosts have other prints: that before anything is decoded.
     """
     reading = together("files", lambda: read_prints(config), host)
-    require_same("The list of prints", listing(reading.prints), host.name, "give a --dataset_root that is the same on every host.")
+    require_same(
+        "The list of prints",
+        listing(reading.prints),
+        host.name,
+        "give a --dataset_root that is the same on every host.",
+    )
     everything, found = together("prints", lambda: _prepared(config, reading.prints), host)
-    require_same("The list of readable prints", listing(everything.prints), host.name, "one of the hosts cannot read what others can.")
+    require_same(
+        "The list of readable prints",
+        listing(everything.prints),
+        host.name,
+        "one of the hosts cannot read what others can.",
+    )
     train, held_out = split(everything.prints, config.held_out, config.data_seed)
     count = lambda part: len({p.identity for p in part})
     if min(count(train), count(held_out)) < 2:
-        raise UserError(f"Of {count(everything.prints)} fingers {count(held_out)} are held out (held_out={config.held_out:g}), and {count(train)} "
-                        "are left to train on; each needs two or more. Give prints of more fingers.")
+        raise UserError(
+            f"Of {count(everything.prints)} fingers {count(held_out)} are held out (held_out={config.held_out:g}), and {count(train)} "
+            "are left to train on; each needs two or more. Give prints of more fingers."
+        )
     for line in summarise(reading, found, everything.prints, (train, held_out)).lines():
         log.info("%s", line)
     return everything, everything.subset(train), everything.subset(held_out)
@@ -55,8 +67,10 @@ def split(prints: Sequence[Print], held_out: float, seed: int) -> tuple[list[Pri
 def _prepared(config: Config, real: list[Print]) -> tuple[PrintSet, Decoded]:
     """Decoded; with generated ones, which are made once, into the cache: alone, or mixed into real ones (`synthetic_share`)."""
     if real and SYNTHETIC in config.dataset_root and not config.synthetic_share:
-        raise UserError("--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share is 0. "
-                        "Give it a share (--set synthetic_share=0.25; in train_all of dense. and match.), or leave `synthetic` out.")
+        raise UserError(
+            "--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share is 0. "
+            "Give it a share (--set synthetic_share=0.25; in train_all of dense. and match.), or leave `synthetic` out."
+        )
     prints = real + (generated(config) if SYNTHETIC in config.dataset_root or config.synthetic_share > 0 else [])
     require_fingers(prints)
     everything = prepare(prints, config.canvas_size, config.max_broken, cache_dir())
@@ -68,7 +82,9 @@ def read_prints(config: Config) -> Reading:
     """The real prints of every root."""
     roots = [r for r in config.dataset_root if r != SYNTHETIC]
     if config.names and not roots:
-        raise UserError(f"--names '{config.names}' tells how names are to be read, and all prints are generated; give a --dataset_root, or leave it out.")
+        raise UserError(
+            f"--names '{config.names}' tells how names are to be read, and all prints are generated; give a --dataset_root, or leave it out."
+        )
     return read_folders(roots, config.ppi or None, config.ridges, config.names) if roots else Reading([], (), {})
 
 
@@ -80,8 +96,10 @@ def read_folders(roots: Sequence[str], ppi: float | Literal["auto"] | None, ridg
 
 def overlap(roots, others) -> bool:
     """Whether prints of some roots are also of others: the same folder, whatever its path, or one within the other."""
-    places = [[Path(r) if r == SYNTHETIC or "://" in r else Path(os.path.realpath(resolve_data(r))) for r in which]
-              for which in (roots, others)]
+    places = [
+        [Path(r) if r == SYNTHETIC or "://" in r else Path(os.path.realpath(resolve_data(r))) for r in which]
+        for which in (roots, others)
+    ]
     return any(a == b or a in b.parents or b in a.parents for a in places[0] for b in places[1])
 
 
@@ -107,7 +125,8 @@ def local_root(root: str) -> str:
 
 
 def generated(config: Config) -> list[Print]:
-    files = synthetic.prints(config.data_seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(),
-                             workers=cores())
+    files = synthetic.prints(
+        config.data_seed, config.synthetic_fingers, config.synthetic_impressions, cache_dir(), workers=cores()
+    )
     wanted = {str(f) for f in files}
     return [replace(p, database=SYNTHETIC) for p in read_root(files[0].parent, synthetic.PPI) if p.path in wanted]

@@ -38,12 +38,10 @@ class Picture:
 
     grey: UInt8[np.ndarray, "H W"]
     ppi: float | None  # of the file's tag; None where it has none that can be believed
-    note: str = ""     # what its reader should know of how it was read; the same words for files of a kind
+    note: str = ""  # what its reader should know of how it was read; the same words for files of a kind
 
 
-def decode(
-    path: str | Path, max_megapixels: float = 20
-) -> tuple[UInt8[np.ndarray, "H W"], float | None]:
+def decode(path: str | Path, max_megapixels: float = 20) -> tuple[UInt8[np.ndarray, "H W"], float | None]:
     """The pixels of an image file as grey levels, and the ppi that it claims. See `read_picture`."""
     picture = read_picture(path, max_megapixels)
     return picture.grey, picture.ppi
@@ -143,8 +141,7 @@ def to_canvas(
     out = np.full((canvas, canvas), _background(grey, mask), np.uint8)
     out_mask = np.zeros((canvas, canvas), bool)
     there = mask if mask.any() else np.ones_like(mask)
-    middle = (np.average(np.arange(n) + 0.5, weights=there.sum(1 - axis))
-              for axis, n in enumerate(grey.shape))
+    middle = (np.average(np.arange(n) + 0.5, weights=there.sum(1 - axis)) for axis, n in enumerate(grey.shape))
     source, target = zip(*(_overlap(n, m, canvas) for n, m in zip(grey.shape, middle)))
     out[target] = grey[source]
     out_mask[target] = mask[source]
@@ -242,9 +239,7 @@ def _strong_level(energy: np.ndarray) -> float:
     return float(np.median(upper)) if upper.size else 0.0
 
 
-def _open_by_disc(
-    mask: np.ndarray, radius: float, more: float = 0.0, beyond: str = "edge"
-) -> np.ndarray:
+def _open_by_disc(mask: np.ndarray, radius: float, more: float = 0.0, beyond: str = "edge") -> np.ndarray:
     """Erode by a disc of `radius` cells, dilate by one of `radius + more`.
 
     Beyond the image all is as at its border ("edge") or False ("constant").

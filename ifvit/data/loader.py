@@ -14,8 +14,15 @@ def example(prints: PrintSet, pair: Pair, classes: dict) -> dict[str, np.ndarray
     """One pair as the step takes it; a label is −1 for a finger that is no class."""
     (canvas0, mask0), (canvas1, mask1) = prints.canvas(pair.print0), prints.canvas(pair.print1)
     label0, label1 = (np.int32(classes.get(prints.prints[i].identity, -1)) for i in pair[:2])
-    return {"canvas0": canvas0, "canvas1": canvas1, "mask0": mask0, "mask1": mask1,
-            "genuine": np.bool_(pair.genuine), "label0": label0, "label1": label1}
+    return {
+        "canvas0": canvas0,
+        "canvas1": canvas1,
+        "mask0": mask0,
+        "mask1": mask1,
+        "genuine": np.bool_(pair.genuine),
+        "label0": label0,
+        "label1": label1,
+    }
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,9 @@ def batches(source: PairSource, workers: int) -> Iterator[dict[str, np.ndarray]]
     return iter(stream)
 
 
-def fixed_batches(prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> Iterator[tuple[dict[str, np.ndarray], int]]:
+def fixed_batches(
+    prints: PrintSet, pairs: Sequence[Pair], batch_size: int
+) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Pairs in batches of one size, the last filled up with its last pair: (batch, how many count)."""
     for at in range(0, len(pairs), batch_size):
         part = pairs[at : at + batch_size]

@@ -9,8 +9,12 @@ from ifvit.data.bare import tiff_entries, tiff_numbers
 SEVERAL_PAGES = "hold several pages, of which the largest is read, of equal ones the first"
 
 _TURNS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
 
@@ -62,8 +66,12 @@ def _page_size(image: Image.Image, page: int) -> tuple[int, int] | None:
 
 def _sub_size(raw: bytes, offset: int) -> int:
     """Pixels of the directory at `offset`; 0 for one that cannot be read."""
-    sides = [numbers[0] for tag, place in tiff_entries(raw, offset) or [] if tag in (256, 257)
-             if (numbers := tiff_numbers(raw, place))]
+    sides = [
+        numbers[0]
+        for tag, place in tiff_entries(raw, offset) or []
+        if tag in (256, 257)
+        if (numbers := tiff_numbers(raw, place))
+    ]
     return sides[0] * sides[1] if len(sides) == 2 else 0
 
 

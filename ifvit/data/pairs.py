@@ -108,4 +108,6 @@ def _by_finger(prints) -> dict[tuple[str, str], list[int]]:
 def class_labels(prints) -> dict[tuple[str, str], int]:
     """ArcFace's class of each identity: databases in the order they first come, the fingers of each in sorted order."""
     order = {database: k for k, database in enumerate(dict.fromkeys(p.database for p in prints))}
-    return {identity: k for k, identity in enumerate(sorted({p.identity for p in prints}, key=lambda i: (order[i[0]], i)))}
+    return {
+        identity: k for k, identity in enumerate(sorted({p.identity for p in prints}, key=lambda i: (order[i[0]], i)))
+    }

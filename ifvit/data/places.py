@@ -27,9 +27,7 @@ _NIST = re.compile(
 )
 _NIST_TOP = {"friction-ridge", "challengers", "baseline"}
 # Never a finger's folder.
-_COMPETITION = re.compile(
-    r"(?:fvc[-_ ]?\d{4}.*?)?db[-_ ]?\d[-_ ]?[ab]?(?:[-_ ].*)?|fvc[-_ ]?\d{4}.*", re.IGNORECASE
-)
+_COMPETITION = re.compile(r"(?:fvc[-_ ]?\d{4}.*?)?db[-_ ]?\d[-_ ]?[ab]?(?:[-_ ].*)?|fvc[-_ ]?\d{4}.*", re.IGNORECASE)
 _PERSON = re.compile(
     r"(?:subjects?|persons?|people|user|usr|subj|individual|volunteer|id|identity|class|client|p|s|u|n)?[-_ ]?\d+",
     re.IGNORECASE,
@@ -115,9 +113,7 @@ def _above(folder: Path, words: re.Pattern | None) -> Path:
 def _is_called(folder: str, word: str) -> bool:
     """Whether a folder is called so, zeros and a word before a number apart: 7, 007, finger_7."""
     number = re.fullmatch(r"[a-z_\- ]*?0*(\d+)", folder, re.IGNORECASE)
-    return folder.casefold() == word.casefold() or (
-        bool(number) and word.isdecimal() and int(number[1]) == int(word)
-    )
+    return folder.casefold() == word.casefold() or (bool(number) and word.isdecimal() and int(number[1]) == int(word))
 
 
 def _folders_of_numbers(found: list[Found], floor: Path, told: list[str]) -> None:

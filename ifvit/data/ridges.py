@@ -7,11 +7,11 @@ import numpy as np
 import scipy.fft
 from jaxtyping import Float, UInt8
 
-LOOKS = (64, 32)    # px, sides of the windows of the first look; the smaller where ridges are too fine for the larger
+LOOKS = (64, 32)  # px, sides of the windows of the first look; the smaller where ridges are too fine for the larger
 FIRST, SECOND = 16, 32  # that many windows are looked at, spread over those with contrast
 SHORTEST, LONGEST = 2.2, 25.0  # px, ridge periods that the first look knows
-PERIODS = 8         # that many fit in a window of the second look
-PEAK_SHARE = 0.2    # of a window's power that its peak holds, where there are ridges
+PERIODS = 8  # that many fit in a window of the second look
+PEAK_SHARE = 0.2  # of a window's power that its peak holds, where there are ridges
 
 
 def ridge_period(grey: UInt8[np.ndarray, "H W"]) -> float | None:

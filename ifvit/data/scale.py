@@ -17,9 +17,12 @@ from ifvit.data.ridges import fine_detail, ridge_period
 # px at 500 ppi: the medians of databases of adults' prints at hand run from 6.6 to 9.6, and to 11.9 of one sensor.
 FINEST, COARSEST, DOUBTFUL = 6.25, 10.5, 13.6
 SENSORS = (500.0, 512.0, 569.0, 1000.0)  # what sensors have; 300 is what an editor or a flat-bed scanner writes
-ENLARGED = 10 ** -1.75  # less than this is in the finest detail of a picture that was enlarged by 1.6 or more
+ENLARGED = 10**-1.75  # less than this is in the finest detail of a picture that was enlarged by 1.6 or more
 FEW = 5  # prints: fewer may be odd fingers
-SIBLING, USUAL = 0.2, 0.09  # so near to what the ridges tell another resolution of the database, or a usual one, is meant
+SIBLING, USUAL = (
+    0.2,
+    0.09,
+)  # so near to what the ridges tell another resolution of the database, or a usual one, is meant
 
 ASKED = "the ridges"  # `Print.ppi_from` of prints that are to be read as their ridges tell: --ppi auto
 
@@ -54,8 +57,9 @@ class Group:
     @property
     def off(self) -> bool:
         detail = [r["detail"] for r in self.records if r["detail"] is not None]
-        return not self.unclear and self._is_off(self.at_500, float(np.median(detail)) if detail else 1.0,
-                                                 1.0 if len(self.records) >= FEW else 1.2)
+        return not self.unclear and self._is_off(
+            self.at_500, float(np.median(detail)) if detail else 1.0, 1.0 if len(self.records) >= FEW else 1.2
+        )
 
     @property
     def off_alone(self) -> int:
@@ -81,8 +85,15 @@ def measured(path: str, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: st
     """
     period = ridge_period(grey)
     wide = period is not None and period * CANVAS_PPI / ppi > COARSEST
-    return {"path": path, "width": grey.shape[1], "height": grey.shape[0], "ppi": ppi, "ppi_from": ppi_from,
-            "period": period, "detail": fine_detail(grey) if wide else None}
+    return {
+        "path": path,
+        "width": grey.shape[1],
+        "height": grey.shape[0],
+        "ppi": ppi,
+        "ppi_from": ppi_from,
+        "period": period,
+        "detail": fine_detail(grey) if wide else None,
+    }
 
 
 def groups(records: Iterable[tuple[str, dict]]) -> list[Group]:
@@ -90,8 +101,10 @@ def groups(records: Iterable[tuple[str, dict]]) -> list[Group]:
     found = defaultdict(list)
     for database, record in records:
         found[database, record["ppi"]].append(record)
-    return [Group(database, ppi, tuple(r for r in some if r["period"]), sum(not r["period"] for r in some))
-            for (database, ppi), some in found.items()]
+    return [
+        Group(database, ppi, tuple(r for r in some if r["period"]), sum(not r["period"] for r in some))
+        for (database, ppi), some in found.items()
+    ]
 
 
 def fitting_ppi(group: Group, others: Iterable[Group]) -> float:
@@ -114,18 +127,23 @@ def remarks(records: Iterable[tuple[str, dict]]) -> list[str]:
     """What looks wrong with the resolutions of prints, each with a remedy; of (database, record) pairs."""
     records = list(records)
     known = groups(records)
-    unclear = [f"⚠ The distance of ridges cannot be measured on {g.database}, {len(g.records) + g.unseen} prints read at "
-               f"{g.ppi:.4g} ppi: they are too coarse or too small, or no prints; look at some with "
-               "python -m ifvit.prints DIR --sheet FILE.png."
-               for g in known if g.unclear and len(g.records) + g.unseen >= FEW]
+    unclear = [
+        f"⚠ The distance of ridges cannot be measured on {g.database}, {len(g.records) + g.unseen} prints read at "
+        f"{g.ppi:.4g} ppi: they are too coarse or too small, or no prints; look at some with "
+        "python -m ifvit.prints DIR --sheet FILE.png."
+        for g in known
+        if g.unclear and len(g.records) + g.unseen >= FEW
+    ]
     return [_off(g, fitting_ppi(g, known)) for g in known if g.off] + unclear + _mixed(records, known) + _notes(records)
 
 
 def _off(group: Group, fit: float) -> str:
     told = " and ".join(sorted({r["ppi_from"] for r in group.records}))
-    return (f"⚠ The ridges of {group.database} are {group.at_500:.1f} px apart at 500 ppi if its prints have the "
-            f"{group.ppi:.4g} ppi that they are read at ({told}), and adults' are about 9: {fit:g} ppi would fit, which "
-            f"--ppi auto takes ({group.off_alone} of {len(group.records)} prints tell so by themselves, e.g. {group.records[0]['path']}).")
+    return (
+        f"⚠ The ridges of {group.database} are {group.at_500:.1f} px apart at 500 ppi if its prints have the "
+        f"{group.ppi:.4g} ppi that they are read at ({told}), and adults' are about 9: {fit:g} ppi would fit, which "
+        f"--ppi auto takes ({group.off_alone} of {len(group.records)} prints tell so by themselves, e.g. {group.records[0]['path']})."
+    )
 
 
 def _mixed(records: list[tuple[str, dict]], known: list[Group]) -> list[str]:
@@ -139,10 +157,14 @@ def _mixed(records: list[tuple[str, dict]], known: list[Group]) -> list[str]:
         periods = [at_500.get((database, ppi)) for ppi in by_ppi]
         confirmed = all(periods) and max(periods) <= 1.25 * min(periods)
         if max(by_ppi) > 1.02 * min(by_ppi) and not confirmed and database not in said:
-            some = "; ".join(f"{len(rs)} at {ppi:.4g} ppi ({rs[0]['ppi_from']}), such as {rs[0]['path']}"
-                             for ppi, rs in sorted(by_ppi.items(), key=lambda item: -len(item[1])))
-            said[database] = (f"⚠ Prints of {database} have one size, {width} × {height} pixels, and are read at several "
-                              f"resolutions: {some}. --ppi NUMBER reads all at one, --ppi auto as their ridges tell.")
+            some = "; ".join(
+                f"{len(rs)} at {ppi:.4g} ppi ({rs[0]['ppi_from']}), such as {rs[0]['path']}"
+                for ppi, rs in sorted(by_ppi.items(), key=lambda item: -len(item[1]))
+            )
+            said[database] = (
+                f"⚠ Prints of {database} have one size, {width} × {height} pixels, and are read at several "
+                f"resolutions: {some}. --ppi NUMBER reads all at one, --ppi auto as their ridges tell."
+            )
     return list(said.values())
 
 

@@ -13,8 +13,7 @@ from pathlib import Path
 from ifvit.errors import UserError
 
 EXTENSIONS = {
-    f".{kind}"
-    for kind in "tif tiff png bmp dib jpg jpeg jpe jfif wsq pgm ppm pnm jp2 j2k j2c jpc jpx gif webp".split()
+    f".{kind}" for kind in "tif tiff png bmp dib jpg jpeg jpe jfif wsq pgm ppm pnm jp2 j2k j2c jpc jpx gif webp".split()
 }
 _ARCHIVES = {f".{kind}" for kind in "zip tar tgz gz bz2 xz zst 7z rar iso".split()}
 # What lies beside prints and is none: texts, tables, minutiae, checksums, code.
@@ -62,8 +61,10 @@ def walk(root: Path) -> Walk:
 
     def unlisted(error: OSError) -> None:
         if Path(error.filename) == root:
-            raise UserError(f"{root} cannot be listed ({error.strerror}). Ask for the right to read it, or give "
-                            "another --dataset_root.")
+            raise UserError(
+                f"{root} cannot be listed ({error.strerror}). Ask for the right to read it, or give "
+                "another --dataset_root."
+            )
         met.left_out.append(LeftOut(str(error.filename), UNLISTED))
 
     for place, inner, files in os.walk(root, followlinks=True, onerror=unlisted):
@@ -109,15 +110,20 @@ def _why_not(path: str, kind: str) -> str:
 
 def warnings(root: Path, left_out: Iterable[LeftOut]) -> Iterable[str]:
     """A line for each kind of what is left out that a user will want to know of."""
+
     def of(test) -> list[str]:
         return [x.path for x in left_out if test(x.reason)]
 
     if paths := of(lambda r: r == UNLISTED):
-        yield (f"{root}: {len(paths)} folders cannot be listed, and what they hold is left out: {', '.join(paths[:5])}"
-               f"{' …' if len(paths) > 5 else ''}; ask for the right to read them.")
+        yield (
+            f"{root}: {len(paths)} folders cannot be listed, and what they hold is left out: {', '.join(paths[:5])}"
+            f"{' …' if len(paths) > 5 else ''}; ask for the right to read them."
+        )
     if paths := of(lambda r: r.startswith(UNREAD)):
-        yield (f"{root}: {len(paths)} files cannot be read and are left out, such as {paths[0]}; ask for the right to "
-               "read them.")
+        yield (
+            f"{root}: {len(paths)} files cannot be read and are left out, such as {paths[0]}; ask for the right to "
+            "read them."
+        )
     if paths := of(lambda r: r == NOWHERE):
         yield f"{root}: {len(paths)} links lead nowhere and are left out, such as {paths[0]}"
     if paths := of(lambda r: r.endswith("pipe, socket or device")):
@@ -127,8 +133,10 @@ def warnings(root: Path, left_out: Iterable[LeftOut]) -> Iterable[str]:
         count = Counter(x.reason.rpartition("(")[2].rstrip(")") for x in unread)
         kinds = ", ".join(f"{n} {kind}" for kind, n in count.most_common())
         unpack = "unpack the archives; " if any(x.reason.startswith("an archive") for x in unread) else ""
-        yield (f"{root}: {len(unread)} files are of kinds that are not read and are left out: {kinds}, such as "
-               f"{unread[0].path}; {unpack}images end in {' '.join(sorted(EXTENSIONS))}.")
+        yield (
+            f"{root}: {len(unread)} files are of kinds that are not read and are left out: {kinds}, such as "
+            f"{unread[0].path}; {unpack}images end in {' '.join(sorted(EXTENSIONS))}."
+        )
 
 
 def file_digest(path: str | Path) -> str:
@@ -137,12 +145,11 @@ def file_digest(path: str | Path) -> str:
     return _read_digest(str(path), status.st_size, status.st_mtime_ns)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _read_digest(path: str, size: int, mtime: int) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def natural(text: str) -> list[tuple[int, int | str, str]]:
     """A sort key by which 2 comes before 10."""
-    return [(0, int(part), part) if part.isdecimal() else (1, part, "")
-            for part in re.split(r"(\d+)", text) if part]
+    return [(0, int(part), part) if part.isdecimal() else (1, part, "") for part in re.split(r"(\d+)", text) if part]

@@ -7,7 +7,11 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OF_THIS_PROCESS = Path("/proc/self/cgroup")
-GIVEN = ("SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE", "NSLOTS")  # of a job in Slurm or Grid Engine, where nothing binds it
+GIVEN = (
+    "SLURM_CPUS_PER_TASK",
+    "SLURM_CPUS_ON_NODE",
+    "NSLOTS",
+)  # of a job in Slurm or Grid Engine, where nothing binds it
 
 
 def cores() -> int:

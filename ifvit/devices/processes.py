@@ -34,7 +34,9 @@ def require_same(what: str, value: str, name: str, remedy: str) -> None:
     names, values = exchange(f"{what} of", name), exchange(what, value)
     other = next((n for n, v in enumerate(values) if v != values[0]), None)
     if other is not None:
-        raise UserError(f"{what} differs between {names[0]} ({values[0]}) and {names[other]} ({values[other]}); {remedy}")
+        raise UserError(
+            f"{what} differs between {names[0]} ({values[0]}) and {names[other]} ({values[other]}); {remedy}"
+        )
 
 
 def together(what: str, call: Callable, host: Host):

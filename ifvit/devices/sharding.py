@@ -14,7 +14,6 @@ from ifvit.devices import progress
 from ifvit.devices.cores import cores
 from ifvit.errors import UserError
 
-
 MIN_PAIRS = 4  # a CPU device with fewer pairs than this spends its time on overhead
 FORCED = "xla_force_host_platform_device_count"
 
@@ -39,16 +38,25 @@ def make_mesh(pairs: int, model_parallel: int = 1) -> Mesh:
     processes = jax.process_count()
     if devices[0].platform == "cpu" and FORCED not in os.environ.get("XLA_FLAGS", ""):
         cores = len(devices) // processes
-        fitting = [n for n in range(1, cores + 1) if pairs % (n * processes) == 0 and n % model_parallel == 0
-                   and (n == 1 or pairs // (n * processes) >= MIN_PAIRS)]
+        fitting = [
+            n
+            for n in range(1, cores + 1)
+            if pairs % (n * processes) == 0
+            and n % model_parallel == 0
+            and (n == 1 or pairs // (n * processes) >= MIN_PAIRS)
+        ]
         devices = [d for n, d in enumerate(devices) if n % cores < max(fitting, default=min(model_parallel, cores))]
     local = len(devices) // processes
     if len(devices) % model_parallel or (model_parallel % local and local % model_parallel):
-        raise UserError(f"model_parallel is {model_parallel}, and {local} devices a host ({len(devices)} in all) do not "
-                        f"divide by it; use --set model_parallel={math.gcd(local, model_parallel)}.")
+        raise UserError(
+            f"model_parallel is {model_parallel}, and {local} devices a host ({len(devices)} in all) do not "
+            f"divide by it; use --set model_parallel={math.gcd(local, model_parallel)}."
+        )
     if pairs % len(devices):
-        raise UserError(f"A batch of {pairs} does not divide among {len(devices)} devices; "
-                        f"use --batch_size {max(1, pairs // len(devices)) * len(devices)}.")
+        raise UserError(
+            f"A batch of {pairs} does not divide among {len(devices)} devices; "
+            f"use --batch_size {max(1, pairs // len(devices)) * len(devices)}."
+        )
     return Mesh(np.asarray(devices).reshape(-1, model_parallel), ("data", "model"))
 
 
@@ -63,18 +71,20 @@ RULES = (
     (r"(q_proj|k_proj|v_proj|mlp_0)/kernel$", P(None, "model")),
     (r"(merge|mlp_2|reduce|embed)/kernel$", P("model", None)),
     (r"resnet\w*/.*kernel$", P(None, None, None, "model")),  # HWIO: the output channels
-    (r"arcface_\w+$", P("model", None)),                      # the embedding's axis: any number of classes
-    (r"", P()),                                               # norms, biases, scalars: replicated
+    (r"arcface_\w+$", P("model", None)),  # the embedding's axis: any number of classes
+    (r"", P()),  # norms, biases, scalars: replicated
 )
 
 
 def shardings(tree, mesh: Mesh):
     """The sharding of every leaf of a state (arrays or shapes) by RULES; replicated where it does not divide."""
+
     def of(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         spec = next(spec for pattern, spec in RULES if re.search(pattern, name))
         fits = len(spec) <= leaf.ndim and all(
-            axis is None or leaf.shape[i] % mesh.shape[axis] == 0 for i, axis in enumerate(spec))
+            axis is None or leaf.shape[i] % mesh.shape[axis] == 0 for i, axis in enumerate(spec)
+        )
         return NamedSharding(mesh, spec if fits and mesh.shape["model"] > 1 else P())
 
     return jax.tree_util.tree_map_with_path(of, tree)

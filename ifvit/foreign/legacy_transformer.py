@@ -12,6 +12,7 @@ import numpy as np
 
 from ifvit.errors import UserError
 
+
 class NoTransformer(UserError):
     """There is none in the parameters."""
 
@@ -24,8 +25,13 @@ _PLACE = re.compile(
     r"|(?P<norm>norm[12])/(?P<leaf>scale|weight|bias))"
 )
 _SHAPES = {f"{name}/kernel": (1, 1) for name in ("q_proj", "k_proj", "v_proj", "merge")} | {  # in widths
-    "mlp_0/kernel": (2, 2), "mlp_2/kernel": (2, 1), "norm1/scale": (1,), "norm1/bias": (1,), "norm2/scale": (1,),
-    "norm2/bias": (1,)}
+    "mlp_0/kernel": (2, 2),
+    "mlp_2/kernel": (2, 1),
+    "norm1/scale": (1,),
+    "norm1/bias": (1,),
+    "norm2/scale": (1,),
+    "norm2/bias": (1,),
+}
 
 
 def transformer(params: dict, path: os.PathLike | None = None) -> tuple[str, dict, list[str]]:
@@ -45,32 +51,43 @@ def transformer(params: dict, path: os.PathLike | None = None) -> tuple[str, dic
         raise UserError(
             f"The {name} of {where} is another architecture: its layers are standard attention with biases "
             "(MultiHeadDotProductAttention, LayerNorm_0, Dense_0), and it has position encodings of its own; LoFTR's "
-            "layers have no place for them. Train Module 1 anew.")
+            "layers have no place for them. Train Module 1 anew."
+        )
     arrays, biases, problems, odd_types = _places(flat)
     prints = sorted({p for p, _ in arrays})
     problems += _mismatches(arrays, prints)
     if problems:
         more = [f"and {len(problems) - 500} more"] if len(problems) > 500 else []
-        raise UserError(f"The {name} of {where} does not fit LoFTR's layers: {'; '.join(problems[:500] + more)}. "
-                        "Give a checkpoint with a transformer of LoFTR's layers, or train Module 1 anew.")
+        raise UserError(
+            f"The {name} of {where} does not fit LoFTR's layers: {'; '.join(problems[:500] + more)}. "
+            "Give a checkpoint with a transformer of LoFTR's layers, or train Module 1 anew."
+        )
 
     notes = []
     if biases and max(biases) == 0:
-        notes.append(f"{len(biases)} biases of {name}'s linear maps, which LoFTR's have not, were all zero and dropped.")
+        notes.append(
+            f"{len(biases)} biases of {name}'s linear maps, which LoFTR's have not, were all zero and dropped."
+        )
     elif biases:
-        notes.append(f"{sum(b > 0 for b in biases)} biases of {name}'s linear maps (of {len(biases)}), which LoFTR's "
-                     f"have not, were left out; their largest value is {max(biases):.3g}.")
+        notes.append(
+            f"{sum(b > 0 for b in biases)} biases of {name}'s linear maps (of {len(biases)}), which LoFTR's "
+            f"have not, were left out; their largest value is {max(biases):.3g}."
+        )
     if odd_types:
         notes.append(f"{name} was converted to float32 from {', '.join(sorted(odd_types))}.")
     if len(prints) == 2:
         gaps = [float(np.abs(arrays["1", key] - value).max()) for (p, key), value in arrays.items() if p == "0"]
         if max(gaps) > 0:
-            notes.append(f"{name} has layers of its own for each print, and ours has one for both: print 0's were taken, "
-                         f"and {len(gaps)} arrays of print 1's left out, of which {sum(g > 0 for g in gaps)} differ by "
-                         f"up to {max(gaps):.3g}.")
+            notes.append(
+                f"{name} has layers of its own for each print, and ours has one for both: print 0's were taken, "
+                f"and {len(gaps)} arrays of print 1's left out, of which {sum(g > 0 for g in gaps)} differ by "
+                f"up to {max(gaps):.3g}."
+            )
     if prints != [""]:
-        notes.append(f"{name}'s code normalises its input (norm1) and the sum (norm2), LoFTR's the message: the weights "
-                     "are a start, not the same function.")
+        notes.append(
+            f"{name}'s code normalises its input (norm1) and the sum (norm2), LoFTR's the message: the weights "
+            "are a start, not the same function."
+        )
     mapped: dict = {}
     for (p, key), value in arrays.items():
         if p == prints[0]:
@@ -88,8 +105,10 @@ def _find(params: dict, path: os.PathLike | None) -> tuple[str, dict]:
                     return name, tree[name]
         level = [child for tree in level for child in tree.values() if isinstance(child, dict)]
     place = f" {path}" if path else ""
-    raise NoTransformer(f"No transformer found in Module 1 checkpoint{place}, which has {', '.join(sorted(params)) or 'nothing'} "
-                    f"and no {' or '.join(_TRANSFORMERS)}; train Module 1 again.")
+    raise NoTransformer(
+        f"No transformer found in Module 1 checkpoint{place}, which has {', '.join(sorted(params)) or 'nothing'} "
+        f"and no {' or '.join(_TRANSFORMERS)}; train Module 1 again."
+    )
 
 
 def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:

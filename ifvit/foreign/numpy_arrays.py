@@ -3,7 +3,8 @@
 import math
 import re
 import sys
-from typing import Any, Callable
+from collections.abc import Callable
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -22,8 +23,14 @@ DTYPE_NAME = re.compile(rf"(?:numpy|jax\.numpy|ml_dtypes|jaxlib\.xla_extension)\
 _OTHERS = re.compile(r"[US]\d{1,9}|[Mm]8(?:\[(?:\d{1,9})?(?:Y|M|W|D|h|m|s|ms|us|ns|ps|fs|as)\])?")  # text and times
 _MAX_DEPTH = 10  # of structured types in structured types
 
-ARRAYS = frozenset({"numpy.core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
-                    "numpy.core.numeric._frombuffer", "numpy.ma.core._mareconstruct"})
+ARRAYS = frozenset(
+    {
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy.core.numeric._frombuffer",
+        "numpy.ma.core._mareconstruct",
+    }
+)
 """The names of the functions that make numpy's arrays and scalars."""
 
 
@@ -39,7 +46,8 @@ def build(x: Call, spend: Callable[..., None], plain: Callable[[Any], Any]) -> A
         case "numpy.core.multiarray.scalar", (dtype, raw), _:
             shape, order = (), "C"
         case "numpy.core.numeric._frombuffer", (raw, dtype, shape, str(order), *axes), _ if (
-                order in ("C", "F", "K") and len(axes) < 2):
+            order in ("C", "F", "K") and len(axes) < 2
+        ):
             order = "C" if order == "K" else order
         case "numpy.core.multiarray._reconstruct", _, (_, shape, dtype, fortran, raw):
             order = "F" if fortran is True else "C"
@@ -111,7 +119,7 @@ def _objects(dtype: np.dtype, raw: Any, shape: tuple, spend: Callable, plain: Ca
     if not items:
         return []
     for length in reversed(shape[1:]):
-        items = [items[at:at + length] for at in range(0, len(items), length)]
+        items = [items[at : at + length] for at in range(0, len(items), length)]
     return items
 
 
@@ -126,7 +134,7 @@ def raw_bytes(x: Any, spend: Callable) -> bytes | bytearray | None:
             case "_codecs.encode", (str(letters), "latin1"):
                 spend(size=len(letters))
                 return letters.encode("latin1")
-            case ("builtins.bytes" | "builtins.bytearray"), ():
+            case (("builtins.bytes" | "builtins.bytearray"), ()):
                 return b""
             case "builtins.bytearray", (str(letters), "latin-1"):
                 spend(size=len(letters))
@@ -156,8 +164,10 @@ def _dtype(x: Any, spend: Callable, depth: int = 0) -> tuple[np.dtype, bool]:
     if code in ("M8", "m8"):
         code += _unit(state, spend)
     if not _OTHERS.fullmatch(code):
-        raise UserError(f"holds an array of type {printable(code[:50])}, which is neither of numbers nor of text; it was "
-                        f"refused and nothing in it was run. {REMEDY}")
+        raise UserError(
+            f"holds an array of type {printable(code[:50])}, which is neither of numbers nor of text; it was "
+            f"refused and nothing in it was run. {REMEDY}"
+        )
     dtype = np.dtype(code)
     return (dtype, swapped) if dtype.kind in "Mm" else (dtype.newbyteorder(">" if order == ">" else "<"), False)
 
@@ -190,8 +200,14 @@ def _structured(names: Any, fields: Any, state: tuple, spend: Callable, depth: i
         if type(place) is not tuple or len(place) < 2 or type(place[0]) is not Call or type(place[1]) is not int:
             raise Broken("a field without a type or a place")
         places.append((name, _in_order(place[0], spend, depth), place[1]))
-    return np.dtype({"names": [n for n, _, _ in places], "formats": [t for _, t, _ in places],
-                     "offsets": [at for _, _, at in places], "itemsize": state[5]})
+    return np.dtype(
+        {
+            "names": [n for n, _, _ in places],
+            "formats": [t for _, t, _ in places],
+            "offsets": [at for _, _, at in places],
+            "itemsize": state[5],
+        }
+    )
 
 
 def _in_order(x: Call, spend: Callable, depth: int) -> np.dtype:

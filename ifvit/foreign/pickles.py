@@ -20,8 +20,8 @@ from typing import Any, BinaryIO
 from ifvit.errors import UserError
 
 MAX_INSTRUCTIONS = 2_000_000  # a jax array takes 40
-MAX_NAME = 1000               # characters of what a pickle may name
-_MAX_BITS = 1024              # of an integer: states of random generators have 128
+MAX_NAME = 1000  # characters of what a pickle may name
+_MAX_BITS = 1024  # of an integer: states of random generators have 128
 REMEDY = "Save it again where it was made, with plain arrays alone."
 
 # What a pickle may not even name. Nothing would be called in any case; but a file that asks for one of
@@ -78,11 +78,11 @@ class Dict:
 class Call:
     """An object that a pickle asks for: what it calls, with which arguments, and what it adds to the outcome."""
 
-    what: Any                # a Name, or a Call whose outcome would be called
+    what: Any  # a Name, or a Call whose outcome would be called
     args: tuple
-    state: Any = None        # its attributes, mostly a Dict
-    items: list = field(default_factory=List)                    # appended to it
-    pairs: list[tuple[Any, Any]] = field(default_factory=list)   # set in it
+    state: Any = None  # its attributes, mostly a Dict
+    items: list = field(default_factory=List)  # appended to it
+    pairs: list[tuple[Any, Any]] = field(default_factory=list)  # set in it
 
     @property
     def name(self) -> str:
@@ -184,8 +184,10 @@ def parse(file: BinaryIO | bytes, persistent: Callable[[Any], Any] | None = None
             case "STOP":
                 return stack.pop()
             case _:  # EXT1, EXT2, EXT4, PERSID, BINPERSID, NEXT_BUFFER, READONLY_BUFFER
-                raise UserError(f"has the instruction {op.name}, which refers to something outside the file, as files "
-                                f"of other software do; it was refused and nothing in it was run. {REMEDY}")
+                raise UserError(
+                    f"has the instruction {op.name}, which refers to something outside the file, as files "
+                    f"of other software do; it was refused and nothing in it was run. {REMEDY}"
+                )
     raise Broken("no end")
 
 
@@ -224,7 +226,7 @@ def _name(module: Any, attribute: Any) -> Name:
         raise _refused(f"{module[:100]}.{attribute[:100]}")
     for new, old in _OTHER_NAMES.items():
         if module == new or module.startswith(new + "."):
-            module = old + module[len(new):]
+            module = old + module[len(new) :]
     name = f"{module}.{attribute}"
     if _HARM.fullmatch(name):
         raise _refused(name)
@@ -232,8 +234,10 @@ def _name(module: Any, attribute: Any) -> Name:
 
 
 def _refused(name: str) -> UserError:
-    return UserError(f"needs {printable(name[:200])}, which is not an array or a plain container; it was refused and "
-                     f"nothing in it was run. {REMEDY}")
+    return UserError(
+        f"needs {printable(name[:200])}, which is not an array or a plain container; it was refused and "
+        f"nothing in it was run. {REMEDY}"
+    )
 
 
 def _call(what: Any, args: Any) -> Call:

@@ -13,12 +13,12 @@ from ifvit.errors import UserError
 from ifvit.foreign import numpy_arrays
 from ifvit.foreign.pickles import REMEDY, Broken, Call, Dict, List, Name
 
-_MAX_NODES = 1_000_000   # visited, so that shared references cannot multiply
+_MAX_NODES = 1_000_000  # visited, so that shared references cannot multiply
 _MAX_DEPTH = 200
-_MAX_COPIES = 10         # arrays and text may have so many times the file's size (tied weights, names), and
-_SLACK = 10_000_000      # so many bytes more
-_MAX_BYTES = 100         # of bytes outside an array, which are told as text
-_BIG = 10_000            # numbers of an array that are listed outside the state
+_MAX_COPIES = 10  # arrays and text may have so many times the file's size (tied weights, names), and
+_SLACK = 10_000_000  # so many bytes more
+_MAX_BYTES = 100  # of bytes outside an array, which are told as text
+_BIG = 10_000  # numbers of an array that are listed outside the state
 _NOT_DATA = ("apply_fn", "tx")  # functions that a TrainState carries along
 
 _DICTS = ("collections.OrderedDict", "collections.defaultdict", "collections.Counter", "builtins.dict")
@@ -32,9 +32,9 @@ _PATH = re.compile(r"pathlib\.(?:_local\.)?(?:Pure)?(Posix|Windows)?Path")
 class StandIn:
     """An object of a class that is not known here: nothing but what the file says of it."""
 
-    name: str              # of its class or function
-    args: list             # what it would be made from
-    state: Any             # its attributes; None for none
+    name: str  # of its class or function
+    args: list  # what it would be made from
+    state: Any  # its attributes; None for none
     has_arrays: bool
 
     @property
@@ -57,15 +57,17 @@ class Builder:
         self.bytes = _MAX_COPIES * size + _SLACK
         self.open: set[Call | Dict | List] = set()  # what is being built now: it may contain itself
         self.depth = self.deepest = 0
-        self.inert = 0               # how many StandIns are being built around it
+        self.inert = 0  # how many StandIns are being built around it
         self.built: dict[Call, tuple[Any, int, int, int]] = {}  # values, and the nodes, bytes and levels that they took
 
     def spend(self, nodes: int = 0, size: int = 0) -> None:
         self.nodes -= nodes
         self.bytes -= size
         if self.nodes < 0 or self.bytes < 0:
-            raise UserError(f"refers to the same content so often that it would take more than {_MAX_NODES:,} items or "
-                            f"{_MAX_COPIES} times the file's size. {REMEDY}")
+            raise UserError(
+                f"refers to the same content so often that it would take more than {_MAX_NODES:,} items or "
+                f"{_MAX_COPIES} times the file's size. {REMEDY}"
+            )
 
     def plain(self, x: Any) -> Any:
         """Raises UserError where a limit is passed, Broken where an array contradicts itself."""
@@ -180,8 +182,11 @@ class Builder:
             self.spend(nodes=len(x.args))
             if all(type(part) is str for part in x.args):
                 return str((PureWindowsPath if known[1] == "Windows" else PurePosixPath)(*map(self.text, x.args)))
-        args = x.args if len(x.args) > 4 else tuple(
-            a if (raw := numpy_arrays.raw_bytes(a, self.spend)) is None else raw for a in x.args)
+        args = (
+            x.args
+            if len(x.args) > 4
+            else tuple(a if (raw := numpy_arrays.raw_bytes(a, self.spend)) is None else raw for a in x.args)
+        )
         try:
             match x.name, args:
                 case "datetime.datetime", (bytes(raw), *zone) if len(zone) < 2:
@@ -215,8 +220,9 @@ class Builder:
         match x:
             case None:
                 return ""
-            case Call(Name("datetime.timezone"), (
-                    Call(Name("datetime.timedelta"), (int(days), int(seconds), int(micro))), *_)):
+            case Call(
+                Name("datetime.timezone"), (Call(Name("datetime.timedelta"), (int(days), int(seconds), int(micro))), *_)
+            ):
                 zone = datetime.timezone(datetime.timedelta(days, seconds, micro))
                 return datetime.datetime(2000, 1, 1, tzinfo=zone).isoformat()[19:]
             case Call(Name("pytz._UTC" | "dateutil.tz.tz.tzutc")):

@@ -29,7 +29,8 @@ from ifvit.foreign.plain import Builder
 
 _NUMPY = "float32 float64 float16 int64 int32 int16 int8 uint8 uint16 uint32 uint64 bool complex64 complex128"
 _DTYPES = {name: np.dtype(name) for name in _NUMPY.split()} | {
-    name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")}
+    name: np.dtype(getattr(ml_dtypes, name)) for name in ("bfloat16", "float8_e4m3fn", "float8_e5m2")
+}
 
 _STORAGES = {
     "Float": "float32", "Double": "float64", "Half": "float16", "BFloat16": "bfloat16",
@@ -38,19 +39,30 @@ _STORAGES = {
     "QInt8": "int8", "QUInt8": "uint8", "QInt32": "int32",
 }  # fmt: skip
 _STORAGE_NAMES = {
-    f"torch.{place}{kind}Storage": dtype for kind, dtype in _STORAGES.items() for place in ("", "cuda.")} | {
-    "torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}  # the tensor tells its type
+    f"torch.{place}{kind}Storage": dtype for kind, dtype in _STORAGES.items() for place in ("", "cuda.")
+} | {"torch.storage.UntypedStorage": None, "torch.UntypedStorage": None}  # the tensor tells its type
 
 _SAFETENSORS = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
-_TENSORS = frozenset({"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
-                      "torch._utils._rebuild_tensor_v3"})
+_TENSORS = frozenset(
+    {"torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_tensor_v3"}
+)
 # Functions around a tensor, which is the first of their arguments.
-_AROUND = frozenset({"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
-                     "torch._utils._rebuild_device_tensor_from_numpy", "torch.nn.parameter.Parameter"})
-_OTHER_TENSORS = {"torch._utils._rebuild_qtensor": "quantised", "torch._utils._rebuild_sparse_tensor": "sparse",
-                  "torch._utils._rebuild_sparse_csr_tensor": "sparse", "torch._utils._rebuild_nested_tensor": "nested",
-                  "torch._utils._rebuild_meta_tensor_no_storage": "without values"}
+_AROUND = frozenset(
+    {
+        "torch._utils._rebuild_parameter",
+        "torch._utils._rebuild_parameter_with_state",
+        "torch._utils._rebuild_device_tensor_from_numpy",
+        "torch.nn.parameter.Parameter",
+    }
+)
+_OTHER_TENSORS = {
+    "torch._utils._rebuild_qtensor": "quantised",
+    "torch._utils._rebuild_sparse_tensor": "sparse",
+    "torch._utils._rebuild_sparse_csr_tensor": "sparse",
+    "torch._utils._rebuild_nested_tensor": "nested",
+    "torch._utils._rebuild_meta_tensor_no_storage": "without values",
+}
 _MODULES = ("_parameters", "_buffers", "_modules")  # of a torch.nn.Module; they are no part of a tensor's name
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -63,7 +75,7 @@ class _Storage:
 
     dtype: str | None  # None: bytes, the tensor tells its type
     key: str
-    length: int        # elements, or bytes
+    length: int  # elements, or bytes
 
 
 def read_arrays(path: str | Path, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
@@ -91,7 +103,8 @@ def read_arrays(path: str | Path, wanted: Callable[[str], bool]) -> dict[str, np
         raise UserError(f"{path} {error}") from None
     except FileNotFoundError:
         raise CheckpointNotFound(
-            f"Checkpoint not found: {path}. Give the path of a .ckpt, .pth or .safetensors file.") from None
+            f"Checkpoint not found: {path}. Give the path of a .ckpt, .pth or .safetensors file."
+        ) from None
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}). Give a file that this user may read.") from None
     except Exception as error:  # a hostile or damaged file can make the parsers raise nearly anything
@@ -181,7 +194,8 @@ class _Storages:
         """What stands for something outside the pickle: a storage, the class of a module beside its source, else None."""
         match pid:
             case ("storage", Name(kind), str(key), _, int(length), *view) if (
-                    kind in _STORAGE_NAMES and length >= 0 and view in ([], [None])):
+                kind in _STORAGE_NAMES and length >= 0 and view in ([], [None])
+            ):
                 storage = _Storage(_STORAGE_NAMES[kind], key, length)
                 if self.known.setdefault(key, storage) != storage:
                     raise Broken(f"storage {key!r:.100} has two descriptions")
@@ -223,8 +237,10 @@ def _arrays(root: Any, wanted: Callable[[str], bool], storages: _Storages, size:
         if not wanted(name):
             continue
         if name in found:
-            raise UserError(f"holds two tensors of the name {printable(name)}. Save the weights alone: "
-                            "torch.save(model.state_dict(), PATH).")
+            raise UserError(
+                f"holds two tensors of the name {printable(name)}. Save the weights alone: "
+                "torch.save(model.state_dict(), PATH)."
+            )
         found[name] = _array(printable(name), tensor, storages, builder)
     return found
 
@@ -240,7 +256,8 @@ def _tensors(root: Any) -> Iterator[tuple[str, Call]]:
             x = x.args[0]
         match x:  # a tensor of a class of its own: the function that makes it, the class, the function's arguments
             case Call(Name("torch._tensor._rebuild_from_type_v2"), (Name(made), _, tuple(args), *_)) if (
-                    made in _TENSORS or made in _OTHER_TENSORS):
+                made in _TENSORS or made in _OTHER_TENSORS
+            ):
                 x = Call(Name(made), args)
         if type(x) is Call and (x.name in _TENSORS or x.name in _OTHER_TENSORS or x.name in numpy_arrays.ARRAYS):
             yield way, x
@@ -252,8 +269,10 @@ def _tensors(root: Any) -> Iterator[tuple[str, Call]]:
         inside = _inside(x)
         left -= len(inside)
         if left < 0:
-            raise UserError(f"refers to the same content more than {MAX_INSTRUCTIONS:,} times. Save the weights alone: "
-                            "torch.save(model.state_dict(), PATH).")
+            raise UserError(
+                f"refers to the same content more than {MAX_INSTRUCTIONS:,} times. Save the weights alone: "
+                "torch.save(model.state_dict(), PATH)."
+            )
         todo += [(f"{way}.{key}" if way and key else way or key, value) for key, value in reversed(inside)]
 
 
@@ -273,8 +292,9 @@ def _named(pairs: Any) -> list[tuple[str, Any]]:
 
 def _array(name: str, x: Call, storages: _Storages, builder: Builder) -> np.ndarray:
     if x.name in _OTHER_TENSORS:
-        raise UserError(f"holds {name} as a tensor that is {_OTHER_TENSORS[x.name]}. Save the model's plain tensors, in "
-                        "float32.")
+        raise UserError(
+            f"holds {name} as a tensor that is {_OTHER_TENSORS[x.name]}. Save the model's plain tensors, in float32."
+        )
     if x.name in numpy_arrays.ARRAYS:
         array = numpy_arrays.build(x, builder.spend, lambda _: None)
         if not isinstance(array, np.ndarray):

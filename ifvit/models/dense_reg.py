@@ -5,8 +5,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from ifvit.config import Settings
-from ifvit.models.matching import log_dual_softmax, similarity
 from ifvit.models.cells import cell_mask
+from ifvit.models.matching import log_dual_softmax, similarity
 from ifvit.models.resnet import ResNet18
 from ifvit.models.transformer import Transformer, position_encoding
 
@@ -22,13 +22,23 @@ class DenseRegistration(nnx.Module):
         self.transformer_name = f"{config.transformer}_transformer"
         how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)
         self.resnet = ResNet18(config.resnet_widths, config.transformer_width, **how)
-        setattr(self, self.transformer_name,
-                Transformer(config.transformer_width, config.transformer_heads, config.transformer_layers,
-                            config.transformer, **how))
+        setattr(
+            self,
+            self.transformer_name,
+            Transformer(
+                config.transformer_width, config.transformer_heads, config.transformer_layers, config.transformer, **how
+            ),
+        )
         self.log_scale = nnx.Param(jnp.log(jnp.float32(20))) if config.similarity == "cosine" else None
 
-    def __call__(self, image0: Float[Array, "B H W 1"], image1: Float[Array, "B H W 1"],
-                 mask0: Bool[Array, "B H W"], mask1: Bool[Array, "B H W"], train: bool) -> Float[Array, "B L L"]:
+    def __call__(
+        self,
+        image0: Float[Array, "B H W 1"],
+        image1: Float[Array, "B H W 1"],
+        mask0: Bool[Array, "B H W"],
+        mask1: Bool[Array, "B H W"],
+        train: bool,
+    ) -> Float[Array, "B L L"]:
         """Normalised prints and foreground masks -> log confidence, L = H/8 · W/8 cells, rows image 0.
 
         Both prints pass the ResNet as one batch: BatchNorm sees the whole pair.

@@ -18,8 +18,14 @@ NO_MATCH = -1
 IGNORE = -2
 
 
-def focal_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Bool[Array, "B L"],
-               m1: Bool[Array, "B S"], alpha: float = 0.25, gamma: float = 2.0) -> Float[Array, ""]:
+def focal_loss(
+    log_conf: Float[Array, "B L S"],
+    labels: Int[Array, "B L"],
+    m0: Bool[Array, "B L"],
+    m1: Bool[Array, "B S"],
+    alpha: float = 0.25,
+    gamma: float = 2.0,
+) -> Float[Array, ""]:
     """LoFTR's dense focal loss (section 3.4: one alpha for matches and non-matches), probabilities clamped at 1e-6.
 
     Mean over the matches plus mean over all other pairs of foreground cells: an impostor pair is
@@ -33,8 +39,9 @@ def focal_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: B
     return mean_where(loss_pos, positive) + mean_where(loss_neg, negative)
 
 
-def nll_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Bool[Array, "B L"],
-             m1: Bool[Array, "B S"]) -> Float[Array, ""]:
+def nll_loss(
+    log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Bool[Array, "B L"], m1: Bool[Array, "B S"]
+) -> Float[Array, ""]:
     """Negative log-likelihood of the matches; of "no match at all" for the cells known to have none.
 
     The confidence that a cell has some match is the sum of its row. Learns faster from scratch than
@@ -49,15 +56,21 @@ def nll_loss(log_conf: Float[Array, "B L S"], labels: Int[Array, "B L"], m0: Boo
 DENSE_LOSSES = {"focal": focal_loss, "nll": nll_loss}
 
 
-def cosine_embedding_loss(e0: Float[Array, "B D"], e1: Float[Array, "B D"], genuine: Bool[Array, " B"],
-                          margin: float | Float[Array, ""]) -> Float[Array, ""]:
+def cosine_embedding_loss(
+    e0: Float[Array, "B D"], e1: Float[Array, "B D"], genuine: Bool[Array, " B"], margin: float | Float[Array, ""]
+) -> Float[Array, ""]:
     """L_E: 1 − cos for genuine pairs, max(0, cos − margin) for impostors; unit vectors in."""
     cos = (e0 * e1).sum(-1)
     return mean_where(jnp.where(genuine, 1 - cos, jnp.maximum(0.0, cos - margin)), jnp.ones_like(genuine))
 
 
-def arcface_loss(e: Float[Array, "B D"], weight: Float[Array, "D C"], labels: Int[Array, " B"],
-                 margin: float | Float[Array, ""], scale: float | Float[Array, ""]) -> Float[Array, ""]:
+def arcface_loss(
+    e: Float[Array, "B D"],
+    weight: Float[Array, "D C"],
+    labels: Int[Array, " B"],
+    margin: float | Float[Array, ""],
+    scale: float | Float[Array, ""],
+) -> Float[Array, ""]:
     """L_A (Deng et al. 2019, eq. 3): cross-entropy of scale · cos(θ + margin at the true class).
 
     Unit vectors in. Past θ = π − margin, where cos(θ + margin) would rise again, the target is
@@ -66,8 +79,9 @@ def arcface_loss(e: Float[Array, "B D"], weight: Float[Array, "D C"], labels: In
     """
     cos = jnp.clip(e @ (weight / (jnp.linalg.norm(weight, axis=0, keepdims=True) + 1e-9)), -1 + 1e-6, 1 - 1e-6)
     sin = jnp.sqrt(1 - cos**2)
-    turned = jnp.where(cos > jnp.cos(jnp.pi - margin), cos * jnp.cos(margin) - sin * jnp.sin(margin),
-                       cos - margin * jnp.sin(margin))
+    turned = jnp.where(
+        cos > jnp.cos(jnp.pi - margin), cos * jnp.cos(margin) - sin * jnp.sin(margin), cos - margin * jnp.sin(margin)
+    )
     target = jnp.arange(weight.shape[1]) == labels[:, None]
     logits = scale * jnp.where(target, turned, cos)
     nll = jax.nn.logsumexp(logits, axis=1) - jnp.where(target, logits, 0).sum(axis=1)

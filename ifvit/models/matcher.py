@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
+from ifvit.config import Settings
 from ifvit.constants import STRIDE
 from ifvit.models.cells import cell_mask
-from ifvit.config import Settings
 from ifvit.models.matching import log_dual_softmax, similarity
 from ifvit.models.resnet import ResNet18
 from ifvit.models.transformer import Transformer, position_encoding
@@ -21,7 +21,7 @@ class Aligned(NamedTuple):
     global0: Float[Array, "B S S 1"]  # enhanced overlap
     global1: Float[Array, "B S S 1"]
     overlap: Bool[Array, "B S S"]
-    local0: Float[Array, "B R R 1"]   # region of interest, not enhanced
+    local0: Float[Array, "B R R 1"]  # region of interest, not enhanced
     local1: Float[Array, "B R R 1"]
     roi: Bool[Array, "B R R"]
 
@@ -69,8 +69,9 @@ class Matcher(nnx.Module):
         how = dict(dtype=jnp.dtype(config.compute_dtype), remat=config.remat, rngs=rngs)
 
         def transformer():
-            return Transformer(config.transformer_width, config.transformer_heads, config.transformer_layers,
-                               config.transformer, **how)
+            return Transformer(
+                config.transformer_width, config.transformer_heads, config.transformer_layers, config.transformer, **how
+            )
 
         self.temp_bug_fix, self.temperature = config.temp_bug_fix, config.temperature
         self.resnet_global = ResNet18(config.resnet_widths, config.transformer_width, **how)
@@ -85,14 +86,22 @@ class Matcher(nnx.Module):
         self.arcface_local = nnx.Param(init(rngs.params(), (config.embedding_size, num_classes)))
 
     def __call__(self, pair: Aligned, train: bool) -> Embeddings:
-        f0, f1, cells = self._features(self.resnet_global, self.loftr_transformer_global,
-                                       pair.global0, pair.global1, pair.overlap, train)
+        f0, f1, cells = self._features(
+            self.resnet_global, self.loftr_transformer_global, pair.global0, pair.global1, pair.overlap, train
+        )
         scale = None if self.log_scale is None else self.log_scale[...]
         log_conf = log_dual_softmax(similarity(f0, f1, scale, self.temperature), cells, cells)
-        l0, l1, roi = self._features(self.resnet_local, self.loftr_transformer_local,
-                                     pair.local0, pair.local1, pair.roi, train)
-        return Embeddings(self.head_global(f0, cells), self.head_global(f1, cells),
-                          self.head_local(l0, roi), self.head_local(l1, roi), log_conf, cells)
+        l0, l1, roi = self._features(
+            self.resnet_local, self.loftr_transformer_local, pair.local0, pair.local1, pair.roi, train
+        )
+        return Embeddings(
+            self.head_global(f0, cells),
+            self.head_global(f1, cells),
+            self.head_local(l0, roi),
+            self.head_local(l1, roi),
+            log_conf,
+            cells,
+        )
 
     def _features(self, resnet, transformer, image0, image1, mask, train):
         batch, size = image0.shape[:2]

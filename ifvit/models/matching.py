@@ -9,8 +9,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
-def similarity(f0: Float[Array, "B L C"], f1: Float[Array, "B S C"],
-               log_scale: Float[Array | np.ndarray, ""] | None = None, temperature: float = 0.1) -> Float[Array, "B L S"]:
+def similarity(
+    f0: Float[Array, "B L C"],
+    f1: Float[Array, "B S C"],
+    log_scale: Float[Array | np.ndarray, ""] | None = None,
+    temperature: float = 0.1,
+) -> Float[Array, "B L S"]:
     """LoFTR's scaled dot product over a temperature, 0.1 there; with `log_scale`, cosine × exp(log_scale)."""
     if log_scale is None:
         root = math.sqrt(f0.shape[-1])
@@ -20,7 +24,9 @@ def similarity(f0: Float[Array, "B L C"], f1: Float[Array, "B S C"],
     return jnp.einsum("blc,bsc->bls", f0, f1) * jnp.exp(log_scale)
 
 
-def log_dual_softmax(sim: Float[Array, "B L S"], m0: Bool[Array, "B L"], m1: Bool[Array, "B S"]) -> Float[Array, "B L S"]:
+def log_dual_softmax(
+    sim: Float[Array, "B L S"], m0: Bool[Array, "B L"], m1: Bool[Array, "B S"]
+) -> Float[Array, "B L S"]:
     """log(softmax over rows × softmax over columns) (LoFTR section 3.3); −1e9 or less outside the masks."""
     sim = jnp.where(m0[:, :, None] & m1[:, None, :], sim, -1e9)
     row = sim - jax.nn.logsumexp(sim, axis=2, keepdims=True)
@@ -37,8 +43,9 @@ class Matches(NamedTuple):
     valid: Bool[Array, "B K"]
 
 
-def mutual_matches(log_conf: Float[Array, "B L S"], count: int, threshold: float | Float[Array, ""], border: int,
-                   grid: tuple[int, int]) -> Matches:
+def mutual_matches(
+    log_conf: Float[Array, "B L S"], count: int, threshold: float | Float[Array, ""], border: int, grid: tuple[int, int]
+) -> Matches:
     """Mutual nearest neighbours above `threshold`, none within `border` cells of an edge of the grid.
 
     At most `count` of them, by confidence. `grid` is (rows, columns), the same for both images.

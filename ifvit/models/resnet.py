@@ -8,7 +8,6 @@ from jaxtyping import Array, Float
 from ifvit.devices.batch_axes import batch_axes
 
 
-
 class BatchNorm(nnx.BatchNorm):
     """Over the global batch, on whatever devices it lies: flax's, which asks for the axes it is mapped over by name."""
 
@@ -26,10 +25,21 @@ class ConvBN(nnx.Module):
 
     def __init__(self, cin: int, cout: int, kernel: int, stride: int, *, dtype=None, rngs: nnx.Rngs):
         init = jax.nn.initializers.he_normal()
-        self.conv = nnx.Conv(cin, cout, (kernel, kernel), strides=stride, padding="SAME",
-                             use_bias=False, kernel_init=init, dtype=dtype, rngs=rngs)
+        self.conv = nnx.Conv(
+            cin,
+            cout,
+            (kernel, kernel),
+            strides=stride,
+            padding="SAME",
+            use_bias=False,
+            kernel_init=init,
+            dtype=dtype,
+            rngs=rngs,
+        )
         # statistics, scale and shift are float32 in every compute dtype: flax would round the running ones
-        self.bn = BatchNorm(cout, momentum=0.95, epsilon=1e-5, dtype=dtype, promote_dtype=lambda arrays, dtype: arrays, rngs=rngs)
+        self.bn = BatchNorm(
+            cout, momentum=0.95, epsilon=1e-5, dtype=dtype, promote_dtype=lambda arrays, dtype: arrays, rngs=rngs
+        )
 
     def __call__(self, x, train: bool):
         return self.bn(self.conv(x), use_running_average=not train)

@@ -14,8 +14,11 @@ from jaxtyping import Array, Bool, Float
 
 
 def linear_attention(
-    q: Float[Array, "B L H D"], k: Float[Array, "B S H D"], v: Float[Array, "B S H D"],
-    q_mask: Bool[Array, "B L"], kv_mask: Bool[Array, "B S"],
+    q: Float[Array, "B L H D"],
+    k: Float[Array, "B S H D"],
+    v: Float[Array, "B S H D"],
+    q_mask: Bool[Array, "B L"],
+    kv_mask: Bool[Array, "B S"],
 ) -> Float[Array, "B L H D"]:
     """Attention with the feature map elu(x) + 1 (Katharopoulos et al. 2020, eq. 7), O(L + S)."""
     q, k = nnx.elu(q) + 1, nnx.elu(k) + 1
@@ -45,8 +48,9 @@ class EncoderLayer(nnx.Module):
 
     def __init__(self, width: int, heads: int, kind: str, *, dtype=None, rngs: nnx.Rngs):
         def linear(cin, cout):
-            return nnx.Linear(cin, cout, use_bias=False, dtype=dtype, rngs=rngs,
-                              kernel_init=jax.nn.initializers.xavier_uniform())
+            return nnx.Linear(
+                cin, cout, use_bias=False, dtype=dtype, rngs=rngs, kernel_init=jax.nn.initializers.xavier_uniform()
+            )
 
         self.heads = heads
         self.kind = kind
@@ -59,13 +63,19 @@ class EncoderLayer(nnx.Module):
         self.norm1 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.norm2 = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "B L C"], source: Float[Array, "B S C"],
-                 x_mask: Bool[Array, "B L"], source_mask: Bool[Array, "B S"]) -> Float[Array, "B L C"]:
+    def __call__(
+        self,
+        x: Float[Array, "B L C"],
+        source: Float[Array, "B S C"],
+        x_mask: Bool[Array, "B L"],
+        source_mask: Bool[Array, "B S"],
+    ) -> Float[Array, "B L C"]:
         def split(y):
             return y.reshape(*y.shape[:2], self.heads, -1)
 
-        message = ATTENTION[self.kind](split(self.q_proj(x)), split(self.k_proj(source)),
-                                       split(self.v_proj(source)), x_mask, source_mask)
+        message = ATTENTION[self.kind](
+            split(self.q_proj(x)), split(self.k_proj(source)), split(self.v_proj(source)), x_mask, source_mask
+        )
         message = self.norm1(self.merge(message.reshape(x.shape)))
         message = self.mlp_2(nnx.relu(self.mlp_0(jnp.concatenate([x, message], axis=-1))))
         return x + self.norm2(message)
@@ -78,16 +88,18 @@ class Transformer(nnx.Module):
     `remat` the backward pass computes each layer's activations again instead of keeping them.
     """
 
-    def __init__(self, width: int, heads: int, pairs: int, kind: str, *, dtype=None, remat: bool = False,
-                 rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, heads: int, pairs: int, kind: str, *, dtype=None, remat: bool = False, rngs: nnx.Rngs
+    ):
         self.pairs = pairs
         self.dtype = dtype
         self.remat = remat
         for i in range(2 * pairs):
             setattr(self, f"layer_{i}", EncoderLayer(width, heads, kind, dtype=dtype, rngs=rngs))
 
-    def __call__(self, f0: Float[Array, "B L C"], f1: Float[Array, "B S C"],
-                 m0: Bool[Array, "B L"], m1: Bool[Array, "B S"]):
+    def __call__(
+        self, f0: Float[Array, "B L C"], f1: Float[Array, "B S C"], m0: Bool[Array, "B L"], m1: Bool[Array, "B S"]
+    ):
         """Features of both images, flattened, and their foreground masks -> updated features."""
         call = nnx.remat(EncoderLayer.__call__) if self.remat else EncoderLayer.__call__
         f0, f1 = f0.astype(self.dtype or f0.dtype), f1.astype(self.dtype or f1.dtype)

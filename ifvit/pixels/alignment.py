@@ -9,13 +9,27 @@ from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, RIDGE
 from ifvit.models.matcher import Aligned
 from ifvit.models.networks import Network
-from ifvit.pixels.geometry import IDENTITY, apply_similarity, blur, grid_points, invert_similarity, ridge_overlap, sample
+from ifvit.pixels.geometry import (
+    IDENTITY,
+    apply_similarity,
+    blur,
+    grid_points,
+    invert_similarity,
+    ridge_overlap,
+    sample,
+)
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import Views, normalise
 
 
-def align(image0: Float[Array, "B S S"], image1: Float[Array, "B S S"], mask0: Bool[Array, "B S S"],
-          mask1: Bool[Array, "B S S"], similarity: Float[Array, "B 4"], config: Settings) -> Aligned:
+def align(
+    image0: Float[Array, "B S S"],
+    image1: Float[Array, "B S S"],
+    mask0: Bool[Array, "B S S"],
+    mask1: Bool[Array, "B S S"],
+    similarity: Float[Array, "B 4"],
+    config: Settings,
+) -> Aligned:
     """Print 0 is warped onto print 1; both branches see only what the two have in common.
 
     The global branch gets the overlap, enhanced when `config.enhance`; the local branch a window of
@@ -37,8 +51,14 @@ def align(image0: Float[Array, "B S S"], image1: Float[Array, "B S S"], mask0: B
         global0, global1 = local0, local1
     corner = _roi_corner(overlap, config.roi_size)
     crop = jax.vmap(lambda x, c: jax.lax.dynamic_slice(x, (c[1], c[0]), (config.roi_size, config.roi_size)))
-    return Aligned(global0[..., None], global1[..., None], overlap,
-                   crop(local0, corner)[..., None], crop(local1, corner)[..., None], crop(overlap, corner))
+    return Aligned(
+        global0[..., None],
+        global1[..., None],
+        overlap,
+        crop(local0, corner)[..., None],
+        crop(local1, corner)[..., None],
+        crop(overlap, corner),
+    )
 
 
 def enhance(images: Float[Array, "B S S"], ridge: float) -> Float[Array, "B S S"]:
@@ -56,8 +76,12 @@ def _roi_corner(overlap: Bool[Array, "B S S"], roi: int) -> Int[Array, "B 2"]:
     return jnp.clip(jnp.round(jnp.stack([x, y], -1) - roi / 2).astype(jnp.int32), 0, size - roi)
 
 
-def aligned_pair(aligner: Network | None, aligner_state: tuple, views: Views, config: Settings,
-                 ) -> tuple[Aligned, Bool[Array, " B"], Int[Array, " B"]]:
+def aligned_pair(
+    aligner: Network | None,
+    aligner_state: tuple,
+    views: Views,
+    config: Settings,
+) -> tuple[Aligned, Bool[Array, " B"], Int[Array, " B"]]:
     """Views -> inputs of Module 2, which pairs are aligned, and their registered matches."""
     image0, mask0, image1, mask1 = views
     found = registration(aligner, aligner_state, views, config)

@@ -10,8 +10,13 @@ from ifvit.constants import CANVAS_PPI, RIDGE
 from ifvit.pixels.geometry import blur, local_normalise
 
 
-def corrupt(key, image: Float[Array, "S S"], mask: Bool[Array, "S S"], config: Settings, strength: float,
-            ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
+def corrupt(
+    key,
+    image: Float[Array, "S S"],
+    mask: Bool[Array, "S S"],
+    config: Settings,
+    strength: float,
+) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
     """Dryness or over-pressure, sensor noise, uneven contact and contrast; sometimes a partial contact.
 
     Ridges are dark: a minimum filter thickens them (over-pressure), a maximum filter thins them (dryness).

@@ -49,13 +49,18 @@ def fit_similarity(p: Float[Array, "N 2"], q: Float[Array, "N 2"], w: Float[Arra
 
 
 class RobustFit(NamedTuple):
-    similarity: Float[Array, "B 4"]   # of the consensus; the identity where there is none
+    similarity: Float[Array, "B 4"]  # of the consensus; the identity where there is none
     inliers: Bool[Array, "B N"]
     count: Int[Array, " B"]
 
 
-def robust_similarity(p: Float[Array, "B N 2"], q: Float[Array, "B N 2"], valid: Bool[Array, "B N"],
-                      samples: int, radius: float | Float[Array, ""]) -> RobustFit:
+def robust_similarity(
+    p: Float[Array, "B N 2"],
+    q: Float[Array, "B N 2"],
+    valid: Bool[Array, "B N"],
+    samples: int,
+    radius: float | Float[Array, ""],
+) -> RobustFit:
     """RANSAC (Fischler & Bolles 1981) over two-point hypotheses, all at once, then three refits.
 
     `valid` points must come first. Every hypothesis is scored and the largest consensus wins; the
@@ -65,8 +70,13 @@ def robust_similarity(p: Float[Array, "B N 2"], q: Float[Array, "B N 2"], valid:
     return jax.vmap(functools.partial(_robust_fit, samples=samples, radius=radius))(p, q, valid)
 
 
-def _robust_fit(p: Float[Array, "N 2"], q: Float[Array, "N 2"], valid: Bool[Array, " N"],
-                samples: int, radius: float | Float[Array, ""]) -> RobustFit:
+def _robust_fit(
+    p: Float[Array, "N 2"],
+    q: Float[Array, "N 2"],
+    valid: Bool[Array, " N"],
+    samples: int,
+    radius: float | Float[Array, ""],
+) -> RobustFit:
     n = valid.sum()
     draws = jnp.asarray(np.random.default_rng(0).random((samples, 2)), jnp.float32)
     i, j = jnp.floor(draws * n).astype(jnp.int32).T
@@ -120,6 +130,7 @@ def sample(image: Float[Array, "H W"], xy: Float[Array, "N 2"], fill: float | Fl
 @exact
 def blur(images: Float[Array, "*B H W"], sigma: float) -> Float[Array, "*B H W"]:
     """Gaussian blur, zero outside: two products with banded matrices, fast on every backend."""
+
     def kernel(n):
         i = np.arange(n)
         k = np.exp(-0.5 * ((i[:, None] - i[None, :]) / sigma) ** 2)
@@ -129,7 +140,9 @@ def blur(images: Float[Array, "*B H W"], sigma: float) -> Float[Array, "*B H W"]
     return jnp.einsum("hy,...yx,xw->...hw", kernel(h), images, kernel(w), optimize=True)
 
 
-def local_normalise(images: Float[Array, "*B H W"], masks: Bool[Array, "*B H W"], sigma: float) -> Float[Array, "*B H W"]:
+def local_normalise(
+    images: Float[Array, "*B H W"], masks: Bool[Array, "*B H W"], sigma: float
+) -> Float[Array, "*B H W"]:
     """(x − mean) / deviation over a Gaussian window inside the mask; 0 outside, within ±3.
 
     The deviation has a floor of a quarter of the print's own mean deviation: blank skin stays blank.
@@ -143,12 +156,14 @@ def local_normalise(images: Float[Array, "*B H W"], masks: Bool[Array, "*B H W"]
     return jnp.clip(x / (jnp.maximum(dev, 0.25 * typical) + 1e-4), -3, 3)
 
 
-def ridge_overlap(image0: Float[Array, "*B H W"], image1: Float[Array, "*B H W"], both: Bool[Array, "*B H W"],
-                  sigma: float) -> Bool[Array, "*B H W"]:
+def ridge_overlap(
+    image0: Float[Array, "*B H W"], image1: Float[Array, "*B H W"], both: Bool[Array, "*B H W"], sigma: float
+) -> Bool[Array, "*B H W"]:
     """Where both aligned prints have ridges: Sobel magnitude, box-filtered, thresholded (IFViT section on overlap).
 
     The box is the Gaussian of `sigma` px here, the threshold 0.4 of each print's own mean inside `both`.
     """
+
     def energetic(image):
         p = jnp.pad(image, [(0, 0)] * (image.ndim - 2) + [(1, 1), (1, 1)], mode="edge")  # the frame is no ridge
         rows = p[..., :-2, :] + 2 * p[..., 1:-1, :] + p[..., 2:, :]

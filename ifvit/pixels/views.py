@@ -10,12 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, MASK_CELL, RIDGE, STRIDE
 from ifvit.models.cells import cell_mask
 from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.pixels.corruption import corrupt
 from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
-from ifvit.config import Settings
 
 MODES = 5  # sine modes of a distortion field
 
@@ -23,7 +24,7 @@ MODES = 5  # sine modes of a distortion field
 class View(NamedTuple):
     """canvas = centre + matrix · (q − window's centre) + Σ amplitude · sin(frequency · q + phase), q in view px."""
 
-    matrix: Float[Array, "2 2"]     # a rotation and a scale
+    matrix: Float[Array, "2 2"]  # a rotation and a scale
     centre: Float[Array, "2"]
     amplitude: Float[Array, "M 2"]
     frequency: Float[Array, "M 2"]
@@ -39,8 +40,13 @@ def plain_view(config: Settings) -> View:
 
 
 @exact
-def random_view(key: Key[Array, ""], config: Settings, angle: Float[Array, ""], scale: float | Float[Array, ""],
-                shift: float | Float[Array, ""]) -> View:
+def random_view(
+    key: Key[Array, ""],
+    config: Settings,
+    angle: Float[Array, ""],
+    scale: float | Float[Array, ""],
+    shift: float | Float[Array, ""],
+) -> View:
     """A view turned by `angle` radians, scaled by up to 1 ± scale, moved by up to ± shift px at 500 ppi."""
     # one draw for everything: each draw is a threefry of its own, and half a second of compilation
     u = jax.random.uniform(key, (3 + 5 * MODES,), minval=-1, maxval=1)
@@ -52,8 +58,13 @@ def random_view(key: Key[Array, ""], config: Settings, angle: Float[Array, ""], 
     towards = jnp.pi * modes[1]
     frequency = (2 * jnp.pi / length)[:, None] * jnp.stack([jnp.cos(towards), jnp.sin(towards)], axis=-1)
     amplitude = 2.8 * config.distortion * modes[2:4].T * (length[:, None] / length.max())
-    return View(jnp.array([[c, -d], [d, c]]) @ plain.matrix, plain.centre + shift * u[1:3],
-                amplitude, frequency, jnp.pi * modes[4])
+    return View(
+        jnp.array([[c, -d], [d, c]]) @ plain.matrix,
+        plain.centre + shift * u[1:3],
+        amplitude,
+        frequency,
+        jnp.pi * modes[4],
+    )
 
 
 @exact
@@ -72,8 +83,12 @@ def to_view(view: View, p: Float[Array, "N 2"], image_size: int) -> Float[Array,
     return jax.lax.fori_loop(0, 6, lambda _, q: q + (p - to_canvas(view, q, image_size)) @ inverse.T, q)
 
 
-def take_view(canvas: UInt8[Array, "C C"], mask8: Bool[Array, "C/8 C/8"], view: View, config: Settings,
-              ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
+def take_view(
+    canvas: UInt8[Array, "C C"],
+    mask8: Bool[Array, "C/8 C/8"],
+    view: View,
+    config: Settings,
+) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
     """Canvas and its foreground, at 1/8 of the resolution -> the view's pixels (0 … 1) and foreground."""
     size, ratio = config.image_size, CANVAS_PPI / config.input_ppi
     xy = to_canvas(view, jnp.asarray(grid_points(size)), size)
@@ -149,8 +164,9 @@ def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePa
             x, m = take_view(canvas, mask, v, config)
             return v, *corrupt(k_corrupt, x, m, config, strength)
 
-        views, x, m = jax.vmap(view)(jax.random.split(k_views), canvases, masks, jnp.cumsum(turn), scale, shift,
-                                     strength)
+        views, x, m = jax.vmap(view)(
+            jax.random.split(k_views), canvases, masks, jnp.cumsum(turn), scale, shift, strength
+        )
         cells = cell_mask(m)
         view0, view1 = (jax.tree.map(lambda a, i=i: a[i], views) for i in (0, 1))
         none = jnp.where(cells[0], NO_MATCH, IGNORE)
@@ -163,6 +179,7 @@ def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePa
 
 def match_views(keys: Key[Array, " B"], batch: dict, config: Settings) -> Views:
     """Module 2's prints before alignment, each turned, moved and corrupted on its own."""
+
     def view(key, canvas, mask):
         k_angle, k_view, k_corrupt = jax.random.split(key, 3)
         angle = _uniform(k_angle, -1, 1) * jnp.radians(config.rotation)
@@ -183,8 +200,10 @@ def plain_views(batch: dict, config: Settings) -> Views:
 
 def _stacked(batch: dict):
     """Canvases and masks (B 2 …): a pair stays together, so a batch split over devices needs no exchange."""
-    return (jnp.stack([batch["canvas0"], batch["canvas1"]], axis=1),
-            jnp.stack([batch["mask0"], batch["mask1"]], axis=1))
+    return (
+        jnp.stack([batch["canvas0"], batch["canvas1"]], axis=1),
+        jnp.stack([batch["mask0"], batch["mask1"]], axis=1),
+    )
 
 
 def _uniform(key, lo, hi):

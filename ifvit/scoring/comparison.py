@@ -9,8 +9,8 @@ from jaxtyping import Int
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from ifvit.scoring import intervals, rates
 from ifvit.errors import UserError
+from ifvit.scoring import intervals, rates
 from ifvit.scoring.scores_csv import Scores, read
 
 
@@ -31,11 +31,16 @@ def compare(mine: str, other: str) -> dict:
         g, i = here.genuine & mask, ~here.genuine & mask
         for scores, summary, draws in zip((here, there), summaries, drawn):
             summary[name] = rates.summary(scores.score[g], scores.score[i])
-            draws[name] = intervals.bootstrap(scores.score[g], scores.score[i], finger[here.pairs[g, 0]],
-                                              finger[here.pairs[i]])
+            draws[name] = intervals.bootstrap(
+                scores.score[g], scores.score[i], finger[here.pairs[g, 0]], finger[here.pairs[i]]
+            )
     rows = {name: _difference(*(s[name] for s in summaries), *(d[name] for d in drawn)) for name in summaries[0]}
-    return {"this": mine, "other": other, "databases": rows,
-            "macro": _difference(*map(rates.macro, summaries), *map(intervals.macro, drawn))}
+    return {
+        "this": mine,
+        "other": other,
+        "databases": rows,
+        "macro": _difference(*map(rates.macro, summaries), *map(intervals.macro, drawn)),
+    }
 
 
 def print_table(result: dict) -> None:
@@ -44,19 +49,25 @@ def print_table(result: dict) -> None:
     print(f"Against {result['other']}: difference in percentage points [95 %], below zero: fewer errors here")
     print(f"{'database':20s}" + "".join(f"{name:>22s}" for name in shown.values()))
     for name, row in [*result["databases"].items(), ("macro", result["macro"])]:
-        cells = ("{:+.2f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in (row[k]["difference"], *row[k]["ci"])))
-                 for k in shown)
+        cells = (
+            "{:+.2f} [{:+.1f}, {:+.1f}]".format(*(100 * v for v in (row[k]["difference"], *row[k]["ci"])))
+            for k in shown
+        )
         print(f"{name:20s}" + "".join(f"{cell:>22s}" for cell in cells))
 
 
 def _require_same_pairs(mine: str, here: Scores, other: str, there: Scores) -> None:
     if not np.array_equal(here.pairs, there.pairs):
         common = len(set(map(tuple, here.pairs.tolist())) & set(map(tuple, there.pairs.tolist())))
-        raise UserError(f"{mine} has {len(here.pairs)} pairs and {other} {len(there.pairs)}, of which {common} are the "
-                        "same. Evaluate both on the same prints, with the same --protocol and --max_pairs.")
+        raise UserError(
+            f"{mine} has {len(here.pairs)} pairs and {other} {len(there.pairs)}, of which {common} are the "
+            "same. Evaluate both on the same prints, with the same --protocol and --max_pairs."
+        )
     if n := np.count_nonzero(here.genuine != there.genuine):
-        raise UserError(f"{n} pairs are genuine in one of {mine} and {other}, and impostor in the other. Evaluate both "
-                        "on the same prints.")
+        raise UserError(
+            f"{n} pairs are genuine in one of {mine} and {other}, and impostor in the other. Evaluate both "
+            "on the same prints."
+        )
 
 
 def _fingers(scores: Scores, prints: int) -> Int[np.ndarray, " prints"]:
@@ -66,5 +77,12 @@ def _fingers(scores: Scores, prints: int) -> Int[np.ndarray, " prints"]:
 
 
 def _difference(here: dict, there: dict, drawn_here: dict, drawn_there: dict) -> dict:
-    return {name: {"this": here[name], "other": there[name], "difference": here[name] - there[name],
-                   "ci": intervals.interval(drawn_here[name] - drawn_there[name])} for name in rates.RATES}
+    return {
+        name: {
+            "this": here[name],
+            "other": there[name],
+            "difference": here[name] - there[name],
+            "ci": intervals.interval(drawn_here[name] - drawn_there[name]),
+        }
+        for name in rates.RATES
+    }

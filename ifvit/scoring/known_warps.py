@@ -26,6 +26,7 @@ def dense_eval(net: Network, config: Settings) -> Callable:
 
     Only the pairs that `batch["counts"]` (B,) marks have a part in it: a last batch is filled up.
     """
+
     @exact
     def evaluate(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config)
@@ -33,7 +34,10 @@ def dense_eval(net: Network, config: Settings) -> Callable:
         labels = jnp.where(batch["counts"][:, None], pair.labels, IGNORE)
         known = (labels >= 0).sum()
         top = jnp.exp(log_conf.max(axis=2)) * cell_mask(pair.mask0)
-        return {"correct": warp_accuracy(log_conf, labels) * known, "known": known,
-                "impostor_confidence": (top.max(axis=1) * (batch["counts"] & ~batch["genuine"])).sum()}
+        return {
+            "correct": warp_accuracy(log_conf, labels) * known,
+            "known": known,
+            "impostor_confidence": (top.max(axis=1) * (batch["counts"] & ~batch["genuine"])).sum(),
+        }
 
     return evaluate

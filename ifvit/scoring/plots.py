@@ -17,8 +17,8 @@ from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
 from ifvit.errors import UserError
-from ifvit.scoring.rates import eer_of_curve
 from ifvit.files import whole
+from ifvit.scoring.rates import eer_of_curve
 
 _GENUINE, _IMPOSTOR = "tab:blue", "tab:orange"
 _GAP = 16  # px of white between two prints

@@ -39,10 +39,7 @@ def macro(databases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     """
     if not databases:
         raise UserError("There is no database to average over. Give a folder that holds prints.")
-    return {
-        rate: float(np.mean([results[rate] for results in databases.values()]))
-        for rate in RATES
-    }
+    return {rate: float(np.mean([results[rate] for results in databases.values()])) for rate in RATES}
 
 
 def det_curve(
@@ -96,8 +93,15 @@ def thinned(
     if len(fmr) <= points:
         return fmr, fnmr
     targets = np.geomspace(1e-9, 1, points // 2)
-    keep = np.concatenate([np.searchsorted(-fmr, -targets), np.searchsorted(fnmr, targets), [0, len(fmr) - 1],
-                           np.flatnonzero(fnmr <= fmr)[-1:], np.flatnonzero(fnmr >= fmr)[:1]])
+    keep = np.concatenate(
+        [
+            np.searchsorted(-fmr, -targets),
+            np.searchsorted(fnmr, targets),
+            [0, len(fmr) - 1],
+            np.flatnonzero(fnmr <= fmr)[-1:],
+            np.flatnonzero(fnmr >= fmr)[:1],
+        ]
+    )
     keep = np.unique(np.minimum(keep, len(fmr) - 1))
     return fmr[keep], fnmr[keep]
 

@@ -9,17 +9,17 @@ import jax
 import numpy as np
 
 from ifvit import checkpoint
-from ifvit.scoring import plots
 from ifvit.config import DenseConfig, MatchConfig, config_of
-from ifvit.pixels.views import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
-from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
-from ifvit.pixels.geometry import exact
 from ifvit.models.networks import dense_network, match_network
+from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
+from ifvit.pixels.views import plain_views
+from ifvit.scoring import plots
+from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Scorer:
     aligner: tuple[dict, dict] | None  # Module 1's params and batch_stats
     aligner_config: DenseConfig | None
     num_classes: int
-    fusion: Fusion | None         # None: Module 1, or a matcher's checkpoint from before the end of training
+    fusion: Fusion | None  # None: Module 1, or a matcher's checkpoint from before the end of training
     trained_on: tuple[str, ...] = ()  # a sample of its training prints, by `contents.known`
 
     @classmethod
@@ -44,17 +44,36 @@ class Scorer:
         checkpoint.check_ours(found.path, meta)
         if found.module == "dense_reg":
             config = config_of(DenseConfig, meta["config"])
-            return cls("dense_reg", config, state["params"], state["batch_stats"], None, None, 0, None, tuple(meta.get("sample", ())))
+            return cls(
+                "dense_reg",
+                config,
+                state["params"],
+                state["batch_stats"],
+                None,
+                None,
+                0,
+                None,
+                tuple(meta.get("sample", ())),
+            )
         config = config_of(MatchConfig, meta["config"])
         aligner = found.aligner and (found.aligner["params"], found.aligner["batch_stats"])
         params = dict(state["params"])
         if config.share_global_local:
             del params["loftr_transformer_local"]
-        fusion = meta.get("fusion") and Fusion(**{k: tuple(v) if isinstance(v, list) else v
-                                                  for k, v in meta["fusion"].items()})
-        return cls("matcher", config, params, state["batch_stats"], aligner,
-                   aligner and config_of(DenseConfig, meta["aligner_config"]), meta["num_classes"], fusion,
-                   tuple(meta.get("sample", ())))
+        fusion = meta.get("fusion") and Fusion(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in meta["fusion"].items()}
+        )
+        return cls(
+            "matcher",
+            config,
+            params,
+            state["batch_stats"],
+            aligner,
+            aligner and config_of(DenseConfig, meta["aligner_config"]),
+            meta["num_classes"],
+            fusion,
+            tuple(meta.get("sample", ())),
+        )
 
     @cached_property
     def _aligner_network(self):
@@ -107,5 +126,12 @@ class Scorer:
         found, image0, image1 = self.registration(prints, pair)
         keep = found.inliers
         names = [Path(prints.prints[i].path).name for i in pair[:2]]
-        plots.matches(path, image0, image1, found.points0[keep], found.points1[keep], found.matches.confidence[keep],
-                      f"{names[0]} – {names[1]}: {int(found.count)} matches")
+        plots.matches(
+            path,
+            image0,
+            image1,
+            found.points0[keep],
+            found.points1[keep],
+            found.matches.confidence[keep],
+            f"{names[0]} – {names[1]}: {int(found.count)} matches",
+        )

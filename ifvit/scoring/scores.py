@@ -8,22 +8,23 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from ifvit.pixels.views import plain_views
 from ifvit.bar import bar
 from ifvit.config import Settings
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
-from ifvit.pixels.geometry import exact
-from ifvit.scoring.rates import threshold_at_fmr
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
+from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
+from ifvit.pixels.views import plain_views
+from ifvit.scoring.rates import threshold_at_fmr
 
 
 def dense_scores(net: Network, config: Settings) -> Callable:
     """Module 1: (params, batch_stats, batch) -> `matches`, the inliers of its robust fit, as the score too."""
+
     @exact
     def score(params, batch_stats, batch):
         found = registration(net, (params, batch_stats), plain_views(batch, config), config)
@@ -38,19 +39,25 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
     `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
     in the common frame of a genuine pair a cell is its own match.
     """
+
     @exact
     def score(params, batch_stats, aligner_state, batch):
         pair, _, count = aligned_pair(aligner, aligner_state, plain_views(batch, config), config)
         e, _ = net.apply(params, batch_stats, pair, train=False)
         itself = jnp.exp(jnp.diagonal(e.log_conf, axis1=1, axis2=2)) * e.cells
-        return {"global": (e.global0 * e.global1).sum(-1), "local": (e.local0 * e.local1).sum(-1),
-                "agreement": itself.sum(-1), "matches": count}
+        return {
+            "global": (e.global0 * e.global1).sum(-1),
+            "local": (e.local0 * e.local1).sum(-1),
+            "agreement": itself.sum(-1),
+            "matches": count,
+        }
 
     return score
 
 
-def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: Sequence[Pair], batch_size: int,
-                model_parallel: int = 1) -> dict[str, np.ndarray]:
+def score_pairs(
+    score: Callable, state: tuple, prints: PrintSet, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
+) -> dict[str, np.ndarray]:
     """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order.
 
     A batch that does not divide among accelerators or processes is made as much larger.
@@ -106,8 +113,9 @@ class Fusion:
 
 def features(scores: dict[str, np.ndarray]) -> Float[np.ndarray, "N 4"]:
     """FEATURES as the fusion takes them: counts enter as logarithms."""
-    return np.stack([scores["global"], scores["local"], np.log1p(scores["agreement"]), np.log1p(scores["matches"])],
-                    axis=1).astype(np.float64)
+    return np.stack(
+        [scores["global"], scores["local"], np.log1p(scores["agreement"]), np.log1p(scores["matches"])], axis=1
+    ).astype(np.float64)
 
 
 def fit_fusion(scores: dict[str, np.ndarray], genuine: np.ndarray, ridge: float = 0.1) -> Fusion:

@@ -45,8 +45,10 @@ def write(file: TextIO, prints: Sequence[Print], pairs: Pairs, scores: dict[str,
         for genuine in (True, False):
             for numbers, ij in pairs.blocks(pairs.of(d.database, genuine)):
                 a, b = ([name[i] for i in side.tolist()] for side in ij.T)
-                values = ([f"{v:.9g}" for v in scores[k][numbers].tolist()] if k in scores else repeat("")
-                          for k in ("score", "global", "local"))
+                values = (
+                    [f"{v:.9g}" for v in scores[k][numbers].tolist()] if k in scores else repeat("")
+                    for k in ("score", "global", "local")
+                )
                 matches = scores["matches"][numbers].astype(int).tolist()
                 writer.writerows(zip(repeat(d.database), a, b, repeat(int(genuine)), *values, matches))
 

@@ -12,15 +12,14 @@ from ifvit.config import Config, DenseConfig, Traced
 from ifvit.data.loader import PairSource, batches, fixed_batches
 from ifvit.data.pairs import DensePairs
 from ifvit.data.prepare import PrintSet
-from ifvit.errors import UserError
-from ifvit.paths import resolve
-from ifvit.training.task import Task
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
-from ifvit.models.networks import Network
-from ifvit.training.state import init_state, learning_rates, optimizer
-from ifvit.models.networks import dense_network
+from ifvit.errors import UserError
+from ifvit.models.networks import Network, dense_network
+from ifvit.paths import resolve
 from ifvit.scoring.known_warps import dense_eval
+from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_step
+from ifvit.training.task import Task
 
 VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
 
@@ -29,8 +28,8 @@ class Program(NamedTuple):
     """What is compiled for a configuration: pure functions, the same objects for all that differ in scalars alone."""
 
     net: Network
-    init: Callable      # (seed) -> state
-    step: Callable      # as `training.step.train_step` has it, with (learning rate, scalars) before the constants
+    init: Callable  # (seed) -> state
+    step: Callable  # as `training.step.train_step` has it, with (learning rate, scalars) before the constants
     evaluate: Callable  # jitted, its scalars after the state
 
 
@@ -60,26 +59,53 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
     seen = validation or config
 
     def host_batches(first, last):
-        source = PairSource(train, pairs, {}, config.batch_size, first, last, jax.process_index(), jax.process_count(),
-                            config.accumulate)
+        source = PairSource(
+            train,
+            pairs,
+            {},
+            config.batch_size,
+            first,
+            last,
+            jax.process_index(),
+            jax.process_count(),
+            config.accumulate,
+        )
         return batches(source, config.input_workers)
 
     def validate(state, epoch):
-        return warp_metrics(program.evaluate, (state.params, state.batch_stats, seen.scalars()), held_out,
-                            config.replace(impostor_share=seen.impostor_share, val_pairs=seen.val_pairs))
+        return warp_metrics(
+            program.evaluate,
+            (state.params, state.batch_stats, seen.scalars()),
+            held_out,
+            config.replace(impostor_share=seen.impostor_share, val_pairs=seen.val_pairs),
+        )
 
-    return Task("dense_reg", config, steps, train.digest(), program.init, program.step,
-                learning_rates(config, steps * config.num_epochs), (config.scalars(),), host_batches, validate, "accuracy", True,
-                {"sample": train.sample()},
-                seed_from=lambda params, stats: (with_loftr(with_scale(params, config), config), stats))
+    return Task(
+        "dense_reg",
+        config,
+        steps,
+        train.digest(),
+        program.init,
+        program.step,
+        learning_rates(config, steps * config.num_epochs),
+        (config.scalars(),),
+        host_batches,
+        validate,
+        "accuracy",
+        True,
+        {"sample": train.sample()},
+        seed_from=lambda params, stats: (with_loftr(with_scale(params, config), config), stats),
+    )
 
 
 def steps_per_epoch(config: Config, prints: int) -> int:
     """Whole batches of an epoch's pairs; the schedule, the loop and the log all count by it."""
     wanted = config.pairs_per_epoch or 4 * prints
     if wanted < config.batch_size:
-        raise UserError(f"An epoch has {wanted} pairs and a batch {config.batch_size}; use --batch_size {wanted} or "
-                        f"--set pairs_per_epoch={config.batch_size}.")
+        raise UserError(
+            f"An epoch has {wanted} pairs and a batch {config.batch_size}; use --batch_size {wanted} or "
+            f"--set pairs_per_epoch={config.batch_size}."
+        )
     return wanted // config.batch_size
 
 
@@ -96,12 +122,16 @@ def with_loftr(params: dict, config: DenseConfig) -> dict:
     path = resolve(config.loftr_ckpt)
     loaded = loftr.load_loftr(path, params[name])
     if config.temp_bug_fix:
-        print("⚠ The weights that LoFTR's authors published (outdoor_ds.ckpt) know another position encoding: they want --set temp_bug_fix=false.")
+        print(
+            "⚠ The weights that LoFTR's authors published (outdoor_ds.ckpt) know another position encoding: they want --set temp_bug_fix=false."
+        )
     print(f"LoFTR's transformer loaded from {path}: {sum(x.size for x in jax.tree.leaves(loaded)):,} parameters")
     return {**params, name: loaded}
 
 
-def warp_metrics(evaluate: Callable, state: tuple, prints: PrintSet, config: Config, count: int | None = None) -> dict[str, float]:
+def warp_metrics(
+    evaluate: Callable, state: tuple, prints: PrintSet, config: Config, count: int | None = None
+) -> dict[str, float]:
     """Known-warp accuracy over fixed views of `prints`, the same ones in whatever batches, and how confident impostor pairs are made.
 
     Accuracy: share of the cells with a known match that are matched within one cell (8 px).
@@ -119,5 +149,7 @@ def warp_metrics(evaluate: Callable, state: tuple, prints: PrintSet, config: Con
         for k, v in fetch(evaluate(*state, put_whole_batch(batch, mesh), keys)).items():
             totals[k] = totals.get(k, 0.0) + float(v)
     impostors = max(1, sum(not p.genuine for p in wanted))
-    return {"accuracy": totals["correct"] / max(totals["known"], 1),
-            "impostor_confidence": totals["impostor_confidence"] / impostors}
+    return {
+        "accuracy": totals["correct"] / max(totals["known"], 1),
+        "impostor_confidence": totals["impostor_confidence"] / impostors,
+    }

@@ -12,15 +12,15 @@ from ifvit import checkpoint
 from ifvit.devices import progress
 from ifvit.devices.sharding import put_batch, replicated
 from ifvit.errors import Failure, Interrupted
+from ifvit.files import write_whole
 from ifvit.scoring import plots
 from ifvit.training import run_folder
-from ifvit.training.policy import Saved
-from ifvit.training.saver import Saver
 from ifvit.training.meter import Meter
 from ifvit.training.metrics import Metrics, one_by_one, read_rows
+from ifvit.training.policy import Saved
 from ifvit.training.resume import open_run
 from ifvit.training.saved import saved_tree
-from ifvit.files import write_whole
+from ifvit.training.saver import Saver
 from ifvit.training.state import TrainState
 from ifvit.training.task import Task
 
@@ -37,7 +37,9 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
     run = open_run(task, resume, host, may_change)
     folder, mesh, state, best, value = run.folder, run.mesh, run.state, run.best, run.value
     if run.finished:
-        if (rows := read_rows(folder / "metrics.jsonl")) and not (folder / "curves.png").exists():  # it ended just before them
+        if (rows := read_rows(folder / "metrics.jsonl")) and not (
+            folder / "curves.png"
+        ).exists():  # it ended just before them
             _draw(folder, rows)
         return run.finished
     first, total = int(state.step), config.num_epochs * task.steps_per_epoch
@@ -55,13 +57,25 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
             _write_config(folder, config)
         at = ended
         epoch, within = divmod(at, task.steps_per_epoch)
-        metadata = {"epoch": epoch, "step": at, "steps_per_epoch": task.steps_per_epoch, "finished": finished,
-                    "best": best, "value": value, "config": config.to_dict(), "data": task.data_digest,
-                    "history": run.history, **task.metadata, **(task.finish(state) if finished else {})}
+        metadata = {
+            "epoch": epoch,
+            "step": at,
+            "steps_per_epoch": task.steps_per_epoch,
+            "finished": finished,
+            "best": best,
+            "value": value,
+            "config": config.to_dict(),
+            "data": task.data_digest,
+            "history": run.history,
+            **task.metadata,
+            **(task.finish(state) if finished else {}),
+        }
         saved = Saved(f"{task.name}_{what}", at, None if within else epoch, value)
         saver.start(saved, saved_tree(state, task), metadata, task.aligner)
         if saver.taken_over:
-            raise Failure(f"Another run has begun to write to {folder}, so this one ends; what it saved before is whole.")
+            raise Failure(
+                f"Another run has begun to write to {folder}, so this one ends; what it saved before is whole."
+            )
         return str(folder / saved.name)
 
     ended, told = first, {}
@@ -92,8 +106,11 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
                     if _is_better(task, value, best):
                         best = {"value": value, "epoch": epoch, "metric": task.metric}
                     if ended < total and _out_of_patience(task, best, ended):
-                        print(f"{task.metric} has not been better for {config.patience} epochs; the run ends after epoch "
-                              f"{epoch}.", flush=True)
+                        print(
+                            f"{task.metric} has not been better for {config.patience} epochs; the run ends after epoch "
+                            f"{epoch}.",
+                            flush=True,
+                        )
                         break
                     if ended < total:
                         save(f"epoch_{epoch}", state, value)
@@ -112,8 +129,10 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
         if not saver.settle():
             save("ckpt", state, value, finished=True)  # once more: what the run trained for hangs on it
             if not saver.settle():
-                raise Failure(f"The training is done, and its final checkpoint {final} could not be written. Make room, "
-                              "then run the same command: it goes on from the newest checkpoint.")
+                raise Failure(
+                    f"The training is done, and its final checkpoint {final} could not be written. Make room, "
+                    "then run the same command: it goes on from the newest checkpoint."
+                )
         if ended > first:
             host.report(told)
     finally:
@@ -137,9 +156,16 @@ def _out_of_patience(task: Task, best: dict | None, step: int) -> bool:
 
 def _interrupted(step: int, total: int, path: str, saver: Saver, code: int) -> Interrupted:
     whole = saver.settle()
-    return Interrupted(f"Stopped at step {step} of {total}; " + (f"saved {path}." if whole else (
-        f"that could not be saved, the newest checkpoint is {saver.last or 'none'}."))
-        + " The same command goes on from there.", code)
+    return Interrupted(
+        f"Stopped at step {step} of {total}; "
+        + (
+            f"saved {path}."
+            if whole
+            else (f"that could not be saved, the newest checkpoint is {saver.last or 'none'}.")
+        )
+        + " The same command goes on from there.",
+        code,
+    )
 
 
 def _write_config(folder: epath.Path, config) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 from etils import epath
 
 from ifvit import checkpoint
-from ifvit.scoring import rates
 from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, keys_with, with_changes
 from ifvit.data.contents import known
 from ifvit.data.gather import overlap
@@ -17,15 +16,15 @@ from ifvit.data.loader import PairSource, batches
 from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
 from ifvit.data.protocols import draw, pairs_all, take
-from ifvit.errors import UserError
-from ifvit.scoring.scores import fit_fusion, match_scores, score_pairs
-from ifvit.errors import CheckpointNotFound
+from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
-from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
-from ifvit.training.task import Task
-from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.models.networks import dense_network, match_network
+from ifvit.scoring import rates
+from ifvit.scoring.scores import fit_fusion, match_scores, score_pairs
+from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
+from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import match_step
+from ifvit.training.task import Task
 
 log = logging.getLogger("ifvit")
 
@@ -49,8 +48,10 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
     classes = class_labels(train.prints)
     num_classes = config.num_classes or len(classes)
     if num_classes < len(classes):
-        raise UserError(f"--num_classes is {num_classes}, and there are {len(classes)} fingers to train on; use "
-                        f"--num_classes {len(classes)} or leave it out.")
+        raise UserError(
+            f"--num_classes is {num_classes}, and there are {len(classes)} fingers to train on; use "
+            f"--num_classes {len(classes)} or leave it out."
+        )
     module1 = checkpoint_of_module1(config)
     aligner_config = module1 and config_of(DenseConfig, module1.metadata["config"])
     if module1:
@@ -71,19 +72,37 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
         params = with_one(both) if config.share_global_local else both
         if config.seed_resnet and module1:
             for branch in ("resnet_global", "resnet_local"):
-                params[branch], stats[branch] = module1.state["params"]["resnet"], module1.state["batch_stats"]["resnet"]
+                params[branch], stats[branch] = (
+                    module1.state["params"]["resnet"],
+                    module1.state["batch_stats"]["resnet"],
+                )
         return params, stats
 
     def host_batches(first, last):
-        source = PairSource(train, pairs, classes, config.batch_size, first, last, jax.process_index(),
-                            jax.process_count(), config.accumulate)
+        source = PairSource(
+            train,
+            pairs,
+            classes,
+            config.batch_size,
+            first,
+            last,
+            jax.process_index(),
+            jax.process_count(),
+            config.accumulate,
+        )
         return batches(source, config.input_workers)
 
     scalars = config.scalars()
 
     def scores_of(state, chosen):
-        return score_pairs(program.evaluate, (state.params, state.batch_stats, aligner_state, scalars), held_out, chosen,
-                           config.micro_batch, config.model_parallel)
+        return score_pairs(
+            program.evaluate,
+            (state.params, state.batch_stats, aligner_state, scalars),
+            held_out,
+            chosen,
+            config.micro_batch,
+            config.model_parallel,
+        )
 
     def validate(state, epoch):
         chosen = balanced_pairs(held_out, config.val_pairs)
@@ -92,27 +111,55 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
             return {}
         s = scores_of(state, chosen)
         fused = config.global_weight * s["global"] + (1 - config.global_weight) * s["local"]
-        return {"eer": rates.equal_error_rate(fused[genuine], fused[~genuine]),
-                "d_prime": rates.d_prime(fused[genuine], fused[~genuine])} | {
-            f"eer_{k}": rates.equal_error_rate(s[k][genuine], s[k][~genuine]) for k in s} | {
-            f"{k}_{kind}": float(s[k][which].mean()) for k in ("global", "local") for kind, which in
-            (("genuine", genuine), ("impostor", ~genuine))}
+        return (
+            {
+                "eer": rates.equal_error_rate(fused[genuine], fused[~genuine]),
+                "d_prime": rates.d_prime(fused[genuine], fused[~genuine]),
+            }
+            | {f"eer_{k}": rates.equal_error_rate(s[k][genuine], s[k][~genuine]) for k in s}
+            | {
+                f"{k}_{kind}": float(s[k][which].mean())
+                for k in ("global", "local")
+                for kind, which in (("genuine", genuine), ("impostor", ~genuine))
+            }
+        )
 
     def finish(state):
         chosen = balanced_pairs(held_out, config.calibration_pairs)
         genuine = np.array([p.genuine for p in chosen], bool)
         if genuine.all() or not genuine.any():
-            log.warning("The held-out fingers have no %s pairs: the score is not calibrated.",
-                        "genuine" if not genuine.any() else "impostor")
+            log.warning(
+                "The held-out fingers have no %s pairs: the score is not calibrated.",
+                "genuine" if not genuine.any() else "impostor",
+            )
             return {}
         return {"fusion": asdict(fit_fusion(scores_of(state, chosen), genuine))}
 
     tied = config.share_global_local
-    return Task("matcher", config, steps, train.digest(), program.init, program.step,
-                learning_rates(config, steps * config.num_epochs), (scalars, aligner_state), host_batches, validate, "eer", False,
-                {"num_classes": num_classes, "aligner_config": module1 and module1.metadata["config"], "sample": train.sample()},
-                with_both if tied else lambda p: p, with_one if tied else lambda p: p, aligner_tree, finish,
-                seed_from_module1)
+    return Task(
+        "matcher",
+        config,
+        steps,
+        train.digest(),
+        program.init,
+        program.step,
+        learning_rates(config, steps * config.num_epochs),
+        (scalars, aligner_state),
+        host_batches,
+        validate,
+        "eer",
+        False,
+        {
+            "num_classes": num_classes,
+            "aligner_config": module1 and module1.metadata["config"],
+            "sample": train.sample(),
+        },
+        with_both if tied else lambda p: p,
+        with_one if tied else lambda p: p,
+        aligner_tree,
+        finish,
+        seed_from_module1,
+    )
 
 
 def checkpoint_of_module1(config: MatchConfig) -> checkpoint.Checkpoint | None:
@@ -126,13 +173,17 @@ def checkpoint_of_module1(config: MatchConfig) -> checkpoint.Checkpoint | None:
     check_module1(config.dense_reg_ckpt)
     found = checkpoint.load(folder, "dense_reg", checkpoint.NETWORK)
     if found.metadata.get("foreign"):
-        print(f"⚠ {folder} was made by other code: its transformer seeds Module 2, and pairs are not aligned.", flush=True)
+        print(
+            f"⚠ {folder} was made by other code: its transformer seeds Module 2, and pairs are not aligned.", flush=True
+        )
         return None
     ours = config.to_dict()
     for k in keys_with(COMMON):
         if found.metadata["config"][k] != ours[k]:
-            raise UserError(f"Module 1 in {folder} was trained with {k} = {found.metadata['config'][k]}, Module 2 is "
-                            f"configured with {ours[k]}; give both the same (--set {k}=…).")
+            raise UserError(
+                f"Module 1 in {folder} was trained with {k} = {found.metadata['config'][k]}, Module 2 is "
+                f"configured with {ours[k]}; give both the same (--set {k}=…)."
+            )
     return found
 
 
@@ -140,9 +191,14 @@ def warn_of_seen_fingers(config: MatchConfig, module1: checkpoint.Checkpoint, he
     """Says so where Module 1 was trained on fingers that Module 2 holds out: of the same folders, or of the same files in others."""
     theirs = completed(DenseConfig, module1.metadata["config"])
     seen = theirs["data_seed"] != config.data_seed or theirs["held_out"] < config.held_out
-    if (seen and overlap(theirs["dataset_root"], config.dataset_root)) or known(module1.metadata.get("sample", ()), held_out.prints):
-        print(f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, data_seed={theirs['data_seed']}): "
-              "it was trained on some that validate Module 2; give both the same.", flush=True)
+    if (seen and overlap(theirs["dataset_root"], config.dataset_root)) or known(
+        module1.metadata.get("sample", ()), held_out.prints
+    ):
+        print(
+            f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, data_seed={theirs['data_seed']}): "
+            "it was trained on some that validate Module 2; give both the same.",
+            flush=True,
+        )
 
 
 def module1_folder(config: MatchConfig) -> epath.Path:
@@ -150,8 +206,10 @@ def module1_folder(config: MatchConfig) -> epath.Path:
     try:
         return checkpoint.locate(config.dense_reg_ckpt)
     except CheckpointNotFound:
-        raise CheckpointNotFound(f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
-                                 "ifvit.train_dense), or give its path with --pretrained_ckpt.") from None
+        raise CheckpointNotFound(
+            f"Module 1 checkpoint not found: {config.dense_reg_ckpt}; train Module 1 first (python -m "
+            "ifvit.train_dense), or give its path with --pretrained_ckpt."
+        ) from None
 
 
 def like_module1(config: MatchConfig) -> MatchConfig:

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 
 from cluster.host import Host
-from ifvit.errors import Failure
 from ifvit.devices import progress
+from ifvit.errors import Failure
 from ifvit.training.metrics import Metrics
 from ifvit.training.pace import Pace
 from ifvit.training.saver import Saver
@@ -92,6 +92,8 @@ class Meter:
         for k, v in out.items():
             v = float(v)
             if not np.isfinite(v):
-                raise Failure(f"{k} is {v} at step {step}; nothing was saved after the last checkpoint. Lower the learning "
-                              "rate (--set learning_rate=…), then run again.")
+                raise Failure(
+                    f"{k} is {v} at step {step}; nothing was saved after the last checkpoint. Lower the learning "
+                    "rate (--set learning_rate=…), then run again."
+                )
             self._sums.setdefault(k, []).append(v)

@@ -22,8 +22,17 @@ log = logging.getLogger("ifvit")
 ATTEMPTS = "attempts.jsonl"
 
 # what differs between two equal runs
-TIMES = ("seconds", "pairs_per_second", "checkpoint_seconds", "input_seconds", "compile_seconds", "goodput", "host",
-         "probe_seconds", "step_seconds")
+TIMES = (
+    "seconds",
+    "pairs_per_second",
+    "checkpoint_seconds",
+    "input_seconds",
+    "compile_seconds",
+    "goodput",
+    "host",
+    "probe_seconds",
+    "step_seconds",
+)
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -47,7 +56,11 @@ def in_steps(row: dict) -> float:
 
 def one_by_one(values: dict) -> dict[str, float]:
     """Numbers by their names, those of several processes as `name/0`, `name/1` …"""
-    each = {(f"{k}/{n}" if isinstance(v, list) else k): x for k, v in values.items() for n, x in enumerate(v if isinstance(v, list) else [v])}
+    each = {
+        (f"{k}/{n}" if isinstance(v, list) else k): x
+        for k, v in values.items()
+        for n, x in enumerate(v if isinstance(v, list) else [v])
+    }
     return {k: x for k, x in each.items() if not isinstance(x, str)}
 
 
@@ -70,8 +83,16 @@ class Metrics:
         self.behind = True  # the file does not hold the lines
         self.board: EventsWriter | None = None
         self._write_lines()
-        self.bar = tqdm(total=total, initial=step, desc=name, unit="step", file=sys.stderr,
-                        mininterval=1 if sys.stderr.isatty() else 30, dynamic_ncols=True, disable=not self.writes)
+        self.bar = tqdm(
+            total=total,
+            initial=step,
+            desc=name,
+            unit="step",
+            file=sys.stderr,
+            mininterval=1 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+            disable=not self.writes,
+        )
 
     def attempt(self, first: int) -> None:
         """Notes that the run has been started at a step."""
@@ -142,8 +163,9 @@ class Metrics:
             if self.board is None or not folder.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 self.board = EventsWriter(str(folder / "events"))
-                self.board.write_event(Event(wall_time=time.time(), step=self.step + 1,
-                                             session_log=SessionLog(status=SessionLog.START)))  # drops what came after
+                self.board.write_event(
+                    Event(wall_time=time.time(), step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
+                )  # drops what came after
             for tag, value in values.items():
                 self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
             self.board.flush()

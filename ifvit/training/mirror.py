@@ -68,8 +68,11 @@ class Mirror:
                     self._copied[name] = state.st_mtime_ns, state.st_size
                 except gcs.Refused as e:
                     if not self._refused:
-                        log.warning("⚠ %s could not be written (%s); what is missing there is copied when it can.",
-                                    self._there / name, e.strerror)
+                        log.warning(
+                            "⚠ %s could not be written (%s); what is missing there is copied when it can.",
+                            self._there / name,
+                            e.strerror,
+                        )
                     self._refused = True
                     return
         self._refused = False

@@ -19,7 +19,7 @@ from ifvit.devices.processes import exchange
 
 log = logging.getLogger("ifvit")
 
-SLOW = 1.5       # times the median of all processes
+SLOW = 1.5  # times the median of all processes
 NOTEWORTHY = 0.1  # share of an epoch's time that one may wait for input before it is named
 
 
@@ -37,7 +37,10 @@ class Pace:
         if not self.several:
             return {}
         mine = waits | {"step_seconds": seconds - sum(waits.values()), "probe_seconds": probe()}
-        said = [json.loads(s) for s in exchange("pace", json.dumps({"host": self.name} | {k: round(v, 6) for k, v in mine.items()}))]
+        said = [
+            json.loads(s)
+            for s in exchange("pace", json.dumps({"host": self.name} | {k: round(v, 6) for k, v in mine.items()}))
+        ]
         if jax.process_index() == 0:
             found = slow(said, seconds)
             for host in self._before & found.keys():  # once may be anything
@@ -52,11 +55,15 @@ def slow(said: list[dict], seconds: float) -> dict[str, str]:
     found = {}
     for s in said:
         if s["probe_seconds"] > SLOW * usual["probe_seconds"]:
-            found[s["host"]] = (f"{s['host']} is slow: its device takes {s['probe_seconds'] / usual['probe_seconds']:.1f} times as "
-                                "long as the others' for the same work, and every step waits for it.")
+            found[s["host"]] = (
+                f"{s['host']} is slow: its device takes {s['probe_seconds'] / usual['probe_seconds']:.1f} times as "
+                "long as the others' for the same work, and every step waits for it."
+            )
         elif s["input_seconds"] > max(SLOW * usual["input_seconds"], NOTEWORTHY * seconds):
-            found[s["host"]] = (f"{s['host']} is slow: it waits for its prints for {s['input_seconds']:.1f} of the epoch's "
-                                f"{seconds:.1f} s, the others for {usual['input_seconds']:.1f} s.")
+            found[s["host"]] = (
+                f"{s['host']} is slow: it waits for its prints for {s['input_seconds']:.1f} of the epoch's "
+                f"{seconds:.1f} s, the others for {usual['input_seconds']:.1f} s."
+            )
     return found
 
 

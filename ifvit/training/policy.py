@@ -9,8 +9,8 @@ class Saved:
 
     name: str
     step: int
-    epoch: int | None     # None: within an epoch
-    value: float | None   # of the validation metric
+    epoch: int | None  # None: within an epoch
+    value: float | None  # of the validation metric
 
 
 def ranked(saved: list[Saved], higher_is_better: bool) -> list[Saved]:

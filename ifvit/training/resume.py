@@ -32,11 +32,11 @@ class Run(NamedTuple):
 
     folder: epath.Path
     mesh: Mesh
-    placement: TrainState             # the sharding of every leaf
-    state: TrainState                 # on the devices
-    best: dict | None                 # `value`, `epoch` and `metric` of the best validation so far
-    value: float | None               # of the newest one
-    history: list[dict]               # an entry for each time the run was started
+    placement: TrainState  # the sharding of every leaf
+    state: TrainState  # on the devices
+    best: dict | None  # `value`, `epoch` and `metric` of the best validation so far
+    value: float | None  # of the newest one
+    history: list[dict]  # an entry for each time the run was started
     finished: epath.Path | None = None  # the final checkpoint of a run that has nothing left to do
 
 
@@ -69,8 +69,10 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
     rows = read_rows(folder / "metrics.jsonl")
     if found and found.metadata["finished"]:
         checkpoint.discard_unfinished(folder, f"{task.name}_*")
-        print(f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. "
-              "--resume never trains anew.", flush=True)
+        print(
+            f"{found.path} is finished ({found.metadata['epoch']} epochs); nothing to do. --resume never trains anew.",
+            flush=True,
+        )
         return Run(folder, mesh, placement, abstract, None, None, history, checkpoint.as_path(found.path))
     if why := run_folder.writable(folder):
         raise UserError(f"Cannot write checkpoints to {folder} ({why}); give another directory.")
@@ -90,32 +92,51 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
     if resume != "auto":
         exchange("begun", "")  # what was moved away is
         host.begun(this)
-    history = history + [{"time": now(), "from_step": int(state.step), "processes": jax.process_count(),
-                          "mesh": dict(mesh.shape), "devices": jax.devices()[0].device_kind,
-                          **{f"{p} version": v for p, v in checkpoint.versions().items() if p in ("ifvit", "jax")}}]
+    history = history + [
+        {
+            "time": now(),
+            "from_step": int(state.step),
+            "processes": jax.process_count(),
+            "mesh": dict(mesh.shape),
+            "devices": jax.devices()[0].device_kind,
+            **{f"{p} version": v for p, v in checkpoint.versions().items() if p in ("ifvit", "jax")},
+        }
+    ]
     return Run(folder, mesh, placement, state, best, found and found.metadata["value"], history)
 
 
 def begin(task: Task, placement: TrainState) -> TrainState:
     """A fresh state, made where it lives, with the weights that the task starts from."""
     state = jax.jit(task.init, out_shardings=placement)(np.int32(task.config.seed))
-    params, stats = jax.device_put(task.seed_from(state.params, state.batch_stats),
-                                   (placement.params, placement.batch_stats))
+    params, stats = jax.device_put(
+        task.seed_from(state.params, state.batch_stats), (placement.params, placement.batch_stats)
+    )
     return state._replace(params=params, batch_stats=stats)
 
 
 def lost(rows: list[dict], step: int, saved: str = "") -> str:
     """What an attempt that died had done after the checkpoint of `step`, as far as its metrics tell; `saved`: when it was written."""
     gone = [r for r in rows if r["split"] == "train" and r["step"] > step]
-    what = f"{gone[-1]['step'] - step} steps ({sum(r['seconds'] for r in gone):.0f} s of training)" if gone else "no step that was logged"
+    what = (
+        f"{gone[-1]['step'] - step} steps ({sum(r['seconds'] for r in gone):.0f} s of training)"
+        if gone
+        else "no step that was logged"
+    )
     if not saved:
         return f"Lost: {what}; there is no checkpoint, and the run begins anew"
     since = (datetime.datetime.now().astimezone() - datetime.datetime.fromisoformat(saved)).total_seconds()
     return f"Lost: {what}; the checkpoint was written {since:.0f} s ago"
 
 
-def find_resume(task: Task, folder: epath.Path, resume: str, again: bool, abstract: TrainState, placement: TrainState,
-                free: Set[str]) -> tuple[checkpoint.Checkpoint | None, list[dict]]:
+def find_resume(
+    task: Task,
+    folder: epath.Path,
+    resume: str,
+    again: bool,
+    abstract: TrainState,
+    placement: TrainState,
+    free: Set[str],
+) -> tuple[checkpoint.Checkpoint | None, list[dict]]:
     """The checkpoint to go on from, read onto the devices, and the run's history until there.
 
     `auto`: the furthest good one in `folder`; damaged ones are set aside on the way, and it is said.
@@ -127,7 +148,9 @@ def find_resume(task: Task, folder: epath.Path, resume: str, again: bool, abstra
     if again and not exchange("named", "there" if _is_there(resume) else "")[0]:
         resume = "auto"  # what this command wrote since has taken its place
     if resume != "auto" and not checkpoint.locate(resume).is_dir():
-        raise UserError(f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR.")
+        raise UserError(
+            f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR."
+        )
     named = [] if resume == "auto" else [checkpoint.locate(resume)]
     paths = []
     if resume == "auto" or again:  # as the first process sees them: a shared folder may look older elsewhere
@@ -179,30 +202,45 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
     checkpoint.check_module(path, metadata, task.name)
     checkpoint.check_ours(path, metadata)
     if None in metadata["digests"].values():
-        raise UserError(f"{path} has no digests: other software wrote it, and a run goes on from what it can check alone. "
-                        "Give a checkpoint that was trained here, or --resume never.")
+        raise UserError(
+            f"{path} has no digests: other software wrote it, and a run goes on from what it can check alone. "
+            "Give a checkpoint that was trained here, or --resume never."
+        )
     theirs, ours = completed(type(task.config), metadata["config"]), task.config.to_dict()
     changed = [k for k in ours if k not in free and theirs[k] != ours[k]]
     if changed:
         k = changed[0]
-        raise UserError(f"{path} was trained with {k} = {theirs[k]}, this run asks for {ours[k]}"
-                        + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else "")
-                        + ". Give the same value, or --resume never to train anew, or another checkpoint directory.")
+        raise UserError(
+            f"{path} was trained with {k} = {theirs[k]}, this run asks for {ours[k]}"
+            + (f" (also changed: {', '.join(changed[1:])})" if changed[1:] else "")
+            + ". Give the same value, or --resume never to train anew, or another checkpoint directory."
+        )
     if metadata["data"] != task.data_digest:
-        raise UserError(f"{path} was trained on other prints than this run has; give the same --dataset_root, or "
-                        "--resume never, or another checkpoint directory.")
+        raise UserError(
+            f"{path} was trained on other prints than this run has; give the same --dataset_root, or "
+            "--resume never, or another checkpoint directory."
+        )
     aligner = checkpoint.leaves({"aligner": task.aligner}) if task.aligner else {}
-    if {n: digest(x) for n, x in aligner.items()} != {n: d for n, d in metadata["digests"].items() if n.startswith("aligner/")}:
-        raise UserError(f"{path} was trained with another Module 1 than {task.config.dense_reg_ckpt or 'none'}; give that one, or --resume never, or "
-                        "another checkpoint directory.")
-    want = {n: checkpoint.kind(x.dtype, x.shape) for n, x in checkpoint.leaves({"state": saved_tree(abstract, task)}).items()}
+    if {n: digest(x) for n, x in aligner.items()} != {
+        n: d for n, d in metadata["digests"].items() if n.startswith("aligner/")
+    }:
+        raise UserError(
+            f"{path} was trained with another Module 1 than {task.config.dense_reg_ckpt or 'none'}; give that one, or --resume never, or "
+            "another checkpoint directory."
+        )
+    want = {
+        n: checkpoint.kind(x.dtype, x.shape)
+        for n, x in checkpoint.leaves({"state": saved_tree(abstract, task)}).items()
+    }
     have = {n: d.split(":")[0] for n, d in metadata["digests"].items() if n.startswith("state/")}
     wrong = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
     if wrong:
         n = wrong[0]
-        raise UserError(f"{path} does not fit this configuration: {len(wrong)} leaves differ, e.g. {n} is "
-                        f"{have.get(n, 'missing')} there and {want.get(n, 'missing')} here. Use the configuration it was "
-                        "trained with, or --resume never.")
+        raise UserError(
+            f"{path} does not fit this configuration: {len(wrong)} leaves differ, e.g. {n} is "
+            f"{have.get(n, 'missing')} there and {want.get(n, 'missing')} here. Use the configuration it was "
+            "trained with, or --resume never."
+        )
 
 
 def now() -> str:

@@ -8,14 +8,19 @@ from ifvit.training.task import Task
 
 def saved_tree(state: TrainState, task: Task) -> dict:
     """The state as a checkpoint holds it, nested dictionaries; of arrays, or of whatever stands for them."""
-    return {"params": task.to_saved(state.params), "batch_stats": state.batch_stats,
-            "opt_state": _without_empty(serialization.to_state_dict(state.opt_state)), "step": state.step}
+    return {
+        "params": task.to_saved(state.params),
+        "batch_stats": state.batch_stats,
+        "opt_state": _without_empty(serialization.to_state_dict(state.opt_state)),
+        "step": state.step,
+    }
 
 
 def restored_state(abstract: TrainState, saved: dict, task: Task) -> TrainState:
     """The inverse of `saved_tree`."""
-    opt_state = serialization.from_state_dict(abstract.opt_state, _with_empty(
-        saved["opt_state"], serialization.to_state_dict(abstract.opt_state)))
+    opt_state = serialization.from_state_dict(
+        abstract.opt_state, _with_empty(saved["opt_state"], serialization.to_state_dict(abstract.opt_state))
+    )
     return TrainState(task.from_saved(saved["params"]), saved["batch_stats"], opt_state, saved["step"])
 
 

@@ -6,19 +6,18 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-
 from pathlib import Path
 
 import jax
 from etils import epath
 
 from ifvit import checkpoint
-from ifvit.errors import UserError
 from ifvit.checkpoint.places import duplicate, remove
-from ifvit.devices.processes import exchange
-from ifvit.training.run_folder import candidates, set_aside, write_beside
-from ifvit.training.policy import Saved, doomed, ranked
 from ifvit.config import Config
+from ifvit.devices.processes import exchange
+from ifvit.errors import UserError
+from ifvit.training.policy import Saved, doomed, ranked
+from ifvit.training.run_folder import candidates, set_aside, write_beside
 
 log = logging.getLogger("ifvit")
 
@@ -36,8 +35,15 @@ class Saver:
     on, the next save tries again. Every process calls the same methods in the same order.
     """
 
-    def __init__(self, folder: epath.Path, module: str, config: Config, steps_per_epoch: int, higher_is_better: bool,
-                 whole: Callable[[], None] = lambda: None):
+    def __init__(
+        self,
+        folder: epath.Path,
+        module: str,
+        config: Config,
+        steps_per_epoch: int,
+        higher_is_better: bool,
+        whole: Callable[[], None] = lambda: None,
+    ):
         self.whole = whole  # called when a checkpoint is, by the thread that writes them
         self.folder, self.module, self.config = folder, module, config
         self.higher_is_better = higher_is_better
@@ -80,9 +86,14 @@ class Saver:
         try:
             future.result()
         except Exception as e:  # a disk has many ways to fail, and none of them is a reason to stop training
-            self.taken_over = isinstance(e, TakenOver)  # known here, not in the thread: at the same step on every process
-            log.warning("⚠ Checkpoint %s could not be written (%s); training goes on, and the next save tries again.",
-                        self.folder / name, checkpoint.reason(e))
+            self.taken_over = isinstance(
+                e, TakenOver
+            )  # known here, not in the thread: at the same step on every process
+            log.warning(
+                "⚠ Checkpoint %s could not be written (%s); training goes on, and the next save tries again.",
+                self.folder / name,
+                checkpoint.reason(e),
+            )
             return False
         self.last = name
         return True
@@ -104,8 +115,11 @@ class Saver:
                 for name in doomed(self._saved, self.module, self.config, self.higher_is_better):
                     self._remove(name)
             except OSError as e:  # the checkpoint itself is whole
-                log.warning("⚠ The checkpoints in %s could not be put in order (%s); the next save tries again.",
-                            self.folder, e.strerror)
+                log.warning(
+                    "⚠ The checkpoints in %s could not be put in order (%s); the next save tries again.",
+                    self.folder,
+                    e.strerror,
+                )
                 checkpoint.discard_unfinished(self.folder, f"{self.module}_best")
 
     def _check_best(self) -> None:
@@ -122,7 +136,11 @@ class Saver:
         best = ranked(self._saved, self.higher_is_better)[:1]
         there = self.folder / f"{self.module}_best"
         before = _value_of(there)
-        if not best or before is not None and ranked([Saved("", -1, 0, before), *best], self.higher_is_better)[0].step < 0:
+        if (
+            not best
+            or before is not None
+            and ranked([Saved("", -1, 0, before), *best], self.higher_is_better)[0].step < 0
+        ):
             return
         duplicate(self.folder / best[0].name, there)
 

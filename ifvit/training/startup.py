@@ -9,8 +9,8 @@ import jax
 from cluster.host import Host
 from ifvit import checkpoint
 from ifvit.config import Config
-from ifvit.errors import UserError
 from ifvit.devices.processes import exchange, together
+from ifvit.errors import UserError
 from ifvit.training import run_folder
 
 PATIENCE = 15.0  # seconds that a shared file system gets to show one host's file to another
@@ -32,8 +32,10 @@ def check_folder(config: Config, host: Host) -> None:
 
     def write():
         if why := run_folder.writable(folder):
-            raise UserError(f"Checkpoints cannot be written to {folder} ({why}); give a directory that "
-                            + ("all hosts share and may write to." if jax.process_count() > 1 else "may be written to."))
+            raise UserError(
+                f"Checkpoints cannot be written to {folder} ({why}); give a directory that "
+                + ("all hosts share and may write to." if jax.process_count() > 1 else "may be written to.")
+            )
         if jax.process_index() == 0:
             seen.write_bytes(b"")
 
@@ -41,8 +43,10 @@ def check_folder(config: Config, host: Host) -> None:
         until = time.monotonic() + PATIENCE
         while not seen.exists():
             if time.monotonic() > until:
-                raise UserError(f"{folder} does not show what another host has written there; checkpoints need a directory that "
-                                "all hosts share.")
+                raise UserError(
+                    f"{folder} does not show what another host has written there; checkpoints need a directory that "
+                    "all hosts share."
+                )
             time.sleep(0.2)
 
     try:
@@ -55,5 +59,3 @@ def check_folder(config: Config, host: Host) -> None:
         with contextlib.suppress(OSError):
             for place in made:
                 place.rmdir()
-
-

@@ -8,8 +8,8 @@ import numpy as np
 import optax
 from jaxtyping import Float
 
-from ifvit.models.networks import Network
 from ifvit.config import Config, Settings
+from ifvit.models.networks import Network
 
 
 class TrainState(NamedTuple):
@@ -24,15 +24,18 @@ def optimizer(config: Settings, rate: float | jax.Array) -> optax.GradientTransf
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
     # The rate is a function for optax, whose state then has the same leaves whatever the schedule.
     # b2 of 0.99: at a thousand steps 0.999 would still average over all of them
-    return optax.chain(optax.clip_by_global_norm(config.grad_clip),
-                       optax.adamw(lambda _: rate, b2=0.99, weight_decay=config.weight_decay, mask=decays))
+    return optax.chain(
+        optax.clip_by_global_norm(config.grad_clip),
+        optax.adamw(lambda _: rate, b2=0.99, weight_decay=config.weight_decay, mask=decays),
+    )
 
 
 def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
     """Linear warm-up, then a cosine, over the run's true number of steps."""
     warmup = max(1, round(config.warmup * total_steps))
     return optax.warmup_cosine_decay_schedule(
-        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), config.final_lr * config.learning_rate)
+        0.0, config.learning_rate, warmup, max(total_steps, warmup + 1), config.final_lr * config.learning_rate
+    )
 
 
 def learning_rates(config: Config, total_steps: int) -> Float[np.ndarray, " steps"]:

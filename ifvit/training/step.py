@@ -35,12 +35,14 @@ def train_step(loss: Callable, config: Settings) -> Callable:
     BatchNorm sees each micro-batch whole. What a process is asked (`asked` in the batch, the same for each of its
     pairs) comes back as the greatest of all, in the same step everywhere.
     """
+
     def step(state: TrainState, batch: dict, rate: jax.Array, *constants) -> tuple[TrainState, dict]:
         batch = dict(batch)
         asked = {"asked": batch.pop("asked").max()} if "asked" in batch else {}
         keys = pair_keys(config.seed, state.step, batch["genuine"].shape)
         grads, value, stats, metrics = over_devices(_gradient(loss, config.accumulate))(
-            gathered(state.params), state.batch_stats, batch, keys, constants)
+            gathered(state.params), state.batch_stats, batch, keys, constants
+        )
         updates, opt_state = optimizer(config, rate).update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = dict(metrics, loss=value, grad_norm=optax.tree.norm(grads), learning_rate=rate)
@@ -57,7 +59,8 @@ def over_devices(gradient: Callable) -> Callable:
     def mapped(params, batch_stats, batch, keys, constants):
         split = jax.tree.map(lambda key: batch_spec(key.ndim > 1), keys)
         return jax.shard_map(gradient, in_specs=(P(), P(), split, split, P()), out_specs=P())(
-            params, batch_stats, batch, keys, constants)
+            params, batch_stats, batch, keys, constants
+        )
 
     return mapped
 
@@ -68,6 +71,7 @@ def _gradient(loss: Callable, accumulate: int) -> Callable:
     All that is added up over the devices travels in one buffer: a hundred small collectives cost more than
     one, and on CPU XLA does not combine them.
     """
+
     def gradient(params, batch_stats, batch, keys, constants):
         params = jax.tree.map(_own, params)  # else each leaf's gradient would be added up on its own
 
@@ -78,12 +82,15 @@ def _gradient(loss: Callable, accumulate: int) -> Callable:
         if accumulate == 1:
             stats, sums = of(batch_stats, (batch, keys))
         else:
+
             def add(carry, part):
                 stats, sums = of(carry[0], part)
                 return (stats, jax.tree.map(jnp.add, carry[1], sums)), None
 
             first = jax.tree.map(lambda x: x[0], (batch, keys))
-            nothing = jax.tree.map(lambda x: _own(jnp.zeros(x.shape, x.dtype)), jax.eval_shape(of, batch_stats, first)[1])
+            nothing = jax.tree.map(
+                lambda x: _own(jnp.zeros(x.shape, x.dtype)), jax.eval_shape(of, batch_stats, first)[1]
+            )
             (stats, sums), _ = jax.lax.scan(add, (batch_stats, nothing), (batch, keys))
             sums = jax.tree.map(lambda x: x / accumulate, sums)
         flat, unravel = ravel_pytree(sums)
@@ -101,6 +108,7 @@ def _own(x):
 
 def dense_step(net: Network, config: Settings) -> Callable:
     """Module 1: two views of a print with known truth, or two fingers; L_D alone."""
+
     def loss(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config)
         log_conf, stats = net.apply(params, batch_stats, *pair[:4], train=True)
@@ -112,6 +120,7 @@ def dense_step(net: Network, config: Settings) -> Callable:
 
 def match_step(net: Network, aligner: Network | None, config: Settings) -> Callable:
     """Module 2: (state, batch, rate, aligner_state) -> (state, metrics); 0.5 L_D + 0.1 L_E + 1.0 L_A by default."""
+
     def loss(params, batch_stats, batch, keys, aligner_state):
         genuine = batch["genuine"]
         pair, aligned, _ = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
@@ -124,10 +133,18 @@ def match_step(net: Network, aligner: Network | None, config: Settings) -> Calla
         l_d = DENSE_LOSSES[config.dense_loss](e.log_conf, labels, e.cells, e.cells)
         branches = ((e.global0, e.global1, params["arcface_global"]), (e.local0, e.local1, params["arcface_local"]))
         l_e = sum(cosine_embedding_loss(a, b, genuine, config.embedding_margin) for a, b, _ in branches) / 2
-        l_a = sum(arcface_loss(x, w, label, config.arcface_margin, config.arcface_scale)
-                  for a, b, w in branches for x, label in ((a, batch["label0"]), (b, batch["label1"]))) / 4
+        l_a = (
+            sum(
+                arcface_loss(x, w, label, config.arcface_margin, config.arcface_scale)
+                for a, b, w in branches
+                for x, label in ((a, batch["label0"]), (b, batch["label1"]))
+            )
+            / 4
+        )
         value = config.loss_dense * l_d + config.loss_embedding * l_e + config.loss_arcface * l_a
-        return value, (stats, {"l_d": l_d, "l_e": l_e, "l_a": l_a,
-                               "aligned": mean_where(aligned.astype(jnp.float32), genuine)})
+        return value, (
+            stats,
+            {"l_d": l_d, "l_e": l_e, "l_a": l_a, "aligned": mean_where(aligned.astype(jnp.float32), genuine)},
+        )
 
     return train_step(loss, config)

@@ -13,21 +13,21 @@ from ifvit.training.state import TrainState
 class Task:
     """What differs between the modules; the loop knows nothing else of them."""
 
-    name: str                                                  # `dense_reg` or `matcher`: also the files' names
+    name: str  # `dense_reg` or `matcher`: also the files' names
     config: Config
     steps_per_epoch: int
     data_digest: str
-    init: Callable[[int], TrainState]                          # (seed); pure: also evaluated for its shapes alone
-    step: Callable                                             # (state, batch, rate, *constants) -> (state, metrics)
-    rates: np.ndarray                                          # (steps,) the learning rate of each step
-    constants: tuple                                           # the configuration's scalars, Module 1's frozen parameters
-    batches: Callable[[int, int], Iterator[dict]]              # (first step, last step) -> host batches
-    validate: Callable[[TrainState, int], dict[str, float]]    # (state, epoch) -> metrics
-    metric: str                                                # of validation, chooses the best checkpoint
+    init: Callable[[int], TrainState]  # (seed); pure: also evaluated for its shapes alone
+    step: Callable  # (state, batch, rate, *constants) -> (state, metrics)
+    rates: np.ndarray  # (steps,) the learning rate of each step
+    constants: tuple  # the configuration's scalars, Module 1's frozen parameters
+    batches: Callable[[int, int], Iterator[dict]]  # (first step, last step) -> host batches
+    validate: Callable[[TrainState, int], dict[str, float]]  # (state, epoch) -> metrics
+    metric: str  # of validation, chooses the best checkpoint
     higher_is_better: bool
-    metadata: dict                                             # more of it, e.g. `num_classes`
-    to_saved: Callable[[dict], dict] = lambda tree: tree       # params -> params in the checkpoint
+    metadata: dict  # more of it, e.g. `num_classes`
+    to_saved: Callable[[dict], dict] = lambda tree: tree  # params -> params in the checkpoint
     from_saved: Callable[[dict], dict] = lambda tree: tree
     aligner: dict | None = None
-    finish: Callable[[TrainState], dict] = lambda state: {}    # metadata of the final checkpoint only
+    finish: Callable[[TrainState], dict] = lambda state: {}  # metadata of the final checkpoint only
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in

@@ -19,15 +19,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ifvit.training.metrics import in_steps, read_rows  # noqa: E402
+from ifvit.training.metrics import in_steps, read_rows
 
 STEPS = 12
 VARIANTS = (("dense", "float32"), ("dense", "bfloat16"), ("match", "float32"), ("match", "bfloat16"))
 
 
 def command(*words: str, env: dict | None = None) -> subprocess.CompletedProcess:
-    done = subprocess.run([sys.executable, "-m", *words], env=os.environ | (env or {}), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", *words],
+        env=os.environ | (env or {}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout[-3000:]}")
     return done
@@ -49,17 +54,25 @@ def points() -> None:
     import numpy as np
 
     from ifvit.config import DenseConfig
-    from ifvit.pixels.views import random_view, to_canvas
     from ifvit.pixels.geometry import grid_points
+    from ifvit.pixels.views import random_view, to_canvas
 
     config = DenseConfig()
     q = grid_points(config.image_size)
     view = jax.jit(lambda key: random_view(key, config, 0.7, 0.08, 45.0))(jax.random.key(1))
     m, c, a, f, p = (np.asarray(x, np.float64) for x in view)
     truth = c + (q - (config.image_size - 1) / 2) @ m.T + np.sin(q.astype(np.float64) @ f.T + p) @ a
-    plain = lambda v, q: v.centre + (q - (config.image_size - 1) / 2) @ v.matrix.T + jnp.sin(q @ v.frequency.T + v.phase) @ v.amplitude
-    for name, f in (("as they are computed", lambda v, q: to_canvas(v, q, config.image_size)), ("with XLA's default", plain)):
-        print(f"coordinates {name}: at most {np.abs(np.asarray(jax.jit(f)(view, q)) - truth).max():.2g} px off", flush=True)
+    plain = lambda v, q: (
+        v.centre + (q - (config.image_size - 1) / 2) @ v.matrix.T + jnp.sin(q @ v.frequency.T + v.phase) @ v.amplitude
+    )
+    for name, f in (
+        ("as they are computed", lambda v, q: to_canvas(v, q, config.image_size)),
+        ("with XLA's default", plain),
+    ):
+        print(
+            f"coordinates {name}: at most {np.abs(np.asarray(jax.jit(f)(view, q)) - truth).max():.2g} px off",
+            flush=True,
+        )
 
 
 def bits(args) -> None:
@@ -67,12 +80,19 @@ def bits(args) -> None:
     for flags in ("", "--xla_gpu_deterministic_ops=true"):
         digests = []
         for _ in range(2):
-            done = subprocess.run([sys.executable, __file__, "--out", str(args.out), "--preset", "smoke", "--alone", "bits"],
-                                  stdout=subprocess.PIPE, text=True, check=True,
-                                  env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()})
+            done = subprocess.run(
+                [sys.executable, __file__, "--out", str(args.out), "--preset", "smoke", "--alone", "bits"],
+                stdout=subprocess.PIPE,
+                text=True,
+                check=True,
+                env=os.environ | {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()},
+            )
             print(done.stdout.strip(), flush=True)
             digests.append(done.stdout.split()[-1:])
-        print(f"XLA_FLAGS '{flags}': two processes gave {'the same' if digests[0] == digests[1] else 'different'} bits", flush=True)
+        print(
+            f"XLA_FLAGS '{flags}': two processes gave {'the same' if digests[0] == digests[1] else 'different'} bits",
+            flush=True,
+        )
 
 
 def twice() -> None:
@@ -90,8 +110,10 @@ def twice() -> None:
                     different.setdefault(jax.tree_util.keystr(path, simple=True, separator="/"), n)
             state = jax.device_put(after, jax.tree.map(lambda x: x.sharding, state))
     first = sorted(different.items(), key=lambda item: item[1])[:6]
-    print(f"of {len(jax.tree.leaves((after, out)))} leaves {len(different)} differed between two goes at a step"
-          + "".join(f"\n  {name}, from step {n} on" for name, n in first))
+    print(
+        f"of {len(jax.tree.leaves((after, out)))} leaves {len(different)} differed between two goes at a step"
+        + "".join(f"\n  {name}, from step {n} on" for name, n in first)
+    )
     print("state after ten steps:", hash_of(after))
 
 
@@ -106,20 +128,44 @@ def hash_of(state) -> str:
 
 def repeat(args) -> None:
     """A run, and one that is stopped in its midst and goes on: equal bits?"""
-    flags = ["ifvit.train_all", "--preset", "smoke", "--dataset_root", "synthetic", "--set", "dense.pairs_per_epoch=160"]
+    flags = [
+        "ifvit.train_all",
+        "--preset",
+        "smoke",
+        "--dataset_root",
+        "synthetic",
+        "--set",
+        "dense.pairs_per_epoch=160",
+    ]
     shutil.rmtree(args.out / "again", ignore_errors=True)
     print(command(*flags, *folders(args.out / "once")).stdout[-700:], flush=True)
-    process = subprocess.Popen([sys.executable, "-m", *flags, *folders(args.out / "again")], stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", *flags, *folders(args.out / "again")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     while len(read_rows(args.out / "again/dense/metrics.jsonl")) < 2 and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     print(f"stopped: exit code {process.wait()}", flush=True)
     command(*flags, *folders(args.out / "again"))
     for module in ("dense/dense_reg_ckpt", "matcher/matcher_ckpt"):
-        done = subprocess.run([sys.executable, "-m", "ifvit.checkpoint", "diff", str(args.out / "once" / module),
-                               str(args.out / "again" / module)], stdout=subprocess.PIPE, text=True)
-        print(f"{module}, stopped and gone on with: {done.stdout.splitlines()[-1] if done.stdout else done.returncode}", flush=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "ifvit.checkpoint",
+                "diff",
+                str(args.out / "once" / module),
+                str(args.out / "again" / module),
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        print(
+            f"{module}, stopped and gone on with: {done.stdout.splitlines()[-1] if done.stdout else done.returncode}",
+            flush=True,
+        )
 
 
 def scores(args) -> None:
@@ -134,20 +180,41 @@ def scores(args) -> None:
     for platform, env in (("here", {}), ("cpu", {"JAX_PLATFORMS": "cpu"})):
         for module in ("dense/dense_reg_ckpt", "matcher/matcher_ckpt"):
             out = args.out / "scores" / platform / module.split("/")[0]
-            command("ifvit.evaluate", "--checkpoint", str(args.out / "once" / module), "--dataset_root", str(prints), "--out", str(out), env=env)
+            command(
+                "ifvit.evaluate",
+                "--checkpoint",
+                str(args.out / "once" / module),
+                "--dataset_root",
+                str(prints),
+                "--out",
+                str(out),
+                env=env,
+            )
             with (out / "scores.csv").open(newline="") as file:
                 rows = list(csv.DictReader(file))
             for column in ("score",) if module.startswith("dense") else ("score", "global", "local"):
                 found.setdefault((module, column), []).append([float(row[column]) for row in rows])
     for (module, column), (here, cpu) in found.items():
-        print(f"{module}, {column}: {len(here)} pairs, {len(set(here))} different values, at most {max(abs(a - b) for a, b in zip(here, cpu)):.2g} "
-              "from the CPU's", flush=True)
+        print(
+            f"{module}, {column}: {len(here)} pairs, {len(set(here))} different values, at most {max(abs(a - b) for a, b in zip(here, cpu)):.2g} "
+            "from the CPU's",
+            flush=True,
+        )
 
 
 def speed(args) -> None:
     """A step alone, its batch on the device: each variant in a process of its own, whose peak of memory it is."""
     for module, dtype in VARIANTS:
-        words = [sys.executable, __file__, "--out", str(args.out), "--preset", args.preset, "--alone", f"{module},{dtype}"]
+        words = [
+            sys.executable,
+            __file__,
+            "--out",
+            str(args.out),
+            "--preset",
+            args.preset,
+            "--alone",
+            f"{module},{dtype}",
+        ]
         done = subprocess.run(words, capture_output=True, text=True)
         print(done.stdout.strip() or f"{module}, {dtype}: {done.stderr[-1500:]}", flush=True)
 
@@ -159,10 +226,10 @@ def prepared(preset_name: str, module: str, dtype: str, keep: bool = False) -> t
 
     from ifvit.cli import use_compilation_cache
     from ifvit.config import DenseConfig, MatchConfig, preset
+    from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
     from ifvit.paths import cache_dir
     from ifvit.training.dense import dense_program
     from ifvit.training.match import match_program
-    from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
 
     use_compilation_cache(cache_dir() / "compiled")
     dense = preset(preset_name, DenseConfig).replace(compute_dtype=dtype)
@@ -177,14 +244,24 @@ def prepared(preset_name: str, module: str, dtype: str, keep: bool = False) -> t
     placement = shardings(jax.eval_shape(program.init, 0), mesh)
     canvas = lambda: rng.integers(0, 255, (pairs, side, side), np.uint8)
     mask = np.ones((pairs, side // 8, side // 8), bool)
-    host = {"canvas0": canvas(), "canvas1": canvas(), "mask0": mask, "mask1": mask, "genuine": np.arange(pairs) % 2 == 0,
-            "label0": np.zeros(pairs, np.int32), "label1": np.arange(pairs, dtype=np.int32) % 300}
+    host = {
+        "canvas0": canvas(),
+        "canvas1": canvas(),
+        "mask0": mask,
+        "mask1": mask,
+        "genuine": np.arange(pairs) % 2 == 0,
+        "label0": np.zeros(pairs, np.int32),
+        "label1": np.arange(pairs, dtype=np.int32) % 300,
+    }
     state = jax.jit(program.init, out_shardings=placement)(0)
     with jax.set_mesh(mesh):
         batch, how = put_batch(host, mesh), (np.float32(1e-3), *jax.device_put(constants, replicated(mesh)))
         clock = time.perf_counter()
-        run = jax.jit(program.step, donate_argnums=() if keep else 0, out_shardings=(placement, replicated(mesh))).lower(
-            state, batch, *how).compile()
+        run = (
+            jax.jit(program.step, donate_argnums=() if keep else 0, out_shardings=(placement, replicated(mesh)))
+            .lower(state, batch, *how)
+            .compile()
+        )
         return run, state, batch, how, mesh, host, time.perf_counter() - clock
 
 
@@ -208,37 +285,90 @@ def step(preset_name: str, module: str, dtype: str) -> None:
     seconds = statistics.median(times[1:])
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     cost = (run.cost_analysis() or {}).get("flops", 0)
-    print(f"{module}, {dtype}: {seconds * 1e3:.1f} ms a step of {pairs} pairs [{min(times[1:]) * 1e3:.1f} … {max(times[1:]) * 1e3:.1f}], {pairs / seconds:.0f} pairs/s, "
-          f"{cost / seconds / 1e12:.1f} TFLOP/s, peak {memory / 2**30:.1f} GiB, compiled in {compiled:.0f} s, batch sent in {sent * 1e3:.0f} ms", flush=True)
+    print(
+        f"{module}, {dtype}: {seconds * 1e3:.1f} ms a step of {pairs} pairs [{min(times[1:]) * 1e3:.1f} … {max(times[1:]) * 1e3:.1f}], {pairs / seconds:.0f} pairs/s, "
+        f"{cost / seconds / 1e12:.1f} TFLOP/s, peak {memory / 2**30:.1f} GiB, compiled in {compiled:.0f} s, batch sent in {sent * 1e3:.0f} ms",
+        flush=True,
+    )
 
 
 def pipeline(args) -> None:
     """Training as it is, prints and all: what a step takes, and what of it is waiting for prints."""
     out = args.out / "input"
     shutil.rmtree(out, ignore_errors=True)
-    command("ifvit.train_dense", "--preset", args.preset, "--dataset_root", "synthetic", "--checkpoint_dir", str(out), "--num_epochs", "1",
-            "--set", "pairs_per_epoch=10240", "--set", "val_pairs=0")
+    command(
+        "ifvit.train_dense",
+        "--preset",
+        args.preset,
+        "--dataset_root",
+        "synthetic",
+        "--checkpoint_dir",
+        str(out),
+        "--num_epochs",
+        "1",
+        "--set",
+        "pairs_per_epoch=10240",
+        "--set",
+        "val_pairs=0",
+    )
     rows = [r for r in read_rows(out / "metrics.jsonl") if r["split"] == "train"][1:]
     steps = 10 * len(rows)
     wait, whole = sum(r["input_seconds"] for r in rows), sum(r["seconds"] for r in rows)
-    print(f"train_dense: {whole / steps * 1e3:.1f} ms a step, {wait / steps * 1e3:.1f} of them waiting for prints, "
-          f"{statistics.median(in_steps(r) / 10 for r in rows) * 1e3:.1f} in it, {statistics.median(r['pairs_per_second'] for r in rows):.0f} pairs/s", flush=True)
+    print(
+        f"train_dense: {whole / steps * 1e3:.1f} ms a step, {wait / steps * 1e3:.1f} of them waiting for prints, "
+        f"{statistics.median(in_steps(r) / 10 for r in rows) * 1e3:.1f} in it, {statistics.median(r['pairs_per_second'] for r in rows):.0f} pairs/s",
+        flush=True,
+    )
 
 
 def on_ray(args) -> None:
     """What a worker of Ray sees, and what a step costs there: two runs at a time, which share a GPU's memory."""
     out = args.out / "ray"
     shutil.rmtree(out, ignore_errors=True)
-    done = command("ifvit.train_dense", "--preset", "smoke", "--dataset_root", "synthetic", "--checkpoint_dir", str(out), "--runtime", "ray",
-                   "--num_workers", "1")
+    done = command(
+        "ifvit.train_dense",
+        "--preset",
+        "smoke",
+        "--dataset_root",
+        "synthetic",
+        "--checkpoint_dir",
+        str(out),
+        "--runtime",
+        "ray",
+        "--num_workers",
+        "1",
+    )
     print(*[line for line in done.stdout.splitlines() if "train_dense:" in line], sep="\n", flush=True)
-    done = subprocess.run([sys.executable, str(Path(__file__).parent / "ray_overhead.py"), "--out", str(args.out / "overhead"), "--preset",
-                           args.preset, "--batch_size", "128", "--rounds", "8"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).parent / "ray_overhead.py"),
+            "--out",
+            str(args.out / "overhead"),
+            "--preset",
+            args.preset,
+            "--batch_size",
+            "128",
+            "--rounds",
+            "8",
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.4"},
+    )
     print(done.stdout[-1500:], flush=True)
 
 
-PARTS = {"coordinates": coordinates, "bits": bits, "repeat": repeat, "scores": scores, "speed": speed, "input": pipeline, "ray": on_ray}
+PARTS = {
+    "coordinates": coordinates,
+    "bits": bits,
+    "repeat": repeat,
+    "scores": scores,
+    "speed": speed,
+    "input": pipeline,
+    "ray": on_ray,
+}
 
 
 def main() -> None:
@@ -250,7 +380,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out = args.out.resolve()
     if args.alone:
-        return {"coordinates": points, "bits": twice}.get(args.alone, lambda: step(args.preset, *args.alone.split(",")))()
+        return {"coordinates": points, "bits": twice}.get(
+            args.alone, lambda: step(args.preset, *args.alone.split(","))
+        )()
     for name in args.only:
         clock = time.perf_counter()
         PARTS[name](args)

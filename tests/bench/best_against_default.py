@@ -18,11 +18,11 @@ from ifvit import checkpoint, cli, train_dense, train_match
 from ifvit.config import COMMON, DenseConfig, MatchConfig, keys_with, parse_value, preset, read_toml, with_changes
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
+from ifvit.devices.sharding import use_cpu_cores
 from ifvit.evaluate import evaluate
 from ifvit.paths import cache_dir
 from ifvit.scoring.scorer import Scorer
 from ifvit.training.metrics import read_rows
-from ifvit.devices.sharding import use_cpu_cores
 
 
 def main() -> None:
@@ -55,7 +55,9 @@ def main() -> None:
         return train_dense.run(config, "auto", Host(), validation=base)
 
     kinds = {"default": base, "best": with_changes(base, read_toml(args.best)[table] | sets)}
-    shown = {"eer": False, "d_prime": True} if args.pretrained_ckpt else {"accuracy": True}  # metric -> higher is better
+    shown = (
+        {"eer": False, "d_prime": True} if args.pretrained_ckpt else {"accuracy": True}
+    )  # metric -> higher is better
     if args.test:
         shown["test EER"] = False
     found: dict[str, list[dict]] = {name: [] for name in kinds}

@@ -24,9 +24,9 @@ from ifvit import checkpoint
 from ifvit.checkpoint import digest
 from ifvit.cli import use_huge_pages
 from ifvit.config import DenseConfig, preset
+from ifvit.devices.sharding import use_cpu_cores
 from ifvit.training.policy import Saved
 from ifvit.training.saver import Saver
-from ifvit.devices.sharding import use_cpu_cores
 
 META = {"epoch": 1, "config": {}, "step": 1, "finished": False, "best": None, "value": None}
 
@@ -74,8 +74,15 @@ def large_state(out: Path, gigabytes: float, rounds: int) -> None:
     arrays = [np.asarray(x) for x in jax.tree.leaves(state)]
     size = sum(a.nbytes for a in arrays) / 1e9
     where = jax.tree.map(lambda x: x.sharding, state)
-    ratios = {f"{what}{less}, of {plain}": [] for what, plain in (("save", "a plain write"), ("restore", "a plain read"), (
-        "restore", "a read that keeps nothing")) for less in ("", " less digests")}
+    ratios = {
+        f"{what}{less}, of {plain}": []
+        for what, plain in (
+            ("save", "a plain write"),
+            ("restore", "a plain read"),
+            ("restore", "a read that keeps nothing"),
+        )
+        for less in ("", " less digests")
+    }
     rates = []
 
     def reads() -> list[float]:
@@ -92,18 +99,25 @@ def large_state(out: Path, gigabytes: float, rounds: int) -> None:
         read, thrown = reads()
         drop_caches()
         path = epath.Path(out / "ckpt")
-        restore = timed(lambda: jax.block_until_ready(
-            checkpoint.restore(path, checkpoint.read_metadata(path), where).state))
+        restore = timed(
+            lambda: jax.block_until_ready(checkpoint.restore(path, checkpoint.read_metadata(path), where).state)
+        )
         read, thrown = ((a + b) / 2 for a, b in zip((read, thrown), reads()))
         digests = timed(lambda: [digest.digest(a) for a in arrays])
         rates.append(size / digests)
         digests_here = digests / (os.cpu_count() or 1)
-        plain = [write / save, write / (save - digests_here), *(t for r in (read, thrown) for t in (
-            r / restore, r / (restore - digests_here)))]
+        plain = [
+            write / save,
+            write / (save - digests_here),
+            *(t for r in (read, thrown) for t in (r / restore, r / (restore - digests_here))),
+        ]
         for values, ratio in zip(ratios.values(), plain):
             values.append(ratio)
-        print(f"write {size / write:.2f} GB/s, save {size / save:.2f}; read {size / read:.2f} ({size / thrown:.2f} where "
-              f"nothing is kept), restore {size / restore:.2f}; digests {rates[-1]:.2f} GB/s a core", flush=True)
+        print(
+            f"write {size / write:.2f} GB/s, save {size / save:.2f}; read {size / read:.2f} ({size / thrown:.2f} where "
+            f"nothing is kept), restore {size / restore:.2f}; digests {rates[-1]:.2f} GB/s a core",
+            flush=True,
+        )
     for name, values in ratios.items():
         print(f"{name}: {statistics.median(values):.2f} [{min(values):.2f} … {max(values):.2f}]")
     print(f"digests: {statistics.median(rates):.2f} GB/s a core [{min(rates):.2f} … {max(rates):.2f}]")
@@ -111,11 +125,11 @@ def large_state(out: Path, gigabytes: float, rounds: int) -> None:
 
 def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
     """Trains on random pixels; every third step is followed by a save, as soon as the one before is done."""
-    from ifvit.training.resume import begin
-    from ifvit.training.task import Task
-    from ifvit.training.saved import saved_tree
-    from ifvit.training.dense import dense_program
     from ifvit.devices.sharding import make_mesh, put_batch, replicated, shardings
+    from ifvit.training.dense import dense_program
+    from ifvit.training.resume import begin
+    from ifvit.training.saved import saved_tree
+    from ifvit.training.task import Task
 
     config = preset(name, DenseConfig)
     program = dense_program(config.program())
@@ -126,9 +140,15 @@ def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
     step = lambda state, batch: jitted(state, batch, np.float32(1e-3), config.scalars())
     rng = np.random.default_rng(0)
     canvas = lambda: rng.integers(0, 255, (config.batch_size, config.canvas_size, config.canvas_size), np.uint8)
-    host = {"canvas0": canvas(), "canvas1": canvas(), "mask0": canvas() > 20, "mask1": canvas() > 20,
-            "genuine": np.ones(config.batch_size, bool), "label0": np.zeros(config.batch_size, np.int32),
-            "label1": np.zeros(config.batch_size, np.int32)}
+    host = {
+        "canvas0": canvas(),
+        "canvas1": canvas(),
+        "mask0": canvas() > 20,
+        "mask1": canvas() > 20,
+        "genuine": np.ones(config.batch_size, bool),
+        "label0": np.zeros(config.batch_size, np.int32),
+        "label1": np.zeros(config.batch_size, np.int32),
+    }
     state = begin(task, placement)
     saver = Saver(epath.Path(out / "run"), "dense_reg", config, 100, True)
     waits, alone, beside, writes = [], [], [], []
@@ -148,14 +168,18 @@ def wait_of_a_step(out: Path, name: str, rounds: int) -> None:
     waits = waits[1:]  # the first compiles the copy
     median, step_time = statistics.median(waits), statistics.median(alone)
     size = sum(x.nbytes for x in jax.tree.leaves(state)) / 1e6
-    print(f"preset {name}, state of {size:.1f} MB: a save holds training up {1e3 * median:.1f} ms "
-          f"[{1e3 * min(waits):.1f} … {1e3 * max(waits):.1f}], {median / step_time:.2%} of a step of {step_time:.2f} s; "
-          f"a step beside a write takes {statistics.median(beside) / step_time:.2f} times as long")
+    print(
+        f"preset {name}, state of {size:.1f} MB: a save holds training up {1e3 * median:.1f} ms "
+        f"[{1e3 * min(waits):.1f} … {1e3 * max(waits):.1f}], {median / step_time:.2%} of a step of {step_time:.2f} s; "
+        f"a step beside a write takes {statistics.median(beside) / step_time:.2f} times as long"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="a directory on the disk to measure; its content is replaced")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="a directory on the disk to measure; its content is replaced"
+    )
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--preset", default="cpu")

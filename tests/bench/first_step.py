@@ -13,8 +13,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from ifvit.training.metrics import read_rows  # noqa: E402
 from testbed import Testbed  # noqa: E402
+
+from ifvit.training.metrics import read_rows  # noqa: E402
 
 
 def main() -> None:
@@ -29,8 +30,25 @@ def main() -> None:
         for n in range(1 + args.rounds):
             clock = time.monotonic()
             run = out / f"run{n}"  # an epoch of one step, so that its row is written as it ends
-            job = bed.submit(["python", "-m", "ifvit.train_dense", "--preset", "cpu", "--dataset_root", "synthetic", "--checkpoint_dir", run,
-                              "--num_epochs", "1", "--set", "pairs_per_epoch=16", "--set", "val_pairs=0"])
+            job = bed.submit(
+                [
+                    "python",
+                    "-m",
+                    "ifvit.train_dense",
+                    "--preset",
+                    "cpu",
+                    "--dataset_root",
+                    "synthetic",
+                    "--checkpoint_dir",
+                    run,
+                    "--num_epochs",
+                    "1",
+                    "--set",
+                    "pairs_per_epoch=16",
+                    "--set",
+                    "val_pairs=0",
+                ]
+            )
             while not read_rows(run / "metrics.jsonl"):
                 if time.monotonic() - clock > 300:
                     raise SystemExit(bed.logs(job)[-3000:])

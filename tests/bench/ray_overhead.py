@@ -22,7 +22,7 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ifvit.training.metrics import read_rows  # noqa: E402
+from ifvit.training.metrics import read_rows
 
 MARK = "RAY_OVERHEAD_RUN"  # in the environment of a run's processes
 ROW = 10  # steps
@@ -36,8 +36,11 @@ class Run:
         self.rows, self.mark = out / "metrics.jsonl", uuid.uuid4().hex
         self.log = out.with_suffix(".log").open("w")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "ifvit.train_dense", "--checkpoint_dir", str(out), *flags, *runtime], stdout=self.log,
-            stderr=self.log, env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", MARK: self.mark})
+            [sys.executable, "-m", "ifvit.train_dense", "--checkpoint_dir", str(out), *flags, *runtime],
+            stdout=self.log,
+            stderr=self.log,
+            env=os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", MARK: self.mark},
+        )
         self.turn()
         self.turn()
 
@@ -90,8 +93,20 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     pairs = args.batch_size * ROW * (args.rounds + 4)
-    flags = ["--preset", args.preset, "--dataset_root", "synthetic", "--batch_size", str(args.batch_size), "--num_epochs", "1",
-             "--set", f"pairs_per_epoch={pairs}", "--set", "val_pairs=0"]
+    flags = [
+        "--preset",
+        args.preset,
+        "--dataset_root",
+        "synthetic",
+        "--batch_size",
+        str(args.batch_size),
+        "--num_epochs",
+        "1",
+        "--set",
+        f"pairs_per_epoch={pairs}",
+        "--set",
+        "val_pairs=0",
+    ]
     with contextlib.ExitStack() as ends:
         runs = {}
         for name, runtime in (("local", ["--runtime", "local"]), ("ray", ["--runtime", "ray", "--num_workers", "1"])):
@@ -103,13 +118,18 @@ def main() -> None:
                 times[name].append(runs[name].turn() / ROW)
             local, ray = times["local"][-1], times["ray"][-1]
             used = {name: sorted(run.cpu.values()) for name, run in runs.items()}
-            print(f"a step: local {local:.3f} s, under Ray {ray:.3f} s: {ray / local:.3f} times; of the cores' time: local "
-                  f"{used['local'][-1] / ROW:.3f} s, under Ray {used['ray'][-1] / ROW:.3f} s in the worker, {sum(used['ray'][:-1]) / ROW:.3f} s "
-                  f"in {len(used['ray']) - 1} others", flush=True)
+            print(
+                f"a step: local {local:.3f} s, under Ray {ray:.3f} s: {ray / local:.3f} times; of the cores' time: local "
+                f"{used['local'][-1] / ROW:.3f} s, under Ray {used['ray'][-1] / ROW:.3f} s in the worker, {sum(used['ray'][:-1]) / ROW:.3f} s "
+                f"in {len(used['ray']) - 1} others",
+                flush=True,
+            )
     ratios = sorted(ray / local for local, ray in zip(times["local"], times["ray"]))
     quarter = len(ratios) // 4
-    print(f"under Ray a step takes {statistics.median(ratios):.3f} times as long, the middle half of {len(ratios)} rounds "
-          f"{ratios[quarter]:.3f} … {ratios[-1 - quarter]:.3f}, all {ratios[0]:.3f} … {ratios[-1]:.3f}")
+    print(
+        f"under Ray a step takes {statistics.median(ratios):.3f} times as long, the middle half of {len(ratios)} rounds "
+        f"{ratios[quarter]:.3f} … {ratios[-1 - quarter]:.3f}, all {ratios[0]:.3f} … {ratios[-1]:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -29,26 +29,51 @@ STEPS = 50
 
 def words(folder: Path, *more: str) -> list[str]:
     """Every step is an epoch, whose loss is a row of the metrics; nothing is validated."""
-    return ["-m", "ifvit.train_dense", "--preset", "smoke", "--dataset_root", "synthetic", "--checkpoint_dir", str(folder),
-            "--num_epochs", str(STEPS), "--batch_size", "8", "--set", "pairs_per_epoch=8", "--set", "val_pairs=0", *more]
+    return [
+        "-m",
+        "ifvit.train_dense",
+        "--preset",
+        "smoke",
+        "--dataset_root",
+        "synthetic",
+        "--checkpoint_dir",
+        str(folder),
+        "--num_epochs",
+        str(STEPS),
+        "--batch_size",
+        "8",
+        "--set",
+        "pairs_per_epoch=8",
+        "--set",
+        "val_pairs=0",
+        *more,
+    ]
 
 
 def smooth(folder: Path) -> None:
     """From now on no process that is started here has ReLU: Python imports a `sitecustomize` first."""
     folder.mkdir(parents=True)
-    (folder / "sitecustomize.py").write_text("import flax.nnx\nflax.nnx.relu = lambda x: flax.nnx.softplus(4 * x) / 4\n")
+    (folder / "sitecustomize.py").write_text(
+        "import flax.nnx\nflax.nnx.relu = lambda x: flax.nnx.softplus(4 * x) / 4\n"
+    )
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(folder), os.environ.get("PYTHONPATH")]))
 
 
 def here(folder: Path, devices: int, *more: str) -> None:
     env = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
-    subprocess.run([sys.executable, *words(folder, *more)], env=env, check=True, stdout=subprocess.DEVNULL,
-                   stderr=subprocess.DEVNULL)
+    subprocess.run(
+        [sys.executable, *words(folder, *more)],
+        env=env,
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
 
 
 def on_two_hosts(folder: Path) -> None:
-    with Testbed(hosts=2, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=1",
-                               "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}) as bed:
+    with Testbed(
+        hosts=2, env={"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    ) as bed:
         job = bed.submit(["python", *words(folder)], wait=True)
         if bed.exit_code(job):
             sys.exit(bed.logs(job))
@@ -79,8 +104,11 @@ def compare(out: Path) -> bool:
         found[name] = losses(folder)
         first = found["1 process × 1 device"]
         gaps = [abs(a - b) / abs(a) for a, b in zip(first, found[name])]
-        print(f"  {name}: loss {found[name][0]:.6f} at step 1, {found[name][-1]:.6f} at step {STEPS}; from the first layout's it "
-              f"differs by at most {max(gaps[:5]):.1e} of it over five steps, {max(gaps):.1e} over {STEPS}", flush=True)
+        print(
+            f"  {name}: loss {found[name][0]:.6f} at step 1, {found[name][-1]:.6f} at step {STEPS}; from the first layout's it "
+            f"differs by at most {max(gaps[:5]):.1e} of it over five steps, {max(gaps):.1e} over {STEPS}",
+            flush=True,
+        )
     draw(found, out / "losses.png")
     return found["2 processes × 1 device"] == found["the same again"]
 

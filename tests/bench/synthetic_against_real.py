@@ -18,12 +18,12 @@ from ifvit import checkpoint, cli
 from ifvit.config import DenseConfig, preset
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
-from ifvit.paths import cache_dir
-from ifvit.train_dense import run
-from ifvit.training.dense import warp_metrics
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.models.networks import dense_network
+from ifvit.paths import cache_dir
 from ifvit.scoring.known_warps import dense_eval
+from ifvit.train_dense import run
+from ifvit.training.dense import warp_metrics
 
 
 @dataclass(frozen=True)

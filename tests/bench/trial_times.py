@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from ifvit.training.metrics import in_steps, read_rows  # noqa: E402
-from tune import record  # noqa: E402
+from ifvit.training.metrics import in_steps, read_rows
+from tune import record
 
 SCALARS = ("learning_rate", "weight_decay", "warmup", "noise", "thickness", "distortion")
 
@@ -34,9 +34,33 @@ def main() -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as said:
         sweep = subprocess.Popen(
-            [sys.executable, "-m", "tune", "--module", "dense", "--preset", "cpu", "--dataset_root", "synthetic", "--sweep_dir", str(out),
-             "--num_samples", str(args.trials), "--scheduler", "none", "--search", *SCALARS, "--set", "pairs_per_epoch=320",
-             "--set", "num_epochs=2", *args.more], stdout=said, stderr=said)
+            [
+                sys.executable,
+                "-m",
+                "tune",
+                "--module",
+                "dense",
+                "--preset",
+                "cpu",
+                "--dataset_root",
+                "synthetic",
+                "--sweep_dir",
+                str(out),
+                "--num_samples",
+                str(args.trials),
+                "--scheduler",
+                "none",
+                "--search",
+                *SCALARS,
+                "--set",
+                "pairs_per_epoch=320",
+                "--set",
+                "num_epochs=2",
+                *args.more,
+            ],
+            stdout=said,
+            stderr=said,
+        )
         seen: dict[str, float] = {}
         while sweep.poll() is None:
             for rows in out.glob("*/trials/*/metrics.jsonl"):
@@ -51,9 +75,12 @@ def main() -> None:
         scheduled = trial.end["time"] - trial.end["seconds"]
         begun = seen[f"{trial.number:03d}"] - rows[0]["seconds"] + rows[0]["input_seconds"]
         step = sum(map(in_steps, rows)) / (trial.steps - 1)
-        print(f"trial {trial.number}: first step begun {begun - scheduled:.1f} s after it was scheduled, done after {rows[0]['compile_seconds']:.1f} s more; "
-              f"{trial.steps} steps of {step:.2f} s, {trial.end['seconds']:.0f} s, {100 * (1 - trial.steps * step / trial.end['seconds']):.0f} % of "
-              "them outside steps", flush=True)
+        print(
+            f"trial {trial.number}: first step begun {begun - scheduled:.1f} s after it was scheduled, done after {rows[0]['compile_seconds']:.1f} s more; "
+            f"{trial.steps} steps of {step:.2f} s, {trial.end['seconds']:.0f} s, {100 * (1 - trial.steps * step / trial.end['seconds']):.0f} % of "
+            "them outside steps",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

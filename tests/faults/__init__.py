@@ -30,18 +30,18 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from ifvit import checkpoint  # noqa: E402
-from ifvit.errors import UserError  # noqa: E402
-from ifvit.training.metrics import TIMES  # noqa: E402
+from ifvit import checkpoint
+from ifvit.errors import UserError
+from ifvit.training.metrics import TIMES
 
 logging.getLogger("absl").setLevel(logging.ERROR)  # as the commands have it
 
 NAMES = {"dense": "dense_reg", "match": "matcher"}
 UNFINISHED = (".orbax-checkpoint-tmp", ".new")  # in the name, or at its end: a checkpoint that is being written
 PATIENCE = 400  # seconds that no process here needs
-IDLE = 60       # seconds without work after which one has hung
+IDLE = 60  # seconds without work after which one has hung
 
 
 # ---- commands and their processes
@@ -65,8 +65,20 @@ class Training:
         """What stands after `python`."""
         start = ["--pretrained_ckpt", self.module1] if self.module == "match" else []
         sets = [word for item in self.sets for word in ("--set", item)]
-        return ["-m", f"ifvit.train_{self.module}", "--dataset_root", self.prints, "--checkpoint_dir", str(folder),
-                "--preset", "smoke", "--num_epochs", str(self.epochs), *start, *sets]
+        return [
+            "-m",
+            f"ifvit.train_{self.module}",
+            "--dataset_root",
+            self.prints,
+            "--checkpoint_dir",
+            str(folder),
+            "--preset",
+            "smoke",
+            "--num_epochs",
+            str(self.epochs),
+            *start,
+            *sets,
+        ]
 
 
 class Said(NamedTuple):
@@ -87,8 +99,14 @@ class Process:
         env = os.environ | {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
         with self._files[0].open("w") as out, self._files[1].open("w") as err:
             self.started = time.monotonic()
-            self._process = subprocess.Popen([*before, sys.executable, *words], stdin=subprocess.DEVNULL, stdout=out,
-                                             stderr=err, start_new_session=True, env=env)
+            self._process = subprocess.Popen(
+                [*before, sys.executable, *words],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                start_new_session=True,
+                env=env,
+            )
         self._worked = 0.0, 0.0  # processor time, and when it was last seen to have grown
         self._hung = ""
 
@@ -201,10 +219,10 @@ def resumed(out: str) -> tuple[str, int] | None:
 class Pace:
     """Seconds, as a process that watches sees them."""
 
-    start: float   # from the start of the process to the first sign of a step
+    start: float  # from the start of the process to the first sign of a step
     step: float
-    tail: float    # from the first sign of the last step to the end of the process
-    save: float    # median time that a checkpoint is being written
+    tail: float  # from the first sign of the last step to the end of the process
+    save: float  # median time that a checkpoint is being written
 
 
 @dataclass(frozen=True)
@@ -212,7 +230,7 @@ class Undisturbed:
     training: Training
     folder: Path
     pace: Pace
-    total: int            # steps
+    total: int  # steps
     steps_per_epoch: int
 
 
@@ -300,15 +318,23 @@ def differences(folder: Path, of: Undisturbed, best: bool = True) -> list[str]:
         if bits(have.aligner or {}) != bits(want.aligner or {}):
             wrong.append(f"{which}: the aligner differs")
         keys = "module", "epoch", "step", "best", "finished", "data", "num_classes", "fusion"
-        wrong += [f"{which}: {k} is {have.metadata.get(k)}, undisturbed {want.metadata.get(k)}" for k in keys
-                  if have.metadata.get(k) != want.metadata.get(k)]
+        wrong += [
+            f"{which}: {k} is {have.metadata.get(k)}, undisturbed {want.metadata.get(k)}"
+            for k in keys
+            if have.metadata.get(k) != want.metadata.get(k)
+        ]
     if rows(folder) != rows(of.folder):
         ours, theirs = ({(r["step"], r["split"]): r for r in rows(f)} for f in (folder, of.folder))
         places = [(r["step"], r["split"]) for r in rows(folder)]
         unlike = sorted(k for k in ours.keys() | theirs.keys() if ours.get(k) != theirs.get(k))
-        wrong.append(f"metrics.jsonl: {len(places)} rows, undisturbed {len(theirs)}"
-                     + (f"; {len(unlike)} differ or are missing, first that of step {unlike[0][0]} ({unlike[0][1]})"
-                        if unlike else "; some twice or in another order"))
+        wrong.append(
+            f"metrics.jsonl: {len(places)} rows, undisturbed {len(theirs)}"
+            + (
+                f"; {len(unlike)} differ or are missing, first that of step {unlike[0][0]} ({unlike[0][1]})"
+                if unlike
+                else "; some twice or in another order"
+            )
+        )
     return wrong + broken + [f"{left} is left behind" for left, _ in sorted(unfinished(folder))]
 
 

@@ -37,7 +37,7 @@ def one_bit(content: bytes, rng: random.Random) -> bytes:
     if not content:
         return content
     at = rng.randrange(len(content))
-    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1:]
+    return content[:at] + bytes([content[at] ^ 1 << rng.randrange(8)]) + content[at + 1 :]
 
 
 def other_end(content: bytes, rng: random.Random) -> bytes:
@@ -46,7 +46,7 @@ def other_end(content: bytes, rng: random.Random) -> bytes:
 
 # fault -> what becomes of a file's content; None: the file is deleted
 FAULTS: dict[str, Callable[[bytes, random.Random], bytes | None]] = {
-    "cut to half": lambda content, rng: content[:len(content) // 2],
+    "cut to half": lambda content, rng: content[: len(content) // 2],
     "cut to nothing": lambda content, rng: b"",
     "deleted": lambda content, rng: None,
     "zeroed": lambda content, rng: bytes(len(content)),
@@ -60,8 +60,8 @@ REMOVED = "removed"  # the fault of a directory
 class Outcome:
     """What became of one fault in one place."""
 
-    place: str    # relative path, a directory's with / at its end
-    size: int     # bytes
+    place: str  # relative path, a directory's with / at its end
+    size: int  # bytes
     fault: str
     verdict: str  # `detected`, `harmless`, `FAILURE`, or `-` where the content is as it was
     said: str
@@ -171,8 +171,17 @@ def main(args: Args) -> int:
     for o in damage_everything(Path(args.path).absolute(), args.seed):
         counts[o.verdict] += 1
         print(f"{o.place[-60:]:60s} {o.size:9d}  {o.fault:15s}  {o.verdict:8s}  {o.said}", flush=True)
-    print(", ".join(f"{counts[v]} {what}" for v, what in (
-        ("detected", "detected"), ("harmless", "harmless"), ("-", "without effect"), ("FAILURE", "FAILURES"))))
+    print(
+        ", ".join(
+            f"{counts[v]} {what}"
+            for v, what in (
+                ("detected", "detected"),
+                ("harmless", "harmless"),
+                ("-", "without effect"),
+                ("FAILURE", "FAILURES"),
+            )
+        )
+    )
     return 1 if counts["FAILURE"] else 0
 
 

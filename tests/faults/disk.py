@@ -24,8 +24,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tyro
 
-from faults import (Process, Said, Training, Undisturbed, checkpoints, differences, good, no_traceback, one_sentence,
-                    remove, rows, undisturbed)
+from faults import (
+    Process,
+    Said,
+    Training,
+    Undisturbed,
+    checkpoints,
+    differences,
+    good,
+    no_traceback,
+    one_sentence,
+    remove,
+    rows,
+    undisturbed,
+)
 
 SIZE = "96m"  # some hundred smoke checkpoints
 FULL = r"no space left|disk is full|disk full|not enough space|ENOSPC"
@@ -64,8 +76,13 @@ class Disk:
         """A namespace that lives as long as its `cat`; '' or why there is none."""
         script = f"mount -t tmpfs -o size={SIZE} tmpfs {self.path} && echo ready && exec cat"
         try:
-            self._holder = subprocess.Popen(["unshare", "-rm", "sh", "-c", script], stdin=subprocess.PIPE, text=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self._holder = subprocess.Popen(
+                ["unshare", "-rm", "sh", "-c", script],
+                stdin=subprocess.PIPE,
+                text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
         except OSError as e:
             return str(e)
         if self._holder.stdout.readline() != "ready\n":
@@ -147,8 +164,10 @@ def for_a_while(disk: Disk, of: Undisturbed, out: Path) -> list[str]:
     if not process.until(lambda: _under_way(run[1], of)):
         return [f"it ended before anything was done to it: {_last_words(process.wait())}"]
     wrong, copies = [], []
-    for what, reason, begin, end in (("full", FULL, disk.fill, disk.free),
-                                     ("read-only", READ_ONLY, disk.read_only, disk.writable)):
+    for what, reason, begin, end in (
+        ("full", FULL, disk.fill, disk.free),
+        ("read-only", READ_ONLY, disk.read_only, disk.writable),
+    ):
         before = _names(run[1], of)
         begin()
         told = lambda: _complaints(process.said, of, reason)
@@ -312,8 +331,12 @@ def main(args: Args) -> int:
     def show(name: str, what: str, wrong: list[str]) -> None:
         nonlocal failures
         failures += bool(wrong)
-        print(f"{'FAILURE' if wrong else 'good':8s} {name}: {what}", *(f"         {w}" for w in wrong), sep="\n",
-              flush=True)
+        print(
+            f"{'FAILURE' if wrong else 'good':8s} {name}: {what}",
+            *(f"         {w}" for w in wrong),
+            sep="\n",
+            flush=True,
+        )
 
     for name, shown in SHOWN.items():
         what = " ".join(shown.__doc__.split())

@@ -21,12 +21,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 
-from faults import bits  # noqa: E402
 from testbed import Testbed  # noqa: E402
 
+from faults import bits  # noqa: E402
 from ifvit import checkpoint  # noqa: E402
 
-BACK = 20   # seconds until the bed gives back what it took
+BACK = 20  # seconds until the bed gives back what it took
 WORKER = r"ray::\S*RayTrainWorker"
 
 
@@ -40,9 +40,27 @@ class Training:
     resume: str = "auto"
 
     def words(self, folder: Path, workers: str) -> list[str]:
-        return ["python", "-m", "ifvit.train_dense", "--preset", "smoke", "--dataset_root", "synthetic",
-                "--checkpoint_dir", str(folder), "--num_workers", workers, "--num_epochs", str(self.epochs),
-                "--set", f"pairs_per_epoch={self.pairs}", "--resume", self.resume, "--hang_timeout", f"{self.hang_timeout:g}"]
+        return [
+            "python",
+            "-m",
+            "ifvit.train_dense",
+            "--preset",
+            "smoke",
+            "--dataset_root",
+            "synthetic",
+            "--checkpoint_dir",
+            str(folder),
+            "--num_workers",
+            workers,
+            "--num_epochs",
+            str(self.epochs),
+            "--set",
+            f"pairs_per_epoch={self.pairs}",
+            "--resume",
+            self.resume,
+            "--hang_timeout",
+            f"{self.hang_timeout:g}",
+        ]
 
 
 @dataclass
@@ -202,7 +220,10 @@ def main() -> None:
     with Testbed(hosts=2, folder=args.out / "ray") as bed:
         Run(bed, Training(1, 8), args.out / "warm").end()  # fills the cache of compiled programs
         run = Run(bed, training, args.out / "plain")
-        print(f"{run.first_steps():.0f} s from the job's submission to its first steps, compiled programs in the cache", flush=True)
+        print(
+            f"{run.first_steps():.0f} s from the job's submission to its first steps, compiled programs in the cache",
+            flush=True,
+        )
         plain = run.end()
         again = Run(bed, training, args.out / "again").end()
         undisturbed = state(args.out / "plain")
@@ -218,8 +239,15 @@ def main() -> None:
                 same = state(args.out / name) == undisturbed
                 if every[name] in SAME_LAYOUT and not same:
                     wrong.append(f"{name}: other bits than undisturbed")
-                rows.append((every[name].__doc__, f"{seconds:.0f}", f"{seconds - min(plain, again):.0f}", said,
-                             "equal" if same else "another layout" if every[name] in ELASTIC else "DIFFERENT"))
+                rows.append(
+                    (
+                        every[name].__doc__,
+                        f"{seconds:.0f}",
+                        f"{seconds - min(plain, again):.0f}",
+                        said,
+                        "equal" if same else "another layout" if every[name] in ELASTIC else "DIFFERENT",
+                    )
+                )
             except Exception as e:
                 wrong.append(f"{name}: {e}")
                 rows.append((every[name].__doc__, "", "", "", "FAILED"))

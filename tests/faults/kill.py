@@ -20,12 +20,25 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tyro
 
-from faults import (Process, Training, Undisturbed, Watch, checkpoints, differences, good, leftovers,
-                    no_traceback, remove, resumed, undisturbed, unfinished)
+from faults import (
+    Process,
+    Training,
+    Undisturbed,
+    Watch,
+    checkpoints,
+    differences,
+    good,
+    leftovers,
+    no_traceback,
+    remove,
+    resumed,
+    undisturbed,
+    unfinished,
+)
 from ifvit.config import DenseConfig
 
-PER_RUN = 5        # kills of one run; then it is left to end
-START_UPS = 0.12   # share of the kills that are not inside a save: while the process starts, first step included
+PER_RUN = 5  # kills of one run; then it is left to end
+START_UPS = 0.12  # share of the kills that are not inside a save: while the process starts, first step included
 
 
 @dataclass
@@ -33,18 +46,20 @@ class Kill:
     """One kill, and what was there when the process was dead."""
 
     run: int
-    aim: str                  # `start-up`, `step` or `save`
-    seconds: float            # after the start of the process
-    step: int                 # the largest that metrics or a checkpoint's name told of
-    inside: list[str]         # what was being written and still lies there
-    newest: int | None        # step of the newest whole checkpoint; None: there is none
-    finished: bool            # that is the final one
+    aim: str  # `start-up`, `step` or `save`
+    seconds: float  # after the start of the process
+    step: int  # the largest that metrics or a checkpoint's name told of
+    inside: list[str]  # what was being written and still lies there
+    newest: int | None  # step of the newest whole checkpoint; None: there is none
+    finished: bool  # that is the final one
     resumed: str = "unknown: killed before it said"
 
     def line(self, number: int, total: int) -> str:
         where = f"inside a save ({', '.join(self.inside)})" if self.inside else "outside a save"
-        return (f"kill {number:3d}  run {self.run:2d}  {self.aim:8s}  {self.seconds:6.2f} s after start  "
-                f"step {self.step:3d} of {total}  {where}; {self.resumed}")
+        return (
+            f"kill {number:3d}  run {self.run:2d}  {self.aim:8s}  {self.seconds:6.2f} s after start  "
+            f"step {self.step:3d} of {total}  {where}; {self.resumed}"
+        )
 
 
 @dataclass
@@ -54,10 +69,10 @@ class Report:
     count: int
     wanted_inside: int
     kills: list[Kill] = field(default_factory=list)
-    runs: int = 0                                        # that ended and were compared
-    start: float = float("inf")                          # seconds to the first sign of a step, the shortest so far
+    runs: int = 0  # that ended and were compared
+    start: float = float("inf")  # seconds to the first sign of a step, the shortest so far
     complaints: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)       # worth a look, no failure
+    notes: list[str] = field(default_factory=list)  # worth a look, no failure
 
     @property
     def inside(self) -> int:
@@ -68,15 +83,18 @@ class Report:
         return not self.complaints and len(self.kills) >= self.count and self.inside >= self.wanted_inside
 
     def summary(self) -> str:
-        lines = [f"{len(self.kills)} kills, {self.inside} of them inside a save, {self.runs} runs compared with the "
-                 f"undisturbed one: {'all as if nothing had been' if self.ok else 'NOT as it should be'}"]
+        lines = [
+            f"{len(self.kills)} kills, {self.inside} of them inside a save, {self.runs} runs compared with the "
+            f"undisturbed one: {'all as if nothing had been' if self.ok else 'NOT as it should be'}"
+        ]
         if len(self.kills) < self.count or self.inside < self.wanted_inside:
             lines.append(f"FAILURE  {self.count} kills, {self.wanted_inside} of them inside a save, were asked for")
         return "\n".join(lines + [f"FAILURE  {c}" for c in self.complaints] + [f"note     {n}" for n in self.notes])
 
 
-def kill_run(count: int, inside: int, seed: int, out: Path, of: Undisturbed | None = None,
-             training: Training | None = None) -> Report:
+def kill_run(
+    count: int, inside: int, seed: int, out: Path, of: Undisturbed | None = None, training: Training | None = None
+) -> Report:
     """Kills `count` times, `inside` of them while a checkpoint is written; all files lie under `out`.
 
     `of` is the run to compare with; without it `training` is run undisturbed first.
@@ -120,8 +138,9 @@ def _one_run(report: Report, of: Undisturbed, rng: random.Random, out: Path) -> 
         report.kills.append(last)
     report.runs += 1
     if said.code:
-        report.complaints.append(f"run {number} ended with {said.code}: "
-                                 f"{(said.err.strip().splitlines() or ['nothing said'])[-1][:300]}")
+        report.complaints.append(
+            f"run {number} ended with {said.code}: {(said.err.strip().splitlines() or ['nothing said'])[-1][:300]}"
+        )
     report.complaints += [f"run {number}: {c}" for c in differences(folder, of)]
     report.complaints += [f"run {number}: a kill has damaged {p.name}" for p in folder.glob("*.damaged*")]
     if len(report.complaints) == before:
@@ -138,8 +157,9 @@ def _aim(report: Report, rng: random.Random) -> str:
     return "start-up" if rng.random() < START_UPS else "step"
 
 
-def _kill_at(process: Process, watch: Watch, aim: str, point: float, start: float, of: Undisturbed,
-             rng: random.Random) -> float | None:
+def _kill_at(
+    process: Process, watch: Watch, aim: str, point: float, start: float, of: Undisturbed, rng: random.Random
+) -> float | None:
     """Kills at `point` steps (beyond the last: as long after it), or as `aim` has it; None where it ended before.
 
     Returns the seconds since the start of the process.
@@ -163,15 +183,23 @@ def _kill_at(process: Process, watch: Watch, aim: str, point: float, start: floa
     return None
 
 
-def _look_after(process: Process, watch: Watch, aim: str, seconds: float, run: int, of: Undisturbed,
-                report: Report) -> Kill:
+def _look_after(
+    process: Process, watch: Watch, aim: str, seconds: float, run: int, of: Undisturbed, report: Report
+) -> Kill:
     """What the dead process has left; every checkpoint has to be whole."""
     now = sorted(n for n, inode in unfinished(watch.folder) if (n, inode) not in watch.stale)
     found, wrong = good(checkpoints(watch.folder, of.training.name))
     report.complaints += [f"run {run}, after a kill at {seconds:.2f} s: {w}" for w in wrong]
     goes_on = [m for name, m in found.items() if not name.endswith("_best")]
-    return Kill(run, aim, seconds, watch.step, now, max((m["step"] for m in goes_on), default=None),
-                any(m["finished"] for m in goes_on))
+    return Kill(
+        run,
+        aim,
+        seconds,
+        watch.step,
+        now,
+        max((m["step"] for m in goes_on), default=None),
+        any(m["finished"] for m in goes_on),
+    )
 
 
 def _say_how_it_went_on(kill: Kill, said, of: Undisturbed, run: int) -> list[str]:
@@ -220,8 +248,11 @@ def main(args: Args) -> int:
     if args.module == "match":
         module1 = str(undisturbed(default_training(), out / "module1").folder / "dense_reg_ckpt")
     of = undisturbed(default_training(args.set, module=args.module, module1=module1), out)
-    print(f"undisturbed: {of.total} steps; {of.pace.start:.1f} s to the first sign of one, then {of.pace.step:.3f} s "
-          f"each, {1000 * of.pace.save:.0f} ms a save, {of.pace.tail:.1f} s after the last", flush=True)
+    print(
+        f"undisturbed: {of.total} steps; {of.pace.start:.1f} s to the first sign of one, then {of.pace.step:.3f} s "
+        f"each, {1000 * of.pace.save:.0f} ms a save, {of.pace.tail:.1f} s after the last",
+        flush=True,
+    )
     report = kill_run(args.count, args.inside, args.seed, out, of)
     print(report.summary())
     return 0 if report.ok else 1

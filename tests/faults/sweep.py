@@ -21,8 +21,27 @@ from tune import record
 
 
 def words(folder: Path, samples: int) -> list[str]:
-    return [sys.executable, "-m", "tune", "--module", "dense", "--preset", "smoke", "--num_samples", str(samples), "--scheduler", "none",
-            "--search", "learning_rate", "noise", "weight_decay", "--set", "num_epochs=4", "--sweep_dir", str(folder)]
+    return [
+        sys.executable,
+        "-m",
+        "tune",
+        "--module",
+        "dense",
+        "--preset",
+        "smoke",
+        "--num_samples",
+        str(samples),
+        "--scheduler",
+        "none",
+        "--search",
+        "learning_rate",
+        "noise",
+        "weight_decay",
+        "--set",
+        "num_epochs=4",
+        "--sweep_dir",
+        str(folder),
+    ]
 
 
 def outcome(folder: Path) -> list[tuple]:
@@ -30,7 +49,15 @@ def outcome(folder: Path) -> list[tuple]:
     found = []
     for r in record.read_all(folder / "dense"):
         path = checkpoint.locate(record.folder_of(folder / "dense", r.number) / "dense_reg_ckpt")
-        found.append((r.number, r.end["how"], r.values, [row["accuracy"] for row in r.rows], checkpoint.read_metadata(path)["digests"]))
+        found.append(
+            (
+                r.number,
+                r.end["how"],
+                r.values,
+                [row["accuracy"] for row in r.rows],
+                checkpoint.read_metadata(path)["digests"],
+            )
+        )
     return found
 
 
@@ -64,7 +91,9 @@ def main() -> int:
         lost = [str(p) for p, content in ended.items() if p.read_bytes() != content]
         same = outcome(whole) == outcome(killed)
         best = [record.order(record.read_all(f / "dense"), "accuracy", True)[0].number for f in (whole, killed)]
-        print(f"{len(lost)} trials were run again; {'all trials equal to the bit' if same else 'TRIALS DIFFER'}; best: {best[0]} and {best[1]}")
+        print(
+            f"{len(lost)} trials were run again; {'all trials equal to the bit' if same else 'TRIALS DIFFER'}; best: {best[0]} and {best[1]}"
+        )
         return 0 if not lost and same and best[0] == best[1] else 1
 
 
