@@ -15,7 +15,6 @@ from cluster.job import Job, Request
 from cluster.launch import launch
 from ifvit import cli
 from ifvit.config import (
-    COMMON,
     Config,
     DenseConfig,
     MatchConfig,
@@ -30,6 +29,7 @@ from ifvit.data.sources import SYNTHETIC
 from ifvit.devices.cores import cores
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.errors import UserError
+from ifvit.fields import COMMON
 from ifvit.paths import absolute, cache_dir, resolve
 
 

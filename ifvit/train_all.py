@@ -18,8 +18,9 @@ from cluster.host import PREEMPTED, Host
 from cluster.job import Request
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, check_common, check_outlives_job, given, tried
-from ifvit.config import COMMON, DenseConfig, MatchConfig, keys_with, read_toml
+from ifvit.config import DenseConfig, MatchConfig, keys_with, read_toml
 from ifvit.errors import UserError
+from ifvit.fields import COMMON
 from ifvit.files import write_whole
 from ifvit.paths import resolve
 

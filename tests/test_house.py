@@ -16,6 +16,7 @@ FLOORS = [
         "ifvit.paths",
         "ifvit.gcs",
         "ifvit.config",
+        "ifvit.fields",
         "ifvit.presets",
         "ifvit.cli",
         "ifvit.bar",

@@ -22,19 +22,9 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.commands import ConfigArgs, build_config, check_common, check_outlives_job, given, named_roots, tried
-from ifvit.config import (
-    COMMON,
-    FREE,
-    Config,
-    DenseConfig,
-    MatchConfig,
-    completed,
-    config_of,
-    keys_with,
-    read_toml,
-    with_changes,
-)
+from ifvit.config import Config, DenseConfig, MatchConfig, completed, config_of, keys_with, read_toml, with_changes
 from ifvit.errors import Failure, UserError
+from ifvit.fields import COMMON, FREE
 from ifvit.files import write_whole
 from ifvit.paths import resolve
 from tune import space as spaces

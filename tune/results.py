@@ -12,7 +12,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from ifvit.config import OWN, Config, keys_with
+from ifvit.config import Config, keys_with
+from ifvit.fields import OWN
 from ifvit.files import write_whole
 from tune.record import Record, order
 from tune.space import Choice, Range, Space

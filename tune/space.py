@@ -20,9 +20,10 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from ifvit.config import LIVE, OWN, PROGRAM, SCALAR, SWEEP, DenseConfig, MatchConfig, keys_with, known_key, use_of
+from ifvit.config import DenseConfig, MatchConfig, keys_with, known_key
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
+from ifvit.fields import LIVE, OWN, PROGRAM, SCALAR, SWEEP, use_of
 
 CONFIGS = {"dense": DenseConfig, "match": MatchConfig}
 RUNS = {"dense": "dense_reg", "match": "matcher"}  # of a table: what its checkpoints are called

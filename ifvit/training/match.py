@@ -9,7 +9,7 @@ import numpy as np
 from etils import epath
 
 from ifvit import checkpoint
-from ifvit.config import COMMON, DenseConfig, MatchConfig, Traced, completed, config_of, keys_with, with_changes
+from ifvit.config import DenseConfig, MatchConfig, Traced, completed, config_of, keys_with, with_changes
 from ifvit.data.contents import known
 from ifvit.data.gather import overlap
 from ifvit.data.loader import PairSource, batches
@@ -17,6 +17,7 @@ from ifvit.data.pairs import MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
 from ifvit.data.protocols import draw, pairs_all, take
 from ifvit.errors import CheckpointNotFound, UserError
+from ifvit.fields import COMMON
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
 from ifvit.models.networks import dense_network, match_network
 from ifvit.scoring import rates

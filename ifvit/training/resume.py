@@ -14,10 +14,11 @@ from jax.sharding import Mesh
 from cluster.host import Host
 from ifvit import checkpoint
 from ifvit.checkpoint.digest import digest
-from ifvit.config import FREE, completed, keys_with
+from ifvit.config import completed, keys_with
 from ifvit.devices.processes import exchange
 from ifvit.devices.sharding import make_mesh, shardings
 from ifvit.errors import UserError
+from ifvit.fields import FREE
 from ifvit.training import run_folder
 from ifvit.training.metrics import ATTEMPTS, read_rows
 from ifvit.training.saved import restored_state, saved_tree

@@ -15,11 +15,12 @@ from pathlib import Path
 
 from cluster.host import Host
 from ifvit import checkpoint, cli, train_dense, train_match
-from ifvit.config import COMMON, DenseConfig, MatchConfig, keys_with, parse_value, preset, read_toml, with_changes
+from ifvit.config import DenseConfig, MatchConfig, keys_with, parse_value, preset, read_toml, with_changes
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.evaluate import evaluate
+from ifvit.fields import COMMON
 from ifvit.paths import cache_dir
 from ifvit.scoring.scorer import Scorer
 from ifvit.training.metrics import read_rows

@@ -19,7 +19,7 @@ import pytest
 
 from ifvit import checkpoint, train_all
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = json.loads((ROOT / "cluster/kaggle.ipynb").read_text())
 EPOCHS = 10  # of Module 1, 20 steps
 EXTRA = ["--preset", "smoke", "--num_classes", "100", "--set", f"dense.num_epochs={EPOCHS}"]

@@ -16,8 +16,9 @@ from ray.tune.experiment import Trial as Tried
 from cluster import placement
 from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
-from ifvit.config import HOST, OWN, PROGRAM, SCALAR, DenseConfig, MatchConfig, Traced, keys_with, preset, use_of
+from ifvit.config import DenseConfig, MatchConfig, Traced, keys_with, preset
 from ifvit.errors import Failure, Interrupted, UserError
+from ifvit.fields import HOST, OWN, PROGRAM, SCALAR, use_of
 from ifvit.training.dense import dense_program
 from tune import record, results, space, sweep, trial
 from tune.__main__ import Args, _with_module1

@@ -15,7 +15,7 @@ from ifvit.checkpoint import unsynced
 from ifvit.config import read_toml
 from ifvit.errors import UserError
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 # --- whole or not at all ---------------------------------------------------------------------------

@@ -434,7 +434,9 @@ def look_then_err(folder: Path, host) -> tuple[int, str]:
 
 def with_gpus(monkeypatch, gpus):
     """Ray believes what it is told of a machine's GPUs; tests' own modules are found by its workers."""
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), *sys.path]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1]), *sys.path])
+    )
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", functools.partial(ray.init, num_gpus=gpus, num_cpus=2, object_store_memory=10**8))
 
@@ -597,7 +599,7 @@ def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are
     """
     env = {k: v for k, v in os.environ.items() if k != "RAY_worker_niceness"} | chosen
     said = subprocess.run(
-        [sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[1], capture_output=True, text=True
+        [sys.executable, "-c", code], env=env, cwd=Path(__file__).parents[2], capture_output=True, text=True
     )
     assert said.stdout.strip() == str(niceness), said
 

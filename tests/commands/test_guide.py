@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from guide import LOG
 
 from ifvit import checkpoint, paths
 from ifvit.config import DENSE_CONFIG, MATCH_CONFIG
@@ -23,18 +24,6 @@ from ifvit.training.metrics import read_rows
 # LoFTR of width C has query, key, value and merge (4 C²), two linear maps without bias (2C·2C + 2C·C) and two norms
 # (4 C); preset smoke has one self and one cross layer of width 16.
 PARAMETERS = 2 * (10 * 16**2 + 4 * 16)
-LOG = """\
-============================================================
-Loading Module 1 Transformer Weights
-============================================================
-Source: {source}
-✓ Found transformer: loftr_transformer
-✓ Sharing transformer weights between global and local branches
-  ✓ Copied to loftr_transformer_global
-  ✓ Copied to loftr_transformer_local (shared weights)
-✓ Successfully loaded {count} parameters from Module 1
-============================================================
-"""
 
 TRAIN_DENSE = """python -m ifvit.train_dense \
     --dataset_root /path/to/data \

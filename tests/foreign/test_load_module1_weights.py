@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tensorstore as ts
 from flax import serialization
-from test_guide import LOG
+from guide import LOG
 
 from ifvit import checkpoint, legacy
 from ifvit.config import DenseConfig, MatchConfig, preset

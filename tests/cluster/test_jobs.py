@@ -32,9 +32,9 @@ from ray.scripts.symmetric_run import curate_and_validate_ray_start_args, symmet
 from ifvit.data.sources import EXTENSIONS
 from ifvit.train_all import Args
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 JOBS = ROOT / "cluster/jobs"
-SCHEMAS = Path(__file__).parent / "schemas"
+SCHEMAS = ROOT / "tests" / "schemas"
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 FLAGS = {f.name for f in dataclasses.fields(Args)}
 TOKEN = "~/.ray/auth_token"
