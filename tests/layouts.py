@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 DEVICES = {"one": 8, "steps": 4, "two": 2, "seed": 4}
 
@@ -41,6 +41,7 @@ from ifvit.models.networks import dense_network  # noqa: E402
 from ifvit.training.saved import saved_tree  # noqa: E402
 from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
 from ifvit.training.step import dense_step  # noqa: E402
+from ifvit.training.task import Task  # noqa: E402
 
 ONE = ["1x1", "2x1", "1x2", "4x1", "2x2", "1x4", "8x1", "4x2", "2x4", "1x8"]  # data × model
 WHOLE = ["1x1", "8x1", "1x8", "2x4", "2x2"]  # under which all leaves are saved; under the others one of each kind
@@ -48,7 +49,7 @@ TWO = ["4x1", "2x2", "2x2 across", "1x4"]  # `across`: those that share paramete
 FAILURES = [("part of process 1", "_write_part", 1), ("part of process 0", "_write_part", 0), ("end", "finalize", 0)]
 STEPS = ["1x1", "2x2", "1x4"]
 META = {"epoch": 1, "config": {}}
-TASK = SimpleNamespace(to_saved=lambda params: params)
+TASK = Mock(Task, to_saved=lambda params: params)
 CONFIG = preset("smoke", DenseConfig)
 NET = dense_network(CONFIG)
 ABSTRACT = jax.eval_shape(lambda: init_state(NET, optimizer(CONFIG, 0.0), 0))

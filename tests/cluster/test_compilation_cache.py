@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax._src import compilation_cache, compiler, distributed
 
-from cluster.backend import _cache_every_process
+from cluster.private import cache_every_process
 
 
 @pytest.fixture
@@ -32,6 +32,6 @@ def empty_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_process_keeps_what_it_compiles(empty_cache, monkeypatch, rank):
     monkeypatch.setattr(distributed.global_state, "process_id", rank)
-    _cache_every_process()
+    cache_every_process()
     jax.jit(lambda x: x * (3.0 + rank))(jnp.ones(7)).block_until_ready()
     assert list(empty_cache.glob("jit__lambda*"))
