@@ -33,7 +33,7 @@ MARKS = (
 
 
 @contextlib.contextmanager
-def whole(path: str | Path, durable: bool = False) -> Iterator[Path]:
+def whole(path: str | os.PathLike, durable: bool = False) -> Iterator[Path]:
     """A path beside `path` to write a file to; it becomes `path` when the block ends well, else nothing of it is left.
 
     `durable`: it is on the disk itself before it has its name, and the name is before this returns. Of files that
@@ -53,7 +53,7 @@ def whole(path: str | Path, durable: bool = False) -> Iterator[Path]:
             part.unlink()
 
 
-def write_whole(path: str | Path, data: str | bytes, durable: bool = False) -> None:
+def write_whole(path: str | os.PathLike, data: str | bytes, durable: bool = False) -> None:
     """A file with this content (text as UTF-8), there whole or not at all."""
     with whole(path, durable) as part:
         part.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -81,7 +81,7 @@ def to_disk(path: str | os.PathLike) -> bool:
         os.close(handle)
 
 
-def read_text(path: str | Path, what: str) -> str:
+def read_text(path: str | os.PathLike, what: str) -> str:
     """A text file of a user's, in UTF-8 or whatever its encoding mark says, whatever the locale; lines end with \\n.
 
     UserError that names `what` and the line where it is no such text.

@@ -45,7 +45,7 @@ class Legacy:
     timestamp: str | None
 
 
-def read(path: str | Path) -> Legacy:
+def read(path: str | os.PathLike) -> Legacy:
     """A legacy checkpoint's content; nothing in the file is executed or imported.
 
     In `state`, optax states are dictionaries by field name, lists and tuples dictionaries by
@@ -196,7 +196,7 @@ class _Pickler(pickle._Pickler):
         self.memoize(obj)
 
 
-def write(path: str | Path, state: dict, metadata: dict, timestamp: str | None) -> None:
+def write(path: str | os.PathLike, state: dict, metadata: dict, timestamp: str | None) -> None:
     """Writes the legacy layout (protocol 4; numpy arrays, of numpy 1's names, and plain values), whole or not at all.
 
     `state`: nested dictionaries of arrays of numbers; its `step` becomes an int, as legacy code has

@@ -43,7 +43,7 @@ _LAYER = re.compile(r"layers\.(0|[1-9]\d{0,2})\.(.+)")
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
-def load_loftr(path: str | Path, transformer_params: dict) -> dict:
+def load_loftr(path: str | os.PathLike, transformer_params: dict) -> dict:
     """The transformer's parameters with LoFTR's weights in every array.
 
     `transformer_params`: nested dict with str keys; its leaves need only a `shape`. Returned: the
@@ -93,7 +93,7 @@ def load_loftr(path: str | Path, transformer_params: dict) -> dict:
     return unflatten_dict(source, sep="/")
 
 
-def transformer_from_loftr(path: str | Path) -> dict:
+def transformer_from_loftr(path: str | os.PathLike) -> dict:
     """The coarse transformer of a LoFTR checkpoint: `{"layer_0": {"q_proj": {"kernel": (in, out)}, ...}, ...}`.
 
     Arrays are float32. LoFTR's other parts (backbone, fine transformer) and whatever else lies in the file
@@ -124,7 +124,7 @@ def loftr_from_transformer(params: dict) -> dict[str, np.ndarray]:
     return state
 
 
-def _read(path: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
+def _read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], list[str]]:
     """The file's coarse arrays by our names ("layer_0/q_proj/kernel"), and what is wrong with its coarse keys."""
     file, choice = _choice(path)
     found: dict[str, dict[str, np.ndarray]] = {}  # of each transformer the arrays by LoFTR's names, with wrappers
@@ -150,7 +150,7 @@ def _read(path: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
     return named[chosen[0]]
 
 
-def _choice(path: str | Path) -> tuple[Path, str | None]:
+def _choice(path: str | os.PathLike) -> tuple[Path, str | None]:
     """The file, and which transformer in it, of `FILE` or `FILE#NAME`."""
     file, sign, name = str(path).rpartition("#")
     return (Path(file), name) if sign and not os.path.exists(path) else (Path(path), None)

@@ -6,6 +6,7 @@ SWEEP/trials/007/values.jsonl   the values searched; a line more when population
 """
 
 import json
+import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,11 +32,11 @@ class Record:
         return self.rows[-1].get(metric) if self.rows else None
 
 
-def folder_of(sweep: str | Path, number: int) -> Path:
+def folder_of(sweep: str | os.PathLike, number: int) -> Path:
     return Path(sweep) / "trials" / f"{number:03d}"
 
 
-def note_values(sweep: str | Path, number: int, values: dict, epoch: int = 0, clone_of: str = "") -> None:
+def note_values(sweep: str | os.PathLike, number: int, values: dict, epoch: int = 0, clone_of: str = "") -> None:
     """The values a trial has from an epoch on, there with another's parameters where it is a clone."""
     folder = folder_of(sweep, number)
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,14 +47,14 @@ def note_values(sweep: str | Path, number: int, values: dict, epoch: int = 0, cl
         file.write(json.dumps(line) + "\n")
 
 
-def note_end(sweep: str | Path, number: int, how: str, reason: str, seconds: float) -> None:
+def note_end(sweep: str | os.PathLike, number: int, how: str, reason: str, seconds: float) -> None:
     folder = folder_of(sweep, number)
     write_whole(
         folder / "ended.json", json.dumps({"how": how, "reason": reason, "seconds": seconds, "time": time.time()})
     )
 
 
-def read(sweep: str | Path, number: int) -> Record:
+def read(sweep: str | os.PathLike, number: int) -> Record:
     folder = folder_of(sweep, number)
     lines = read_rows(folder / "values.jsonl")
     rows = read_rows(folder / "metrics.jsonl")
@@ -78,7 +79,7 @@ def read(sweep: str | Path, number: int) -> Record:
     )
 
 
-def read_all(sweep: str | Path) -> list[Record]:
+def read_all(sweep: str | os.PathLike) -> list[Record]:
     """All trials that were begun, by their numbers; not those of which a crash left no values."""
     numbers = sorted(int(p.parent.name) for p in Path(sweep).glob("trials/*/values.jsonl") if read_rows(p))
     return [read(sweep, n) for n in numbers]

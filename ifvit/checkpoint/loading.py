@@ -1,7 +1,7 @@
 """A checkpoint read whole, or put on devices: nothing is handed on before its digests have been compared."""
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from etils import epath
@@ -29,7 +29,7 @@ class Checkpoint:
         return self.metadata["module"]
 
 
-def load(path: str | Path, module: str | None = None, parts: tuple[str, ...] = ("",)) -> Checkpoint:
+def load(path: str | os.PathLike, module: str | None = None, parts: tuple[str, ...] = ("",)) -> Checkpoint:
     """The checkpoint as numpy arrays on this host, every leaf checked; an existing `.pkl` file too.
 
     `parts` are the beginnings of the names of the leaves to read, e.g. NETWORK; of the others not a

@@ -23,7 +23,7 @@ OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that is being written
 
 
-def as_path(path: str | Path) -> epath.Path:
+def as_path(path: str | os.PathLike) -> epath.Path:
     """A local path, absolute and after Kaggle's resolution, or a `gs://` URL; UserError for other URLs."""
     text = resolve(os.fspath(path))
     scheme, sep, _ = text.partition("://")
@@ -34,7 +34,7 @@ def as_path(path: str | Path) -> epath.Path:
     return gcs.GcsPath(text)
 
 
-def as_writable_path(path: str | Path) -> epath.Path:
+def as_writable_path(path: str | os.PathLike) -> epath.Path:
     """The same for what is to be written."""
     found = as_path(path)
     for sign in "[\\":  # Orbax looks for its own files with glob, TensorStore takes a \ for a /
@@ -52,7 +52,7 @@ def kvstore_of(folder: epath.Path, key: str = "") -> dict:
     return {"driver": "file", "path": f"{os.fspath(folder)}/{key}"} if is_local(folder) else folder.kvstore(key)
 
 
-def locate(path: str | Path) -> epath.Path:
+def locate(path: str | os.PathLike) -> epath.Path:
     """What a checkpoint path means: Kaggle's base, `.pkl` dropped, an interrupted replacement undone.
 
     A path to an existing `.pkl` file is returned as it is. UserError when nothing is there, and for

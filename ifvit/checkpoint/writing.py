@@ -5,6 +5,7 @@ import contextlib
 import datetime
 import itertools
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -31,7 +32,7 @@ BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpo
 _saves = itertools.count()  # all processes save the same in the same order
 
 
-def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
+def save(path: str | os.PathLike, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
     """Writes a checkpoint; one of the same name is replaced only when the new one is whole.
 
     Every process calls it, and writes its own shards; it may run in a thread beside the training, on

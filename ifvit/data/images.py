@@ -5,6 +5,7 @@ its foreground centred, with a mask that says where ridges are.
 """
 
 import io
+import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,13 +42,13 @@ class Picture:
     note: str = ""  # what its reader should know of how it was read; the same words for files of a kind
 
 
-def decode(path: str | Path, max_megapixels: float = 20) -> tuple[UInt8[np.ndarray, "H W"], float | None]:
+def decode(path: str | os.PathLike, max_megapixels: float = 20) -> tuple[UInt8[np.ndarray, "H W"], float | None]:
     """The pixels of an image file as grey levels, and the ppi that it claims. See `read_picture`."""
     picture = read_picture(path, max_megapixels)
     return picture.grey, picture.ppi
 
 
-def read_picture(path: str | Path, max_megapixels: float = 20) -> Picture:
+def read_picture(path: str | os.PathLike, max_megapixels: float = 20) -> Picture:
     """The print in an image file, of any format that Pillow reads by itself, and WSQ with the package `wsq`.
 
     Palettes are looked up, colour becomes luma, transparency is laid on white, 16 bits
@@ -150,7 +151,7 @@ def to_canvas(
     return out, share >= 0.5
 
 
-def _head(path: str | Path) -> bytes:
+def _head(path: str | os.PathLike) -> bytes:
     """The first bytes of the file: its magic."""
     try:
         with open(path, "rb") as file:
@@ -160,7 +161,7 @@ def _head(path: str | Path) -> bytes:
         raise UserError(why) from error
 
 
-def _need_wsq(path: str | Path) -> None:
+def _need_wsq(path: str | os.PathLike) -> None:
     try:
         import wsq  # noqa: F401  (registers itself with Pillow)
     except ImportError as error:
@@ -182,7 +183,7 @@ def _open(file: BinaryIO) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(file: BinaryIO, path: str | Path, max_megapixels: float) -> Picture:
+def _read(file: BinaryIO, path: str | os.PathLike, max_megapixels: float) -> Picture:
     """The picture in `file`, which is that of `path`, or its copy."""
     with _open(file) as image:
         several = to_largest_page(image)

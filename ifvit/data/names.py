@@ -182,7 +182,7 @@ def fvc_ppi(folder: Path) -> float | None:
     return None
 
 
-def known_ppi(path: str | Path) -> float | None:
+def known_ppi(path: str | os.PathLike) -> float | None:
     """The resolution in which a print of this name was taken, where it is of a known set."""
     name = read_name(Path(os.path.abspath(path)))
     return name and name.ppi

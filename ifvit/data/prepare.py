@@ -90,7 +90,7 @@ class Decoded:
 
 
 def prepare(
-    prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False
+    prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | os.PathLike, apart: bool = False
 ) -> PrintSet:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
@@ -156,7 +156,7 @@ def seem_light(found: Decoded) -> dict[str, str]:
     return {name: min(paths) for name, paths in seem.items() if len(paths) > looked_at[name] / 4}
 
 
-def decoded(prints: list[Print], canvas_size: int, cache_dir: str | Path) -> Decoded:
+def decoded(prints: list[Print], canvas_size: int, cache_dir: str | os.PathLike) -> Decoded:
     """Every print on its canvas, in the cache: each database has files of its own there, whatever it is read with.
 
     What is not there, or damaged, is made (again). UserError where the cache cannot be written.

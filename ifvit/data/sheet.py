@@ -21,7 +21,7 @@ CAPTION = 30  # px below it, for two lines
 EDGE = (220, 30, 30)
 
 
-def contact_sheet(path: str | Path, prints: PrintSet, captions: Sequence[str]) -> None:
+def contact_sheet(path: str | os.PathLike, prints: PrintSet, captions: Sequence[str]) -> None:
     """Writes a PNG of at most `MOST` of the prints, spread over databases and in each over fingers.
 
     `captions`: of each print, a line below its name. UserError where the file cannot be written.

@@ -54,20 +54,26 @@ class Reading:
     layouts: dict[str, str]  # of each database: which names it was known by
 
 
-def read_root(root: str | Path, ppi: float | Literal["auto"] | None = None) -> list[Print]:
+def read_root(root: str | os.PathLike, ppi: float | Literal["auto"] | None = None) -> list[Print]:
     """The prints under one folder. See `read`."""
     return read_roots([root], ppi)
 
 
 def read_roots(
-    roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = ""
+    roots: Iterable[str | os.PathLike],
+    ppi: float | Literal["auto"] | None = None,
+    ridges: str = "dark",
+    names: str = "",
 ) -> list[Print]:
     """The prints under some folders. See `read`."""
     return read(roots, ppi, ridges, names).prints
 
 
 def read(
-    roots: Iterable[str | Path], ppi: float | Literal["auto"] | None = None, ridges: str = "dark", names: str = ""
+    roots: Iterable[str | os.PathLike],
+    ppi: float | Literal["auto"] | None = None,
+    ridges: str = "dark",
+    names: str = "",
 ) -> Reading:
     """The prints under some folders, by database, finger and impression in natural order.
 

@@ -172,7 +172,7 @@ def impression(master: MasterFinger, seed: int, finger: int, impression: int) ->
     return np.clip(255 * grey + 0.5, 0, 255).astype(np.uint8)
 
 
-def prints(seed: int, fingers: int, impressions: int, cache_dir: str | Path, workers: int = 1) -> list[Path]:
+def prints(seed: int, fingers: int, impressions: int, cache_dir: str | os.PathLike, workers: int = 1) -> list[Path]:
     """Impressions 1..impressions of fingers 1..fingers as PNG files, finger by finger.
 
     They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those there, and whole, are used.

@@ -139,7 +139,7 @@ def warnings(root: Path, left_out: Iterable[LeftOut]) -> Iterable[str]:
         )
 
 
-def file_digest(path: str | Path) -> str:
+def file_digest(path: str | os.PathLike) -> str:
     """The SHA-256 of a file's bytes; one that has not changed is read once a process."""
     status = os.stat(path)
     return _read_digest(str(path), status.st_size, status.st_mtime_ns)

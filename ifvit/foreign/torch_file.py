@@ -11,6 +11,7 @@ or a dictionary in them; a pickle of a dictionary of tensors or numpy arrays; sa
 import io
 import math
 import mmap
+import os
 import struct
 import sys
 import zipfile
@@ -78,7 +79,7 @@ class _Storage:
     length: int  # elements, or bytes
 
 
-def read_arrays(path: str | Path, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+def read_arrays(path: str | os.PathLike, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
     """The arrays of a checkpoint that are `wanted`, by their names.
 
     A name is the way to a tensor: keys, positions and attributes, joined by dots, as

@@ -1,5 +1,6 @@
 """A trained checkpoint as a scorer of pairs: what evaluate, verify and train_all call."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,7 +38,7 @@ class Scorer:
     trained_on: tuple[str, ...] = ()  # a sample of its training prints, by `contents.known`
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "Scorer":
+    def from_checkpoint(cls, path: str | os.PathLike) -> "Scorer":
         """UserError where the checkpoint is missing, half-written or damaged."""
         found = checkpoint.load(path, parts=checkpoint.NETWORK)
         meta, state = found.metadata, found.state
@@ -119,7 +120,7 @@ class Scorer:
         views, found = jax.device_get(jax.jit(run)(state, batch))
         return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
 
-    def picture(self, prints: PrintSet, pair: Pair, path: str | Path) -> None:
+    def picture(self, prints: PrintSet, pair: Pair, path: str | os.PathLike) -> None:
         """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""
         if self.module == "matcher" and not self.aligner:
             return

@@ -102,12 +102,12 @@ def test_a_flipped_bit_in_any_file_is_detected_or_harmless(saved):
 def test_a_flipped_bit_in_any_byte_of_the_metadata_is_detected_or_harmless(saved):
     file = saved / "metadata/metadata"
     data = file.read_bytes()
-    whole = checkpoint.read_metadata(saved)
+    whole = checkpoint.read_metadata(checkpoint.as_path(saved))
     first = data.index(b'"epoch"')
     for at in range(first, first + 40):
         file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
         try:
-            found = checkpoint.read_metadata(saved)
+            found = checkpoint.read_metadata(checkpoint.as_path(saved))
         except UserError:
             continue
         assert found == whole, at
@@ -128,7 +128,7 @@ def test_a_half_written_checkpoint_is_refused(saved, missing):
     shutil.rmtree(saved / missing)
     with pytest.raises(UserError, match="half-written"):
         checkpoint.load(saved)
-    assert not checkpoint.complete(saved)
+    assert not checkpoint.complete(checkpoint.as_path(saved))
 
 
 def test_any_other_folder_is_refused(tmp_path):
