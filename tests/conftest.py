@@ -1,4 +1,4 @@
-"""What the tests of commands share: one cache for the session, commands called in-process, and one smoke run of each."""
+"""What the tests share: one cache for the session, commands called in this process, and one smoke run of each."""
 
 import contextlib
 import importlib
@@ -21,7 +21,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
-install_import_hook("ifvit", "checking.checked")
+# Not where files of other software are read byte by byte: there are no shapes, and a check at each call takes minutes.
+CHECKED = "checkpoint data devices models pixels scoring training commands config evaluate verify".split()
+install_import_hook([f"ifvit.{room}" for room in CHECKED], "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
 # Minutes each; begun first, so that no process is left with one of them when the others have nothing more to do.
