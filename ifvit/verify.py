@@ -4,7 +4,9 @@ python -m ifvit.verify A B --checkpoint ./checkpoints/matcher/matcher_ckpt [--pi
 """
 
 import json
+import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -79,7 +81,7 @@ class Canvases:
 
 
 def on_canvases(
-    paths: list[str], ppi: float | Literal["auto"] | None, canvas_size: int, ridges: str = "dark"
+    paths: Sequence[str | os.PathLike], ppi: float | Literal["auto"] | None, canvas_size: int, ridges: str = "dark"
 ) -> Canvases:
     """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
     from ifvit.data import scale

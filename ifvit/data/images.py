@@ -8,8 +8,8 @@ import io
 import os
 import threading
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -172,7 +172,7 @@ def _need_wsq(path: str | os.PathLike) -> None:
 _NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"}
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: BufferedIOBase) -> Image.Image:
     """Pillow's open, header only, without its own limit: ours has a sentence to it."""
     Image.init()
     with _BOMB_LOCK:
@@ -183,7 +183,7 @@ def _open(file: BinaryIO) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(file: BinaryIO, path: str | os.PathLike, max_megapixels: float) -> Picture:
+def _read(file: BufferedIOBase, path: str | os.PathLike, max_megapixels: float) -> Picture:
     """The picture in `file`, which is that of `path`, or its copy."""
     with _open(file) as image:
         several = to_largest_page(image)

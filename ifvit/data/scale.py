@@ -4,6 +4,7 @@ Prints of one database that are read at one resolution are judged together, by t
 single fingers differ by a third.
 """
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class Group:
         if len(self.records) <= 2 * self.unseen:
             return True
         fine, coarse = np.percentile([r["period"] for r in self.records], [25, 75])
-        return coarse > 1.7 * fine
+        return bool(coarse > 1.7 * fine)
 
     @property
     def period(self) -> float:
@@ -77,7 +78,7 @@ class Group:
         return detail < ENLARGED or (told in ("--ppi", "file's tag") and not of_a_sensor)
 
 
-def measured(path: str, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: str) -> dict:
+def measured(path: str | os.PathLike, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: str) -> dict:
     """What is known of a print's scale, for its record.
 
     The file, its size in px, the resolution that it is read at and what tells that, px from ridge to ridge (None: no
