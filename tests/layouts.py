@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 DEVICES = {"one": 8, "steps": 4, "two": 2, "seed": 4}
 
@@ -34,7 +34,7 @@ from orbax.checkpoint._src.multihost import multihost  # noqa: E402
 from ifvit import checkpoint, checkpoint_reading, checkpoint_writing  # noqa: E402
 from ifvit.config import DenseConfig, preset  # noqa: E402
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
-from ifvit.training.loop import saved_tree  # noqa: E402
+from ifvit.training.loop import Task, saved_tree  # noqa: E402
 from ifvit.training.sharding import put_whole_batch, shardings  # noqa: E402
 from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
 from ifvit.training.step import dense_network, dense_step  # noqa: E402
@@ -45,7 +45,7 @@ TWO = ["4x1", "2x2", "2x2 across", "1x4"]  # `across`: those that share paramete
 FAILURES = [("part of process 1", "_write_part", 1), ("part of process 0", "_write_part", 0), ("end", "finalize", 0)]
 STEPS = ["1x1", "2x2", "1x4"]
 META = {"epoch": 1, "config": {}}
-TASK = SimpleNamespace(to_saved=lambda params: params)
+TASK = Mock(spec=Task, to_saved=lambda params: params)
 CONFIG = preset("smoke", DenseConfig)
 NET = dense_network(CONFIG)
 ABSTRACT = jax.eval_shape(lambda: init_state(NET, optimizer(CONFIG, learning_rate(CONFIG, 10)), 0))

@@ -14,6 +14,7 @@ import pytest
 from ifvit.batch_axes import batch_axes, over_batch
 from ifvit.config import DenseConfig, preset
 from ifvit.data.loader import PairSource
+from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.training.sharding import arranged, make_mesh, put_batch
 
@@ -137,7 +138,7 @@ def test_the_processes_parts_of_a_batch_make_the_same_micro_batches(processes):
 
     seen = {}
     for p in range(processes):
-        source = PairSource(None, Numbers(), {}, 16, 3, 5, p, processes, 2)
+        source = PairSource(PrintSet((), (), "", ""), Numbers(), {}, 16, 3, 5, p, processes, 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ifvit.data.loader.example", lambda prints, n, classes: n)
             mine = [source[i] for i in range(len(source))]

@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def overlap(roots, others) -> bool:
     return any(a == b or a in b.parents or b in a.parents for a in places[0] for b in places[1])
 
 
-def listing(prints: list[Print]) -> str:
+def listing(prints: Sequence[Print]) -> str:
     """A hash of the prints and their files' sizes: what hosts that see the same data have in common."""
     names = sorted((p.database, p.finger, p.impression, os.stat(p.path).st_size) for p in prints)
     return f"{len(names)} prints, {hashlib.sha256(json.dumps(names).encode()).hexdigest()[:12]}"
