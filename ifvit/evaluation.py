@@ -12,7 +12,7 @@ from ifvit.config import Settings
 from ifvit.data.augment import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
+from ifvit.data.prepare import Prints
 from ifvit.geometry import exact
 from ifvit.rates import threshold_at_fmr
 from ifvit.training.sharding import fetch, make_mesh, put_whole_batch
@@ -47,7 +47,7 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
     return score
 
 
-def score_pairs(score: Callable, state: tuple, prints: PrintSet, pairs: list[Pair], batch_size: int,
+def score_pairs(score: Callable, state: tuple, prints: Prints, pairs: list[Pair], batch_size: int,
                 model_parallel: int = 1) -> dict[str, np.ndarray]:
     """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order.
 

@@ -12,7 +12,7 @@ from ifvit.config import DenseConfig, MatchConfig, config_of
 from ifvit.data.augment import plain_views
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
+from ifvit.data.prepare import Prints
 from ifvit.errors import UserError
 from ifvit.evaluation import Fusion, dense_scores, match_scores, score_pairs
 from ifvit.geometry import exact
@@ -62,7 +62,7 @@ class Scorer:
         net = match_network(self.config, self.num_classes)
         return jax.jit(match_scores(net, self._aligner_network, self.config))
 
-    def score(self, prints: PrintSet, pairs: list[Pair], batch_size: int) -> dict[str, np.ndarray]:
+    def score(self, prints: Prints, pairs: list[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and what it is made of, one value a pair; higher is more alike."""
         state = (self.params, self.batch_stats)
         if self.module == "matcher":
@@ -77,7 +77,7 @@ class Scorer:
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
 
-    def registration(self, prints: PrintSet, pair: Pair):
+    def registration(self, prints: Prints, pair: Pair):
         """Module 1's registration of one pair, on the host, and the two windows (S, S) it saw."""
         if self.module == "dense_reg":
             net, state = dense_network(self.config), (self.params, self.batch_stats)
@@ -95,7 +95,7 @@ class Scorer:
         views, found = jax.device_get(jax.jit(run)(state, batch))
         return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
 
-    def picture(self, prints: PrintSet, pair: Pair, path: str | Path) -> None:
+    def picture(self, prints: Prints, pair: Pair, path: str | Path) -> None:
         """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""
         if self.module == "matcher" and not self.aligner:
             return

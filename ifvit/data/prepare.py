@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +21,15 @@ from ifvit.errors import UserError
 SAMPLE = 50  # prints of a database that are looked at for the colour of their ridges
 VERSION = 1  # to be raised when a canvas changes
 log = logging.getLogger("ifvit")
+
+
+@runtime_checkable
+class Prints(Protocol):
+    """Prints whose canvases can be had: a PrintSet, or a few in memory."""
+
+    prints: tuple[Print, ...]
+
+    def canvas(self, i: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
