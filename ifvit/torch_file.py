@@ -18,7 +18,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -109,7 +109,7 @@ class _Unpickler(pickle._Unpickler):
     dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
                 if code not in (pickle.EMPTY_SET[0], pickle.ADDITEMS[0], pickle.FROZENSET[0])}
 
-    def __init__(self, file: BinaryIO):
+    def __init__(self, file: io.BufferedIOBase):
         super().__init__(file)
         self.storages: dict[str, _Storage] = {}
 
@@ -164,7 +164,7 @@ def _dictionary(items: Iterable) -> dict:
     return {_key(key): value for key, value in items}
 
 
-def _read_zip(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_zip(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     with zipfile.ZipFile(file) as archive:
         pickles = [name for name in archive.namelist() if name.count("/") == 1 and name.endswith("/data.pkl")]
         if len(pickles) != 1:
@@ -184,7 +184,7 @@ def _member(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(name)  # checks the CRC
 
 
-def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_legacy(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     _magic, protocol, _system = (_Unpickler(file).load() for _ in range(3))
     if protocol != _LEGACY_PROTOCOL:
         raise _Broken(f"protocol {protocol!r:.100}")
@@ -199,7 +199,7 @@ def _read_legacy(file: BinaryIO) -> dict[str, np.ndarray]:
     return _arrays(state, lambda storage: raw[storage.key], "little")
 
 
-def _read_safetensors(file: BinaryIO) -> dict[str, np.ndarray]:
+def _read_safetensors(file: io.BufferedIOBase) -> dict[str, np.ndarray]:
     (header_length,) = struct.unpack("<Q", _exactly(file, 8))
     if header_length > _MAX_HEADER:
         raise _Broken(f"a header of {header_length} bytes")
@@ -268,7 +268,7 @@ def _native(raw: bytes, dtype: np.dtype, order: str) -> bytes:
     return np.frombuffer(raw, f"u{word}").byteswap().tobytes()
 
 
-def _exactly(file: BinaryIO, count: int) -> bytes:
+def _exactly(file: io.BufferedIOBase, count: int) -> bytes:
     here = file.tell()
     if count > file.seek(0, io.SEEK_END) - here:  # before reading: a false count must not allocate
         raise _Broken("it ends too early")

@@ -6,13 +6,13 @@ import math
 import shutil
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
 from etils import epath
 
 from ifvit import checkpoint, checkpoint_writing
+from ifvit.config import Config
 from ifvit.errors import UserError
 from ifvit.training.saving import OWNER, Saved, Saver, candidates, doomed, move_away, ranked, set_aside, step_of_name
 
@@ -20,7 +20,7 @@ STEPS = 4  # an epoch
 
 
 def config(save_every=100, keep_last=1, keep_best=1):
-    return SimpleNamespace(save_every=save_every, keep_last=keep_last, keep_best=keep_best)
+    return Config(save_every=save_every, keep_last=keep_last, keep_best=keep_best)
 
 
 def epoch(n: int, value: float | None = None) -> Saved:
