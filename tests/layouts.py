@@ -39,6 +39,8 @@ from ifvit.errors import UserError  # noqa: E402
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
 from ifvit.models.networks import dense_network  # noqa: E402
 from ifvit.training.saved import saved_tree  # noqa: E402
+from ifvit.training.loop import Task, saved_tree  # noqa: E402
+from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402
 from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
 from ifvit.training.step import dense_step  # noqa: E402
 from ifvit.training.task import Task  # noqa: E402

@@ -103,7 +103,7 @@ def overlap(roots, others) -> bool:
     return any(a == b or a in b.parents or b in a.parents for a in places[0] for b in places[1])
 
 
-def listing(prints: list[Print]) -> str:
+def listing(prints: Sequence[Print]) -> str:
     """A hash of the prints, in their order, and their files' sizes: what hosts that see the same data have in common.
 
     Where one host has it under another name is its own affair: databases count by their place in the order.

@@ -7,10 +7,10 @@ import grain.python as grain
 import numpy as np
 
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
+from ifvit.data.prepare import Prints, PrintSet
 
 
-def example(prints: PrintSet, pair: Pair, classes: dict) -> dict[str, np.ndarray]:
+def example(prints: Prints, pair: Pair, classes: dict) -> dict[str, np.ndarray]:
     """One pair as the step takes it; a label is −1 for a finger that is no class."""
     (canvas0, mask0), (canvas1, mask1) = prints.canvas(pair.print0), prints.canvas(pair.print1)
     label0, label1 = (np.int32(classes.get(prints.prints[i].identity, -1)) for i in pair[:2])
@@ -63,7 +63,7 @@ def batches(source: PairSource, workers: int) -> Iterator[dict[str, np.ndarray]]
 
 
 def fixed_batches(
-    prints: PrintSet, pairs: Sequence[Pair], batch_size: int
+    prints: Prints, pairs: Sequence[Pair], batch_size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Pairs in batches of one size, the last filled up with its last pair: (batch, how many count)."""
     for at in range(0, len(pairs), batch_size):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -29,6 +30,15 @@ SAMPLE = 50  # prints of a database that are looked at for the colour of their r
 AHEAD = 256  # prints that are decoded before the first of them is written, at most: canvases in memory
 VERSION = 5  # to be raised when a canvas, or a record, changes
 log = logging.getLogger("ifvit")
+
+
+@runtime_checkable
+class Prints(Protocol):
+    """Prints whose canvases can be had: a PrintSet, or a few in memory."""
+
+    prints: tuple[Print, ...]
+
+    def canvas(self, i: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from ifvit import checkpoint
 from ifvit.config import DenseConfig, MatchConfig, config_of
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
+from ifvit.data.prepare import Prints
 from ifvit.errors import UserError
 from ifvit.models.networks import dense_network, match_network
 from ifvit.pixels.geometry import exact
@@ -87,7 +87,7 @@ class Scorer:
         net = match_network(self.config, self.num_classes)
         return jax.jit(match_scores(net, self._aligner_network, self.config))
 
-    def score(self, prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+    def score(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and what it is made of, one value a pair; higher is more alike."""
         state = (self.params, self.batch_stats)
         if self.module == "matcher":
@@ -102,7 +102,7 @@ class Scorer:
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
 
-    def registration(self, prints: PrintSet, pair: Pair):
+    def registration(self, prints: Prints, pair: Pair):
         """Module 1's registration of one pair, on the host, and the two windows (S, S) it saw."""
         if self.module == "dense_reg":
             net, state = dense_network(self.config), (self.params, self.batch_stats)
@@ -120,7 +120,7 @@ class Scorer:
         views, found = jax.device_get(jax.jit(run)(state, batch))
         return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
 
-    def picture(self, prints: PrintSet, pair: Pair, path: str | os.PathLike) -> None:
+    def picture(self, prints: Prints, pair: Pair, path: str | os.PathLike) -> None:
         """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""
         if self.module == "matcher" and not self.aligner:
             return

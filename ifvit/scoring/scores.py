@@ -12,7 +12,6 @@ from ifvit.bar import bar
 from ifvit.config import Settings
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
@@ -20,6 +19,7 @@ from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.rates import threshold_at_fmr
+from ifvit.data.prepare import Prints
 
 
 def dense_scores(net: Network, config: Settings) -> Callable:
@@ -56,7 +56,7 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
 
 
 def score_pairs(
-    score: Callable, state: tuple, prints: PrintSet, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
+    score: Callable, state: tuple, prints: Prints, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
 ) -> dict[str, np.ndarray]:
     """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order.
 

@@ -41,12 +41,13 @@ def main(args: Args) -> None:
     cli.use_compilation_cache(cache_dir() / "compiled")
     base = preset(args.preset, DenseConfig).replace(seed=args.seed)
     test = prepare(read_roots(args.test), base.canvas_size, base.max_broken, cache_dir())
-    evaluate = {plain: jax.jit(dense_eval(dense_network(base), base, plain)) for plain in (True, False)}
+    views = {True: base.replace(noise=0.0, thickness=0.0, partial=0.0), False: base}  # warped only, or corrupted too
+    evaluate = {plain: jax.jit(dense_eval(dense_network(base), views[plain])) for plain in views}
     result = {}
     for name, roots in (("synthetic", ("synthetic",)), ("real", args.real)):
         config = base.replace(dataset_root=roots, checkpoint_dir=str(Path(args.out) / name))
         state = checkpoint.load(run(config, "auto", Host())).state
-        for plain in (True, False):
+        for plain in views:
             values = warp_metrics(evaluate[plain], (state["params"], state["batch_stats"]), test, base, args.pairs)
             result[f"{name}, {'warped only' if plain else 'warped and corrupted'}"] = values["accuracy"]
     for kind in ("warped only", "warped and corrupted"):

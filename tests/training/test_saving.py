@@ -6,7 +6,6 @@ import math
 import shutil
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax.numpy as jnp
 import pytest
@@ -14,6 +13,9 @@ from etils import epath
 
 from ifvit import checkpoint
 from ifvit.checkpoint import writing
+from ifvit import checkpoint
+from ifvit.checkpoint import writing
+from ifvit.config import Config
 from ifvit.errors import UserError
 from ifvit.training.policy import Saved, doomed, ranked
 from ifvit.training.run_folder import candidates, move_away, set_aside, step_of_name
@@ -23,7 +25,7 @@ STEPS = 4  # an epoch
 
 
 def config(save_every=100, keep_last=1, keep_best=1):
-    return SimpleNamespace(save_every=save_every, keep_last=keep_last, keep_best=keep_best)
+    return Config(save_every=save_every, keep_last=keep_last, keep_best=keep_best)
 
 
 def epoch(n: int, value: float | None = None) -> Saved:

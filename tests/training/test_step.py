@@ -15,6 +15,7 @@ from ifvit.config import DenseConfig, preset
 from ifvit.data.loader import PairSource
 from ifvit.devices.batch_axes import batch_axes, over_batch
 from ifvit.devices.sharding import arranged, make_mesh, put_batch
+from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 
 WORKER = """
@@ -143,7 +144,7 @@ def test_the_processes_parts_of_a_batch_make_the_same_micro_batches(processes):
 
     seen = {}
     for p in range(processes):
-        source = PairSource(None, Numbers(), {}, 16, 3, 5, p, processes, 2)
+        source = PairSource(PrintSet((), (), "", ""), Numbers(), {}, 16, 3, 5, p, processes, 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ifvit.data.loader.example", lambda prints, n, classes: n)
             mine = [source[i] for i in range(len(source))]
