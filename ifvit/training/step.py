@@ -76,9 +76,8 @@ def _gradient(loss: Callable, accumulate: int) -> Callable:
     """
 
     def gradient(params, batch_stats, batch, keys, constants):
-        params = jax.tree.map(
-            _own, params
-        )  # without this JAX adds up each leaf's gradient with a collective of its own
+        # Without this JAX would add up each leaf's gradient with a collective of its own.
+        params = jax.tree.map(_own, params)
 
         def of(stats, part):
             (value, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, stats, *part, *constants)
