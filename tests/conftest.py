@@ -1,4 +1,4 @@
-"""What the tests of commands share: one cache for the session, commands called in-process, and one smoke run of each."""
+"""What the tests of commands share: one cache for the session, commands called in-process, a smoke run of each."""
 
 import contextlib
 import importlib
