@@ -1,4 +1,5 @@
-"""How a callable gets its processes: this one with all its devices, or one Ray actor a host. Knows nothing of fingerprints.
+"""Starts a callable in its processes: in this one with all its devices, or in one Ray actor on each host.
 
-`launch.launch` decides and starts; `host.Host` is what the callable sees of the process it finds itself in.
+The package knows nothing of fingerprints. `launch.launch` decides and starts. `host.Host` is what the callable sees of
+the process that it runs in.
 """

@@ -1,4 +1,4 @@
-"""RAY_ADDRESS, as people set it: which Ray a run goes to."""
+"""Reads RAY_ADDRESS as people set it: it says which Ray a run goes to."""
 
 import os
 
@@ -43,6 +43,6 @@ def ray_address() -> str:
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """Those of a HOST:PORT; an IPv6 host without its brackets."""
+    """Host and port of HOST:PORT; an IPv6 host without its brackets."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)

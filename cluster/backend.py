@@ -1,7 +1,7 @@
-"""JAX's processes in the workers of Ray Train: `jax.distributed` on every one, each with the devices that Ray gave it.
+"""Starts `jax.distributed` in every worker of Ray Train; each keeps the devices that Ray gave it.
 
-Ray's own JaxConfig starts nothing on CPU, writes CUDA_VISIBLE_DEVICES anew in every worker, over Ray's
-assignment (two one-GPU workers of a host both take GPU 0), and leaves JAX's time-outs as they are.
+Ray's own JaxConfig is not used, for three reasons. It starts nothing on CPU. It overwrites CUDA_VISIBLE_DEVICES in
+every worker, so that two one-GPU workers of a host both take GPU 0. It cannot change JAX's time-outs.
 """
 
 import os
@@ -19,7 +19,8 @@ from cluster.private import cache_every_process
 from cluster.proxies import reach_directly
 from cluster.xla_flags import unfit
 
-problem = ""  # in a worker: why its group cannot run; told by the training function, whose errors reach the user
+# In a worker: why its group cannot run. The training function raises it, because only its errors reach the user.
+problem = ""
 
 
 @dataclass
@@ -27,9 +28,9 @@ class JaxBackendConfig(BackendConfig):
     """Time-outs in seconds; `port` of the coordination service, 0 for any free one."""
 
     platform: str = "CPU"  # GPU, TPU or CPU: what the workers have
-    packages: tuple[str, ...] = ("jax", "jaxlib")  # whose versions have to agree
+    packages: tuple[str, ...] = ("jax", "jaxlib")  # every worker must have the same versions of these
     port: int = 0
-    heartbeat_timeout: int = 60  # a process that is silent for so long is dead to the others
+    heartbeat_timeout: int = 60  # the others take a process for dead that is silent for so long
     initialization_timeout: int = 120
 
     @property
@@ -38,7 +39,7 @@ class JaxBackendConfig(BackendConfig):
 
 
 class JaxBackend(Backend):
-    """Starts JAX's processes before the training function; they end with it (`worker.work`), or are killed."""
+    """Starts JAX's processes before the training function. They end with it (`worker.work`), or are killed."""
 
     def on_start(self, worker_group, backend_config: JaxBackendConfig) -> None:
         workers, count = worker_group.get_workers(), len(worker_group)
@@ -71,7 +72,7 @@ class JaxBackend(Backend):
         ray.get(starting)
 
     def on_shutdown(self, worker_group, backend_config: JaxBackendConfig) -> None:
-        """Nothing: a group that is shut down has ended by itself, or waits for somebody who is gone."""
+        """Does nothing: a group that is shut down has ended by itself, or waits for a process that is gone."""
 
 
 def _versions(packages: tuple[str, ...]) -> dict[str, str]:
@@ -90,14 +91,14 @@ def _difference(hosts: list[str], versions: list[dict[str, str]]) -> str:
         for package, version in theirs.items():
             if version != versions[0][package]:
                 return (
-                    f"{package} is {version} on {host} and {versions[0][package]} on {hosts[0]}; install the same version "
-                    "on every host."
+                    f"{package} is {version} on {host} and {versions[0][package]} on {hosts[0]}; "
+                    "install the same version on every host."
                 )
     return ""
 
 
 def _coordinator(port: int) -> tuple[str, int, str]:
-    """Address and port of the coordination service, on the first worker's host; and why it cannot be had there."""
+    """Address and port for the coordination service on the first worker's host, and why it cannot run there, or ''."""
     address = ray.util.get_node_ip_address()
     with socket.socket() as s:
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -116,7 +117,7 @@ def _coordinator(port: int) -> tuple[str, int, str]:
 
 
 def _unfit() -> str:
-    """In the worker: why JAX does not even start in its environment, a sentence; '' where it does."""
+    """In the worker: a sentence that says why JAX does not start in its environment; '' where it does."""
     try:
         import jax  # noqa: F401
     except (ImportError, RuntimeError, ValueError) as e:
@@ -136,7 +137,10 @@ def _start(
     place: tuple[int, int],
     hosts: list[str],
 ) -> None:
-    """In the worker: its share of the host's cores and its turn on them, its platform, its place among JAX's processes."""
+    """Prepares a worker: gives it its share of the host's cores, and connects it to JAX's other processes.
+
+    `why` is not empty where the group cannot run; the worker then notes it and does not connect.
+    """
     global problem
     problem = why
     os.environ.update(env)
@@ -150,7 +154,7 @@ def _start(
         import jax
 
         reach_directly(hosts)
-        jax.config.update("jax_check_proxy_envs", False)  # a warning of what has just been seen to
+        jax.config.update("jax_check_proxy_envs", False)  # it warns of proxies, which `reach_directly` has dealt with
         if config.platform == "CPU":
             cache_every_process()
         jax.distributed.initialize(

@@ -1,4 +1,4 @@
-"""This machine's cores for a worker: some for it alone, where several share them and nobody tells them apart; and its turn on them."""
+"""Gives a worker cores of this machine for itself, and the priority that other processes have."""
 
 import contextlib
 import fcntl
@@ -8,14 +8,14 @@ from pathlib import Path
 
 NICENESS = "RAY_worker_niceness"  # of the environment that Ray is started in
 
-_held = []  # lock files, open as long as this process lives
+_held = []  # lock files; they stay open as long as this process lives
 
 
 def claim(count: int) -> set[int]:
-    """Pins this thread, and those it starts, to `count` cores that no other caller on this machine holds; which they are.
+    """Pins this thread, and those it starts, to `count` cores that no other caller on this machine holds.
 
-    Where there are not so many free, or the system has no such thing, nothing is pinned: an empty set. A process that
-    dies gives its cores back.
+    Returns these cores. Where fewer are free, or the system cannot pin threads, it pins nothing and returns an empty
+    set. A process that dies gives its cores back.
     """
     if not hasattr(os, "sched_setaffinity"):
         return set()
@@ -40,13 +40,13 @@ def claim(count: int) -> set[int]:
 
 
 def as_important_as_others() -> None:
-    """Gives all threads of this process the niceness of most processes, 0, where that is allowed (to root, mostly).
+    """Gives all threads of this process the usual niceness, 0, where the system allows it (mostly to root).
 
-    Ray starts its workers at 15, unless RAY_worker_niceness says otherwise: whatever else wakes up on the host, Ray's own
-    idle processes too, takes a core from them at once, and in a step of several devices all wait for the one that was
-    interrupted.
+    Ray starts its workers at 15, unless RAY_worker_niceness says otherwise. Any other process that wakes up on the host
+    then takes a core from them at once, Ray's own idle processes too. In a step of several devices all others wait for
+    the device that was interrupted.
     """
-    if os.environ.get(NICENESS):  # it was chosen
+    if os.environ.get(NICENESS):  # the user has chosen it
         return
     with contextlib.suppress(OSError, AttributeError):  # AttributeError: no such thing on this system
         threads = [int(t) for t in os.listdir("/proc/self/task")] if os.path.isdir("/proc/self/task") else [0]

@@ -1,4 +1,4 @@
-"""Variables of the environment; an empty one counts as not set."""
+"""Sets variables of the environment. An empty variable counts as not set."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""What a run sees of the process it is in: whether it is asked to stop, and somebody to report to."""
+"""What a run sees of the process it is in: whether it is asked to stop, and where it reports to."""
 
 import contextlib
 import os
@@ -8,22 +8,22 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
-# What a process may be asked, the strongest last: `SAVE` (its host will go soon), or to save and stop, with the
-# exit code that tells why.
+# What a process may be asked, the strongest last. SAVE: to save, because its host will go soon. The others: to save and
+# stop, with this exit code.
 SAVE, PREEMPTED, INTERRUPTED = 1, 75, 130
 HUNG = 70  # exit code of a process that ended itself because nothing moved any more
 
 
 class ClusterError(Exception):
-    """What the user asked for cannot be had; one sentence and its remedy."""
+    """The user asked for something that cannot be had. The text is one sentence with its remedy."""
 
 
 class Host:
-    """This process alone, whose signals are noted while `stoppable`. `worker.Worker` is one of several."""
+    """A run's only process; it notes signals while `stoppable`. `worker.Worker` is one of several processes."""
 
-    name = ""  # of host and process, where there are several
+    name = ""  # names host and process, where there are several
     rank = 0
-    first_here = True  # of the processes of this host
+    first_here = True  # whether it is the first process on its host
 
     def __init__(self):
         self._asked = 0
@@ -49,29 +49,29 @@ class Host:
         return self._asked
 
     def watched(self, progress: Callable[[], int]) -> contextlib.AbstractContextManager:
-        """A block in which `progress()` has to grow; a process alone waits for nobody, and cannot hang in a collective."""
+        """A block in which `progress()` has to grow. A single process is not watched: it waits for no other."""
         return contextlib.nullcontext()
 
     def has_begun(self, what: str) -> bool:
-        """Whether `what` was noted by `begun` since the command was started: by this process, or one that it stands in for."""
+        """Whether `begun` was called with `what` since the command was started, by this process or one it replaces."""
         return False
 
     def begun(self, what: str) -> None:
         """Notes that the command need not begin `what` again when its processes are started again."""
 
     def report(self, values: dict) -> None:
-        """Metrics of an epoch, to whoever looks after the run."""
+        """Sends the metrics of an epoch to whoever looks after the run."""
 
     def saved(self) -> None:
-        """A checkpoint is whole: what was done until it cannot be lost."""
+        """Notes that a checkpoint is whole, so that the work up to it cannot be lost."""
 
 
 @contextlib.contextmanager
 def watchdog(progress: Callable[[], int], seconds: float, name: str) -> Iterator[None]:
-    """Ends the process, exit code HUNG, when `progress()` has not grown for `seconds`; 0: never.
+    """Ends the process with exit code HUNG when `progress()` has not grown for `seconds`; 0: never.
 
-    It begins with the first growth: before that programs are compiled, which may take any time. A collective
-    that another process never joins cannot be given up from within: there is no other way out.
+    It begins to watch at the first growth, because compiling before that may take any time. Ending the process is the
+    only way out of a collective that another process never joins.
     """
     over = threading.Event()
 

@@ -1,6 +1,6 @@
-"""What errors of JAX's runtime mean, and what a user can do about them: a sentence each.
+"""Says in a sentence what an error of JAX's runtime means, and what a user can do about it.
 
-Only what is known is explained: anything else is a defect, or new, and its traceback is worth having.
+Only known errors are explained. Any other is a defect, or new, and its traceback is worth having.
 """
 
 import logging
@@ -37,7 +37,7 @@ BROKEN = (
     "look into the machine's log (`dmesg`) and restart the machine, or take another"
 )
 
-# What a message has in it, in this order; what that means; whether another start may go well.
+# Tried in this order: a pattern of the message, what it means, and whether another start may go well.
 KNOWN = [
     (r"NCCL|nccl[A-Z]", NCCL, True),
     (
@@ -61,8 +61,8 @@ KNOWN = [
     (r"Core halted|TPU.*(halted|unhealthy|lost)|Slice health", BROKEN.format("TPU"), True),
     (r"no kernel image|NO_BINARY_FOR_GPU", KERNELS, False),
     (
-        r"(?i)\bdnn (library|support)|cudnn|cublas|cufft|cusolver|cusparse|gpu(solver|blas)|blas support|ptxas|libdevice"
-        r"|cuInit|CUDA_ERROR|cudaError|CUDA (error|runtime|driver|version)",
+        r"(?i)\bdnn (library|support)|cudnn|cublas|cufft|cusolver|cusparse|gpu(solver|blas)|blas support|ptxas"
+        r"|libdevice|cuInit|CUDA_ERROR|cudaError|CUDA (error|runtime|driver|version)",
         GPU_LIBRARIES,
         False,
     ),
@@ -74,7 +74,7 @@ KNOWN = [
         True,
     ),
 ]
-OF_PEERS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")  # these mean no other thing
+OF_PEERS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")  # these always mean PEERS
 STATUS = rf"({'|'.join(OF_PEERS)}|FAILED_PRECONDITION|INTERNAL|UNKNOWN|NOT_FOUND|UNIMPLEMENTED)\b"
 
 NO_DEVICES = re.compile(  # the name of a platform, or of a plugin's file, and the reason
@@ -82,9 +82,9 @@ NO_DEVICES = re.compile(  # the name of a platform, or of a plugin's file, and t
     r"|Unknown backend:? '?(\w+)(.*)|Failed to open (\S+): (.*shared object.*)",
     re.DOTALL,
 )
-VISIBLE = {"tpu": ("TPU_VISIBLE_CHIPS",)}  # what hides devices of a platform
+VISIBLE = {"tpu": ("TPU_VISIBLE_CHIPS",)}  # variables that hide devices of a platform
 GPUS_VISIBLE = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES")
-EXTRAS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # of this project, by platform
+EXTRAS = {"cuda": "cuda", "gpu": "cuda", "tpu": "tpu"}  # platform -> this project's extra
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ class Explained:
 
     sentence: str
     again: bool  # whether another start may go well, on other hosts perhaps
-    code: int = 1  # exit code: 2 where the user's environment asks for what there is not
+    code: int = 1  # exit code; 2 where the user's environment asks for devices that are not there
 
 
 def explained(error: BaseException) -> Explained | None:
-    """What an error of JAX's runtime means; None for any other, and for one that is not known.
+    """What an error of JAX's runtime means; None for any other error, and for one that is not known.
 
-    RESOURCE_EXHAUSTED is not explained here: what takes less memory is known to the caller.
+    RESOURCE_EXHAUSTED is not explained here, because only the caller knows what takes less memory.
     """
     said = str(error).strip()
     if said.startswith("RESOURCE_EXHAUSTED"):
@@ -140,7 +140,7 @@ def _no_devices(error: BaseException, said: str) -> Explained | None:
 
 
 def _short(why: str) -> str:
-    """Of JAX's reason what is not its own remedy."""
+    """JAX's reason without the remedy that JAX adds to it."""
     return " ".join(why.split(" (set JAX_PLATFORMS")[0].split(" (you may need")[0].split()).rstrip(".")[:250]
 
 
@@ -154,7 +154,7 @@ def _finds_devices() -> bool:
 
 
 def cannot_import(error: BaseException) -> str:
-    """Why JAX could not be imported, a sentence, where that is what has failed; else ''."""
+    """A sentence that says why JAX could not be imported; '' where something else has failed."""
     if isinstance(error, ModuleNotFoundError) and error.name in ("jax", "jaxlib"):
         return f"{error.name} is not installed; install the project anew (pip install .), in a fresh environment."
     trace, files = error.__traceback__, []
@@ -173,7 +173,7 @@ def cannot_import(error: BaseException) -> str:
 
 
 def in_one_line(record: logging.LogRecord) -> bool:
-    """A filter of JAX's log: a plugin that cannot be used is a line, not a traceback; the run goes on without it."""
+    """A filter of JAX's log: makes a line, not a traceback, of a plugin that fails. The run goes on without it."""
     if record.exc_info and isinstance(record.exc_info[1], Exception):
         why = " ".join(str(record.exc_info[1]).split())[:400].rstrip(".") or record.exc_info[0].__name__
         record.msg = f"⚠ {record.getMessage().replace(' %s', '')}: {why}. JAX goes on without it."

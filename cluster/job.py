@@ -14,23 +14,23 @@ class Request:
 
     runtime: str = "auto"  # auto, local, ray
     num_workers: str = ""  # "", "N" or "MIN:MAX"
-    wait_for_hosts: float = 50.0  # seconds that a cluster gets to have what is asked
+    wait_for_hosts: float = 50.0  # seconds to wait until the cluster has what is asked for
     devices: str = "auto"  # gpu, tpu or cpu, of Ray's workers; auto: what the cluster has
     workers_per_host: int = 0  # 0: one; on a Ray of this machine alone, all
-    max_failures: int = 5  # in a row without a new checkpoint, before the run is given up
+    max_failures: int = 5  # so many in a row without a new checkpoint are tried again; then the run is given up
     hang_timeout: float = 600.0  # seconds without a step after which a process ends itself; 0: never
     coordinator_port: int = 0  # of JAX's coordination service, on the first worker's host; 0: any free one
 
     def __post_init__(self):
         for name in ("workers_per_host", "wait_for_hosts", "max_failures", "hang_timeout", "coordinator_port"):
             value, most = getattr(self, name), 65535 if name == "coordinator_port" else float("inf")
-            if not 0 <= value <= most:  # NaN neither
+            if not 0 <= value <= most:  # this refuses NaN too
                 raise ClusterError(
                     f"--{name} is {value}; give a number from 0 on" + (f" to {most}." if most == 65535 else ".")
                 )
 
     def workers(self) -> tuple[int, int] | None:
-        """(fewest, most) workers; None where it was left to us. ClusterError where it is no number or range."""
+        """(fewest, most) workers; None where the user gave none. ClusterError where it is no number or range."""
         if not self.num_workers:
             return None
         low, colon, high = self.num_workers.partition(":")
@@ -46,9 +46,9 @@ class Request:
         return found
 
     def on_ray(self) -> bool:
-        """Whether Ray runs it: asked for, or inside a Ray job or cluster, or with several workers.
+        """Whether Ray runs the job: when the user asks for it, when RAY_ADDRESS is set, or with several workers.
 
-        ClusterError without Ray, and where RAY_ADDRESS is none.
+        ClusterError where Ray is not installed, and where RAY_ADDRESS is no address.
         """
         several = (self.workers() or (1, 1))[1] > 1
         wanted = self.runtime == "ray" or (self.runtime == "auto" and (address.given() or several))
@@ -71,14 +71,14 @@ class Request:
 class Job:
     """What is to be run: the same callable in every process.
 
-    `call(host)` -> (exit code, message), for an end that another try would not change; what it raises is a
-    failure, which Ray tries again. It is sent to other hosts: a function of a module, or a `partial` of one.
+    `call(host)` returns (exit code, message) for an end that another try would not change. When it raises, that is a
+    failure, and Ray tries again. It is sent to other hosts: a function of a module, or a `partial` of one.
     """
 
     call: Callable[[Host], tuple[int, str]]
     name: str
     batches: tuple[int, ...] = ()  # items a step: the number of workers has to divide each
-    packages: tuple[str, ...] = ("jax", "jaxlib")  # of which every host needs the same version
+    packages: tuple[str, ...] = ("jax", "jaxlib")  # every host needs the same version of these
     item: str = "items"  # what a batch has, in messages
     another_batch: str = "another batch"  # the remedy where batches do not divide, in messages
-    variables: tuple[str, ...] = ()  # beginnings of environment variables that its workers get from the driver
+    variables: tuple[str, ...] = ()  # the workers get the driver's environment variables that begin so

@@ -1,8 +1,8 @@
-"""A job on Ray: where its workers go, how often it is tried again, and how it is stopped.
+"""Runs a job on Ray: says where its workers go, how often it is tried again, and how it is stopped.
 
-Ray Train's controller keeps one group of actors going, by default one a host with all of that host's
-accelerators. Each calls the job's function in its own JAX process. When one dies the group is started
-again, and the job goes on from its own checkpoints: Ray is told metrics and nothing else.
+Ray Train's controller keeps one group of actors going; by default one actor on each host, with all of that host's
+accelerators. Each actor calls the job's function in its own JAX process. When one dies, the group is started again, and
+the job goes on from its own checkpoints. Ray gets the metrics and nothing else.
 """
 
 import os
@@ -42,32 +42,35 @@ from cluster.private import (
 from cluster.session import passed_on, session
 from cluster.worker import LOOK, Desk, Ended, work
 
-START_FAILURES = (RayTaskError, WorkerGroupStartupFailedError)  # of JAX's processes, of Ray's
-RESIZE = 30.0  # seconds between looks for hosts that have come, where the number of workers is a range
+START_FAILURES = (RayTaskError, WorkerGroupStartupFailedError)  # JAX's processes did not start; Ray's did not
+RESIZE = 30.0  # seconds between two looks for new hosts, where the number of workers is a range
 
 
 def run(job_for: Callable[[str], Job], request: Request, cores: int | None = None) -> tuple[int, str]:
-    """Runs a job on the cluster of RAY_ADDRESS, or on one of this machine alone, of so many cores; (exit code, message)."""
+    """Runs a job on the cluster of RAY_ADDRESS, or on a Ray of this machine alone; returns (exit code, message).
+
+    `cores`: how many cores a Ray of this machine alone may use.
+    """
     prepare(request)
     with session(cores) as alone:
         place = placement(request, alone)
         job = job_for(place.platform)
         fitting = place.fitting(job)
-        if fitting.workers[0] > place.workers[0]:  # are there hosts for so many?
+        if fitting.workers[0] > place.workers[0]:  # more than `place` was found for: look again for hosts
             fitting = placement(replace(request, num_workers="{}:{}".format(*fitting.workers)), alone).fitting(job)
         return run_connected(job, request, fitting, alone, Host())
 
 
 def prepare(request: Request) -> None:
-    """Ray Train's settings in this process's environment."""
+    """Puts Ray Train's settings into this process's environment."""
     set_default("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     set_default("RAY_CHDIR_TO_TRIAL_DIR", "0")
-    if request.hang_timeout:  # a worker that does not even answer
+    if request.hang_timeout:  # how long Ray waits for a worker that does not even answer
         set_default("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", f"{request.hang_timeout:g}")
 
 
 class Trainer(DataParallelTrainer):
-    """Ray's, with a job's own end told apart from failures, and worker counts that divide its batches."""
+    """Ray's trainer, which tells a job's own end from a failure, and takes worker counts that divide the batches."""
 
     def __init__(self, place: Placement, batches: tuple[int, ...], desk, max_failures: int, alone: bool, **how):
         super().__init__(work, **how)
@@ -80,8 +83,9 @@ class Trainer(DataParallelTrainer):
         )
 
     def _create_default_callbacks(self):
-        # Processes that are of no use here and yet take turns on the cores: one for Ray Data's datasets, and one that asks the
-        # dashboard, every second, whether the controller lives; a Ray of this machine alone has none.
+        # Some of Ray's processes are of no use here and still take time on the cores. One is for Ray Data's datasets.
+        # Another asks the dashboard every second whether the controller lives; a Ray of this machine alone has no
+        # dashboard.
         useless = (DatasetsCallback, PlacementGroupCleanerCallback) if self._alone else (DatasetsCallback,)
         return [c for c in super()._create_default_callbacks() if not isinstance(c, useless)]
 
@@ -91,16 +95,16 @@ class Trainer(DataParallelTrainer):
             how["scaling_policy"] = ScalingPolicy(self.scaling_config, self._place, self._batches)
         elif self._alone:
             how["scaling_policy"] = WithoutAutoscaler(self.scaling_config)
-        if self._alone:  # nobody gives notice to a Ray that the run started: another process less
+        if self._alone:  # nobody gives notice of preemption to a Ray that the run started: no process looks for it
             set_default("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         return super()._initialize_and_run_controller(**how)
 
 
 class FailurePolicy(DefaultFailurePolicy):
-    """Tries again as long as the job gets on; gives up after `max_failures` in a row without a new checkpoint.
+    """Tries again as long as the job gets on; gives up after over `max_failures` in a row without a new checkpoint.
 
-    Ray's own counts all failures of a run: on preemptible hosts a long run meets any number. Preemptions with
-    a notice, and hosts that are still to come, are Ray's own affair and are not counted.
+    Ray's own policy counts all failures of a run, and a long run on preemptible hosts meets any number of them. Ray
+    itself deals with preemptions that have a notice, and with hosts that are still to come; these are not counted.
     """
 
     def __init__(self, failure_config: FailureConfig, desk, max_failures: int):
@@ -143,15 +147,14 @@ class ScalingPolicy(ElasticScalingPolicy):
         self._place, self._batches = place, batches
 
     def _count_possible_workers(self, reserved_resources) -> int:
-        alive = {
-            n["NodeID"] for n in ray.nodes() if n["Alive"]
-        }  # of hosts Ray's coordinator has a view that is up to 20 s old
+        # Ray's coordinator may still count hosts that have gone in the last 20 s.
+        alive = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
         most = super()._count_possible_workers({node: r for node, r in reserved_resources.items() if node in alive})
         return max((n for n in range(1, most + 1) if self._place.fits(n, self._batches)), default=0)
 
 
 class WithoutAutoscaler(FixedScalingPolicy):
-    """As many workers as were asked for, of a Ray on this machine alone: no actor that would ask an autoscaler for hosts."""
+    """As many workers as were asked for, on a Ray of this machine alone. It starts no actor to ask an autoscaler."""
 
     def _send_resource_request(self) -> None:
         pass
@@ -160,7 +163,7 @@ class WithoutAutoscaler(FixedScalingPolicy):
 
 
 def _ended(error: BaseException | None) -> Ended | None:
-    """A job's own end among the workers' errors: the others' are what it made of them."""
+    """A job's own end among the workers' errors, if it is there; errors of other workers follow from it."""
     return next((e for e in getattr(error, "worker_failures", {}).values() if isinstance(e, Ended)), None)
 
 
@@ -171,7 +174,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def run_connected(job: Job, request: Request, place: Placement, alone: bool, host: Host) -> tuple[int, str]:
-    """The same from a process that is connected to Ray; `host` is told what the first worker reports."""
+    """Runs a job from a process that is connected to Ray. `host` gets what the first worker reports."""
     low, high = place.workers
     print(
         f"Ray: {low if low == high else f'{low} to {high}'} worker{'s' if high > 1 else ''}, each with "
@@ -187,8 +190,8 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
     if place.platform == "CPU":
         env["JAX_PLATFORMS"] = "cpu"
     if sys.platform == "linux":
-        env |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # malloc's large blocks in huge pages
-    with tempfile.TemporaryDirectory() as scratch:  # Ray Train notes its own state there; nothing of the run
+        env |= {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}  # malloc takes huge pages for large blocks
+    with tempfile.TemporaryDirectory() as scratch:  # only for Ray Train's own state; the run writes nothing there
         try:
             trainer = Trainer(
                 place,
@@ -221,7 +224,7 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
                     worker_runtime_env={"env_vars": env},
                 ),
             )
-        except ValueError as e:  # a TPU slice that cannot be had in this number of workers
+        except ValueError as e:  # e.g. a TPU slice cannot be split among this number of workers
             raise ClusterError(
                 f"Ray refuses {high} workers on {place.platform}: {e}; ask for another --num_workers."
             ) from None
@@ -229,12 +232,19 @@ def run_connected(job: Job, request: Request, place: Placement, alone: bool, hos
 
 
 def _strategy(place: Placement, request: Request, alone: bool) -> str:
-    """Ray's, of placement: where each host is to have one worker a large one does not get two. A slice has its own."""
+    """Ray's placement strategy. SPREAD keeps a large host from getting two workers where each host is to have one.
+
+    A TPU slice has a strategy of its own.
+    """
     return "SPREAD" if request.workers_per_host <= 1 and not alone and place.platform != "TPU" else "PACK"
 
 
 def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, str]:
-    """Runs the trainer in a thread: this one tells `host` of epochs, and the workers what it is asked, by signals say."""
+    """Runs the trainer in another thread, to its end.
+
+    Meanwhile this thread passes on messages: the workers' epochs to `host`, and what `host` is asked (for example by a
+    signal) to the workers.
+    """
     result: list[BaseException | None] = []
 
     def fit():
@@ -261,7 +271,7 @@ def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, s
                     desk.ask.remote(asked)
     except KeyboardInterrupt:
         return INTERRUPTED, "Stopped without saving; the same command goes on from the last checkpoint."
-    except Exception:  # who is told wants no more
+    except Exception:  # `host` wants no more epochs: the workers save and stop
         desk.ask.remote(PREEMPTED)
         thread.join()
         raise
@@ -281,7 +291,7 @@ def _wait(trainer: Trainer, desk, max_failures: int, host: Host) -> tuple[int, s
 
 
 def _remedy(error: BaseException) -> str:
-    """What can be done about an error of JAX's runtime that workers, or their start, have failed with; else ''."""
+    """What can be done where workers, or their start, have failed with an error of JAX's runtime; else ''."""
     of_workers = getattr(error, "worker_failures", {}).values()
     for cause in (*of_workers, getattr(error, "controller_failure", None), error):
         cause = getattr(cause, "cause", None) or cause  # Ray's error of a task holds the task's own

@@ -21,21 +21,24 @@ class Placement:
     """What each worker gets, and how many there are."""
 
     platform: str  # GPU, TPU or CPU
-    resources: dict[str, float]  # of a worker
+    resources: dict[str, float]  # of each worker
     workers: tuple[int, int]  # fewest, most
-    exactly: bool  # asked for in this number
+    exactly: bool  # whether the user asked for this number
     topology: str | None = None  # of a TPU slice, e.g. 4x4
     accelerator: str | None = None  # e.g. TPU-V6E
 
     def fits(self, workers: int, batches: tuple[int, ...]) -> bool:
-        """Whether a number of workers divides every batch; of CPU cores a worker uses as many as do."""
+        """Whether the batch divides among so many workers, for every batch.
+
+        A worker uses all its GPUs or TPU chips. Of its CPU cores it uses as many as divide the batch.
+        """
         devices = 1 if self.platform == "CPU" else int(self.resources[self.platform])
         return all(batch % (workers * devices) == 0 for batch in batches)
 
     def fitting(self, job: Job) -> "Placement":
         """The same with at most as many workers as divide the job's batches.
 
-        ClusterError where none does, or another number was asked.
+        ClusterError where no number of workers does, or none that the user asked for.
         """
         low, high = self.workers
         found = [n for n in range(low if self.exactly else 1, high + 1) if self.fits(n, job.batches)]
@@ -53,10 +56,10 @@ class Placement:
 
 
 def placement(request: Request, alone: bool) -> Placement:
-    """One worker a host, with all that the host has, or `workers_per_host`; waits until there are hosts for them.
+    """Waits until there are hosts for the workers. A host gets one worker with all it has, or `workers_per_host`.
 
-    `alone`: Ray runs on this machine only, where all workers asked for share the host. ClusterError when the
-    cluster does not have in time what is asked.
+    `alone`: Ray runs on this machine only, and all workers share it. ClusterError when the cluster does not have in
+    time what the user asks for.
     """
     asked = request.workers()
 
@@ -64,7 +67,7 @@ def placement(request: Request, alone: bool) -> Placement:
         low, high = asked or (1, 0)
         platform = request.devices.upper() if request.devices != "auto" else kind_of_devices(nodes, alone)
         a_host = request.workers_per_host or 1
-        if alone and asked and not request.workers_per_host:  # all of them, as far as there are devices for them
+        if alone and asked and not request.workers_per_host:  # all workers on this host, as far as it has devices
             high = max(low, min([high, *(int(n["Resources"].get(platform, 0)) for n in nodes)]))
             a_host = high
         hosts = [n for n in nodes if min(n["Resources"].get(p, 0) for p in ("CPU", platform)) >= a_host]
@@ -83,9 +86,10 @@ def placement(request: Request, alone: bool) -> Placement:
             (
                 f"The cluster cannot fit this run: it asks for {low} workers, {a_host} a host, each with at least one "
                 f"{platform if platform == 'CPU' else platform + ' and one CPU'}, and there are "
-                f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; {jax_platforms_ask(platform) if request.devices == 'auto' else ''}"
-                "start more hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait longer "
-                "with --wait_for_hosts."
+                f"{', '.join(f'{k} × {v}' for v, k in there.items()) or 'no hosts'}; "
+                f"{jax_platforms_ask(platform) if request.devices == 'auto' else ''}"
+                "start more hosts, ask for fewer with --num_workers, put more on one with --workers_per_host, or wait "
+                "longer with --wait_for_hosts."
             ),
         )
 
@@ -94,16 +98,16 @@ def placement(request: Request, alone: bool) -> Placement:
 
 @dataclass(frozen=True)
 class Missing:
-    """What a cluster has not: bundles of resources, one a host, and the sentence for the user if they do not come."""
+    """What a cluster lacks: a bundle of resources for each host, and the sentence for the user if they do not come."""
 
     bundles: list[dict[str, float]]
     sentence: str
 
 
 def wait_for_hosts(look: Callable[[list[dict]], T | Missing], seconds: float) -> T:
-    """What `look` makes of the hosts that are alive, once they are enough; ClusterError when they are not in time.
+    """Waits until `look` finds the hosts that are alive enough; returns what it found. ClusterError after `seconds`.
 
-    An autoscaler brings what somebody asks for: it is asked for what was missing at first.
+    An autoscaler starts hosts only for somebody who asks: this asks for what was missing at the first look.
     """
     until = time.monotonic() + seconds
     called = None
@@ -120,13 +124,14 @@ def wait_for_hosts(look: Callable[[list[dict]], T | Missing], seconds: float) ->
             remove_placement_group(called)  # from here on the workers' own claims count
 
 
-KINDS = {"cpu": "CPU", "cuda": "GPU", "gpu": "GPU", "rocm": "GPU", "tpu": "TPU"}  # JAX's platforms, as Ray has them
+# JAX's name of a platform -> Ray's
+KINDS = {"cpu": "CPU", "cuda": "GPU", "gpu": "GPU", "rocm": "GPU", "tpu": "TPU"}
 
 
 def kind_of_devices(nodes: list[dict], alone: bool) -> str:
     """What a run's workers have: TPU, GPU or CPU, by JAX_PLATFORMS and by what the hosts have.
 
-    JAX_PLATFORMS=cpu of a driver says nothing of other hosts: it is often set where the driver runs alone.
+    JAX_PLATFORMS=cpu is often meant for the driver alone, so it does not choose the devices of other hosts.
     ClusterError for a platform that Ray's workers cannot have.
     """
     wished = [word.strip() for word in os.environ.get("JAX_PLATFORMS", "").split(",") if word.strip()]
@@ -142,7 +147,7 @@ def kind_of_devices(nodes: list[dict], alone: bool) -> str:
 
 
 def jax_platforms_ask(platform: str) -> str:
-    """The remedy where JAX_PLATFORMS, and no flag, asks for the devices that are missing; else ''."""
+    """The remedy where JAX_PLATFORMS asks for the devices that are missing; else ''."""
     if platform == "CPU" or not os.environ.get("JAX_PLATFORMS"):
         return ""
     return f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} asks for them: unset it, or "

@@ -1,8 +1,8 @@
 """Where a Ray that a run starts itself puts its sockets and its shared memory.
 
-Ray takes RAY_TMPDIR or TMPDIR and /dev/shm as they are. A path of a socket has at most 107 bytes, which the TMPDIR of
-a batch system leaves no room for; a folder may not be there, or not be writable, or its file system may know no
-sockets; a container may have a /dev/shm of 64 MB, or none.
+Ray takes RAY_TMPDIR or TMPDIR and /dev/shm as they are, and several things can be wrong with them. A path of a socket
+has at most 107 bytes, and the TMPDIR of a batch system may be too long for that. A folder may be missing or not
+writable, or its file system may know no sockets. A container may have a /dev/shm of 64 MB, or none.
 """
 
 import contextlib
@@ -17,15 +17,15 @@ from pathlib import Path
 from cluster import private
 from cluster.host import ClusterError
 
-SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.12"  # below Ray's folder: its longest
+SOCKET = "session_2026-01-01_00-00-00_000000_1234567/sockets/plasma_store.12"  # the longest path below Ray's folder
 SHARED = 500 * 10**6  # bytes of /dev/shm that Ray needs free; nothing large goes through its object store here
 OBJECTS = 200 * 10**6  # bytes of the object store where it lies on a disk
 
 
 def of_ray() -> dict:
-    """Options of `ray.init` for a Ray of this machine alone: none where Ray's own choice will do.
+    """Options of `ray.init` for a Ray of this machine alone; none where Ray's own choice works.
 
-    ClusterError where nothing will.
+    ClusterError where no folder works.
     """
     usual = Path(private.temp_dir())
     folder, options = usual, {}
@@ -49,7 +49,7 @@ def of_ray() -> dict:
 
 
 def takes_sockets(folder: Path) -> bool:
-    """Whether Ray can make its sockets there: tried, with a name as long as Ray's."""
+    """Whether Ray can make its sockets there: makes one, with a name as long as Ray's."""
     if not folder.is_absolute():
         return False
     with contextlib.suppress(OSError, UnicodeError), contextlib.ExitStack() as stack:
@@ -74,7 +74,7 @@ def _others():
 
 
 def _free_shared_memory() -> int:
-    """Bytes; 0 where there is none, or none that this process may use."""
+    """Free bytes of /dev/shm; 0 where there is none, or none that this process may use."""
     try:
         found = os.statvfs("/dev/shm")
     except OSError:

@@ -21,19 +21,20 @@ from cluster.environment import set_default
 from cluster.host import PREEMPTED, ClusterError
 from cluster.proxies import reach_directly
 
-# what is set for the driver holds for its workers: their programs and caches are the same
+# The workers get the driver's variables that begin so, because they compile the same programs into the same caches.
 PASSED_ON = ("JAX_", "XLA_", "LIBTPU_", "NCCL_")
 
 
 @contextlib.contextmanager
 def session(cores: int | None = None, **how) -> Iterator[bool]:
-    """Connected while it lasts; whether Ray runs on this machine alone, where it may use so many cores (None: all it finds).
+    """A block in which this process is connected to Ray. Its value: whether Ray runs on this machine alone.
 
-    `how`: of `ray.init`. ClusterError where nobody answers.
+    `cores`: how many cores a Ray of this machine alone may use; None: all it finds. `how`: other arguments of
+    `ray.init`. ClusterError where nobody answers.
     """
     address = ray_address()
     alone = address == "local"
-    if VARIABLE in os.environ:  # Ray reads it too, and knows neither blanks nor line ends
+    if VARIABLE in os.environ:  # Ray reads it too, and cannot deal with blanks and line ends around it
         os.environ[VARIABLE] = "" if alone else address
     hosts = [socket.gethostname(), ray.util.get_node_ip_address()]
     if not alone and address != "auto":
@@ -47,8 +48,8 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
             "_system_config": private.SYSTEM_CONFIG,
             "num_cpus": cores,
         } | places.of_ray()
-    set_default("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the job has too is no conflict
-    set_default(NICENESS, "0")  # of workers of a Ray that is started here
+    set_default("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # a variable that the Ray job sets too shall be no conflict
+    set_default(NICENESS, "0")  # for the workers of a Ray that is started here
     main = threading.current_thread() is threading.main_thread()
     before = main and signal.getsignal(signal.SIGTERM)  # Ray sets its own
     try:
@@ -79,7 +80,7 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
         yield alone
     finally:
         if main:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it is ending
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the process is ending already
         ray.shutdown()
         if main:
             signal.signal(signal.SIGTERM, before)
@@ -87,9 +88,10 @@ def session(cores: int | None = None, **how) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _without_modules_of_others() -> Iterator[None]:
-    """In a folder without modules, unless the current one is where this package lies.
+    """Changes to a folder without modules for a while, unless the current one is where this package lies.
 
-    Ray lets its workers look for modules in the current folder first: they would take a cluster.py there for this package.
+    Ray lets its workers look for modules in the current folder first. They would take a cluster.py there for this
+    package.
     """
     here = os.getcwd()
     try:
@@ -107,12 +109,12 @@ def _stop(*_) -> NoReturn:
 
 
 def passed_on(variables: Iterable[str] = ()) -> dict[str, str]:
-    """The driver's environment as far as its workers need it; `variables`: beginnings of more names."""
+    """The part of the driver's environment that its workers need. `variables`: the beginnings of more names."""
     return {k: v for k, v in os.environ.items() if k.startswith((*PASSED_ON, *variables))}
 
 
 def _answers(address: str, seconds: float = 15) -> None:
-    """ClusterError where no Ray answers at HOST:PORT for so long; Ray itself would try for minutes."""
+    """ClusterError where no Ray answers at HOST:PORT within `seconds`. Ray itself would try for minutes."""
     until = time.monotonic() + seconds
     tls = os.environ.get("RAY_USE_TLS", "0") not in ("", "0")  # its certificates are Ray's affair
     while True:

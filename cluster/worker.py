@@ -1,4 +1,4 @@
-"""What runs in an actor of Ray Train: one of the processes of a job, and the desk where driver and workers leave word."""
+"""What runs in Ray's actors: the processes of a job, and the desk where driver and workers leave messages."""
 
 import contextlib
 import logging
@@ -14,11 +14,11 @@ from cluster.host import SAVE, Host, watchdog
 from cluster.job import Job, Request
 from cluster.private import train_context
 
-LOOK = 2.0  # seconds between looks for word from the driver, or the workers, and for a notice of preemption
+LOOK = 2.0  # seconds between two looks for messages from driver or workers, and for a notice of preemption
 
 
 class Ended(Exception):
-    """The job's own end: another try would not change it."""
+    """The job's own end, which another try would not change."""
 
     def __init__(self, code: int, message: str):
         super().__init__(code, message)
@@ -26,7 +26,7 @@ class Ended(Exception):
 
 
 class Desk:
-    """Where the driver leaves word for the workers, and they say how far they are."""
+    """Where the driver leaves messages for the workers, and the workers say how far they are."""
 
     def __init__(self):
         self._code = 0
@@ -71,21 +71,20 @@ class Worker(Host):
         self.first_here = context.get_local_rank() == 0
         self.name = f"host {ray.util.get_node_ip_address()}, process {self.rank}"
         self._hang_timeout = request.hang_timeout if self.world > 1 else 0
-        self._context = (
-            train_context.get_train_context()
-        )  # the public get_preemption_info is a barrier over all workers
+        # The public get_preemption_info is a barrier over all workers.
+        self._context = train_context.get_train_context()
         self._notices, self._told = 0, 0
         self._desk = desk
         threading.Thread(target=self._look, args=(desk,), daemon=True, name="notices").start()
 
     def _look(self, desk) -> None:
         known = None
-        while ray.is_initialized():  # else to ask would start a Ray
+        while ray.is_initialized():  # a question to the desk after Ray's end would start a new Ray
             info = self._context.preemption_context.preemption_info
             if info is not None and info != known:
                 known, self._notices = info, self._notices + 1
-            if self.rank == 0:  # one is enough: what one is asked, all do
-                with contextlib.suppress(Exception):  # its host is gone, and so is the driver
+            if self.rank == 0:  # it is enough to ask one process: what one is asked, all do
+                with contextlib.suppress(Exception):  # the desk's host is gone, and the driver with it
                     self._asked = ray.get(desk.asked.remote(), timeout=60) or self._asked
             time.sleep(LOOK)
 
@@ -118,20 +117,22 @@ class Worker(Host):
 
 
 def work(config: dict) -> None:
-    """Ray Train's training function: the job's, on this worker. Raises Ended unless it ends well."""
+    """Ray Train's training function: calls the job on this worker. Raises Ended where the job does not end well."""
     if backend.problem:
         raise Ended(2, backend.problem)
-    for name in ("ray.train", train_context.__file__):  # the other is named by its file
-        logging.getLogger(name).setLevel(logging.WARNING)  # else it repeats what is reported to it, on every worker
-    job: Job = ray.cloudpickle.loads(config["job"])  # not before: it imports JAX, which may be the problem
-    with contextlib.suppress(OSError):  # relative paths mean what they mean where the job was started, if that is here
+    # Without this every worker would log again what is reported to Ray. The second logger has its file's name.
+    for name in ("ray.train", train_context.__file__):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    # Unpickling imports JAX, which may be the problem above, so it comes after that.
+    job: Job = ray.cloudpickle.loads(config["job"])
+    # Relative paths shall mean what they mean in the folder where the job was started, if this host has that folder.
+    with contextlib.suppress(OSError):
         os.chdir(config["cwd"])
     worker = Worker(config["request"], config["desk"])
     code, message = job.call(worker)
     if code:
-        logging.getLogger("ray.train").setLevel(
-            logging.CRITICAL
-        )  # else it shows a traceback of what is no error of the code
+        # Ray would show a traceback of an end that is no error of the code.
+        logging.getLogger("ray.train").setLevel(logging.CRITICAL)
         raise Ended(code, message)
     if worker.world > 1:
         import jax

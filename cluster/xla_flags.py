@@ -1,4 +1,4 @@
-"""XLA_FLAGS that XLA does not know end a process at once, with pages of usage: they are tried in another one first."""
+"""Tries XLA_FLAGS in another process: a flag that XLA does not know ends a process at once, with pages of usage."""
 
 import functools
 import os
@@ -6,13 +6,13 @@ import re
 import subprocess
 import sys
 
-# lets XLA read its flags, without looking for devices: a private name of jaxlib, checked on 0.10
+# This lets XLA read its flags without looking for devices. It is a private name of jaxlib, checked on 0.10.
 READ = "from jaxlib import _jax; _jax.CompileOptions().executable_build_options.debug_options"
 REFUSED = r"(Unknown flags? in XLA_FLAGS|Couldn't interpret value|Could not open file|Flag parsing failed).*"
 
 
 def unfit() -> str:
-    """Why XLA would end a process with this environment, a sentence with its remedy; '' where it would not."""
+    """A sentence with its remedy where XLA would end a process with this environment; else ''."""
     return _tried(os.environ.get("XLA_FLAGS", ""))
 
 
@@ -28,6 +28,6 @@ def _tried(flags: str) -> str:
         capture_output=True,
     )
     told = re.search(REFUSED, said.stderr)
-    if not said.returncode or not told:  # whatever else it has will show itself, and better
+    if not said.returncode or not told:  # any other failure will show itself later, and more clearly
         return ""
     return f"XLA refuses XLA_FLAGS={flags} ({told[0].strip().rstrip('.')[:200]}); mend the flag, or unset the variable."

@@ -1,4 +1,4 @@
-"""How every command parses its flags and ends: one sentence on stderr for a user's mistake, and exit codes.
+"""Parses the flags of every command, and ends it: with one sentence on stderr for a user's mistake, and an exit code.
 
 0 done · 1 a failure (NaN included) · 2 the user's mistake · 75 preempted, saved · 130 Ctrl-C, saved.
 """
@@ -53,8 +53,9 @@ def parse(cls, name: str, argv: list[str]):
     except SystemExit as e:
         if not e.code:  # --help
             raise
-        rule = lambda line: not line.strip("─-")  # or a blank line
-        box = itertools.dropwhile(rule, [line.strip("│ ") for line in said.getvalue().splitlines()[1:]])  # title off
+        rule = lambda line: not line.strip("─-")  # a ruled or a blank line
+        # The first line is the box's title.
+        box = itertools.dropwhile(rule, [line.strip("│ ") for line in said.getvalue().splitlines()[1:]])
         what = " ".join(itertools.takewhile(lambda line: not rule(line), box))
         raise UserError(f"{what.rstrip('.')}; python -m {name} --help tells what each flag takes.") from None
     if unknown:
@@ -75,7 +76,7 @@ def main(cls, name: str, argv: list[str] | None = None) -> int:
 
 
 def main_with_commands(commands: dict[str, type], name: str) -> int:
-    """The same for a command with sub-commands."""
+    """Like `main`, for a command with sub-commands."""
 
     def call():
         words = sys.argv[1:]
@@ -107,24 +108,23 @@ def _guard(call: Callable[[], int | None]) -> int:
 
 
 def prepare_output() -> None:
-    """The log on stdout, without what libraries say of what we say ourselves."""
+    """Sends the log to stdout, without lines of libraries about failures that this project reports itself."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stdout)
     logging.getLogger("ifvit").setLevel(logging.INFO)
     for library in ("absl", "asyncio"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)  # tracebacks of Orbax's writes that fail
-    logging.getLogger("jax").setLevel(
-        logging.WARNING
-    )  # in Ray's workers it would tell of every platform that is not there
+        logging.getLogger(library).setLevel(logging.CRITICAL)  # they log tracebacks of Orbax's writes that fail
+    # In Ray's workers JAX would log every platform that is not there.
+    logging.getLogger("jax").setLevel(logging.WARNING)
     logging.getLogger("jax._src.xla_bridge").addFilter(in_one_line)
     if not isinstance(sys.unraisablehook, _UnraisableHook):
         sys.unraisablehook = _UnraisableHook(sys.unraisablehook)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal without the sign ✓ is no reason to stop
+            stream.reconfigure(errors="replace")  # a terminal that cannot show ✓ shall not stop a command
 
 
 def log_to_stderr() -> None:
-    """For commands whose stdout is for programs to read."""
+    """Sends the log to stderr, for commands whose stdout other programs read."""
     for name in ("", "ifvit"):
         for handler in logging.getLogger(name).handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream is sys.stdout:
@@ -132,15 +132,16 @@ def log_to_stderr() -> None:
 
 
 def tell(code: int, message: str) -> None:
-    """Says on stderr how a command ended."""
+    """Prints on stderr how a command ended."""
     if message:
         print(message if code in (75, 130) else f"Error: {message}", file=sys.stderr, flush=True)
 
 
 def outcome(call: Callable[[], object], tried_again: bool = False) -> tuple[int, str]:
-    """Calls it: exit code and message of the ends that have one. Anything else is raised: a defect, or a host that is gone.
+    """Calls `call`, and returns (exit code, message) where it ends as expected.
 
-    `tried_again`: somebody starts this process again when it raises; what may go well then is raised too.
+    Any other exception is raised: it is a defect, or a host is gone. `tried_again`: this process is started again when
+    it raises. Then errors that another start may avoid are raised too.
     """
     try:
         call()
@@ -156,7 +157,7 @@ def outcome(call: Callable[[], object], tried_again: bool = False) -> tuple[int,
     except BrokenPipeError:  # `… | head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1, ""
-    except (RuntimeError, AssertionError) as e:  # JAX's are
+    except (RuntimeError, AssertionError) as e:  # JAX's errors are of these classes
         if str(e).startswith("RESOURCE_EXHAUSTED"):
             return 1, FULL_DEVICE.format(str(e).splitlines()[0][:200])
         known = explained(e)
@@ -174,7 +175,10 @@ def outcome(call: Callable[[], object], tried_again: bool = False) -> tuple[int,
 
 @dataclasses.dataclass(frozen=True)
 class _UnraisableHook:
-    """The hook before it, but for what TensorStore says when one of Orbax's writes has failed and the others report to it."""
+    """Calls the hook before it, and leaves out one message.
+
+    TensorStore gives that message when one of Orbax's writes has failed and the others still report to it.
+    """
 
     before: Callable
 
@@ -199,7 +203,10 @@ def use_huge_pages() -> None:
 
 
 def use_compilation_cache(folder: Path) -> None:
-    """Compiled steps outlive the process; a second run starts training in seconds. Without room it does without."""
+    """Keeps compiled programs on the disk, so that a second run starts training in seconds.
+
+    Where the disk has no room it warns, and every start compiles anew.
+    """
     import jax
 
     try:

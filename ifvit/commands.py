@@ -1,4 +1,4 @@
-"""What the training commands share: flags, how preset, file and flags make a configuration, and where it is run."""
+"""What the training commands share: their flags, their configuration from preset, file and flags, and their start."""
 
 import functools
 import importlib
@@ -50,16 +50,16 @@ class ConfigArgs:
     seed: int | None = None
     """of the training; `--set data_seed=N` chooses held-out fingers and generated prints [0]"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of all prints, whatever their files and sets tell; `auto`: what these tell, unless the ridges tell another"""
+    """resolution of all prints, whatever files and sets tell; `auto`: what they tell, unless the ridges tell another"""
     ridges: Literal["dark", "light"] | None = None
     """in the prints' images; `light` of sensors that show them white on black [dark]"""
     names: str | None = None
-    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
+    """how to read paths below the folder, without extension: '{database}/{finger}_{impression}' [known sets' names]"""
 
     command: ClassVar[str]  # the module's name
 
     def common(self) -> dict:
-        """Flags that are configuration keys of both modules, those given."""
+        """The given flags that are configuration keys of both modules."""
         flags = {
             "seed": self.seed,
             "ppi": self.ppi,
@@ -75,7 +75,7 @@ class TrainArgs(ConfigArgs):
     """Flags of every training command."""
 
     runtime: Literal["auto", "local", "ray"] = "auto"
-    """`local`: this process with all its devices; `ray`: Ray Train; `auto`: `ray` where RAY_ADDRESS is set (in a Ray job it is), or with several workers"""
+    """`local`: this process, all its devices; `ray`: Ray Train; `auto`: `ray` with RAY_ADDRESS or several workers"""
     num_workers: str = ""
     """of Ray, N or MIN:MAX (as many as there are hosts for) [one a host]"""
     devices: Literal["auto", "gpu", "tpu", "cpu"] = "auto"
@@ -92,11 +92,11 @@ class TrainArgs(ConfigArgs):
     """of JAX's coordinator, on the first worker's host; 0: any free one"""
 
     def configs(self, preset: str | None) -> tuple:
-        """The configurations of the modules that are trained; `preset` where no flag names one."""
+        """The configurations of the modules that are trained. `preset` is used where no flag names one."""
         raise NotImplementedError
 
     def train(self, configs: tuple, host: Host) -> None:
-        """Trains them in this process, which may be one of several."""
+        """Trains the modules in this process, which may be one of several."""
         raise NotImplementedError
 
     def run(self) -> int:
@@ -110,7 +110,7 @@ class TrainArgs(ConfigArgs):
         return code
 
     def request(self) -> Request:
-        """Where the flags say that it runs; UserError where they make no sense."""
+        """The part of the flags that says where the command runs; UserError where they make no sense."""
         try:
             request = Request(**{f: getattr(self, f) for f in Request.__dataclass_fields__})
             request.on_ray()
@@ -119,7 +119,10 @@ class TrainArgs(ConfigArgs):
         return request
 
     def _job(self, platform: str) -> Job:
-        """This command as a job for workers of that kind, its flags checked; for '' without a look at the devices."""
+        """Checks the flags, and makes this command a job for workers with that kind of device.
+
+        '' stands for this process alone, whose devices are not known yet.
+        """
         name = self.command.rpartition(".")[2]
         if not platform:
             return Job(functools.partial(run_here, self.command, asdict(self), "", None, None), name)
@@ -136,15 +139,16 @@ class TrainArgs(ConfigArgs):
         )
 
 
+# Arguments that all jobs of this project have.
 JOB = {
     "item": "pairs",
     "another_batch": "a --batch_size that is a multiple",
     "variables": ("IFVIT_",),
-}  # what all of ours have
+}
 
 
 def check_outlives_job(path: str, what: str) -> None:
-    """UserError for a folder that Ray removes with the job."""
+    """UserError for a folder that Ray removes at the job's end."""
     if "working_dir_files" in absolute(path):
         raise UserError(
             f"{what} {path} lies in the job's working directory, which Ray removes; give an absolute path that "
@@ -153,7 +157,7 @@ def check_outlives_job(path: str, what: str) -> None:
 
 
 def check_set(items: tuple[str, ...]) -> None:
-    """UserError for a key that `--set` has two values for: one of them would go missing in silence."""
+    """UserError for a key that `--set` gives two values: one of them would be lost without a word."""
     values: dict[str, str] = {}
     for key, sep, value in (item.partition("=") for item in items):
         if sep and values.setdefault(key, value) != value:
@@ -161,28 +165,33 @@ def check_set(items: tuple[str, ...]) -> None:
 
 
 def check_common(items: tuple[str, ...]) -> None:
-    """UserError for a `--set match.KEY=…` of a setting that a search takes from Module 1, unless that is given the same."""
+    """UserError for `--set match.KEY=…` where a search takes KEY from Module 1, unless that is given the same value."""
     values = {key: value for key, _, value in (item.partition("=") for item in items)}
     for k in keys_with(COMMON):
         if f"match.{k}" in values and values[f"match.{k}"] != values.get(f"dense.{k}"):
             raise UserError(
-                f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… too, the same."
+                f"--set match.{k}=… is for Module 2 alone, which has that of its Module 1; give --set dense.{k}=… "
+                "too, the same."
             )
 
 
 def check_backend(platform: str, name: str) -> None:
-    """UserError where Ray has given this process, `name`, devices that JAX does not find; `platform`: GPU, TPU or CPU, '' without Ray."""
+    """UserError where Ray has given this process devices that JAX does not find.
+
+    `platform`: GPU, TPU or CPU, '' without Ray. `name`: this process, for the message.
+    """
     import jax
 
     if platform not in ("", "CPU") and jax.default_backend() == "cpu":
         if os.environ.get("JAX_PLATFORMS"):
             raise UserError(
-                f"{name or 'This process'} has a {platform} from Ray, and there JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} forbids "
-                "it; unset that where Ray is started on that host, or give --devices cpu."
+                f"{name or 'This process'} has a {platform} from Ray, and there "
+                f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']} forbids it; unset that where Ray is started on that "
+                "host, or give --devices cpu."
             )
         raise UserError(
-            f"{name or 'This process'} has a {platform} from Ray, and JAX finds none there; install the project with the "
-            f"extra {'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver."
+            f"{name or 'This process'} has a {platform} from Ray, and JAX finds none there; install the project with "
+            f"the extra {'cuda' if platform == 'GPU' else 'tpu'} on every host, or look after its driver."
         )
 
 
@@ -194,9 +203,9 @@ def given(**flags) -> dict:
 def run_here(
     command: str, flags: dict, platform: str, preset: str | None, configs: tuple | None, host: Host
 ) -> tuple[int, str]:
-    """A training command in this process: (exit code, message). Of several processes JAX's first one prints.
+    """Runs a training command in this process, and returns (exit code, message).
 
-    `platform`: the devices that Ray gave it, '' where it is to find out.
+    Of several processes only JAX's first one prints. `platform`: the kind of device that Ray gave; '' without Ray.
     """
     args = importlib.import_module(command).Args(**flags)
 
@@ -206,7 +215,7 @@ def run_here(
         use_cpu_cores()
         ours = configs or args.configs(preset)
         check_backend(platform, host.name)
-        if jax.process_index():  # not Ray's rank: a TPU slice numbers its hosts itself
+        if jax.process_index():  # this may differ from Ray's rank, because a TPU slice numbers its hosts itself
             sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 (it stays open as long as the process)
             logging.getLogger().handlers.clear()
             cli.prepare_output()
@@ -218,10 +227,10 @@ def run_here(
 
 
 def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, table: str = ""):
-    """Preset, then the TOML file, then `--set`, then flags; every key checked.
+    """The configuration from the preset, the TOML file, `--set` and the flags; the later wins. It checks every key.
 
-    `table` (`dense` or `match`, in train_all) picks the keys of `[table]` in the file and `table.key`
-    of `--set`; without it both are plain keys.
+    With `table` (`dense` or `match`, in train_all) the keys are those of `[table]` in the file, and `table.key` of
+    `--set`. Without it they are plain keys.
     """
     use_cpu_cores()
     check_set(args.set)
@@ -250,7 +259,10 @@ def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, ta
 
 
 def tried(make, preset_name: str | None):
-    """`make(preset)`; where none is named, of either that the devices may choose: UserError where neither will do."""
+    """`make(preset)`. Where none is named, it tries both presets that the devices may choose.
+
+    UserError where neither can be made.
+    """
     if preset_name:
         return make(preset_name)
     try:
@@ -266,13 +278,14 @@ def named_roots(args: ConfigArgs, config: Config) -> str:
 
 
 def start(args: ConfigArgs, preset_name: str | None, config: Config) -> None:
-    """The first log line, and the compilation cache."""
+    """Prints the first log line, and sets up the compilation cache."""
     import jax
 
     devices = jax.devices()
     processes = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
     print(
-        f"{args.command.rpartition('.')[2]}: dataset_root {named_roots(args, config)}; preset {args.preset or preset_name or default_preset()}; "
+        f"{args.command.rpartition('.')[2]}: dataset_root {named_roots(args, config)}; "
+        f"preset {args.preset or preset_name or default_preset()}; "
         f"{len(devices)} × {devices[0].device_kind}{processes}",
         flush=True,
     )

@@ -239,7 +239,10 @@ class MatchConfig(Config):
 
 
 class Traced:
-    """A configuration within a compiled program: `Config.program`, its scalars as arguments; the host's keys are not there."""
+    """A configuration within a compiled program: `Config.program`, with its scalars as arguments of the program.
+
+    It has none of the keys that only the host uses.
+    """
 
     def __init__(self, config: Config, scalars: dict):
         self._config, self._scalars = config, scalars
@@ -268,7 +271,10 @@ def keys_with(role: str) -> tuple[str, ...]:
 
 
 def completed(cls, saved: dict) -> dict:
-    """A saved configuration with the keys that are newer than it, at what was in effect then: defaults; `data_seed` was `seed`."""
+    """A saved configuration with the keys that are newer than it.
+
+    They get the values that were in effect then: the defaults, and `seed` for `data_seed`.
+    """
     return cls().to_dict() | {"data_seed": saved.get("seed", 0)} | saved
 
 
@@ -331,7 +337,10 @@ def read_toml(path: str) -> dict:
 
 
 def with_changes(config, changes: dict):
-    """`config` with keys replaced; lists become tuples, `~` in paths the home; unknown keys name the nearest known one."""
+    """`config` with other values for some keys. Lists become tuples, and `~` in paths becomes the home.
+
+    UserError for an unknown key names the nearest known one.
+    """
     paths = {f.name for f in dataclasses.fields(config) if f.metadata.get("path")}
     clean = {known_key(type(config), k): tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
     return config.replace(**{k: _as_paths(v) if k in paths else v for k, v in clean.items()})

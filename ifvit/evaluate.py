@@ -48,11 +48,11 @@ class Args:
     batch_size: int = 16
     """pairs at once"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of all prints, whatever their files and sets tell; `auto`: what these tell, unless the ridges tell another"""
+    """resolution of all prints, whatever files and sets tell; `auto`: what they tell, unless the ridges tell another"""
     ridges: Literal["dark", "light"] = "dark"
     """in the prints' images; `light` of sensors that show them white on black"""
     names: str = ""
-    """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
+    """how to read paths below the folder, without extension: '{database}/{finger}_{impression}' [known sets' names]"""
 
     def run(self) -> int:
         self.check()
@@ -129,7 +129,7 @@ class Args:
 
 
 def warn_of_known_prints(trained_roots, trained_on, roots, prints) -> None:
-    """Says so where prints are of folders that a checkpoint was trained on, or are files of its `contents.sample` in others."""
+    """Warns where prints lie in folders that a checkpoint was trained on, or are copies of files of its sample."""
     from ifvit.data.contents import known
     from ifvit.data.gather import overlap
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from ifvit.errors import UserError
 
-# What file systems answer that cannot sync a folder, or not by a handle that only reads: CIFS, FUSE, 9p, shared folders of
-# virtual machines. They keep what was written as well as they can; EIO and ENOSPC say that it was not kept.
+# Some file systems answer so because they cannot sync a folder, or need a handle that writes for it: CIFS, FUSE, 9p,
+# shared folders of virtual machines. They still keep what was written as well as they can. Only EIO and ENOSPC say that
+# it was not kept.
 CANNOT_SYNC = {
     errno.EINVAL,
     errno.ENOTSUP,
@@ -60,7 +61,9 @@ def write_whole(path: str | os.PathLike, data: str | bytes, durable: bool = Fals
 
 
 def to_disk(path: str | os.PathLike) -> bool:
-    """Returns when a file's content, or a folder's names, are on the disk itself (fsync); False where its file system cannot tell.
+    """Returns when a file's content, or a folder's names, are on the disk itself (fsync).
+
+    False where the file system cannot tell.
 
     Raises OSError where they could not be written.
     """

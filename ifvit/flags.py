@@ -10,9 +10,9 @@ from ifvit.paths import from_home
 
 
 def read(cls, argv: list[str]) -> list[str]:
-    """`argv` for the dataclass of flags `cls`: `--resume` alone is its default, a list that is given in parts is one list.
+    """`argv` for the dataclass of flags `cls`. `--resume` alone means its default. Parts of a list become one list.
 
-    UserError for a flag of one value that is given twice: one of the two would go missing in silence.
+    UserError for a flag of one value that is given twice: one of the two would be lost without a word.
     """
     kinds = _kinds(cls)
     parts: list[list[str]] = []  # a flag and what stands after it

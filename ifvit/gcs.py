@@ -48,10 +48,10 @@ class Refused(UserError, OSError):
 
 
 class GcsPath(PosixGPath):
-    """Of a path's methods those that are used here; they raise Refused. A directory is there where something is below it.
+    """A path in a bucket, with the methods that this project uses. They raise Refused.
 
-    The store has no rename: `copy_tree`, `rename` and `rmtree` go from object to object, the MARKs last where they are
-    written and first where they are deleted, so that a checkpoint is whole wherever it has one.
+    A directory exists where something is below it. The store cannot rename a folder: `copy_tree`, `rename` and `rmtree`
+    go from object to object. They write MARKs last and delete them first, so that a checkpoint with a MARK is whole.
     """
 
     def kvstore(self, key: str = "") -> dict:
@@ -142,10 +142,10 @@ class GcsPath(PosixGPath):
         _each(fetch, self._keys())
 
     def _keys(self) -> list[str]:
-        """What is below this path.
+        """The keys below this path.
 
-        TensorStore ends a list where the store refuses to go on, and does not tell: it is asked until it forgets nothing
-        that it told the time before.
+        TensorStore ends a list without an error where the store refuses to go on. So this asks again until a list has
+        all that the one before had.
         """
         keys: set[bytes] = set()
         for _ in range(5):
@@ -188,9 +188,8 @@ def check_refusal(path, e: Exception) -> None:
 
 def _refused(path: GcsPath, e: Exception, what: str = "read") -> Refused:
     why = " ".join(re.split(r" \[[\w ]+='", str(e))[0].split())  # [http_response_code='403'] …
-    why = re.sub(r"^(?:[A-Z_]+: )?(?:.*Error (?:reading|writing|deleting) .*?gs://\S+: )?", "", why)[
-        :160
-    ]  # on the way to what
+    # The beginning of the message, which says what was read or written, is left out.
+    why = re.sub(r"^(?:[A-Z_]+: )?(?:.*Error (?:reading|writing|deleting) .*?gs://\S+: )?", "", why)[:160]
     refused = Refused(f"{path} cannot be {what} ({why}); check the URL, the network and the credentials.")
     refused.strerror = why
     return refused

@@ -16,7 +16,10 @@ NAMES = ("cluster", "tune")
 
 
 def is_command() -> bool:
-    """Whether this package is being imported for `python -m` of one of its commands: a program of the user's keeps its own path."""
+    """Whether this package is being imported for `python -m` of one of its commands.
+
+    A user's own program that imports it keeps its `sys.path`.
+    """
     after = (word for flag, word in itertools.pairwise(sys.orig_argv) if re.fullmatch(r"-[A-Za-z]*m", flag))
     return sys.argv[:1] == ["-m"] and next(after, "").partition(".")[0] in ("ifvit", *NAMES)
 
@@ -28,7 +31,10 @@ def without_current(path: list[str], here: str) -> list[str]:
 
 
 def others_before_us(path: list[str]) -> list[str]:
-    """The folders of a `sys.path` that hold others of our names and come before ROOT, or before its end where ROOT is not in it."""
+    """The folders of a `sys.path` before ROOT that hold other modules of our names.
+
+    Where ROOT is not in it, all its folders count.
+    """
     before = itertools.takewhile(lambda folder: not _is_root(folder), path)
     return [folder for folder in before if any(PathFinder.find_spec(name, [folder]) for name in NAMES)]
 

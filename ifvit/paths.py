@@ -1,4 +1,4 @@
-"""Where things lie: the current directory locally, /kaggle/working/IFViT in a Kaggle notebook, the cache in the user's own."""
+"""Where files lie: in the current directory, or in /kaggle/working/IFViT on Kaggle; the cache in the user's home."""
 
 import errno
 import functools
@@ -79,7 +79,7 @@ def home_of(user: str = "") -> str | None:
 
 
 def lend_home() -> None:
-    """Sets HOME for the libraries where there is no home, to the folder that the cache lies in then: Ray ends without one."""
+    """Sets HOME where there is no home, to the folder that then also has the cache: Ray ends without a home."""
     folder = _temporary_folder()
     if home_of() is None and folder and _is_private(folder):
         os.environ["HOME"] = str(folder)
@@ -122,7 +122,10 @@ def cache_dir() -> Path:
 
 
 def _usual_cache() -> Path | None:
-    """Where the cache lies if it can; None without a home. Relative paths in XDG_CACHE_HOME are to be ignored, says its standard."""
+    """The usual place of the cache; None without a home.
+
+    The standard of XDG_CACHE_HOME demands that relative paths in it are ignored.
+    """
     if on_kaggle():
         return base_dir() / ".cache"
     xdg, home = os.environ.get("XDG_CACHE_HOME", ""), home_of()

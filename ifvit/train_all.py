@@ -41,7 +41,7 @@ class Args(TrainArgs):
     """LoFTR weights (.ckpt, .pt, .safetensors) that start Module 1's transformer [none]"""
 
     tune: int = 0
-    """search the settings of each module in so many trials first (python -m tune); what is given with --set stays [no search]"""
+    """search each module's settings in so many trials first (python -m tune); --set fixes a setting [no search]"""
     sweep_dir: str = "./checkpoints/sweep"
     """of --tune: where its trials and results go"""
 
@@ -77,8 +77,8 @@ class Args(TrainArgs):
         ):
             if getattr(self, name) != getattr(Request, name):
                 raise UserError(
-                    f"--{name} does not go with --tune: its trials take what the cluster has. Search with python -m tune "
-                    f"and {where}, then train with --config best.toml and --{name}."
+                    f"--{name} does not go with --tune: its trials take what the cluster has. Search with python -m "
+                    f"tune and {where}, then train with --config best.toml and --{name}."
                 )
         check_common(self.set)
         for config, name, flag in zip(tried(self.configs, self.preset), ("dense_reg", "matcher"), ("dense", "matcher")):
@@ -117,9 +117,8 @@ class Args(TrainArgs):
             "dense.loftr_ckpt": self.loftr_ckpt,
         }
         words = [w for k, v in given(**flags).items() if v != "" for w in (f"--{k}", str(v))]
-        words += [
-            w for item in self.set if item.partition("=")[0] not in given(**fixed) for w in ("--set", item)
-        ]  # flags win
+        # Flags win over --set.
+        words += [w for item in self.set if item.partition("=")[0] not in given(**fixed) for w in ("--set", item)]
         words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
         words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
         sweep = subprocess.Popen(
@@ -163,8 +162,8 @@ class Args(TrainArgs):
             for k in keys_with(COMMON):
                 if dense[k] != match[k]:
                     raise UserError(
-                        f"{k} is {dense[k]} for Module 1 and {match[k]} for Module 2, which starts from its transformer; "
-                        f"give both the same (--set dense.{k}=… --set match.{k}=…)."
+                        f"{k} is {dense[k]} for Module 1 and {match[k]} for Module 2, which starts from its "
+                        f"transformer; give both the same (--set dense.{k}=… --set match.{k}=…)."
                     )
         return dense, match
 
@@ -206,7 +205,8 @@ class Args(TrainArgs):
                     print_table(evaluate(scorer, held_out, here))
                 if scorer.module == "matcher" and scorer.fusion:
                     print(
-                        "(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on prints of others, tells more.)"
+                        "(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on "
+                        "prints of others, tells more.)"
                     )
             except UserError as e:  # the training is done and good; single impressions, say, have no genuine pair
                 print(f"not evaluated: {e}")

@@ -50,7 +50,10 @@ def run(
     may_change: Set[str] = frozenset(),
     validation: DenseConfig | None = None,
 ) -> Path:
-    """Trains Module 1; returns the final checkpoint's path. `may_change` as `loop.train`, `validation` as `dense_task`."""
+    """Trains Module 1, and returns the final checkpoint's path.
+
+    `may_change` as in `loop.train`, `validation` as in `dense_task`.
+    """
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task
     from ifvit.training.loop import train

@@ -35,7 +35,7 @@ class Args:
     json: bool = False
     """print {"score", "decision", "matches"} as JSON"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of both prints, whatever the files and their sets tell; `auto`: what these tell, unless the ridges tell another"""
+    """resolution of both prints, whatever files and sets tell; `auto`: what they tell, unless the ridges differ"""
     ridges: Literal["dark", "light"] = "dark"
     """in both images; `light` of sensors that show them white on black"""
 
@@ -83,7 +83,7 @@ class Canvases:
 def on_canvases(
     paths: Sequence[str | os.PathLike], ppi: float | Literal["auto"] | None, canvas_size: int, ridges: str = "dark"
 ) -> Canvases:
-    """Single files on their canvases, at the resolution they have in their set; UserError for one that shows no print."""
+    """Single files on their canvases, at the resolution of their set. UserError for a file that shows no print."""
     from ifvit.data import scale
     from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
     from ifvit.data.names import known_ppi

@@ -58,7 +58,10 @@ def watch():
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, watch):
-    """The sentence a file is refused with; it opened no other file, imported and started nothing, took little memory and time."""
+    """The sentence that refuses a file.
+
+    It checks that the file opened no other file, imported and started nothing, and took little memory and time.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(raw: bytes, megabytes=4.0, traced=True) -> str:  # tracing takes ten times as long

@@ -1,3 +1,3 @@
 """Sweeps: searches settings for both modules with Ray Tune. `python -m tune --help`."""
 
-import ifvit  # noqa: F401  which sees to it that `cluster` is ours
+import ifvit  # noqa: F401 (it makes sure that `cluster` is this project's)

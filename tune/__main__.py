@@ -30,10 +30,10 @@ from ifvit.paths import resolve
 from tune import space as spaces
 from tune.space import RUNS, Choice
 
-PARENT = "IFVIT_SWEEP_OF"  # in the environment: the process without which a sweep is to end
-PATIENCE = 30.0  # seconds that a sweep which is ending gets to leave its folder
-METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # by default, and whether more is better
-LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # in a metric's name
+PARENT = "IFVIT_SWEEP_OF"  # environment variable: the process whose end also ends the sweep
+PATIENCE = 30.0  # seconds to wait for a sweep that is ending and still has the folder
+METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # the default metric, and whether more is better
+LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # parts of such metrics' names
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Args(ConfigArgs):
         if self.trial_workers < 1:
             raise UserError(f"--trial_workers is {self.trial_workers}; give at least 1.")
         for name in ("trial_cpus", "trial_accelerators", "max_concurrent", "wait_for_hosts"):
-            if not 0 <= getattr(self, name) < math.inf:  # NaN neither
+            if not 0 <= getattr(self, name) < math.inf:  # this refuses NaN too
                 raise UserError(f"--{name} is {getattr(self, name)}; give a number from 0 on.")
         if self.trial_accelerators > 1 and self.trial_accelerators % 1:
             raise UserError(
@@ -103,7 +103,8 @@ class Args(ConfigArgs):
             )
         if self.searcher == "optuna" and self.scheduler == "pbt":
             raise UserError(
-                "Population-based training draws its settings itself; leave --searcher out, or give another --scheduler."
+                "Population-based training draws its settings itself; leave --searcher out, or give another "
+                "--scheduler."
             )
         if self.joint and self.module != "both":
             raise UserError("--joint searches both modules; give --module both with it.")
@@ -117,7 +118,7 @@ class Args(ConfigArgs):
                 "--joint takes Module 1 from trials that were trained to the end; leave --trial_epochs out."
             )
         check_outlives_job(resolve(self.sweep_dir), "sweep_dir")
-        tried(self._plans, self.preset)  # what is wrong with flags and files shows before Ray is started
+        tried(self._plans, self.preset)  # shows mistakes in flags and files before Ray is started
         if self.scheduler == "pbt" and (self.max_concurrent or self.trial_workers > 1):
             raise UserError(
                 "Population-based training goes round by round through all its trials; leave --max_concurrent and "
@@ -131,7 +132,7 @@ class Args(ConfigArgs):
             ) from None
         import jax
 
-        jax.config.update("jax_platforms", "cpu")  # here prints are read, no more: accelerators are the trials'
+        jax.config.update("jax_platforms", "cpu")  # this process only reads prints; the trials have the accelerators
         from tune import sweep
 
         if parent := os.environ.pop(PARENT, ""):
@@ -151,14 +152,13 @@ class Args(ConfigArgs):
     def _sweeps(self, out: Path, platform: str) -> None:
         from ifvit import checkpoint
 
-        preset = self.preset or (
-            "cpu" if platform == "CPU" and not self.trial_accelerators else "paper"
-        )  # they may be still to come
+        # Where accelerators are asked for, hosts that have them may be still to come.
+        preset = self.preset or ("cpu" if platform == "CPU" and not self.trial_accelerators else "paper")
         plans = self._plans(preset)
         roots = named_roots(self, next(iter(plans.values()))[0])
         print(f"tune: dataset_root {roots}; preset {preset}; sweep in {out}", flush=True)
         best: dict[str, Config] = {}
-        trained: dict[str, str] = {}  # the best ones' checkpoints
+        trained: dict[str, str] = {}  # the checkpoint of each module's best trial
         finished: list[str] = []  # checkpoints of the trials that were trained to their end, the best first
         for name, (config, space) in plans.items():
             if name == "match":
@@ -171,7 +171,8 @@ class Args(ConfigArgs):
                     )
                 if trained and _noted(out / name).get("module1") not in (None, _modules1(config, space)):
                     print(
-                        f"Module 1 is another one now: what was tried on the one before is moved to {_move_away(out / name)}"
+                        "Module 1 is another one now: what was tried on the one before is moved to "
+                        f"{_move_away(out / name)}"
                     )
             best[name], finished = self._sweep(name, config, space, out / name)
             trained[RUNS[name]] = finished[0]
@@ -187,7 +188,7 @@ class Args(ConfigArgs):
         print(f"best settings: {out / 'best.toml'} (python -m ifvit.{command} --config {out / 'best.toml'} …)")
 
     def _plans(self, preset: str) -> dict[str, tuple[Config, spaces.Space]]:
-        """Of each module that is searched, the configuration to begin with, and the space. UserError for what is wrong with them."""
+        """For each module that is searched, its first configuration and its search space. UserError for mistakes."""
         names = {"dense": ("dense",), "matcher": ("match",), "both": ("dense", "match")}[self.module]
         if self.module == "both":
             check_common(self.set)
@@ -200,7 +201,7 @@ class Args(ConfigArgs):
             config = build_config(cls, self, more, preset, prefix)
             config = with_changes(config, spaces.fixed(table[name]))
             items = [item.partition("=")[0].rpartition(".") for item in self.set]
-            asked = {key for of, _, key in items if of == prefix}  # is not searched
+            asked = {key for of, _, key in items if of == prefix}  # --set fixes these; they are not searched
             if name == "match" and (theirs := [k for k in keys_with(COMMON) if k in table[name]]):
                 raise UserError(f"{theirs[0]} of Module 2 is that of its Module 1; leave it out of [match].")
             space = spaces.space_for(name, config, table[name], self.search, asked)
@@ -208,15 +209,18 @@ class Args(ConfigArgs):
                 kept = spaces.changeable(space)
                 if lost := [k for k in (*self.search, *table[name]) if k in space and k not in kept]:
                     raise UserError(
-                        f"{lost[0]} cannot change while a trial runs, as population-based training would have it; leave it out, "
-                        "or give another --scheduler."
+                        f"{lost[0]} cannot change while a trial runs, as population-based training would have it; "
+                        "leave it out, or give another --scheduler."
                     )
                 space = kept
             plans[name] = config, space
         return plans
 
     def _sweep(self, name: str, full: Config, space: spaces.Space, out: Path) -> tuple[Config, list[str]]:
-        """One module's sweep: its best configuration, and the checkpoints of those that were trained to the end, best first."""
+        """Runs one module's sweep.
+
+        Returns its best configuration, and the checkpoints of the trials that were trained to the end, best first.
+        """
         from ifvit.data.gather import gather
         from ifvit.training.match import checkpoint_of_module1, warn_of_seen_fingers
         from tune import record, results, sweep
@@ -230,7 +234,8 @@ class Args(ConfigArgs):
         pbt = self.scheduler == "pbt"
         base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)
         samples = self.num_samples if space else 1
-        _, prints, held_out = gather(base, Host())  # read and generated once, and what is wrong with them shows here
+        # Reads and generates the prints once for all trials, and shows here what is wrong with them.
+        _, prints, held_out = gather(base, Host())
         if name == "match" and (module1 := checkpoint_of_module1(base)):
             warn_of_seen_fingers(base, module1, held_out)
         plan = Plan(name, base, str(out), metric, higher, frozenset(space) if pbt else frozenset(), os.getcwd(), "", {})
@@ -274,20 +279,27 @@ class Args(ConfigArgs):
 
 
 def _with_module1(config: MatchConfig, given: tuple[str, ...]) -> MatchConfig:
-    """With what Module 2 has in common with its Module 1; UserError where another value was given."""
+    """The configuration with the settings that Module 2 takes from its Module 1.
+
+    UserError where --set gives another value for one of them.
+    """
     from ifvit.training.match import like_module1
 
     found = like_module1(config)
     for k in keys_with(COMMON):
         if found[k] != config[k] and any(item.startswith((f"{k}=", f"match.{k}=")) for item in given):
             raise UserError(
-                f"{k} is {found[k]} of Module 1 ({config.dense_reg_ckpt}), and --set gives Module 2 {config[k]}; leave that out."
+                f"{k} is {found[k]} of Module 1 ({config.dense_reg_ckpt}), and --set gives Module 2 {config[k]}; "
+                "leave that out."
             )
     return found
 
 
 def _to_its_end(plan, full: Config, space: spaces.Space, request, ends: list):
-    """The best trial that can be trained for as long as the configuration says, and its run's folder. Failure where none can."""
+    """Trains the best trial for as long as the configuration says; where it fails, the next best.
+
+    Returns the trial and its run's folder. Failure where every trial fails.
+    """
     from tune import record, sweep
 
     folders = [Path(plan.folder, f"best_{r.number:03d}") for r in ends]
@@ -302,11 +314,11 @@ def _to_its_end(plan, full: Config, space: spaces.Space, request, ends: list):
                 f"trial {best.number} fails when it is trained to its end: {end['reason'] if end else 'see its log'}",
                 flush=True,
             )
-    for folder in folders:  # the same command tries them again
+    for folder in folders:  # without this file the same command tries them again
         (record.folder_of(folder, 0) / "ended.json").unlink(missing_ok=True)
     raise Failure(
-        f"No trial of {plan.module} could be trained to its end; mend that, and the same command goes on. Their logs are in "
-        f"{plan.folder}/best_*/trials."
+        f"No trial of {plan.module} could be trained to its end; mend that, and the same command goes on. Their logs "
+        f"are in {plan.folder}/best_*/trials."
     )
 
 
@@ -314,9 +326,8 @@ def _summary(records, best, metric: str, plan) -> list[str]:
     ends = [r.end["how"] for r in records if r.end]
     first = records[0].last(metric)
     full = max((r.steps for r in records if (r.end or {}).get("how") == "finished"), default=0)
-    whole = {
-        r.number: r.rows[-1]["step"] / r.epochs * plan.base.num_epochs for r in records if r.rows
-    }  # steps, had it gone on
+    # The steps that each trial would have taken to its end.
+    whole = {r.number: r.rows[-1]["step"] / r.epochs * plan.base.num_epochs for r in records if r.rows}
     share = full and sum(r.steps / whole.get(r.number, full) for r in records) / len(records)
     values = (
         ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.values.items())
@@ -326,7 +337,8 @@ def _summary(records, best, metric: str, plan) -> list[str]:
         f"{len(records)} trials: " + ", ".join(f"{ends.count(h)} {h}" for h in ("finished", "stopped", "failed")),
         f"best: trial {best.number}, {metric} {best.last(metric):.4g} after {best.epochs} epochs: {values}",
     ]
-    if best.number != 0 and first is not None and not plan.changing:  # population-based training has changed it
+    # Population-based training has changed trial 0, which then does not have the configuration as it is.
+    if best.number != 0 and first is not None and not plan.changing:
         lines.append(f"the configuration as it is: {metric} {first:.4g} after {records[0].epochs} epochs")
     if full:
         lines.append(f"{share:.0%} of the steps that all trials in full would take")
@@ -334,7 +346,10 @@ def _summary(records, best, metric: str, plan) -> list[str]:
 
 
 def _modules1(config: MatchConfig, space: spaces.Space) -> list[str]:
-    """What tells the Modules 1 of a sweep from others: digests of their digests, or of the pickle."""
+    """A short digest of each Module 1 of a sweep, which tells it from others.
+
+    It is made from the checkpoint's own digests, or from the whole file where Module 1 is a pickle.
+    """
     from ifvit import checkpoint
     from ifvit.training.match import module1_folder
 
@@ -353,7 +368,7 @@ def _modules1(config: MatchConfig, space: spaces.Space) -> list[str]:
 
 
 def _noted(out: Path) -> dict:
-    """What the sweep in a folder is; UserError where that is damaged."""
+    """The content of a folder's `sweep.json`; UserError where it is damaged."""
     file = out / "sweep.json"
     try:
         return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
@@ -362,7 +377,10 @@ def _noted(out: Path) -> dict:
 
 
 def _check_same_sweep(out: Path, plan, space, data: str) -> None:
-    """Notes what the sweep is; UserError where the folder holds another one. `data`: digest of the prints."""
+    """Writes `sweep.json`, which says what the sweep is. UserError where the folder holds another sweep.
+
+    `data`: digest of the prints.
+    """
     free = keys_with(FREE)
 
     base = {k: v for k, v in plan.base.to_dict().items() if k not in free}
@@ -403,7 +421,7 @@ def _check_same_sweep(out: Path, plan, space, data: str) -> None:
 
 
 def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], preset: str) -> None:
-    """What was found, beside what an earlier sweep in this folder has found for the other module."""
+    """Writes best.toml and best.json, with what an earlier sweep in this folder has found for the other module."""
     from tune import results
     from tune.record import read_all
 
@@ -429,14 +447,14 @@ def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], pre
 
 
 def _move_away(out: Path) -> Path:
-    """A sweep's folder under another name, which is returned."""
+    """Gives a sweep's folder another name, and returns that."""
     number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}_before_{n}").exists())
     return out.rename(out.with_name(f"{out.name}_before_{number}"))
 
 
 @contextlib.contextmanager
 def _alone_in(out: Path) -> Iterator[None]:
-    """A sweep's folder for this process alone; UserError where another one has it and does not end."""
+    """A block in which this process alone has a sweep's folder. UserError where another one has it and does not end."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "lock").open("ab") as file:
         until = time.monotonic() + PATIENCE
@@ -454,7 +472,7 @@ def _alone_in(out: Path) -> Iterator[None]:
 
 
 def _end_with(parent: int) -> None:
-    """SIGTERM to this process when the one that started it is gone."""
+    """Sends SIGTERM to this process when the process that started it is gone."""
     while os.getppid() == parent:
         time.sleep(1)
     os.kill(os.getpid(), signal.SIGTERM)

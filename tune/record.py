@@ -1,4 +1,4 @@
-"""What a sweep knows of its trials: their folders, and nothing else. Whatever dies, they tell what was done.
+"""What a sweep knows of its trials. All of it lies in their folders, so that it is kept whatever process dies.
 
 SWEEP/trials/007/values.jsonl   the values searched; a line more when population-based training changes them
                  ended.json     how it ended; not there while it runs, or after it was interrupted
@@ -19,10 +19,10 @@ from ifvit.training.metrics import read_rows
 class Record:
     number: int
     values: dict
-    rows: list[dict] = field(default_factory=list)  # an epoch each: validation, and the newest of training
+    rows: list[dict] = field(default_factory=list)  # one for each epoch: its validation, and its last training row
     steps: int = 0  # optimiser steps done
-    step_seconds: float = 0.0  # in them
-    end: dict | None = None  # how: finished, stopped (by the scheduler) or failed; reason; seconds
+    step_seconds: float = 0.0  # time spent in these steps
+    end: dict | None = None  # `how`: finished, stopped (by the scheduler) or failed; `reason`; `seconds`
 
     @property
     def epochs(self) -> int:
@@ -37,13 +37,12 @@ def folder_of(sweep: str | os.PathLike, number: int) -> Path:
 
 
 def note_values(sweep: str | os.PathLike, number: int, values: dict, epoch: int = 0, clone_of: str = "") -> None:
-    """The values a trial has from an epoch on, there with another's parameters where it is a clone."""
+    """Notes the values that a trial has from `epoch` on. `clone_of`: the checkpoint it takes its parameters from."""
     folder = folder_of(sweep, number)
     folder.mkdir(parents=True, exist_ok=True)
     line = {"from_epoch": epoch, "values": values} | ({"clone_of": clone_of} if clone_of else {})
-    with (folder / "values.jsonl").open(
-        "a" if epoch else "w", encoding="utf-8"
-    ) as file:  # anew, where a crash left half a line
+    # A trial that begins overwrites the file, because a crash may have left half a line there.
+    with (folder / "values.jsonl").open("a" if epoch else "w", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
@@ -67,7 +66,7 @@ def read(sweep: str | os.PathLike, number: int) -> Record:
             epochs.append(newest | r)
     try:
         end = json.loads((folder / "ended.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # not there, or damaged: the run itself knows how far it is
+    except (OSError, ValueError):  # missing or damaged: the trial goes on, and its run knows how far it is
         end = None
     return Record(
         number,
@@ -80,12 +79,12 @@ def read(sweep: str | os.PathLike, number: int) -> Record:
 
 
 def read_all(sweep: str | os.PathLike) -> list[Record]:
-    """All trials that were begun, by their numbers; not those of which a crash left no values."""
+    """All trials that were begun, in the order of their numbers. Trials whose values a crash has lost are left out."""
     numbers = sorted(int(p.parent.name) for p in Path(sweep).glob("trials/*/values.jsonl") if read_rows(p))
     return [read(sweep, n) for n in numbers]
 
 
 def order(records: list[Record], metric: str, higher_is_better: bool) -> list[Record]:
-    """Those with a value and no failure, best first: who was trained further is better, then the last value decides."""
+    """Trials with a value and no failure, best first. More epochs are better; among equals the last value decides."""
     valued = [r for r in records if r.last(metric) is not None and (r.end or {}).get("how") != "failed"]
     return sorted(valued, key=lambda r: (-r.epochs, -r.last(metric) if higher_is_better else r.last(metric), r.number))

@@ -1,4 +1,4 @@
-"""What comes out of a sweep: `best.toml`, `trials.csv`, `index.html`, and a line on what to try next."""
+"""The results of a sweep: `best.toml`, `trials.csv`, `index.html`, and a line that says what to try next."""
 
 import base64
 import csv
@@ -18,11 +18,14 @@ from ifvit.files import write_whole
 from tune.record import Record, order
 from tune.space import Choice, Range, Space
 
-EDGE = 0.05  # of a range: nearer to its end, the best may lie beyond it
+EDGE = 0.05  # share of a range; a best value nearer to the end suggests that better ones lie beyond
 
 
 def best_toml(configs: dict[str, Config], searched: dict[str, set[str]], header: list[str]) -> str:
-    """Configurations by their tables as a TOML file that every training command takes; what was searched is marked."""
+    """The text of a TOML file that every training command takes. It marks the settings that were searched.
+
+    `configs`: table -> configuration.
+    """
     out = [f"# {line}" for line in header]
     for table, config in configs.items():
         out += ["", f"[{table}]"]
@@ -33,7 +36,7 @@ def best_toml(configs: dict[str, Config], searched: dict[str, set[str]], header:
 
 
 def write_csv(file: Path, records: list[Record], space: Space, metric: str) -> None:
-    """A row for each trial: its end, epochs, steps, seconds, the metric, the values searched."""
+    """Writes a row for each trial: its end, epochs, steps, seconds, the metric, the searched values."""
     text = io.StringIO(newline="")
     rows = csv.writer(text)
     rows.writerow(["trial", "ended", "epochs", "steps", "seconds", metric, *space, "reason"])
@@ -57,10 +60,10 @@ def write_csv(file: Path, records: list[Record], space: Space, metric: str) -> N
 def importance(
     records: list[Record], space: Space, base: Config, metric: str, higher_is_better: bool
 ) -> dict[str, float]:
-    """Share of the variance of the trials' ranks that a setting alone explains, most important first.
+    """For each setting the share of the variance of the trials' ranks that it explains, most important first.
 
-    ε² of a one-way analysis of variance on ranks (Kelley 1935): chance alone gives 0 on average. Ranges are
-    cut into thirds. Settings that fewer than six trials have say nothing, and get 0.
+    It is ε² of a one-way analysis of variance on ranks (Kelley 1935), which is 0 on average where chance alone decides.
+    Ranges are cut into thirds. A setting gets 0 where fewer than six trials have it.
     """
     ranked = order(records, metric, higher_is_better)
     found = {}
@@ -88,13 +91,13 @@ def importance(
 
 
 def _place(choice: Choice, value) -> int:
-    """Which of the choices a value is, as it came from a file or not; -1 where it is none."""
+    """The place of a value among the choices; -1 where it is not there. A list of a file equals a tuple."""
     plain = [tuple(v) if isinstance(v, list) else v for v in (*choice.values, value)]
     return plain.index(plain[-1]) if plain[-1] in plain[:-1] else -1
 
 
 def what_next(best: Record, space: Space, base: Config) -> str:
-    """One line: ranges whose best value lies at an edge, else that there are none."""
+    """One line that names the ranges whose best value lies at an edge, or says that there are none."""
     edges = []
     for key, p in space.items():
         value = best.values.get(key, base[key])
@@ -103,7 +106,8 @@ def what_next(best: Record, space: Space, base: Config) -> str:
             limits = next(f.metadata for f in fields(base) if f.name == key)
             if (share < EDGE and p.low > limits["lo"]) or (share > 1 - EDGE and p.high < limits["hi"]):
                 edges.append(
-                    f"{key} (best {value:.4g}) at the {'lower' if share < EDGE else 'upper'} edge of {p.low:.4g} … {p.high:.4g}"
+                    f"{key} (best {value:.4g}) at the {'lower' if share < EDGE else 'upper'} edge of "
+                    f"{p.low:.4g} … {p.high:.4g}"
                 )
     if edges:
         return "Next: go beyond " + "; ".join(edges) + " with --space FILE."
@@ -120,7 +124,7 @@ def page(
     metric: str,
     higher_is_better: bool,
 ) -> None:
-    """One HTML file, pictures within: all trials' curves, importance, each setting against the metric, the table."""
+    """Writes one HTML file with pictures: curves of all trials, importance, settings against the metric, a table."""
     weights = importance(records, space, base, metric, higher_is_better)
     ranked = order(records, metric, higher_is_better)
     pictures = [

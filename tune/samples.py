@@ -1,4 +1,4 @@
-"""Where trials get their values: a search algorithm for Ray Tune that remembers what was drawn."""
+"""Where trials get their values from: a search algorithm for Ray Tune that remembers what it has drawn."""
 
 import importlib.util
 import json
@@ -12,9 +12,9 @@ from tune.space import Choice, Range, Space, as_field, draw
 
 
 class Samples(Searcher):
-    """Trials that were interrupted first, with the values they had; then new ones, until there are `count`.
+    """First gives interrupted trials again, with the values they had; then new ones, until there are `count`.
 
-    `suggest` notes the values of each in its folder before anything else is done with them.
+    `suggest` notes a trial's values in its folder before anything else uses them.
     """
 
     def __init__(self, source, sweep: str, metric: str, mode: str, begun: list[record.Record], count: int):
@@ -46,10 +46,10 @@ class Samples(Searcher):
         self._source.learn(number, record.read(self._sweep, number).values, result[self.metric] if good else None)
 
     def save(self, checkpoint_path: str) -> None:
-        """Nothing: the trials' folders have it all."""
+        """Does nothing: the trials' folders have it all."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """Nothing, as `save`."""
+        """Does nothing, like `save`."""
 
 
 class Random:
@@ -62,11 +62,11 @@ class Random:
         return draw(self._space, self._base, self._seed, number)
 
     def learn(self, number: int, values: dict, value: float | None) -> None:
-        """Random search does not."""
+        """Does nothing: random search does not learn."""
 
 
 class Optuna:
-    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011); learns from every trial's last value."""
+    """Optuna's tree-structured Parzen estimator (Bergstra et al. 2011). It learns from every trial's last value."""
 
     def __init__(self, space: Space, base, seed: int, mode: str):
         if importlib.util.find_spec("optuna") is None:
@@ -82,21 +82,19 @@ class Optuna:
     def draw(self, number: int) -> dict:
         if number == 0:  # the configuration as it is
             return {}
-        seed = int(
-            np.random.SeedSequence([self._seed, number]).generate_state(1)[0]
-        )  # another attempt does not draw the same again
+        # The seed depends on the number, so that a sweep that is resumed does not draw the same values again.
+        seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
         self._study.sampler = self._optuna.samplers.TPESampler(seed=seed, n_startup_trials=8)
         trial = self._asked[number] = self._study.ask()
         values: dict = {}
-        for key, p in sorted(
-            self._space.items(), key=lambda item: item[1].when is not None
-        ):  # conditions before what they decide
+        # Settings that others depend on are drawn before these.
+        for key, p in sorted(self._space.items(), key=lambda item: item[1].when is not None):
             if not p.when or values.get(p.when[0], self._base[p.when[0]]) == p.when[1]:
                 values[key] = self._suggest(trial, key, p)
         return {k: values[k] for k in self._space if k in values}
 
     def _suggest(self, trial, key: str, p: Range | Choice):
-        if isinstance(p, Choice):  # Optuna has no lists among its categories
+        if isinstance(p, Choice):  # as texts, because Optuna's categories cannot be lists
             texts = {json.dumps(v): v for v in p.values}
             return texts[trial.suggest_categorical(key, list(texts))]
         return as_field(self._base, key, trial.suggest_float(key, p.low, p.high, log=p.scale == "log"))
@@ -108,7 +106,7 @@ class Optuna:
                 (self._asked.pop(number), value) if value is not None else (self._asked.pop(number), None, state.FAIL)
             )
             self._study.tell(*told)
-        elif values and value is not None:  # of an earlier attempt at this sweep
+        elif values and value is not None:  # a trial of an earlier attempt at this sweep
             kept = {k: v for k, v in values.items() if k in self._space}
             self._study.add_trial(
                 self._optuna.trial.create_trial(

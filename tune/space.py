@@ -1,8 +1,8 @@
-"""What is searched, as data: for each module the settings that matter, where, on which scale, and why.
+"""The search space as data: for each module the settings that matter, their ranges, scales and reasons.
 
 A user's TOML file adds to it or narrows it:
 
-    [dense.learning_rate]           # a range: what is not said stays as it is
+    [dense.learning_rate]           # a range: what is left out stays as it is
     low = 1e-4
     high = 1e-2
     scale = "log"
@@ -26,19 +26,19 @@ from ifvit.errors import UserError
 from ifvit.fields import LIVE, OWN, PROGRAM, SCALAR, SWEEP, use_of
 
 CONFIGS = {"dense": DenseConfig, "match": MatchConfig}
-RUNS = {"dense": "dense_reg", "match": "matcher"}  # of a table: what its checkpoints are called
+RUNS = {"dense": "dense_reg", "match": "matcher"}  # table -> the name of its checkpoints
 
 
 @dataclass(frozen=True)
 class Range:
-    """Numbers from `low` to `high`; drawn evenly on `scale`."""
+    """Numbers from `low` to `high`, drawn evenly on `scale`."""
 
     low: float
     high: float
     scale: str = "linear"  # or log
     why: str = ""
     times: bool = False  # low and high are multiples of the configuration's own value
-    when: tuple[str, object] | None = None  # (key, value) without which this one is moot
+    when: tuple[str, object] | None = None  # (key, value): this setting matters only where that key has that value
 
     def at(self, u: float) -> float:
         """The value at a share `u`, 0 … 1, of the range."""
@@ -63,7 +63,7 @@ class Choice:
     why: str = ""
     times: bool = False
     when: tuple[str, object] | None = None
-    in_turn: bool = False  # random search takes one after the other: all are tried
+    in_turn: bool = False  # random search takes one value after the other, so that all are tried
 
     def at(self, u: float):
         return self.values[min(int(u * len(self.values)), len(self.values) - 1)]
@@ -127,16 +127,17 @@ SPACES: dict[str, Space] = {
 def space_for(
     module: str, base, changes: dict | None = None, only: tuple[str, ...] = (), without: Set[str] = frozenset()
 ) -> Space:
-    """The space of a module around the configuration `base`, narrowed by a user's table; ranges in absolute numbers.
+    """The space of a module around the configuration `base`, narrowed by a user's table. Ranges are absolute numbers.
 
-    `only`: of these keys those that there are, but for those in `without`. UserError for unknown keys, for such as
-    cannot be searched, and for ranges upside down.
+    `only`: keeps these keys alone, where any are given. `without`: leaves these keys out. UserError for keys that are
+    unknown or cannot be searched, and for ranges upside down.
     """
-    space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}  # no multiples of 0
+    # A multiple of 0 is 0: there is nothing to search.
+    space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}
     if tuple(base.dataset_root) == (SYNTHETIC,):
-        space.pop("synthetic_share", None)  # all prints are
+        space.pop("synthetic_share", None)  # all prints are generated
     elif not base.synthetic_share and "synthetic_share" not in (changes or {}):
-        space.pop("synthetic_share", None)  # there are none
+        space.pop("synthetic_share", None)  # no prints are generated
     for key, value in (changes or {}).items():
         known_key(type(base), key)
         if isinstance(value, (list, dict)) and key in (*keys_with(OWN), *keys_with(SWEEP)):
@@ -146,7 +147,7 @@ def space_for(
         elif isinstance(value, dict):
             space[key] = _narrowed(key, space.get(key), value)
         else:
-            space.pop(key, None)  # fixed
+            space.pop(key, None)  # the user's file fixes it
     space = {k: p for k, p in space.items() if (not only or k in only) and k not in without}
     for key, p in space.items():
         _check(key, p, base)
@@ -180,7 +181,7 @@ def fixed(changes: dict) -> dict:
 
 
 def complete(space: Space, base, values: dict) -> dict:
-    """A sample without what is moot in it."""
+    """A sample without the settings that do not matter in it (see `when`)."""
     merged = {k: values.get(k, base[k]) for k in {p.when[0] for p in space.values() if p.when} | values.keys()}
     return {k: v for k, v in values.items() if not space[k].when or merged[space[k].when[0]] == space[k].when[1]}
 
@@ -191,8 +192,9 @@ GROUP = 4  # trials in a row that share their structure, and with it the compile
 def draw(space: Space, base, seed: int, number: int) -> dict:
     """Sample `number` of a random search, a pure function of the seed. Number 0 is the configuration as it is.
 
-    Structure (what is a part of the compiled program) is drawn anew every GROUP trials, the first of them have the
-    configuration's: to compile takes longer than many a trial. Where nothing else is searched, it is drawn for each.
+    Settings that change the compiled program are drawn anew every GROUP trials only, because compiling takes longer
+    than many a trial. The first GROUP trials have the configuration's. Where only such settings are searched, they are
+    drawn anew for every trial.
     """
     if number == 0:
         return {}
@@ -205,7 +207,7 @@ def draw(space: Space, base, seed: int, number: int) -> dict:
             values[key] = p.values[number % len(p.values)]
             continue
         group = number // size if _use(key) == PROGRAM else number + 10**6
-        # by its name: a setting more or less in the space does not change the others
+        # The name is part of the seed, so that one setting more or less in the space does not change the others.
         u = np.random.default_rng([seed, group, zlib.crc32(key.encode())]).random()
         if group:
             values[key] = as_field(base, key, p.at(u))
@@ -213,13 +215,16 @@ def draw(space: Space, base, seed: int, number: int) -> dict:
 
 
 def as_field(base, key: str, value):
-    """A value as the configuration's field has it."""
+    """A value in the type of the configuration's field."""
     kind = type(base[key])
     return kind(round(value)) if kind is int else kind(value) if kind is float else value
 
 
 def _absolute(key: str, p: Range | Choice, base) -> Range | Choice:
-    """Multiples of the configuration's value as numbers, whole ones where the field is, those that it can have."""
+    """Turns multiples of the configuration's value into numbers, and keeps those that the field can have.
+
+    They are whole numbers where the field is one.
+    """
     if not p.times:
         return p
     value = base[key]
@@ -280,7 +285,7 @@ def _check(key: str, p: Range | Choice, base) -> None:
             raise UserError(f"{key} is no number; give a list of values to choose from.")
         values = (as_field(base, key, p.low), as_field(base, key, p.high))
     for v in values:
-        base.replace(**{key: v})  # a UserError of its own where it cannot be
+        base.replace(**{key: v})  # raises UserError where the field cannot have the value
 
 
 def describe(space: Space) -> list[str]:
@@ -307,7 +312,10 @@ def read_space(table: dict) -> dict[str, dict]:
 
 
 def changeable(space: Space) -> Space:
-    """What may change while a trial runs: numbers that are no part of the compiled program, and not of its beginning."""
+    """The settings that may change while a trial runs.
+
+    These are numbers which neither the compiled program nor the beginning of the run depends on.
+    """
     return {k: p for k, p in space.items() if isinstance(p, Range) and (_use(k) == SCALAR or k in keys_with(LIVE))}
 
 

@@ -1,4 +1,4 @@
-"""A sweep: trials of one module side by side under Ray Tune, until as many have been tried as were asked for."""
+"""A sweep: runs trials of one module side by side under Ray Tune, until the number asked for has been tried."""
 
 import collections
 import contextlib
@@ -31,7 +31,7 @@ from tune.samples import Optuna, Random, Samples
 from tune.space import Range, Space
 from tune.trial import Plan, Trial
 
-RETRIES = 3  # of a trial whose process or host died
+RETRIES = 3  # how often a trial is started again whose process or host died
 SCRATCH = ".tune-"
 
 
@@ -42,18 +42,21 @@ class Request:
     num_samples: int
     searcher: str = "random"  # or optuna
     scheduler: str = "asha"  # or pbt, none
-    reduction: int = 4  # of ASHA: one in so many goes on at each rung
+    reduction: int = 4  # ASHA: one trial in so many goes on at each rung
     grace: int = 1  # epochs that every trial gets
     concurrent: int = 0  # trials at once; 0: as many as there is room for
     seed: int = 0
     wait_for_hosts: float = 50.0
-    cpus: int = 0  # of a trial; 0: so many that all cores are busy
-    workers: int = 1  # hosts of a trial; 1: a trial is a process
-    accelerators: float = 0.0  # GPUs or TPU chips of a trial, a part of one too; 0: one, where there are any
+    cpus: int = 0  # cores of a trial; 0: so many that all cores are busy
+    workers: int = 1  # hosts of a trial; 1: a trial is one process
+    accelerators: float = 0.0  # GPUs or TPU chips of a trial, e.g. 0.5; 0: one, where there are any
 
 
 def run(plan: Plan, space: Space, request: Request) -> list[record.Record]:
-    """Runs what is left of a sweep; all its trials. Failure where all of them failed, Interrupted after a signal."""
+    """Runs what is left of a sweep, and returns all its trials.
+
+    Failure where all trials failed, Interrupted after a signal.
+    """
     begun = record.read_all(plan.folder)
     left = request.num_samples - sum(r.end is not None for r in begun)
     if left > 0:
@@ -67,7 +70,7 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
     Path(plan.folder).mkdir(parents=True, exist_ok=True)
     mode = "max" if plan.higher_is_better else "min"
     param_space = {}
-    if request.scheduler == "pbt":  # Ray's has no search algorithms beside it
+    if request.scheduler == "pbt":  # Ray's population-based training takes no search algorithm
         search, param_space = _population(plan, space, request, begun)
     else:
         how = space, plan.base, request.seed
@@ -76,7 +79,7 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
     watch = Watch(plan, request, begun)
     for left_behind in Path(plan.folder).glob(f"{SCRATCH}*"):
         shutil.rmtree(left_behind, ignore_errors=True)
-    # Tune's own state; nothing of the trials. All hosts have to see it.
+    # The folder is for Tune's own state; nothing of the trials lies there. All hosts have to see it.
     with (
         tempfile.TemporaryDirectory(dir=plan.folder, prefix=SCRATCH, ignore_cleanup_errors=True) as scratch,
         _signals(watch),
@@ -118,7 +121,7 @@ def _run(plan: Plan, space: Space, request: Request, begun: list[record.Record],
 
 
 def _population(plan: Plan, space: Space, request: Request, begun: list[record.Record]):
-    """Population-based training's members, each with all values, and the space as Tune has it."""
+    """The members for population-based training, each with all its values; and the space in Tune's form."""
     source = Random(space, plan.base, request.seed)
     points = [{"trial": r.number, **r.values} for r in begun if r.end is None]
     for number in set(range(request.num_samples)) - {r.number for r in begun}:
@@ -157,33 +160,32 @@ def _scheduler(plan: Plan, space: Space, request: Request, begun: list[record.Re
 
 
 def _domains(space: Space) -> dict:
-    """Ranges as Tune has them."""
+    """The ranges in Tune's form."""
     return {k: (tune.loguniform if p.scale == "log" else tune.uniform)(p.low, p.high) for k, p in space.items()}
 
 
 class Population(PopulationBasedTraining):
-    """Ray's synchronous PBT (Jaderberg et al. 2017), in which a round also ends where its last member fails."""
+    """Ray's synchronous PBT (Jaderberg et al. 2017). Here a round also ends when its last member fails."""
 
     def choose_trial_to_run(self, tune_controller) -> Tried | None:
         chosen = super().choose_trial_to_run(tune_controller)
         members = tune_controller.get_trials()
         waiting = [t for t in members if not t.is_finished()]
         if chosen is None and waiting and all(t.status == Tried.PAUSED for t in waiting):
-            for gone in set(members) - set(waiting):  # Ray counts those whose process died as behind for ever
+            for gone in set(members) - set(waiting):  # Ray would wait for ever for members whose process died
                 state = self._trial_state[gone]
                 state.last_train_time = max(state.last_train_time, self._next_perturbation_sync)
-            self.on_trial_result(
-                tune_controller, waiting[-1], waiting[-1].last_result
-            )  # as if it were the round's last
+            # This result counts as the round's last one.
+            self.on_trial_result(tune_controller, waiting[-1], waiting[-1].last_result)
             chosen = super().choose_trial_to_run(tune_controller)
-            if chosen is None:  # members of an earlier attempt are at the end of this round already
+            if chosen is None:  # members of an earlier attempt have reached the end of this round already
                 self._next_perturbation_sync += self._perturbation_interval
                 chosen = super().choose_trial_to_run(tune_controller)
         return chosen
 
 
 class Halving(ASHAScheduler):
-    """Ray's ASHA (Li et al. 2020), which knows what trials of an earlier attempt at the sweep have reached."""
+    """Ray's ASHA (Li et al. 2020). Here it knows what the trials of an earlier attempt at the sweep have reached."""
 
     def __init__(self, plan: Plan, begun: list[record.Record], **how):
         super().__init__(**how)
@@ -210,14 +212,14 @@ class _Named:
 
 
 class Watch(tune.Callback):
-    """Says what happens, a line each; notes in a trial's folder how it ended."""
+    """Prints a line for each thing that happens, and notes in a trial's folder how the trial ended."""
 
     def __init__(self, plan: Plan, request: Request, begun: list[record.Record]):
         self._plan, self._request = plan, request
         self._started: dict[str, float] = {}
         self.ended = sum(r.end is not None for r in begun)
-        self.told: list[int] = []  # signals
-        self.problem = ""  # that ends the sweep
+        self.told: list[int] = []  # the signals that have come
+        self.problem = ""  # a sentence; where it is not empty the sweep ends
 
     def on_trial_start(self, iteration, trials, trial, **_) -> None:
         self._started.setdefault(trial.trial_id, time.monotonic())
@@ -225,18 +227,18 @@ class Watch(tune.Callback):
     def on_trial_result(self, iteration, trials, trial, result, **_) -> None:
         if result.get("no_metric"):
             self.problem = (
-                f"No trial reports the metric {self._plan.metric!r}: trial {trial.custom_trial_name} {result['failed']}. "
-                "Give another --metric, or more fingers to validate on."
+                f"No trial reports the metric {self._plan.metric!r}: trial {trial.custom_trial_name} "
+                f"{result['failed']}. Give another --metric, or more fingers to validate on."
             )
         elif "failed" not in result:
             print(
-                f"trial {trial.custom_trial_name}: epoch {result['epoch']} of {self._plan.base.num_epochs}, {self._plan.metric} "
-                f"{result[self._plan.metric]:.4g}",
+                f"trial {trial.custom_trial_name}: epoch {result['epoch']} of {self._plan.base.num_epochs}, "
+                f"{self._plan.metric} {result[self._plan.metric]:.4g}",
                 flush=True,
             )
 
     def on_trial_complete(self, iteration, trials, trial, **_) -> None:
-        if self.told:  # not its own end
+        if self.told:  # the signal ended the trial, which goes on later
             return
         last = trial.last_result or {}
         failed = last.get("failed")
@@ -258,7 +260,7 @@ class Watch(tune.Callback):
 
 
 class _Unless(tune.Stopper):
-    """Ends all trials where going on is of no use."""
+    """Ends all trials once the watch has a problem."""
 
     def __init__(self, watch: Watch):
         self._watch = watch
@@ -272,7 +274,10 @@ class _Unless(tune.Stopper):
 
 @contextlib.contextmanager
 def _signals(watch: Watch):
-    """SIGINT and SIGTERM end the sweep, not its trials: they go on when it does. One is enough."""
+    """Lets SIGINT and SIGTERM end the sweep without ending its trials, which go on when the sweep does.
+
+    The first signal is enough.
+    """
 
     def note(number, frame):
         watch.told.append(number)
@@ -291,16 +296,16 @@ def _signals(watch: Watch):
 
 
 def placed(plan: Plan, request: Request) -> Plan:
-    """The plan with what each trial gets; ClusterError where no host has it within `wait_for_hosts`.
+    """The plan, with the devices that each trial gets. ClusterError where no host has them within `wait_for_hosts`.
 
-    A trial of several workers takes as many whole hosts, by way of Ray Train; here it only holds its place.
+    A trial of several workers gets whole hosts from Ray Train; Ray Tune itself then gives it no devices.
     """
 
     def look(nodes: list[dict]) -> Plan | Missing:
         hosts = [n["Resources"] for n in nodes]
         every = sum(int(h.get("CPU", 0)) for h in hosts)
         found = kind_of_devices(nodes, alone())
-        kind = "GPU" if request.accelerators and found == "CPU" else found  # GPUs may be still to come
+        kind = "GPU" if request.accelerators and found == "CPU" else found  # hosts with GPUs may be still to come
         cores = max((int(h.get("CPU", 0)) for h in hosts), default=0)
         beside = min((h.get("CPU", 0) / h[kind] for h in hosts if h.get(kind)), default=0)  # cores for each accelerator
         if request.workers > 1:
@@ -325,7 +330,8 @@ def placed(plan: Plan, request: Request) -> Plan:
             [wanted] * request.workers,
             (
                 f"The cluster cannot fit a trial: it asks for {asked} {where}, and there are {there or 'no hosts'}; "
-                f"{'' if request.accelerators else jax_platforms_ask(kind)}ask for less with --trial_cpus, --trial_accelerators or --trial_workers, or start more or larger hosts."
+                f"{'' if request.accelerators else jax_platforms_ask(kind)}ask for less with --trial_cpus, "
+                "--trial_accelerators or --trial_workers, or start more or larger hosts."
             ),
         )
 
@@ -333,7 +339,7 @@ def placed(plan: Plan, request: Request) -> Plan:
 
 
 def _complain(records: list[record.Record], plan: Plan) -> None:
-    """Failure where every trial failed, the most frequent reason first."""
+    """Failure where every trial failed; its text has the most frequent reasons first."""
     failed = [r for r in records if r.end and r.end["how"] == "failed"]
     if records and len(failed) == len(records):
         reasons = collections.Counter(r.end["reason"] for r in failed).most_common()
@@ -345,7 +351,7 @@ def _complain(records: list[record.Record], plan: Plan) -> None:
 
 
 def session_options() -> dict:
-    """Of `cluster.session.session`; and Tune's own ways are switched off: its tables, files and signal handlers."""
+    """Arguments for `cluster.session.session`. It also switches off Tune's own tables, files and signal handlers."""
     for name in (
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS",
         "TUNE_DISABLE_SIGINT_HANDLER",
@@ -354,7 +360,7 @@ def session_options() -> dict:
         os.environ[name] = "1"
     os.environ |= {"RAY_AIR_NEW_OUTPUT": "0", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0", "RAY_CHDIR_TO_TRIAL_DIR": "0"}
     logging.getLogger("ray.tune").setLevel(logging.ERROR)
-    # a trial's devices are what Ray gives it, whatever the driver's are
+    # A trial has the devices that Ray gives it, whatever devices the driver has.
     env = {k: v for k, v in passed_on(JOB["variables"]).items() if k not in ("JAX_PLATFORMS", "XLA_FLAGS")}
     return {
         "cores": cores(),
@@ -363,5 +369,5 @@ def session_options() -> dict:
 
 
 def platform() -> str:
-    """What the cluster's trials run on: TPU, GPU or CPU."""
+    """The kind of device that the cluster's trials run on: TPU, GPU or CPU."""
     return kind_of_devices([n for n in ray.nodes() if n["Alive"]], alone())

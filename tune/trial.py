@@ -1,8 +1,8 @@
 """A trial: one run of a module's training loop in an actor of Ray Tune, an epoch at a time.
 
-The actor is used again for the next trial, and with it what is compiled: trials that differ in scalars alone
-share the program. A trial's folder is a run's folder as any other, with the run's Orbax checkpoints and metrics;
-Tune's own checkpoint is the path of one of those.
+The same actor runs the next trial, and keeps its compiled programs: trials that differ only in scalars share a program.
+A trial's folder is like any run's folder, with Orbax checkpoints and metrics. Tune's own checkpoint only holds the path
+of one of these checkpoints.
 """
 
 import contextlib
@@ -38,19 +38,19 @@ class Plan:
     """What all trials of a sweep have in common."""
 
     module: str  # dense or match
-    base: Config  # what a trial's values are put into
+    base: Config  # a trial's values replace some of its settings
     folder: str  # of the sweep
     metric: str
     higher_is_better: bool
     changing: frozenset  # keys that may change while a trial runs (population-based training)
     cwd: str
     platform: str  # GPU, TPU or CPU
-    resources: dict  # of a trial, as Ray has them
-    workers: int = 1  # hosts of a trial; 1: a trial is a process, else one on each
-    at_once: int = 0  # trials, at most; 0: as resources let
+    resources: dict  # of a trial, by Ray's names
+    workers: int = 1  # hosts of a trial, with a process on each; 1: the trial is this process
+    at_once: int = 0  # most trials at the same time; 0: as many as the resources allow
 
     def config(self, values: dict, number: int) -> Config:
-        """A trial's configuration. What Module 2 has in common with its Module 1 comes from that one's checkpoint."""
+        """A trial's configuration. For Module 2 some settings come from the checkpoint of its Module 1."""
         config = with_changes(self.base, values)
         if self.module == "match":
             config = like_module1(config)
@@ -58,18 +58,17 @@ class Plan:
 
     @property
     def worst(self) -> float:
-        """The metric of a trial that failed."""
+        """The metric that a failed trial reports."""
         return -float("inf") if self.higher_is_better else float("inf")
 
 
 class Trial(tune.Trainable):
-    """One trial after the other, in this process. Tune's config: the values searched; its trial's name: the number."""
+    """Runs one trial after the other in this process. Tune's config has the searched values, its name the number."""
 
     def setup(self, config: dict, plan: Plan) -> None:
         self._plan = plan
-        with contextlib.suppress(
-            OSError
-        ):  # relative paths mean what they mean where the sweep was started, if that is here
+        # Relative paths shall mean what they mean in the folder where the sweep was started, if this host has it.
+        with contextlib.suppress(OSError):
             os.chdir(plan.cwd)
         _prepare_process(plan)
         self._loop = None
@@ -82,7 +81,10 @@ class Trial(tune.Trainable):
         return True
 
     def step(self) -> dict:
-        """The next epoch's metrics; `done` with the last, `failed` with a reason instead of metrics where it ends otherwise."""
+        """The next epoch's metrics; the last ones have `done`.
+
+        A trial that fails returns a reason in `failed`, and its last metrics.
+        """
         if self._loop is None:
             _log_to(record.folder_of(self._plan.folder, int(self.trial_name)) / "log.txt")
             self._loop = Loop(self._train)
@@ -98,7 +100,7 @@ class Trial(tune.Trainable):
         code, message = told
         if code:
             return self._failed(message)
-        # what it had done before need not have been told
+        # A run that was at its end already reports no metrics; they lie in its folder.
         self._last |= record.read(self._plan.folder, int(self.trial_name)).rows[-1]
         return self._last | {"done": True, "finished": True}
 
@@ -114,7 +116,7 @@ class Trial(tune.Trainable):
         }
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Notes the run's newest checkpoint, once it is whole."""
+        """Notes the path of the run's newest checkpoint, once that is whole."""
         path = self._checkpoint(self._last["epoch"])
         until = time.monotonic() + checkpoint.BARRIER_MS / 1000
         while not checkpoint.complete(path) and time.monotonic() < until:
@@ -124,7 +126,7 @@ class Trial(tune.Trainable):
         )
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:
-        """Goes on from a checkpoint: its own, or another trial's, which becomes its own under the same name."""
+        """Goes on from a checkpoint. Another trial's checkpoint is copied into this trial's folder first."""
         self.cleanup()
         noted = json.loads(Path(checkpoint_dir, "run.json").read_text(encoding="utf-8"))
         self._last = noted["last"]
@@ -176,7 +178,7 @@ def _run(plan: Plan, config: Config, resume: str, host: Host) -> None:
 
 
 def run_on_hosts(plan: Plan, config: Config, resume: str, host: Host) -> tuple[int, str]:
-    """A trial in one of its processes, where it has several: (exit code, message)."""
+    """What each process of a trial runs, where it has several; returns (exit code, message)."""
     import jax
 
     use_cpu_cores()
@@ -186,7 +188,7 @@ def run_on_hosts(plan: Plan, config: Config, resume: str, host: Host) -> tuple[i
 
 
 class Loop(Host):
-    """A training run in a thread, which stands still after every epoch until `next` is called."""
+    """A training run in a thread. It stands still after every epoch until `next` is called."""
 
     def __init__(self, train):
         super().__init__()
@@ -197,13 +199,13 @@ class Loop(Host):
     def _run(self, train) -> None:
         try:
             end = cli.outcome(lambda: train(self))
-        except BaseException as e:  # whatever it is, it is the trial's and not the sweep's
+        except BaseException as e:  # whatever it is, only this trial fails and not the sweep
             logging.getLogger("ifvit").exception("The trial has failed.")
             end = 1, f"{type(e).__name__}: {str(e).strip().splitlines()[0] if str(e).strip() else ''}"[:300]
         self._told.put(end)
 
     def next(self) -> dict | tuple[int, str]:
-        """Metrics of the next epoch, or (exit code, message) when there is none."""
+        """The metrics of the next epoch, or (exit code, message) when the run has ended."""
         if self._thread.ident is None:
             self._thread.start()
         else:
@@ -223,7 +225,7 @@ class Loop(Host):
         return PREEMPTED if self._ending else 0
 
     def end(self) -> None:
-        """Ends the run where it stands; its checkpoints stay."""
+        """Ends the run where it stands, and keeps its checkpoints."""
         self._ending = True
         if self._thread.ident is not None:
             self._go.release()
@@ -231,12 +233,12 @@ class Loop(Host):
 
 
 def _prepare_process(plan: Plan) -> None:
-    """JAX with this trial's share of the devices; to be called before JAX looks for them."""
+    """Gives JAX this trial's share of the devices. It must be called before JAX looks for devices."""
     import jax
 
     as_important_as_others()
     if plan.workers > 1:
-        jax.config.update("jax_platforms", "cpu")  # the devices are its workers'
+        jax.config.update("jax_platforms", "cpu")  # the trial's workers have the devices
     elif plan.platform == "CPU":
         claim(int(plan.resources["CPU"]))
         jax.config.update("jax_platforms", "cpu")
@@ -248,7 +250,7 @@ def _prepare_process(plan: Plan) -> None:
 
 
 def _log_to(file: Path) -> None:
-    """What this process prints from now on goes there."""
+    """Sends everything that this process prints from now on to `file`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout = sys.stderr = file.open("a", buffering=1, encoding="utf-8", errors="replace")
     logging.getLogger().handlers.clear()

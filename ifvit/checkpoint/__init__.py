@@ -1,10 +1,10 @@
 """Checkpoints: Orbax directories that exist whole or not at all, every leaf with a digest.
 
-A checkpoint holds `state` (params, batch_stats, opt_state, step), all nested dictionaries with
-string keys, JSON `metadata`, and for a matcher `aligner` (Module 1's params and batch_stats).
-Orbax writes them, every process its own shards, while training goes on (`writing`); TensorStore
-reads them, every process what its devices need, on any mesh (`reading`); they lie in directories or
-in buckets, gs:// URLs (`places`). Nothing is handed on before its digests have been compared.
+A checkpoint holds `state` (params, batch_stats, opt_state, step), all nested dictionaries with string keys, JSON
+`metadata`, and for a matcher `aligner` (Module 1's params and batch_stats). Orbax writes it while training goes on, and
+every process writes its own shards (`writing`). TensorStore reads it on any mesh, and every process reads what its
+devices need (`reading`). It lies in a directory or in a bucket, a gs:// URL (`places`). No array is used before its
+digest has been compared.
 
     python -m ifvit.checkpoint verify DIR           every leaf against its digest; DIR may be a whole run
     python -m ifvit.checkpoint inspect DIR          tree, shapes, types, shardings, sizes, metadata, history

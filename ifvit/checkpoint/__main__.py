@@ -50,13 +50,15 @@ ASIDE = re.compile(r".+\.damaged(\.\d+)?")
 
 
 def checkpoints_below(root: epath.Path, seen: frozenset[str] = frozenset()) -> list[epath.Path]:
-    """Every checkpoint in a tree of folders, whole or not; what is being written, or was set aside as damaged, is left out."""
+    """Every checkpoint in a tree of folders, whole or not.
+
+    Those that are being written, or were set aside as damaged, are left out.
+    """
     found = []
     seen |= {os.path.realpath(root)}
     for child in sorted(root.iterdir()):
-        if (
-            not child.is_dir() or checkpoint.UNFINISHED in child.name or os.path.realpath(child) in seen
-        ):  # a link to above it
+        # A folder in `seen` is a link to a folder above it.
+        if not child.is_dir() or checkpoint.UNFINISHED in child.name or os.path.realpath(child) in seen:
             continue
         if ASIDE.fullmatch(child.name):
             print(f"aside {child}")
@@ -99,7 +101,7 @@ class Inspect:
 
 
 def _printable(value) -> str:
-    """Text of a file, of which nothing steers a terminal."""
+    """A file's text without characters that a terminal would obey."""
     return "".join(c if c.isprintable() else "?" for c in str(value))
 
 
@@ -131,7 +133,7 @@ class Import:
             file = checkpoint.locate(self.file)
         if file.is_dir():
             raise UserError(f"{self.file} is no file but a checkpoint already; use that.")
-        folder = folder.with_suffix("") if folder.suffix == ".pkl" else folder  # as everywhere
+        folder = folder.with_suffix("") if folder.suffix == ".pkl" else folder  # as `locate` does
         found = checkpoint.from_legacy(file)
         state, notes = found.state, []
         if found.metadata.get("foreign") and found.module == "dense_reg":
@@ -149,7 +151,7 @@ class Import:
             checkpoint.save(folder, found.module, state, found.metadata, found.aligner)
         except UserError:
             raise
-        except Exception as e:  # of the disk, or an array of a type that Orbax does not know
+        except Exception as e:  # the disk fails, or an array has a type that Orbax does not know
             raise UserError(f"Cannot write {folder} ({checkpoint.reason(e)}); give another place, or make room.") from e
         print(
             f"{folder}: {len(checkpoint.leaves(state))} leaves of {file}"
@@ -159,7 +161,7 @@ class Import:
 
 
 def _renamed(state: dict) -> tuple[dict, list[str]]:
-    """Other code's state with its transformer under our names; and notes on it."""
+    """Other code's state with its transformer under this project's names, and notes for the user."""
     try:
         name, tree, notes = legacy_transformer.transformer(state["params"])
     except legacy_transformer.NoTransformer:

@@ -1,13 +1,13 @@
 """A digest of an array that does not depend on how the array is split over devices, hosts or files.
 
-Two sums modulo 2^64 over the elements' bits, each element times an odd key of its position: 128 bits.
-A shard contributes the sum over its own elements, at their places in the whole array; the digest of
-the array is the sum of its shards'. So no host ever needs the whole.
+It is two sums modulo 2^64, 128 bits in all. Each element's bits are multiplied with an odd key of its position in the
+whole array, and added up. A shard gives the sum over its own elements, and the array's digest is the sum over its
+shards. So no host ever needs the whole array.
 
-Why it finds damage: elements are taken as words of at most 32 bits and keys are odd, so a change of
-one element always changes both sums; unrelated changes of several cancel in both with probability of about
-2^-64 (a pattern such as the sign bits of a 2×2×2×2 block: 2^-41, sums of odd keys being even). It is no
-protection against someone who wants to deceive.
+Why it finds damage: elements are words of at most 32 bits and keys are odd, so a change of one element always changes
+both sums. Unrelated changes of several elements cancel in both sums with a probability of about 2^-64. For a pattern
+such as the sign bits of a 2×2×2×2 block it is 2^-41, because sums of odd keys are even. The digest is no protection
+against someone who wants to deceive.
 """
 
 from functools import lru_cache, reduce
@@ -17,7 +17,7 @@ import numpy as np
 Sums = tuple[int, int]
 
 BLOCK = 4096  # period of the keys of an axis: key(i) = low[i % BLOCK] * high[i // BLOCK]
-CHUNK = 1 << 16  # elements that are multiplied with one vector of keys: they stay in the cache
+CHUNK = 1 << 16  # so many elements are multiplied with one vector of keys; they fit into the processor's cache
 MASK = (1 << 64) - 1
 
 
@@ -36,7 +36,7 @@ def partial(shard: np.ndarray | np.generic, start: tuple[int, ...]) -> Sums:
             words.reshape(-1, columns),
             *((_keys(axes[:inner], 0, lane), _keys(axes[inner:], inner, lane)) for lane in (0, 1)),
         )
-    # The last axis alone is longer: whole periods of its keys are rows, what hangs over is added.
+    # The last axis alone is longer than a chunk. Whole periods of its keys become rows; the rest is added at the end.
     *before, (begin, size) = zip(start, words.shape)
     head = min(size, -begin % BLOCK)
     body = (size - head) // BLOCK * BLOCK
@@ -73,7 +73,7 @@ def add(*sums: Sums) -> Sums:
 
 
 def text(dtype, shape: tuple[int, ...], sums: Sums) -> str:
-    """A digest as it stands in the metadata: type, shape and both sums."""
+    """A digest as the metadata hold it: type, shape and both sums."""
     return f"{np.dtype(dtype).name}{list(shape)}:{sums[0]:016x}{sums[1]:016x}".replace(" ", "")
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint read whole, or put on devices: nothing is handed on before its digests have been compared."""
+"""Reads a checkpoint into memory or onto devices. Every leaf is checked against its digest first."""
 
 import os
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from ifvit.checkpoint.reading import read_leaves
 from ifvit.checkpoint.tree import leaves, nested
 from ifvit.errors import UserError
 
-NETWORK = ("state/params", "state/batch_stats", "aligner")  # what it takes to run a trained network
+NETWORK = ("state/params", "state/batch_stats", "aligner")  # the parts that a trained network needs to run
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,10 @@ class Checkpoint:
 
 
 def load(path: str | os.PathLike, module: str | None = None, parts: tuple[str, ...] = ("",)) -> Checkpoint:
-    """The checkpoint as numpy arrays on this host, every leaf checked; an existing `.pkl` file too.
+    """The checkpoint, or an existing `.pkl` file, as numpy arrays on this host. Every leaf is checked.
 
-    `parts` are the beginnings of the names of the leaves to read, e.g. NETWORK; of the others not a
-    byte is read. UserError when it is missing, half-written, damaged, of another module than `module`, or not a
-    checkpoint of IFViT.
+    `parts`: only leaves whose names begin so are read, e.g. NETWORK. UserError when the checkpoint is missing,
+    half-written, damaged, of another module than `module`, or not a checkpoint of IFViT.
     """
     folder = locate(path)
     if not folder.is_dir():
@@ -49,10 +48,10 @@ def load(path: str | os.PathLike, module: str | None = None, parts: tuple[str, .
 
 
 def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:
-    """The checkpoint as JAX arrays; `state`'s leaves where `shardings` (a tree like it) puts them, `aligner` on the host.
+    """The checkpoint with `state` as JAX arrays, which `shardings` (a tree like it) places, and `aligner` on the host.
 
-    Every process calls it, and reads no more than its devices need. UserError as `load`, and of the same
-    class on every process.
+    Every process calls it, and reads only what its devices need. It raises the UserErrors of `load`, and the same class
+    on every process.
     """
     wanted = dict.fromkeys(metadata["digests"]) | leaves({"state": shardings})
     return _as_checkpoint(folder, metadata, read_leaves(folder, metadata, wanted))
@@ -67,7 +66,7 @@ def _as_checkpoint(folder: epath.Path, metadata: dict, flat: dict) -> Checkpoint
 def from_legacy(file: epath.Path) -> Checkpoint:
     """A pickle of the legacy format as a checkpoint. UserError where anything in it is refused.
 
-    `foreign` in the metadata: it is not of this project's networks, and serves to seed Module 2 alone.
+    The metadata have `foreign` where it is not of this project's networks: it can only seed Module 2.
     """
     found = legacy.read(file)
     state = {"params": {}, "batch_stats": {}, "opt_state": {}, "step": np.int32(0)} | found.state
@@ -78,7 +77,7 @@ def from_legacy(file: epath.Path) -> Checkpoint:
         if name in ("params", "batch_stats", "opt_state", "aligner") and not isinstance(part, dict):
             raise UserError(f"{file} has an array as its {name}, where named arrays belong; save the tree of them.")
     params = state["params"]
-    names = {n for n in (*params, *(m for p in params.values() if isinstance(p, dict) for m in p))}
+    names = {*params, *(m for p in params.values() if isinstance(p, dict) for m in p)}
     module = "matcher" if any(n.endswith("_transformer_global") for n in names) else "dense_reg"
     told = sound(found.metadata)
     ours = "resnet_widths" in told["config"] and "module" in told

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: JSON with a digest of every leaf, and of itself."""
+"""A checkpoint's metadata: JSON with a digest of every leaf, and with a digest of the JSON itself."""
 
 import contextlib
 import errno
@@ -34,14 +34,14 @@ def read_metadata(folder: epath.Path) -> dict:
     except Exception as e:
         check_access(folder, e)
         raise Damaged(
-            f"{folder} is not a whole checkpoint (metadata/metadata: {first_line(e)}); it is half-written or something else: "
-            "use another one."
+            f"{folder} is not a whole checkpoint (metadata/metadata: {first_line(e)}); it is half-written or something "
+            "else: use another one."
         ) from e
     return metadata
 
 
 def complete(folder: epath.Path) -> bool:
-    """Whether a directory bears a whole checkpoint, as far as its metadata tells."""
+    """Whether a directory holds a whole checkpoint, as far as its metadata tell."""
     try:
         read_metadata(folder)
     except UserError:
@@ -59,7 +59,7 @@ def check_module(folder, metadata: dict, module: str | None) -> None:
 
 
 def check_ours(folder, metadata: dict) -> None:
-    """UserError for a checkpoint of other code, which can seed Module 2 and do nothing else here."""
+    """UserError for a checkpoint of other code, which can only seed Module 2."""
     if metadata.get("foreign"):
         raise UserError(
             f"{folder} was made by other code: its transformer can seed Module 2 (--pretrained_ckpt), the rest "
@@ -68,7 +68,7 @@ def check_ours(folder, metadata: dict) -> None:
 
 
 def check_access(folder: epath.Path, e: Exception) -> None:
-    """What may not be read, or not now, is not damaged."""
+    """UserError where `e` says that a checkpoint may not be read, or not now: then it is not damaged."""
     gcs.check_refusal(folder, e)
     if is_forbidden(e):
         raise UserError(f"Checkpoint {folder} {FORBIDDEN}; get the permission for it.") from None
@@ -79,7 +79,10 @@ def is_forbidden(e: Exception) -> bool:
 
 
 def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
-    """Orbax's own writers leave no digests: the names of the leaves come from Orbax, and nothing can be checked."""
+    """The metadata of a checkpoint that other software wrote with Orbax.
+
+    It has no digests, so nothing can be checked; Orbax tells the names of the leaves.
+    """
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.metadata(folder / "state").tree
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path({"state": tree})[0]]
@@ -92,7 +95,7 @@ def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
 
 
 def sound(metadata: dict) -> dict:
-    """What other software says of a checkpoint, with ours where that is missing or of another kind."""
+    """Metadata of other software; a key that is missing or of another type gets this project's default."""
     ours = {
         "epoch": 0,
         "step": 0,

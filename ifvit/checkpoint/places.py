@@ -1,7 +1,8 @@
-"""Where checkpoints lie and what they are called: local directories that get their names when they are whole, and buckets.
+"""Where checkpoints lie and what they are called, in local directories and in buckets.
 
-In a bucket nothing is renamed in one stroke. There a checkpoint has its name as long as it has the object `gcs.MARK`,
-which is written last and deleted first; what lies below a name without it is what is left of an upload or a deletion.
+A local directory gets its name when it is whole. A bucket cannot rename a folder in one step. There a checkpoint counts
+as named while it has the object `gcs.MARK`, which is written last and deleted first. Objects below a name without
+`gcs.MARK` are left over from an upload or a deletion.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.files import to_disk
 from ifvit.paths import resolve
 
-OLD = ".replaced"  # what a checkpoint that is being overwritten is called for a moment
+OLD = ".replaced"  # the end of a checkpoint's name while a new one takes its place
 UNFINISHED = ".orbax-checkpoint-tmp"  # in the name of a directory that is being written
 
 
@@ -35,9 +36,9 @@ def as_path(path: str | os.PathLike) -> epath.Path:
 
 
 def as_writable_path(path: str | os.PathLike) -> epath.Path:
-    """The same for what is to be written."""
+    """Like `as_path`, for a path that will be written to."""
     found = as_path(path)
-    for sign in "[\\":  # Orbax looks for its own files with glob, TensorStore takes a \ for a /
+    for sign in "[\\":  # Orbax finds its own files with glob; TensorStore reads a \ as a /
         if is_local(found) and sign in os.fspath(found):
             raise UserError(f"{found}: Orbax cannot write to a path with {sign} in it; give another directory.")
     return found
@@ -53,10 +54,10 @@ def kvstore_of(folder: epath.Path, key: str = "") -> dict:
 
 
 def locate(path: str | os.PathLike) -> epath.Path:
-    """What a checkpoint path means: Kaggle's base, `.pkl` dropped, an interrupted replacement undone.
+    """The folder that a checkpoint's path means: relative to Kaggle's base on Kaggle, and without `.pkl`.
 
-    A path to an existing `.pkl` file is returned as it is. UserError when nothing is there, and for
-    URLs of other stores than `gs://`.
+    Where a replacement was interrupted it is the old checkpoint. A path to an existing `.pkl` file is returned as it
+    is. UserError when nothing is there, and for URLs of other stores than `gs://`.
     """
     folder = as_path(path)
     if folder.suffix == ".pkl":
@@ -72,7 +73,7 @@ def locate(path: str | os.PathLike) -> epath.Path:
 
 
 def has_name(path: epath.Path) -> bool:
-    """Whether a checkpoint has this name; one that is being written has not."""
+    """Whether a checkpoint has this name. One that is being written does not have it yet."""
     return path.is_dir() if is_local(path) else (path / gcs.MARK).is_file()
 
 
@@ -81,7 +82,10 @@ def old(path: epath.Path) -> epath.Path:
 
 
 def replace(path: epath.Path, fresh: epath.Path) -> None:
-    """Gives a whole checkpoint its name; one that has it already is there under `OLD` in between, then gone."""
+    """Gives the whole checkpoint `fresh` the name `path`.
+
+    A checkpoint that has this name already gets the name `OLD` first, and is deleted at the end.
+    """
     if path.exists():
         _delete(old(path))
         path.rename(old(path))
@@ -91,7 +95,7 @@ def replace(path: epath.Path, fresh: epath.Path) -> None:
 
 
 def _delete(path: epath.Path) -> None:
-    """A local folder, if it is there; of a link to one the link."""
+    """Deletes a local folder, if it is there. Of a link to a folder it deletes only the link."""
     if os.path.islink(path):
         os.unlink(path)
     else:
@@ -99,7 +103,7 @@ def _delete(path: epath.Path) -> None:
 
 
 def make_room(path: epath.Path) -> None:
-    """In a bucket, before a checkpoint is written: one that has its name already is there under `OLD` from now on."""
+    """Clears a name in a bucket before a checkpoint is written; one that has it already is copied to `OLD` first."""
     if has_name(path):
         old(path).rmtree(missing_ok=True)
         path.copy_tree(old(path))
@@ -107,22 +111,23 @@ def make_room(path: epath.Path) -> None:
 
 
 def upload(path: epath.Path, fresh: Path) -> None:
-    """What this process has written of a checkpoint to a bucket; the first one's MARK is left out."""
+    """Uploads this process's part of a checkpoint to a bucket, without MARK."""
     files = [file.relative_to(fresh) for file in fresh.rglob("*") if file.is_file()]
-    if jax.process_index():  # of the others the arrays' chunks, which lie below `c` (zarr 3): the rest all have alike
+    # Only chunks of arrays differ between the processes; they lie below `c` (zarr 3). The first one uploads the rest.
+    if jax.process_index():
         files = [file for file in files if "c" in file.parts]
     path.upload(fresh, [file for file in files if file != Path(gcs.MARK)])
 
 
 def finish(path: epath.Path, fresh: Path) -> None:
-    """Gives a checkpoint that has been uploaded its name."""
+    """Gives an uploaded checkpoint its name."""
     path.upload(fresh, [Path(gcs.MARK)])
-    with contextlib.suppress(gcs.Refused):  # the new one is whole; the next of its name makes room
+    with contextlib.suppress(gcs.Refused):  # the new one is whole; the next save to this name deletes the old one
         old(path).rmtree(missing_ok=True)
 
 
 def duplicate(source: epath.Path, path: epath.Path) -> None:
-    """A copy of a checkpoint under another name, with files of its own; one of that name is replaced as by `save`."""
+    """Copies a checkpoint to another name, with files of its own. One that has this name is replaced as in `save`."""
     if is_local(path):
         fresh = path.with_name(f"{path.name}{UNFINISHED}-copy")
         fresh.rmtree(missing_ok=True)
@@ -139,7 +144,7 @@ def duplicate(source: epath.Path, path: epath.Path) -> None:
 
 
 def _copy_tree(source: epath.Path, target: epath.Path) -> None:
-    """A copy of a folder, every file on disk before this returns."""
+    """Copies a folder. Every file is on the disk when this returns."""
     target.mkdir(parents=True)
     for child in source.iterdir():
         if child.is_dir():
@@ -150,7 +155,7 @@ def _copy_tree(source: epath.Path, target: epath.Path) -> None:
 
 
 def remove(path: epath.Path) -> None:
-    """Takes the name away first: a half-deleted checkpoint does not look like one."""
+    """Deletes a checkpoint. First it takes the name away, so that a half-deleted one does not look whole."""
     if not is_local(path):
         path.rmtree()
     elif path.exists():
@@ -158,7 +163,7 @@ def remove(path: epath.Path) -> None:
 
 
 def discard_unfinished(folder: epath.Path, names: str) -> None:
-    """Removes what dead or failed writes have left of the checkpoints that `names` (a pattern) tells."""
+    """Removes what dead or failed writes have left of checkpoints whose names match the pattern `names`."""
     if jax.process_index() or not folder.is_dir():
         return
     if is_local(folder):
@@ -172,13 +177,13 @@ def discard_unfinished(folder: epath.Path, names: str) -> None:
             and ((p / "state").is_dir() or (p / "metadata").is_dir())
         ]
     for path in left:
-        with contextlib.suppress(OSError):  # it may still be written to; the next save tries again
+        with contextlib.suppress(OSError):  # something may still write to it; the next save tries again
             path.rmtree(missing_ok=True)
 
 
 @contextlib.contextmanager
 def written_here(path: epath.Path) -> Iterator[Path]:
-    """Where a file or folder that shall lie at `path` is to be written: there, or where it is uploaded from at the end."""
+    """A local path to write a file or folder for `path`. For a bucket it is temporary, and uploaded at the end."""
     if is_local(path):
         yield Path(path)
         return

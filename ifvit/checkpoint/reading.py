@@ -1,4 +1,4 @@
-"""Reading leaves: TensorStore, every process what its devices need, everything against its digest."""
+"""Reads leaves with TensorStore. Every process reads what its devices need, and checks it against the digests."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -19,7 +19,7 @@ from ifvit.errors import UserError
 def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
     """Leaves by their names (`state/params/…`), checked against their digests.
 
-    `wanted`: name -> None for a numpy array, a Sharding for a JAX array. UserError lists what is damaged.
+    `wanted`: name -> None for a numpy array, a Sharding for a JAX array. UserError names what is damaged.
     """
     reader = _Reader(folder)
     wrong: dict[str, str] = {}
@@ -31,7 +31,7 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
             out[name], sums[name] = reader.read(
                 name, wanted[name], checked=metadata["digests"].get(name, "") is not None
             )
-        except Exception as e:  # whatever TensorStore says of a damaged file
+        except Exception as e:  # TensorStore raises many kinds for a damaged file
             wrong[name] = FORBIDDEN if is_forbidden(e) else first_line(e)
             errors.append(e)
 
@@ -58,7 +58,7 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
 
 
 def shapes(folder: epath.Path, names: list[str]) -> dict[str, tuple[int, ...]]:
-    """The leaves' shapes as they are stored; no array is read. Damaged where one is missing."""
+    """The leaves' shapes as they are stored; no array is read. Damaged where a leaf is missing."""
     reader = _Reader(folder)
     try:
         return {n: tuple(reader.open(n).shape) for n in names}
@@ -68,16 +68,16 @@ def shapes(folder: epath.Path, names: list[str]) -> dict[str, tuple[int, ...]]:
 
 
 class _Reader:
-    """Reads leaves of Orbax checkpoints (OCDBT or one directory a leaf, zarr 2 or 3) through TensorStore."""
+    """Reads leaves of Orbax checkpoints through TensorStore: OCDBT or one directory for each leaf, zarr 2 or 3."""
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        keep_index = {"cache_pool": {"total_bytes_limit": 100_000_000}}  # OCDBT's, read once
+        keep_index = {"cache_pool": {"total_bytes_limit": 100_000_000}}  # so that OCDBT's index is read only once
         self._context = ts.Context(keep_index | gcs.RETRIES)
         self._ocdbt = {}
 
     def open(self, name: str, checked: bool = True) -> ts.TensorStore:
-        """A leaf's array. Where no digest tells, a chunk that is missing is an error, and not zeros."""
+        """A leaf's array. Without a digest (not `checked`) a missing chunk is an error; else it reads as zeros."""
         item, _, key = name.partition("/")
         base = self._folder / item
         if item not in self._ocdbt:
@@ -96,13 +96,13 @@ class _Reader:
         ).result()
 
     def read(self, name: str, sharding, checked: bool) -> tuple[np.ndarray | jax.Array, digest.Sums]:
-        """The leaf, and the sums of the part of it that this process answers for."""
+        """The leaf, and the sums over the part of it that this process has to check."""
         store = self.open(name, checked)
         if sharding is None:
             whole, done = _into_memory(store)
             done.result()
             return whole, digest.partial(whole, (0,) * whole.ndim)
-        owner: dict[tuple, jax.Device] = {}  # of each part, the device that answers for it
+        owner: dict[tuple, jax.Device] = {}  # part -> the one device whose process checks it
         for device, index in sharding.devices_indices_map(store.shape).items():
             box = _box(index, store.shape)
             owner[box] = min(owner.get(box, device), device, key=lambda d: d.id)
@@ -122,7 +122,10 @@ class _Reader:
 
 
 def _into_memory(store: ts.TensorStore) -> tuple[np.ndarray, ts.WriteFutures]:
-    """An array that is being filled, and when it is: at a boundary of 64 bytes, where JAX's CPU devices use it as it lies."""
+    """An array that is being filled, and the future that tells when it is.
+
+    It begins at a multiple of 64 bytes, so that JAX's CPU devices can use it without a copy.
+    """
     dtype = store.dtype.numpy_dtype
     memory = np.empty(store.size * dtype.itemsize + 64, np.uint8)
     at = -memory.ctypes.data % 64
@@ -135,7 +138,7 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, i
 
 
 def _over_processes(sums: list[digest.Sums]) -> list[digest.Sums]:
-    """Sums added over all processes; every process gets the same."""
+    """The sums added up over all processes; every process gets the same ones."""
     if jax.process_count() == 1 or not sums:
         return sums
     words = np.array(sums, np.uint64).view(np.uint32)  # JAX has no 64-bit integers by default
@@ -144,7 +147,7 @@ def _over_processes(sums: list[digest.Sums]) -> list[digest.Sums]:
 
 
 def _joined(wrong: dict[str, str], names: list[str]) -> dict[str, str]:
-    """What any process found wrong, on every process: they must agree on what to do."""
+    """Gives every process what any process found wrong, because all must then do the same."""
     if jax.process_count() == 1:
         return wrong
     kinds = np.array([0 if n not in wrong else 2 if wrong[n] == FORBIDDEN else 1 for n in names], np.uint8)

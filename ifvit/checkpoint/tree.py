@@ -25,7 +25,7 @@ def nested(flat: dict) -> dict:
 
 
 def kind(dtype, shape: tuple[int, ...]) -> str:
-    """Type and shape as a digest begins with them: `float32[3,4]`."""
+    """Type and shape, in the form in which a digest begins: `float32[3,4]`."""
     return digest.text(dtype, shape, (0, 0)).split(":")[0]
 
 

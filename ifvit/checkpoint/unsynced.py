@@ -1,7 +1,7 @@
 """Checkpoints on file systems that refuse to sync a folder (CIFS, shared folders of virtual machines, some FUSE).
 
-TensorStore takes the refusal for a write that failed, and its setting for it, `file_io_sync`, cannot be handed through
-Orbax's public names. So Orbax's defaults for TensorStore's contexts are changed for as long as a checkpoint is written.
+TensorStore takes such a refusal for a failed write. It has a setting for that, `file_io_sync`, which Orbax's public
+names do not pass on. So Orbax's defaults for TensorStore's contexts are changed while a checkpoint is written.
 """
 
 import contextlib
@@ -15,10 +15,13 @@ from ifvit.files import to_disk
 
 @contextlib.contextmanager
 def synced_as_can_be(folder: Path) -> Iterator[bool]:
-    """TensorStore syncs what it writes while this lasts, unless the file system of `folder` refuses to; whether it does."""
+    """A block in which TensorStore syncs what it writes, unless the file system of `folder` refuses that.
+
+    The block's value says whether it syncs.
+    """
     try:
         syncs = to_disk(next(p for p in (folder, *folder.parents) if p.exists()))
-    except OSError:  # the write itself will tell, and on every process
+    except OSError:  # then the write itself fails too, and reports it on every process
         syncs = True
     if syncs:
         yield True

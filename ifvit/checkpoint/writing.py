@@ -1,4 +1,4 @@
-"""Writing checkpoints: Orbax, every process its own shards, whole or not at all."""
+"""Writes checkpoints with Orbax, whole or not at all. Every process writes its own shards."""
 
 import asyncio
 import contextlib
@@ -27,28 +27,28 @@ from ifvit.devices.cores import cores
 from ifvit.devices.processes import exchange
 from ifvit.files import to_disk
 
-BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
+BARRIER_MS = 600_000  # how long a process waits for the others' part of a checkpoint
 
-_saves = itertools.count()  # all processes save the same in the same order
+_saves = itertools.count()  # numbers the saves; all processes save the same in the same order
 
 
 def save(path: str | os.PathLike, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
-    """Writes a checkpoint; one of the same name is replaced only when the new one is whole.
+    """Writes a checkpoint. One of the same name is replaced only when the new one is whole.
 
-    Every process calls it, and writes its own shards; it may run in a thread beside the training, on
-    a `snapshot` of the state. `metadata` has `epoch` and `config`; time, versions, shardings and digests
-    are added. Raises whatever kept it from being written; then nothing of the new one is left, and the
-    one from before has its name again, or in a bucket the name that `locate` finds it by.
+    Every process calls it, and writes its own shards. It may run in a thread beside the training, on a `snapshot` of
+    the state. `metadata` has `epoch` and `config`; time, versions, shardings and digests are added. When the write
+    fails it raises the cause. Then nothing of the new checkpoint is left, and the old one has its name again, or in a
+    bucket a name under which `locate` finds it.
 
-    To a bucket a checkpoint goes through a temporary directory of every process (TMPDIR): Orbax writes the directory
-    whole, as if each process were alone and with a file a leaf, and the files are uploaded. It can write arrays to
-    gs:// itself, but all else by way of packages of Google's that we do without, and with nothing like MARK.
+    A checkpoint for a bucket is first written to a temporary directory of every process (TMPDIR). There Orbax writes as
+    if each process were alone, with one file for each leaf; then the files are uploaded. Orbax could write arrays to
+    gs:// itself. It would need more of Google's packages for all else, and it has nothing like MARK.
     """
     path = as_writable_path(path)
     trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
     trees = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), trees)
     flat = leaves(trees)
-    for x in flat.values():  # JAX makes the list of shards at the first call, and two threads may each add to it
+    for x in flat.values():  # JAX makes the list of shards at the first call, which is not safe in two threads at once
         if isinstance(x, jax.Array):
             _ = x.addressable_shards
     metadata = {
@@ -67,7 +67,7 @@ def save(path: str | os.PathLike, module: str, state: dict, metadata: dict, alig
         synced_as_can_be(Path(folder)) as synced,
         _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer,
     ):
-        # a name of its own: what is left of a write that failed may still be written to
+        # Each save has a name of its own, because a write that failed may still go on under its name.
         fresh = folder / f"{path.name}{UNFINISHED}-{number}"
         try:
             if first:
@@ -90,9 +90,9 @@ def save(path: str | os.PathLike, module: str, state: dict, metadata: dict, alig
 
 
 def snapshot(state: dict) -> dict:
-    """A copy on the devices: the training step may donate the original while the copy is written.
+    """A copy of the state on the devices, to be written while the training step already donates the original.
 
-    Without it the step could not donate: Orbax reads CPU arrays where they lie.
+    The copy is needed because Orbax reads CPU arrays in place.
     """
     flat, structure = jax.tree.flatten(state)
     return jax.tree.unflatten(structure, _copies(flat))
@@ -114,7 +114,7 @@ def _beside(path: epath.Path) -> Iterator[epath.Path]:
 
 
 def _upload(path: epath.Path, fresh: Path, number: int) -> None:
-    """A checkpoint of which every process has its part in a local folder to a bucket."""
+    """Uploads a checkpoint to a bucket; every process has its part of it in a local folder."""
     first = jax.process_index() == 0
     for what, stage in (
         ("room", lambda: first and places.make_room(path)),
@@ -130,13 +130,14 @@ def _upload(path: epath.Path, fresh: Path, number: int) -> None:
 
 
 class _Together(ocp.CompositeCheckpointHandler):
-    """What fails on one process fails on all, at once: else they would wait for each other at Orbax's barriers."""
+    """Makes a failure on one process fail all processes at once, which would wait at Orbax's barriers otherwise."""
 
     def __init__(
         self, number: int, processes: ocp.options.MultiprocessingOptions, metadata: "MetadataHandler", **items
     ):
+        # Orbax shall not announce its directories in the background: one process's could be taken for another's.
         options = ocp.CompositeOptions(
-            multiprocessing_options=processes,  # told in the background, one process's folders would be taken for another's
+            multiprocessing_options=processes,
             async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
         )
         super().__init__(composite_options=options, metadata=metadata, **items)
@@ -148,7 +149,7 @@ class _Together(ocp.CompositeCheckpointHandler):
             for written in await self.async_save(*args, **kwargs):
                 try:
                     written.result()
-                except Exception as e:  # the rest is still being written
+                except Exception as e:  # raised later, because the rest is still being written
                     failure = failure or e
             return failure
 
@@ -164,7 +165,7 @@ class _Together(ocp.CompositeCheckpointHandler):
         super().finalize(directory)
 
     def release(self) -> None:
-        """Lets the processes pass that wait for the first one to finalize."""
+        """Lets those processes go on that wait for the first one to finalize."""
         if self._finalizing:
             ocp.multihost.sync_global_processes(
                 f"{self._processes.barrier_sync_key_prefix}_Checkpointer:finalize",
@@ -174,11 +175,11 @@ class _Together(ocp.CompositeCheckpointHandler):
 
 @ocp.args.register_with_handler(_Together, for_save=True, for_restore=True)
 class _Parts(ocp.args.Composite):
-    """Orbax's, for the handler above."""
+    """Orbax's arguments for the handler above."""
 
 
 def _agree(what: str, failure: Exception | None) -> None:
-    """Every process says how it went: raises `failure`, or OSError where another process has failed."""
+    """Tells the other processes how this one's part went. Raises `failure`, or OSError where another one has failed."""
     said = exchange(what, reason(failure) if failure else "", BARRIER_MS)
     if any(said) and not failure:
         raise OSError("; ".join(f"process {n}: {text}" for n, text in enumerate(said) if text))
@@ -187,19 +188,19 @@ def _agree(what: str, failure: Exception | None) -> None:
 
 
 def _orbax(size: int, largest: int, number: int, shared: bool = True) -> ocp.Checkpointer:
-    """Orbax's writer for `size` bytes of arrays, the largest of which has `largest`, to a folder that the processes share or not.
+    """Orbax's writer for `size` bytes of arrays, of which the largest has `largest` bytes.
 
-    Small leaves are packed into few files (OCDBT); from about 256 MB on a file a leaf is faster (1.5 to
-    2 times, measured at 1 GB). Weights do not compress. Few leaves are encoded at a time, so that their buffers are
-    used again: memory that is touched for the first time costs as much as writing it to the disk. Barriers go through
-    the coordination service, not the devices, which train meanwhile.
+    `shared`: whether all processes write to the same folder. Small leaves are packed into few files (OCDBT). From about
+    256 MB on one file for each leaf is faster (1.5 to 2 times, measured at 1 GB). Weights do not compress. Few leaves
+    are encoded at a time, so that their buffers are used again: touching new memory costs as much as writing it to the
+    disk. Barriers use the coordination service, because the devices train meanwhile.
     """
     arrays = dict(
         use_ocdbt=size < 2**28 and shared,
         use_zarr3=True,
         use_compression=False,
-        save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9,
-    )  # a leaf has to fit in
+        save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9,  # the largest leaf has to fit into it
+    )
     me = jax.process_index()
     processes = ocp.options.MultiprocessingOptions(
         primary_host=0 if shared else None,
@@ -227,9 +228,9 @@ class MetadataSave(ocp.args.CheckpointArgs):
 
 
 class MetadataHandler(ocp.AsyncCheckpointHandler):
-    """The JSON item: every process adds up its own shards' digests and tells the others.
+    """Writes the JSON metadata. Every process adds up the digests of its own shards and tells the others.
 
-    `finalize` runs when all have written, and before the checkpoint gets its name.
+    `finalize` runs when all processes have written, and before the checkpoint gets its name.
     """
 
     async def async_save(self, directory: epath.Path, args: MetadataSave):
@@ -265,7 +266,7 @@ ocp.args.register_with_handler(MetadataHandler, for_save=True, for_restore=True)
 
 
 def _own_sums(x) -> digest.Sums:
-    """Sums over the shards that this process writes: of what is replicated, one."""
+    """The sums over the shards that this process writes; of a replicated array only one process writes a shard."""
     if not isinstance(x, jax.Array):
         return digest.partial(x, (0,) * x.ndim) if jax.process_index() == 0 else (0, 0)
     return digest.add(

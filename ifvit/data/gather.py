@@ -29,8 +29,9 @@ log = logging.getLogger("ifvit")
 def gather(config: Config, host: Host) -> tuple[PrintSet, PrintSet, PrintSet]:
     """All prints of a configuration, those to train on, and those of the held-out fingers.
 
-    Of several processes of a host the first one decodes, the others find it done. UserError when there are fewer than two
-    fingers, when the split leaves a side with fewer, or when hosts have other prints: that before anything is decoded.
+    Of several processes of a host only the first one decodes; the others use its result. UserError when there are fewer
+    than two fingers, or the split leaves a side with fewer. UserError also, before anything is decoded, when hosts have
+    different prints.
     """
     reading = together("files", lambda: read_prints(config), host)
     require_same(
@@ -50,8 +51,8 @@ def gather(config: Config, host: Host) -> tuple[PrintSet, PrintSet, PrintSet]:
     count = lambda part: len({p.identity for p in part})
     if min(count(train), count(held_out)) < 2:
         raise UserError(
-            f"Of {count(everything.prints)} fingers {count(held_out)} are held out (held_out={config.held_out:g}), and {count(train)} "
-            "are left to train on; each needs two or more. Give prints of more fingers."
+            f"Of {count(everything.prints)} fingers {count(held_out)} are held out (held_out={config.held_out:g}), and "
+            f"{count(train)} are left to train on; each needs two or more. Give prints of more fingers."
         )
     for line in summarise(reading, found, everything.prints, (train, held_out)).lines():
         log.info("%s", line)
@@ -59,17 +60,24 @@ def gather(config: Config, host: Host) -> tuple[PrintSet, PrintSet, PrintSet]:
 
 
 def split(prints: Sequence[Print], held_out: float, seed: int) -> tuple[list[Print], list[Print]]:
-    """Those to train on, and those of the held-out fingers: where there are real prints, generated ones choose nothing."""
+    """The prints to train on, and those of the held-out fingers.
+
+    Generated prints are held out only where there are no real ones.
+    """
     train, kept_back = split_by_finger(prints, held_out, seed)
     return train, [p for p in kept_back if p.database != SYNTHETIC] or kept_back
 
 
 def _prepared(config: Config, real: list[Print]) -> tuple[PrintSet, Decoded]:
-    """Decoded; with generated ones, which are made once, into the cache: alone, or mixed into real ones (`synthetic_share`)."""
+    """The decoded prints: real ones, generated ones, or both (`synthetic_share`).
+
+    Generated ones are made once and kept in the cache.
+    """
     if real and SYNTHETIC in config.dataset_root and not config.synthetic_share:
         raise UserError(
-            "--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share is 0. "
-            "Give it a share (--set synthetic_share=0.25; in train_all of dense. and match.), or leave `synthetic` out."
+            "--dataset_root names `synthetic` beside other prints, and no pair would be drawn from it: synthetic_share "
+            "is 0. Give it a share (--set synthetic_share=0.25; in train_all of dense. and match.), or leave "
+            "`synthetic` out."
         )
     prints = real + (generated(config) if SYNTHETIC in config.dataset_root or config.synthetic_share > 0 else [])
     require_fingers(prints)
@@ -83,7 +91,8 @@ def read_prints(config: Config) -> Reading:
     roots = [r for r in config.dataset_root if r != SYNTHETIC]
     if config.names and not roots:
         raise UserError(
-            f"--names '{config.names}' tells how names are to be read, and all prints are generated; give a --dataset_root, or leave it out."
+            f"--names '{config.names}' tells how names are to be read, and all prints are generated; give a "
+            "--dataset_root, or leave it out."
         )
     return read_folders(roots, config.ppi or None, config.ridges, config.names) if roots else Reading([], (), {})
 
@@ -114,7 +123,7 @@ def listing(prints: Sequence[Print]) -> str:
 
 
 def local_root(root: str) -> str:
-    """A root as a folder on this host: prints in a bucket are copied into the cache, those that are not there already."""
+    """A root as a folder on this host. Prints in a bucket that are not in the cache yet are copied there."""
     if not root.startswith("gs://"):
         return resolve_data(root)
     there, folder = gcs.GcsPath(root), cache_dir() / "prints" / root.removeprefix("gs://").strip("/")

@@ -83,8 +83,8 @@ def read_picture(path: str | os.PathLike, max_megapixels: float = 20) -> Picture
 def seems_light(grey: UInt8[np.ndarray, "H W"], ppi: float) -> bool:
     """Whether the ridges seem to be light: around the print it is dark, as dark as the print's own darker lines.
 
-    What touches no sensor looks as the valleys do. A print that was cut out and laid on black is darker around than any of
-    its lines, mostly; one that fills the image tells nothing: False.
+    The background looks like the valleys, because neither touches the sensor. Around a print that was cut out and laid
+    on black it is mostly darker than any of the print's lines. A print that fills the image tells nothing: False.
     """
     mask = foreground(grey, ppi)
     if not mask.any() or (~mask).mean() < 0.1:

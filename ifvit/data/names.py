@@ -175,9 +175,8 @@ def fvc_ppi(folder: Path) -> float | None:
         parts = [part.lower() for part in path.parts[::-1]]  # the nearest tells
         year = next((m[1] for part in parts if (m := re.search(r"fvc[-_ ]?(200[0246])(?!\d)", part))), None)
         number = next((m for part in parts if (m := re.search(r"(?<![a-z])db[-_ ]?([1-4])(?!\d)", part))), None)
-        if (
-            year and number and not re.search(r"\d{3}", number.string[number.end() :])
-        ):  # DB2_A_500ppi has been resampled
+        # A folder such as DB2_A_500ppi holds prints that have been resampled.
+        if year and number and not re.search(r"\d{3}", number.string[number.end() :]):
             return _FVC_PPI.get((f"fvc{year}", f"db{number[1]}"))
     return None
 

@@ -20,10 +20,9 @@ FINEST, COARSEST, DOUBTFUL = 6.25, 10.5, 13.6
 SENSORS = (500.0, 512.0, 569.0, 1000.0)  # what sensors have; 300 is what an editor or a flat-bed scanner writes
 ENLARGED = 10**-1.75  # less than this is in the finest detail of a picture that was enlarged by 1.6 or more
 FEW = 5  # prints: fewer may be odd fingers
-SIBLING, USUAL = (
-    0.2,
-    0.09,
-)  # so near to what the ridges tell another resolution of the database, or a usual one, is meant
+# So near to the resolution that the ridges tell, another resolution of the database (SIBLING), or a usual one (USUAL),
+# is meant.
+SIBLING, USUAL = 0.2, 0.09
 
 ASKED = "the ridges"  # `Print.ppi_from` of prints that are to be read as their ridges tell: --ppi auto
 
@@ -143,7 +142,8 @@ def _off(group: Group, fit: float) -> str:
     return (
         f"⚠ The ridges of {group.database} are {group.at_500:.1f} px apart at 500 ppi if its prints have the "
         f"{group.ppi:.4g} ppi that they are read at ({told}), and adults' are about 9: {fit:g} ppi would fit, which "
-        f"--ppi auto takes ({group.off_alone} of {len(group.records)} prints tell so by themselves, e.g. {group.records[0]['path']})."
+        f"--ppi auto takes ({group.off_alone} of {len(group.records)} prints tell so by themselves, "
+        f"e.g. {group.records[0]['path']})."
     )
 
 

@@ -304,10 +304,9 @@ def _database_names(anchors: set[Path]) -> dict[Path, str]:
     while True:
         names = {a: "/".join(a.parts[-depth[a] :]) for a in anchors}
         count = Counter(names.values())
-        # Neighbours of one that needs its parent's name get it too: FVC2002/DB4_B.
-        crowded = {
-            a.parent for a in anchors if count[names[a]] > 1 or names[a] == SYNTHETIC
-        }  # that is the generated prints'
+        # Neighbours of one that needs its parent's name get it too: FVC2002/DB4_B. SYNTHETIC is the generated prints'
+        # name.
+        crowded = {a.parent for a in anchors if count[names[a]] > 1 or names[a] == SYNTHETIC}
         if not crowded:
             return names
         for anchor in anchors:

@@ -1,4 +1,4 @@
-"""How many cores this process may use, which in a job or a container are fewer than the machine has."""
+"""How many cores this process may use. In a job or a container it may use fewer than the machine has."""
 
 import math
 import os
@@ -7,16 +7,19 @@ from pathlib import Path
 
 CGROUPS = Path("/sys/fs/cgroup")
 OF_THIS_PROCESS = Path("/proc/self/cgroup")
+# Slurm and Grid Engine tell a job its number of cores by these, and do not always bind the job to them.
 GIVEN = (
     "SLURM_CPUS_PER_TASK",
     "SLURM_CPUS_ON_NODE",
     "NSLOTS",
-)  # of a job in Slurm or Grid Engine, where nothing binds it
+)
 
 
 def cores() -> int:
-    """As many as this process may run on (affinity), a container's quota pays for (rounded up), and its job was given."""
-    if hasattr(os, "process_cpu_count"):  # Python 3.13: the affinity too, unless -X cpu_count says otherwise
+    """The smallest of three numbers: the cores that this process may run on (affinity), those that a container's quota
+    pays for (rounded up), and those that its job was given.
+    """
+    if hasattr(os, "process_cpu_count"):  # from Python 3.13 on; it is the affinity, unless -X cpu_count says otherwise
         allowed = os.process_cpu_count() or 1
     elif hasattr(os, "sched_getaffinity"):
         allowed = len(os.sched_getaffinity(0))
@@ -27,10 +30,10 @@ def cores() -> int:
 
 
 def _quotas() -> Iterator[float]:
-    """The cores that each control group above this process pays for; none where there is no limit.
+    """The number of cores that each control group above this process allows; nothing for a group without a limit.
 
     Version 2 has `cpu.max` ("QUOTA PERIOD", or "max PERIOD"), version 1 `cpu.cfs_quota_us` (-1: no limit) and
-    `cpu.cfs_period_us`. In a container the group's own path is often not to be seen, but its files are at the root.
+    `cpu.cfs_period_us`. In a container the group's own path is often hidden, but its files are at the root.
     """
     for line in _read(OF_THIS_PROCESS).splitlines():
         _, controllers, path = line.split(":", 2)

@@ -1,6 +1,6 @@
-"""What the processes of a run tell each other outside the devices, through JAX's coordination service.
+"""Messages between the processes of a run, through JAX's coordination service and not through the devices.
 
-Every process calls the same functions in the same order. A run of one process tells itself.
+Every process calls the same functions in the same order. A single process gets its own messages.
 """
 
 from collections import Counter
@@ -12,13 +12,14 @@ import orbax.checkpoint as ocp
 from cluster.host import Host
 from ifvit.errors import UserError
 
-DAY = 86_400_000  # ms: somebody may be decoding many prints; one that has died is noticed by its heartbeat
+# In ms. Another process may be decoding prints for a long time; the heartbeat finds one that has died.
+DAY = 86_400_000
 
 _told: Counter[str] = Counter()
 
 
 def exchange(what: str, value: str, timeout_ms: int = DAY) -> list[str]:
-    """Every process's `value`, in the order of the processes. Raises where one has not come in time."""
+    """Every process's `value`, in the order of the processes. Raises where a process does not come in time."""
     if jax.process_count() == 1:
         return [value]
     client = ocp.multihost.get_jax_distributed_client()
@@ -30,7 +31,7 @@ def exchange(what: str, value: str, timeout_ms: int = DAY) -> list[str]:
 
 
 def require_same(what: str, value: str, name: str, remedy: str) -> None:
-    """UserError on all processes, with the names of two, where `value` is not the same on all."""
+    """UserError on all processes where `value` is not the same on all; it names two that differ."""
     names, values = exchange(f"{what} of", name), exchange(what, value)
     other = next((n for n, v in enumerate(values) if v != values[0]), None)
     if other is not None:
@@ -40,8 +41,10 @@ def require_same(what: str, value: str, name: str, remedy: str) -> None:
 
 
 def together(what: str, call: Callable, host: Host):
-    """`call()` on every process, on the first of each host before the others; a UserError on one is one on all, and
-    says where."""
+    """Calls `call()` on every process; on each host the first process goes before the others.
+
+    A UserError on one process is raised on all, and names the process.
+    """
     result, problem = None, ""
     for turn in (True, False):
         if host.first_here == turn:

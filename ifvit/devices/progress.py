@@ -1,10 +1,10 @@
-"""Counts what a run has done, for a watchdog that looks whether it still moves."""
+"""Counts a run's steps, for a watchdog that checks whether the run still moves."""
 
 _count = 0
 
 
 def made() -> None:
-    """A step, or a batch of validation, is done."""
+    """Counts a step, or a batch of validation, that is done."""
     global _count
     _count += 1
 

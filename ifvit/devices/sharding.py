@@ -1,4 +1,4 @@
-"""One mesh with the axes `data` and `model`: a batch is split over both, parameters over `model` by one rule table."""
+"""One mesh with the axes `data` and `model`. A batch is split over both; one table splits parameters over `model`."""
 
 import math
 import os
@@ -19,20 +19,20 @@ FORCED = "xla_force_host_platform_device_count"
 
 
 def use_cpu_cores() -> None:
-    """One JAX device a CPU core; to be called before JAX finds its devices.
+    """Makes one JAX device of each CPU core. It must be called before JAX finds its devices.
 
-    XLA runs most of a convolutional network on one thread a device. Measured on two cores: a training
-    step of preset `cpu` ran 1.3 times the pairs per second on two devices. XLA_FLAGS wins.
+    XLA runs most of a convolutional network on one thread of each device. On two cores a training step of preset `cpu`
+    did 1.3 times as many pairs per second with two devices. A number of devices in XLA_FLAGS wins.
     """
     if FORCED not in os.environ.get("XLA_FLAGS", ""):
         jax.config.update("jax_num_cpu_devices", cores())
 
 
 def make_mesh(pairs: int, model_parallel: int = 1) -> Mesh:
-    """All devices: slices, then hosts, on the outer axis `data`, neighbours of one host on `model`.
+    """A mesh of all devices. `data`, the outer axis, goes over slices and hosts; `model` over neighbours of one host.
 
-    `pairs` is a (micro-)batch that has to divide among them. Of CPU cores that nobody asked for, as many as
-    divide it. UserError when they do not fit.
+    `pairs` is the size of a (micro-)batch, which has to divide among the devices. Of CPU cores, as many are used as
+    divide it, unless XLA_FLAGS says how many. UserError where the devices do not fit.
     """
     devices = arranged(jax.devices())
     processes = jax.process_count()
@@ -61,18 +61,18 @@ def make_mesh(pairs: int, model_parallel: int = 1) -> Mesh:
 
 
 def arranged(devices: list) -> list:
-    """By slice, then by host: neighbours are close, and what is far apart meets on the outer axis alone."""
+    """The devices ordered by slice, then by host, so that distant devices meet on the outer axis alone."""
     return sorted(devices, key=lambda d: (getattr(d, "slice_index", 0) or 0, d.process_index, d.id))
 
 
-# Where parameters are split (FSDP): the first pattern that is found in a leaf's path decides. The
-# optimiser's moments have the paths of their parameters in them, and so their shardings.
+# How parameters are split (FSDP): the first pattern that is found in a leaf's path decides. The paths of the
+# optimiser's moments contain those of their parameters, so that both are split alike.
 RULES = (
     (r"(q_proj|k_proj|v_proj|mlp_0)/kernel$", P(None, "model")),
     (r"(merge|mlp_2|reduce|embed)/kernel$", P("model", None)),
     (r"resnet\w*/.*kernel$", P(None, None, None, "model")),  # HWIO: the output channels
-    (r"arcface_\w+$", P("model", None)),  # the embedding's axis: any number of classes
-    (r"", P()),  # norms, biases, scalars: replicated
+    (r"arcface_\w+$", P("model", None)),  # splits the embedding's axis, whatever the number of classes
+    (r"", P()),  # norms, biases and scalars are replicated
 )
 
 
@@ -91,7 +91,7 @@ def shardings(tree, mesh: Mesh):
 
 
 def gathered(tree):
-    """Parameters whole on every device for the time they are computed with (FSDP), under a mesh."""
+    """The parameters whole on every device, for the time that the step computes with them (FSDP)."""
     if jax.sharding.get_abstract_mesh().empty:
         return tree
     return jax.lax.with_sharding_constraint(tree, P())
@@ -102,15 +102,15 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_spec(micro_batches: bool = False) -> P:
-    """The pairs of a batch split over all devices (FSDP splits the batch over `model` too); micro-batches, if any, come first."""
+    """Splits the pairs of a batch over all devices; FSDP splits them over `model` too. Micro-batches come first."""
     return P(None, ("data", "model")) if micro_batches else P(("data", "model"))
 
 
 def put_batch(batch: dict, mesh: Mesh, accumulate: int = 1) -> dict:
-    """This process's part of the global batch -> global arrays split over the devices.
+    """Turns this process's part of the global batch into global arrays, split over the devices.
 
-    With `accumulate` > 1 it comes as that many micro-batches (A, B/A, …), and the process's part holds its
-    pairs of each of them in turn, so that the same pairs make a micro-batch on any number of devices.
+    With `accumulate` > 1 these have that many micro-batches (A, B/A, …). The process's part holds its pairs of each
+    micro-batch in turn, so that a micro-batch has the same pairs on any number of devices.
     """
     sharding = NamedSharding(mesh, batch_spec(accumulate > 1))
     if accumulate > 1:
@@ -119,7 +119,7 @@ def put_batch(batch: dict, mesh: Mesh, accumulate: int = 1) -> dict:
 
 
 def put_whole_batch(batch: dict, mesh: Mesh) -> dict:
-    """A batch that every process has the whole of -> global arrays split over the devices."""
+    """Turns a batch that every process has whole into global arrays, split over the devices."""
     sharding = NamedSharding(mesh, batch_spec())
     return {k: jax.make_array_from_callback(v.shape, sharding, v.__getitem__) for k, v in batch.items()}
 

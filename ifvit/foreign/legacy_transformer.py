@@ -18,7 +18,8 @@ class NoTransformer(UserError):
 
 
 _TRANSFORMERS = ("loftr_transformer", "siamese_transformer")
-# layer, print, module, leaf: layers.0.1/mlp.2/kernel, layers_0/norm1/scale, layers/0/0/q_proj/weight, layer_0/mlp_0/kernel
+# Layer, print, module and leaf in a name. For example: layers.0.1/mlp.2/kernel, layers_0/norm1/scale,
+# layers/0/0/q_proj/weight, layer_0/mlp_0/kernel.
 _PLACE = re.compile(
     r"layers?[._/](?P<layer>0|[1-9]\d{0,2})(?:[._/](?P<print>[01]))?/"
     r"(?:(?P<linear>[qkv]_proj|merge|mlp[._/](?:layers_)?[02])/(?:kernel|weight|(?P<bias>bias))"

@@ -263,7 +263,10 @@ class Builder:
     # --- what is told of it as JSON ---
 
     def json(self, x: Any) -> Any:
-        """The same in JSON: arrays become lists of numbers, large ones their type and shape; objects their class and content."""
+        """A value in JSON. Small arrays become lists of numbers, large ones their type and shape.
+
+        Objects become their class and content.
+        """
         told: set[StandIn] = set()
 
         def of(x: Any) -> Any:

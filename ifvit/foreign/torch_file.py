@@ -192,7 +192,7 @@ class _Storages:
         self.buffers: dict[tuple[str, str], bytes] = {}
 
     def describe(self, pid: Any) -> Any:
-        """What stands for something outside the pickle: a storage, the class of a module beside its source, else None."""
+        """What a reference to something outside the pickle means: a storage, the class of a module, else None."""
         match pid:
             case ("storage", Name(kind), str(key), _, int(length), *view) if (
                 kind in _STORAGE_NAMES and length >= 0 and view in ([], [None])

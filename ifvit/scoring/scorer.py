@@ -121,7 +121,10 @@ class Scorer:
         return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
 
     def picture(self, prints: Prints, pair: Pair, path: str | os.PathLike) -> None:
-        """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""
+        """Draws both prints side by side, with inlier matches as lines coloured by confidence.
+
+        It draws nothing for a Module 2 without a Module 1.
+        """
         if self.module == "matcher" and not self.aligner:
             return
         found, image0, image1 = self.registration(prints, pair)

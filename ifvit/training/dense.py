@@ -25,17 +25,20 @@ VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
 
 
 class Program(NamedTuple):
-    """What is compiled for a configuration: pure functions, the same objects for all that differ in scalars alone."""
+    """The pure functions that are compiled for a configuration.
+
+    Configurations that differ only in scalars get the same objects, and so the same compiled programs.
+    """
 
     net: Network
     init: Callable  # (seed) -> state
-    step: Callable  # as `training.step.train_step` has it, with (learning rate, scalars) before the constants
-    evaluate: Callable  # jitted, its scalars after the state
+    step: Callable  # as of `training.step.train_step`, with (learning rate, scalars) before the constants
+    evaluate: Callable  # jitted; the scalars come after the state
 
 
 @functools.lru_cache(maxsize=8)
 def dense_program(config: DenseConfig) -> Program:
-    """Of a `Config.program()`."""
+    """The program of a configuration, which must come from `Config.program()`."""
     net = dense_network(config)
 
     def step(state, batch, rate, scalars):
@@ -50,8 +53,8 @@ def dense_program(config: DenseConfig) -> Program:
 def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validation: DenseConfig | None = None) -> Task:
     """Trains on known warps of the prints in `train`, validates on those in `held_out`.
 
-    `validation`: a configuration whose corruption the validation views have [`config`]: where the corruption
-    itself is searched, trials are compared on the same views.
+    `validation`: a configuration from which the validation views take their corruption [`config`]. So trials of a
+    search for the corruption itself are compared on the same views.
     """
     program = dense_program(config.program())
     steps = steps_per_epoch(config, len(train))
@@ -99,7 +102,7 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
 
 
 def steps_per_epoch(config: Config, prints: int) -> int:
-    """Whole batches of an epoch's pairs; the schedule, the loop and the log all count by it."""
+    """The number of whole batches in an epoch. The schedule, the loop and the log all count by it."""
     wanted = config.pairs_per_epoch or 4 * prints
     if wanted < config.batch_size:
         raise UserError(
@@ -110,12 +113,12 @@ def steps_per_epoch(config: Config, prints: int) -> int:
 
 
 def with_scale(params: dict, config: Config) -> dict:
-    """Parameters with `cosine_scale` as the learned scale to start from, where there is one."""
+    """The parameters; where they have a learned scale, it starts from `cosine_scale`."""
     return params | {"log_scale": np.log(np.float32(config.cosine_scale))} if "log_scale" in params else params
 
 
 def with_loftr(params: dict, config: DenseConfig) -> dict:
-    """Parameters with LoFTR's published coarse transformer in place, where `loftr_ckpt` names it."""
+    """The parameters; where `loftr_ckpt` names LoFTR's published weights, with their coarse transformer."""
     if not config.loftr_ckpt:
         return params
     name = f"{config.transformer}_transformer"
@@ -123,7 +126,8 @@ def with_loftr(params: dict, config: DenseConfig) -> dict:
     loaded = loftr.load_loftr(path, params[name])
     if config.temp_bug_fix:
         print(
-            "⚠ The weights that LoFTR's authors published (outdoor_ds.ckpt) know another position encoding: they want --set temp_bug_fix=false."
+            "⚠ The weights that LoFTR's authors published (outdoor_ds.ckpt) know another position encoding: they want "
+            "--set temp_bug_fix=false."
         )
     print(f"LoFTR's transformer loaded from {path}: {sum(x.size for x in jax.tree.leaves(loaded)):,} parameters")
     return {**params, name: loaded}
@@ -132,9 +136,10 @@ def with_loftr(params: dict, config: DenseConfig) -> dict:
 def warp_metrics(
     evaluate: Callable, state: tuple, prints: PrintSet, config: Config, count: int | None = None
 ) -> dict[str, float]:
-    """Known-warp accuracy over fixed views of `prints`, the same ones in whatever batches, and how confident impostor pairs are made.
+    """Known-warp accuracy over fixed views of `prints`, and the mean confidence that impostor pairs get.
 
-    Accuracy: share of the cells with a known match that are matched within one cell (8 px).
+    The views are the same whatever the batch size. Accuracy is the share of the cells with a known match that are
+    matched within one cell (8 px).
     """
     pairs = DensePairs(prints.prints, config.impostor_share, 0.0, VALIDATION_SEED)
     wanted = [pairs[n] for n in range(config.val_pairs if count is None else count)]

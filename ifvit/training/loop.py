@@ -28,18 +28,17 @@ from ifvit.training.task import Task
 def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset()) -> epath.Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
-    `may_change`: configuration keys that the checkpoint may have been trained with otherwise, beside those with the role `fields.FREE`.
-    `host` is the process this is, which may be one of several. Ctrl-C and SIGTERM, on any of them, save
-    `{name}_step_{S}` and raise Interrupted. NaN or Inf raises Failure, and so does a final checkpoint that
-    cannot be written.
+    `may_change`: configuration keys whose value may differ from the checkpoint's, beside those with the role
+    `fields.FREE`. `host` stands for this process, which may be one of several. Ctrl-C or SIGTERM to any of them saves
+    `{name}_step_{S}` and raises Interrupted. NaN or Inf raises Failure, and so does a final checkpoint that cannot be
+    written.
     """
     config = task.config
     run = open_run(task, resume, host, may_change)
     folder, mesh, state, best, value = run.folder, run.mesh, run.state, run.best, run.value
     if run.finished:
-        if (rows := read_rows(folder / "metrics.jsonl")) and not (
-            folder / "curves.png"
-        ).exists():  # it ended just before them
+        # The process may have ended after the final checkpoint and before the curves.
+        if (rows := read_rows(folder / "metrics.jsonl")) and not (folder / "curves.png").exists():
             _draw(folder, rows)
         return run.finished
     first, total = int(state.step), config.num_epochs * task.steps_per_epoch
@@ -52,7 +51,7 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
     _write_config(folder, config)
 
     def save(what: str, state: TrainState, value: float | None = None, finished: bool = False) -> str:
-        """Begins to write `{name}_{what}`; returns where."""
+        """Begins to write `{name}_{what}`, and returns its path."""
         if checkpoint.is_local(folder) and not (folder / "config.json").exists():  # somebody has removed the folder
             _write_config(folder, config)
         at = ended
@@ -118,7 +117,7 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
                     meter.begin_epoch()
                 if meter.asked and ended < total:
                     path = save(f"step_{ended}", state)
-                    if meter.asked > SAVE:  # to stop, too
+                    if meter.asked > SAVE:  # it shall stop, too
                         raise _interrupted(ended, total, path, saver, meter.asked)
                     print(f"A host will go soon: saving {path} at step {ended}; the run goes on.", flush=True)
                 meter.asked = 0
@@ -127,7 +126,7 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
             save(f"epoch_{epoch}", state, value)
         final = save("ckpt", state, value, finished=True)
         if not saver.settle():
-            save("ckpt", state, value, finished=True)  # once more: what the run trained for hangs on it
+            save("ckpt", state, value, finished=True)  # tries again: the whole run depends on this checkpoint
             if not saver.settle():
                 raise Failure(
                     f"The training is done, and its final checkpoint {final} could not be written. Make room, "

@@ -1,4 +1,4 @@
-"""Module 2 as a task of the loop: seeded from Module 1, which aligns its pairs."""
+"""Module 2 as a task of the loop. Module 1 gives its first weights, and aligns its pairs."""
 
 import functools
 import logging
@@ -32,7 +32,10 @@ log = logging.getLogger("ifvit")
 
 @functools.lru_cache(maxsize=8)
 def match_program(config: MatchConfig, aligner_config: DenseConfig | None, num_classes: int) -> Program:
-    """Of a `Config.program()`, and that of the Module 1 which aligns its pairs (None without one)."""
+    """The program of a configuration, and of the Module 1 that aligns its pairs (None: there is none).
+
+    Both configurations must come from `Config.program()`.
+    """
     net, aligner = match_network(config, num_classes), aligner_config and dense_network(aligner_config)
 
     def step(state, batch, rate, scalars, aligner_state):
@@ -164,9 +167,9 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
 
 
 def checkpoint_of_module1(config: MatchConfig) -> checkpoint.Checkpoint | None:
-    """Module 1's checkpoint by `dense_reg_ckpt`; UserError where it does not serve.
+    """The checkpoint of Module 1 that `dense_reg_ckpt` names; UserError where Module 2 cannot use it.
 
-    None where that is empty or of other code: then there is nothing to align pairs with.
+    None where no checkpoint is named, or other code made it: then pairs are not aligned.
     """
     if not config.dense_reg_ckpt:
         return None
@@ -189,21 +192,24 @@ def checkpoint_of_module1(config: MatchConfig) -> checkpoint.Checkpoint | None:
 
 
 def warn_of_seen_fingers(config: MatchConfig, module1: checkpoint.Checkpoint, held_out: PrintSet) -> None:
-    """Says so where Module 1 was trained on fingers that Module 2 holds out: of the same folders, or of the same files in others."""
+    """Warns where Module 1 was trained on fingers that Module 2 holds out.
+
+    It compares the folders' names, and the content of files that may have been copied to other folders.
+    """
     theirs = completed(DenseConfig, module1.metadata["config"])
     seen = theirs["data_seed"] != config.data_seed or theirs["held_out"] < config.held_out
     if (seen and overlap(theirs["dataset_root"], config.dataset_root)) or known(
         module1.metadata.get("sample", ()), held_out.prints
     ):
         print(
-            f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, data_seed={theirs['data_seed']}): "
-            "it was trained on some that validate Module 2; give both the same.",
+            f"⚠ Module 1 in {module1.path} held out other fingers (held_out={theirs['held_out']}, "
+            f"data_seed={theirs['data_seed']}): it was trained on some that validate Module 2; give both the same.",
             flush=True,
         )
 
 
 def module1_folder(config: MatchConfig) -> epath.Path:
-    """Where Module 1's checkpoint lies; UserError where there is none."""
+    """The folder of Module 1's checkpoint; UserError where there is none."""
     try:
         return checkpoint.locate(config.dense_reg_ckpt)
     except CheckpointNotFound:
@@ -214,7 +220,10 @@ def module1_folder(config: MatchConfig) -> epath.Path:
 
 
 def like_module1(config: MatchConfig) -> MatchConfig:
-    """With what both modules have in common as Module 1's checkpoint has it, where that tells; not a pickle's."""
+    """The configuration with the settings that both modules share, taken from Module 1's checkpoint.
+
+    It stays as it is where there is no Module 1, or where that is a pickle.
+    """
     if not config.dense_reg_ckpt or not (folder := module1_folder(config)).is_dir():
         return config
     theirs = checkpoint.read_metadata(folder)["config"]
@@ -222,9 +231,9 @@ def like_module1(config: MatchConfig) -> MatchConfig:
 
 
 def balanced_pairs(prints: PrintSet, count: int) -> list[Pair]:
-    """Genuine pairs of a set, then impostors of the same databases: at most half of `count` of the genuine ones.
+    """Up to `count` pairs of a set: genuine ones, at most half of them, then impostors of the same databases.
 
-    A fixed draw: every run and every epoch sees the same pairs.
+    The draw is fixed: every run and every epoch sees the same pairs.
     """
     rng = np.random.default_rng(VALIDATION_SEED)
     databases = pairs_all(prints.prints)
@@ -236,7 +245,7 @@ def balanced_pairs(prints: PrintSet, count: int) -> list[Pair]:
 
 
 def with_both(params: dict) -> dict:
-    """A tied transformer under both names, as checkpoints have it."""
+    """The parameters with the tied transformer under both names, as in checkpoints."""
     return {**params, BRANCHES[1]: params[BRANCHES[0]]}
 
 

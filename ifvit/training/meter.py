@@ -1,4 +1,4 @@
-"""Every clock and every sum of a training run: what a row of metrics says, and who waited for what."""
+"""Every clock and every sum of a training run: they make the rows of metrics."""
 
 import time
 from collections.abc import Iterator
@@ -14,17 +14,17 @@ from ifvit.training.pace import Pace
 from ifvit.training.saver import Saver
 
 ROW = 10  # steps between two rows of metrics
-WAITS = ("input_seconds", "compile_seconds", "checkpoint_seconds")  # what of a row's seconds was no step
+WAITS = ("input_seconds", "compile_seconds", "checkpoint_seconds")  # the part of a row's seconds outside steps
 
 
 class Meter:
-    """Adds up the metrics and the time of steps, writes a row every ROW steps, and hears what the run is asked.
+    """Adds up metrics and times of steps, writes a row every ROW steps, and notes what the run is asked.
 
-    A step's metrics are fetched one step late: the device computes the next step meanwhile.
+    It fetches a step's metrics one step late, so that the device computes the next step meanwhile.
     """
 
     def __init__(self, metrics: Metrics, saver: Saver, host: Host, batch_size: int, steps_per_epoch: int, first: int):
-        self.asked = 0  # `Host.asked`, of any process: all hear it in the same step
+        self.asked = 0  # `Host.asked` of any process; all processes get it in the same step
         self._metrics, self._saver, self._host = metrics, saver, host
         self._batch_size, self._steps_per_epoch, self._first = batch_size, steps_per_epoch, first
         self._several = jax.process_count() > 1
@@ -37,7 +37,7 @@ class Meter:
         self._epoch_waits = dict.fromkeys(WAITS, 0.0)
 
     def next_batch(self, batches: Iterator[dict]) -> dict:
-        """The next batch of this process; of several processes it carries what this one is asked."""
+        """The next batch of this process. Where there are several, the batch also tells what this one is asked."""
         began = time.perf_counter()
         batch = next(batches)
         self._waits["input_seconds"] += time.perf_counter() - began
@@ -48,7 +48,7 @@ class Meter:
 
     def add(self, step: int, out: dict) -> None:
         """Takes the metrics of a step that has just been started. Failure when one of the step before is NaN or Inf."""
-        if step == self._first + 1:  # it was compiled here, and on every other process: that is no time of steps
+        if step == self._first + 1:  # this step was compiled first, which does not count as time in steps
             jax.block_until_ready(out)
             self._waits["compile_seconds"] = time.perf_counter() - self._step_began
         self._collect()
@@ -73,16 +73,19 @@ class Meter:
         self._sums, self._row_began, self._written, self._saver.blocked = {}, time.perf_counter(), step, 0.0
 
     def compare_processes(self) -> dict[str, list]:
-        """What each process spent of the epoch in steps and in waiting, at its end; {} of a process alone."""
+        """At an epoch's end, the seconds that each process spent in steps and in waiting; {} for a single process."""
         return self._pace.compare(self._epoch_waits, time.perf_counter() - self._epoch_began)
 
     def begin_epoch(self) -> None:
-        """Validation is no time of steps; the epoch's checkpoint counts with the next row, as `checkpoint_seconds` does."""
+        """Starts the clocks of an epoch. Validation, which came before, does not count as time in steps.
+
+        The checkpoint at the end of the last epoch counts with the next row, in `checkpoint_seconds`.
+        """
         self._row_began = self._epoch_began = time.perf_counter() - self._saver.blocked
         self._epoch_waits = dict.fromkeys(WAITS, 0.0)
 
     def _collect(self) -> None:
-        """Fetches the metrics that wait, and what any process was asked. Failure when a metric is NaN or Inf."""
+        """Fetches the metrics of the step before, and what any process was asked. Failure for NaN or Inf."""
         if self._waiting is None:
             return
         (step, out), self._waiting = self._waiting, None

@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard, a progress bar; the rows of a resumed run go on where it does."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard and a progress bar. A resumed run goes on with the same rows."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ log = logging.getLogger("ifvit")
 
 ATTEMPTS = "attempts.jsonl"
 
-# what differs between two equal runs
+# These values differ between two runs that are equal otherwise.
 TIMES = (
     "seconds",
     "pairs_per_second",
@@ -36,7 +36,7 @@ TIMES = (
 
 
 def read_rows(path: Path) -> list[dict]:
-    """Rows of a metrics.jsonl; a last line cut short by a crash is left out."""
+    """The rows of a metrics.jsonl. A last line that a crash has cut short is left out."""
     rows = []
     if path.is_file():
         for line in path.read_bytes().decode("utf-8", "replace").splitlines():
@@ -48,14 +48,14 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def in_steps(row: dict) -> float:
-    """Seconds of a row of training that went into steps: not waiting for prints, checkpoints or the compiler."""
+    """The seconds of a row of training that went into steps, without waits for prints, checkpoints and compiling."""
     if row["split"] != "train":
         return 0.0
     return max(0.0, row["seconds"] - sum(row.get(f"{k}_seconds", 0.0) for k in ("input", "compile", "checkpoint")))
 
 
 def one_by_one(values: dict) -> dict[str, float]:
-    """Numbers by their names, those of several processes as `name/0`, `name/1` …"""
+    """Numbers by their names. Numbers of several processes get the names `name/0`, `name/1` …"""
     each = {
         (f"{k}/{n}" if isinstance(v, list) else k): x
         for k, v in values.items()
@@ -65,12 +65,12 @@ def one_by_one(values: dict) -> dict[str, float]:
 
 
 class Metrics:
-    """Writes a run's metrics under `folder`; rows after `step` of an earlier attempt are dropped.
+    """Writes a run's metrics under `folder`, and drops rows after `step` of an earlier attempt.
 
-    Of several processes the first one writes. A full disk or a folder that is gone costs rows only until there is
-    room again: `metrics.jsonl` is then written anew, whole. `attempts.jsonl` has a line for each time the run
-    was started, which nothing drops: from the first on goodput is counted. Where `folder` is in a bucket, the files are
-    written to a local one and copied from there.
+    Only the first of several processes writes. When the disk is full or the folder is gone, rows are kept in memory;
+    `metrics.jsonl` is written anew, whole, as soon as that works. `attempts.jsonl` has a line for each time that the
+    run was started. No line is ever dropped, because goodput counts from the first one. Where `folder` is in a bucket,
+    the files are written to a local folder and copied from there.
     """
 
     def __init__(self, folder: epath.Path, step: int, total: int, name: str):
@@ -80,7 +80,7 @@ class Metrics:
         self.lines = [json.dumps(r) + "\n" for r in read_rows(self.path) if r["step"] <= step]
         self.step = step
         self.writes = jax.process_index() == 0
-        self.behind = True  # the file does not hold the lines
+        self.behind = True  # whether lines are missing in the file
         self.board: EventsWriter | None = None
         self._write_lines()
         self.bar = tqdm(
@@ -95,7 +95,7 @@ class Metrics:
         )
 
     def attempt(self, first: int) -> None:
-        """Notes that the run has been started at a step."""
+        """Notes that the run was started at step `first`."""
         file = self.folder / ATTEMPTS
         before = read_rows(file)
         self._began = before[0]["time"] if before else time.time()
@@ -108,13 +108,13 @@ class Metrics:
         self._kept = sum(map(in_steps, map(json.loads, self.lines)))
 
     def write_steps(self, step: int, epoch: int, means: dict, times: dict) -> None:
-        """A row of training, with its share of the run's wall time so far that went into steps which were kept."""
+        """Writes a row of training with its goodput: the share of the run's wall time that went into steps it kept."""
         self._kept += in_steps({"split": "train", **times})
         goodput = self._kept / max(time.time() - self._began, 1e-9)
         self.write(step, epoch, "train", means | times | {"goodput": goodput})
 
     def newest(self, split: str) -> dict:
-        """Values of the newest row of a split."""
+        """The values in the newest row of a split."""
         row = next((r for r in map(json.loads, reversed(self.lines)) if r["split"] == split), {})
         return {k: v for k, v in row.items() if k not in ("split", "step", "epoch")}
 
@@ -123,7 +123,7 @@ class Metrics:
         self.bar.update(steps)
 
     def write(self, step: int, epoch: int, split: str, values: dict) -> None:
-        """One row; a value that is not finite is written as null."""
+        """Writes one row. A value that is not finite is written as null."""
         row = {"step": step, "epoch": epoch, "split": split}
         row |= {k: v if isinstance(v, list) else float(v) if math.isfinite(v) else None for k, v in values.items()}
         self._write_lines(json.dumps(row) + "\n")
@@ -157,17 +157,18 @@ class Metrics:
             self.behind = True
 
     def _write_board(self, values: dict[str, float], step: int) -> None:
-        """TensorBoard's event file, without tensorboardX's own thread: that blocks for good when a write fails."""
+        """Writes TensorBoard's event file without tensorboardX's thread, which blocks for ever when a write fails."""
         folder = self.folder / "tensorboard"
         try:
             if self.board is None or not folder.exists():
                 folder.mkdir(parents=True, exist_ok=True)
                 self.board = EventsWriter(str(folder / "events"))
+                # This event makes TensorBoard drop the values of an earlier attempt after `step`.
                 self.board.write_event(
                     Event(wall_time=time.time(), step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
-                )  # drops what came after
+                )
             for tag, value in values.items():
                 self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
             self.board.flush()
         except OSError:
-            self.board = None  # a new file at the next row; these values stand in metrics.jsonl
+            self.board = None  # the next row begins a new file; metrics.jsonl has these values

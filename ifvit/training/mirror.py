@@ -1,4 +1,4 @@
-"""Files of a run that grow, in a bucket: what is there is written in one piece, so they are kept here and copied."""
+"""Keeps a run's growing files in a local folder and copies them to a bucket, where a file is only written whole."""
 
 import logging
 import tempfile
@@ -14,10 +14,10 @@ log = logging.getLogger("ifvit")
 
 
 class Mirror:
-    """`here` is a local folder whose files are copied to `there` in a thread, so that no step waits for the network.
+    """Copies the files of the local folder `here` to `there` in a thread, so that no step waits for the network.
 
-    It begins with the files of `names` that are there. Where `there` is local, it is `here` itself. What a bucket
-    refuses is said once, and copied when it takes it again.
+    At first it copies those of the files `names` that are `there` to `here`. Where `there` is local, both are the same
+    folder. When a bucket refuses a file, it says so once, and tries again later.
     """
 
     def __init__(self, there: epath.Path, names: tuple[str, ...]):
@@ -28,14 +28,14 @@ class Mirror:
             return
         self._scratch = tempfile.TemporaryDirectory(prefix="ifvit-")
         self.here = Path(self._scratch.name)
-        self._copied: dict[Path, tuple] = {}  # name -> time and size that the file had
+        self._copied: dict[Path, tuple] = {}  # name -> time and size of the file when it was copied
         self._changed, self._closing, self._refused = threading.Event(), False, False
         for name in names:
             if (there / name).is_file():
                 (self.here / name).write_bytes((there / name).read_bytes())
 
     def push(self) -> None:
-        """Files have changed; they are copied as soon as those from before are."""
+        """Says that files have changed. They are copied once the copying before is done."""
         if is_local(self._there):
             return
         if self._thread is None:
@@ -44,7 +44,7 @@ class Mirror:
         self._changed.set()
 
     def close(self) -> None:
-        """Returns when all is copied, or refused; `here` is gone then."""
+        """Returns when all files are copied or refused, and removes `here`."""
         if self._thread:
             self._closing = True
             self._changed.set()

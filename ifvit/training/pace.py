@@ -1,8 +1,8 @@
-"""How fast each process of a run is: in a run of many, one that is slow makes all of them wait, and looks like them.
+"""Finds the slow processes of a run. One slow process makes all others wait, and then all look equally slow.
 
-A step ends everywhere at the same time, so its duration says nothing of who was waited for. What a process alone
-is answerable for is measured: the time it waits for its own batches, and the time its first device needs
-for a piece of work that is the same on all.
+A step ends on all processes at the same time, so its duration does not tell who was slow. Two times do, because they
+depend on one process alone: how long it waits for its own batches, and how long its first device needs for a piece of
+work that is the same everywhere.
 """
 
 import json
@@ -19,21 +19,23 @@ from ifvit.devices.processes import exchange
 
 log = logging.getLogger("ifvit")
 
-SLOW = 1.5  # times the median of all processes
-NOTEWORTHY = 0.1  # share of an epoch's time that one may wait for input before it is named
+SLOW = 1.5  # a process is slow that needs more than so many times the median of all
+NOTEWORTHY = 0.1  # share of an epoch that a process may wait for input before it is named
 
 
 class Pace:
-    """What this process needed in an epoch, set against the others at its end."""
+    """Compares the times of the processes at the end of every epoch."""
 
     def __init__(self, name: str):
         self.name = name
         self.several = jax.process_count() > 1
-        self._before: set[str] = set()  # who was slow in the epoch before
+        self._before: set[str] = set()  # the processes that were slow in the epoch before, and not yet named
 
     def compare(self, waits: dict[str, float], seconds: float) -> dict[str, list]:
-        """Per process what it spent of an epoch's seconds in steps and in `waits` (`input_seconds` …), and
-        `probe_seconds`; the slow ones are named in the log. Nothing for a process alone."""
+        """The seconds that each process spent in steps, in `waits` (`input_seconds` …) and on the probe.
+
+        `seconds`: duration of the epoch. It names slow processes in the log. {} for a single process.
+        """
         if not self.several:
             return {}
         mine = waits | {"step_seconds": seconds - sum(waits.values()), "probe_seconds": probe()}
@@ -43,14 +45,14 @@ class Pace:
         ]
         if jax.process_index() == 0:
             found = slow(said, seconds)
-            for host in self._before & found.keys():  # once may be anything
+            for host in self._before & found.keys():  # slow in one epoch alone may have any cause
                 log.warning("⚠ %s", found[host])
             self._before = found.keys() - self._before
         return {k: [s[k] for s in said] for k in said[0]}
 
 
 def slow(said: list[dict], seconds: float) -> dict[str, str]:
-    """The processes that are slower than the usual one by more than SLOW, or starve: name -> a sentence."""
+    """The processes that are much slower than the others (SLOW), or wait long for input: name -> a sentence."""
     usual = {k: statistics.median_low([s[k] for s in said]) for k in ("probe_seconds", "input_seconds")}
     found = {}
     for s in said:
@@ -68,7 +70,7 @@ def slow(said: list[dict], seconds: float) -> dict[str, str]:
 
 
 def probe() -> float:
-    """Seconds of a fixed piece of work on this process's first device, the best of five."""
+    """The seconds that this process's first device needs for a fixed piece of work; the best of five."""
     size = 384 if jax.default_backend() == "cpu" else 4096
     times = []
     with jax.set_mesh(Mesh([jax.local_devices()[0]], ("alone",))):

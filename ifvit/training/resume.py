@@ -36,7 +36,7 @@ class Run(NamedTuple):
     placement: TrainState  # the sharding of every leaf
     state: TrainState  # on the devices
     best: dict | None  # `value`, `epoch` and `metric` of the best validation so far
-    value: float | None  # of the newest one
+    value: float | None  # of the newest validation
     history: list[dict]  # an entry for each time the run was started
     finished: epath.Path | None = None  # the final checkpoint of a run that has nothing left to do
 
@@ -45,12 +45,12 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
     """Finds out where the run goes on, and puts its state on the devices.
 
     The order of a resume:
-    1. Find the furthest checkpoint and compare its configuration, prints and Module 1 with this run's.
-    2. Read it: every process what its devices need, every leaf against its digest. One that is damaged is set
-       aside, and 1. begins again.
+    1. Find the furthest checkpoint, and compare its configuration, prints and Module 1 with this run's.
+    2. Read it. Every process reads what its devices need, and checks every leaf against its digest. A damaged
+       checkpoint is set aside, and 1. begins again.
     3. Drop the rows of metrics that came after it (`metrics.Metrics`).
     4. Read batches from its step on (`Task.batches`).
-    Its metadata tell the best epoch so far and the run's history. Nothing else has state.
+    The checkpoint's metadata tell the best epoch so far and the run's history. Nothing else has state.
 
     `resume`: `auto`, `never` or a checkpoint's path; `may_change` as `loop.train`.
     UserError where a checkpoint does not fit this run, or the folder cannot be written to.
@@ -62,9 +62,10 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
     abstract = jax.eval_shape(task.init, 0)
     placement = shardings(abstract, mesh)
 
-    this = str(folder / task.name)  # both modules may have one folder
+    this = str(folder / task.name)  # both modules may share a folder, so the module's name is needed
     again = "again" in exchange("again", "again" if resume != "auto" and host.has_begun(this) else "")
-    if again and resume == "never":  # this command's own processes are started again: once was asked for
+    # `never` begins anew once. This command's own processes, when started again, go on from what they have saved.
+    if again and resume == "never":
         resume, again = "auto", False
     found, history = find_resume(task, folder, resume, again, abstract, placement, {*keys_with(FREE), *may_change})
     rows = read_rows(folder / "metrics.jsonl")
@@ -91,7 +92,7 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
             print(lost(rows, 0), flush=True)
         state, best = begin(task, placement), None
     if resume != "auto":
-        exchange("begun", "")  # what was moved away is
+        exchange("begun", "")  # after this the old checkpoints are moved away, on all processes
         host.begun(this)
     history = history + [
         {
@@ -107,7 +108,7 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
 
 
 def begin(task: Task, placement: TrainState) -> TrainState:
-    """A fresh state, made where it lives, with the weights that the task starts from."""
+    """A fresh state on the devices, with the weights that the task starts from."""
     state = jax.jit(task.init, out_shardings=placement)(np.int32(task.config.seed))
     params, stats = jax.device_put(
         task.seed_from(state.params, state.batch_stats), (placement.params, placement.batch_stats)
@@ -116,7 +117,10 @@ def begin(task: Task, placement: TrainState) -> TrainState:
 
 
 def lost(rows: list[dict], step: int, saved: str = "") -> str:
-    """What an attempt that died had done after the checkpoint of `step`, as far as its metrics tell; `saved`: when it was written."""
+    """A sentence on the work that an attempt had done after the checkpoint of `step`, as far as its metrics tell.
+
+    `saved`: when the checkpoint was written.
+    """
     gone = [r for r in rows if r["split"] == "train" and r["step"] > step]
     what = (
         f"{gone[-1]['step'] - step} steps ({sum(r['seconds'] for r in gone):.0f} s of training)"
@@ -140,21 +144,23 @@ def find_resume(
 ) -> tuple[checkpoint.Checkpoint | None, list[dict]]:
     """The checkpoint to go on from, read onto the devices, and the run's history until there.
 
-    `auto`: the furthest good one in `folder`; damaged ones are set aside on the way, and it is said.
-    `never`: none. Else the path given, which must be good; where this command has begun from there before (`again`), what it
-    has written since comes first.
+    `resume` is one of these:
+    - `auto`: takes the furthest good checkpoint in `folder`. Damaged ones are set aside with a line in the log.
+    - `never`: takes none.
+    - a path: takes that checkpoint, which must be good. Where this command has begun from there before (`again`),
+      the checkpoints that it has written since come first.
     """
     if resume == "never":
         return None, []
     if again and not exchange("named", "there" if _is_there(resume) else "")[0]:
-        resume = "auto"  # what this command wrote since has taken its place
+        resume = "auto"  # a checkpoint that this command wrote later has replaced it
     if resume != "auto" and not checkpoint.locate(resume).is_dir():
         raise UserError(
             f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR."
         )
     named = [] if resume == "auto" else [checkpoint.locate(resume)]
     paths = []
-    if resume == "auto" or again:  # as the first process sees them: a shared folder may look older elsewhere
+    if resume == "auto" or again:  # all take the first process's list: others may see an older state of a shared folder
         beyond = _read_metadata(named[0])["step"] if named else -1
         names = [p.name for p in run_folder.candidates(folder, task.name, task.steps_per_epoch, beyond)]
         paths = [folder / name for name in json.loads(exchange("candidates", json.dumps(names))[0])]
@@ -186,7 +192,7 @@ def _is_there(path: str) -> bool:
 
 
 def _read_metadata(path: epath.Path) -> dict:
-    """A checkpoint's metadata; Damaged on all processes where it is on one."""
+    """A checkpoint's metadata. Raises Damaged on all processes where one process finds it damaged."""
     metadata, problem = {}, ""
     try:
         metadata = checkpoint.read_metadata(path)
@@ -199,7 +205,7 @@ def _read_metadata(path: epath.Path) -> dict:
 
 
 def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: TrainState, free: Set[str]) -> None:
-    """UserError unless a checkpoint is of this module, configuration and data, and has this state's leaves."""
+    """UserError unless a checkpoint has this module, configuration and data, and the leaves of this state."""
     checkpoint.check_module(path, metadata, task.name)
     checkpoint.check_ours(path, metadata)
     if None in metadata["digests"].values():
@@ -226,8 +232,8 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
         n: d for n, d in metadata["digests"].items() if n.startswith("aligner/")
     }:
         raise UserError(
-            f"{path} was trained with another Module 1 than {task.config.dense_reg_ckpt or 'none'}; give that one, or --resume never, or "
-            "another checkpoint directory."
+            f"{path} was trained with another Module 1 than {task.config.dense_reg_ckpt or 'none'}; give that one, or "
+            "--resume never, or another checkpoint directory."
         )
     want = {
         n: checkpoint.kind(x.dtype, x.shape)

@@ -1,4 +1,4 @@
-"""A run's folder: which of its checkpoints a run goes on from, and what is moved out of the way."""
+"""A run's folder: finds the checkpoints that a run can go on from, and moves others out of the way."""
 
 import logging
 import math
@@ -18,8 +18,10 @@ log = logging.getLogger("ifvit")
 
 
 def candidates(folder: epath.Path, module: str, steps_per_epoch: int, beyond: int = -1) -> list[epath.Path]:
-    """The run's checkpoints to go on from, of steps after `beyond`, the furthest first; one that was being replaced counts by
-    its name."""
+    """The checkpoints that a run can go on from, of steps after `beyond`, the furthest first.
+
+    One that was just being replaced (`OLD`) counts under its own name.
+    """
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         step = step_of_name(path.name.removesuffix(checkpoint.OLD), module, steps_per_epoch)
@@ -29,7 +31,7 @@ def candidates(folder: epath.Path, module: str, steps_per_epoch: int, beyond: in
 
 
 def step_of_name(name: str, module: str, steps_per_epoch: int) -> float | None:
-    """How far a checkpoint of this name is: the final one furthest; None where the name is not one to go on from."""
+    """The step of a checkpoint of this name; infinite for the final one. None where no run goes on from such a name."""
     match = re.fullmatch(rf"{module}_(?:ckpt|epoch_(\d+)|step_(\d+))", name)
     if not match:
         return None
@@ -38,7 +40,7 @@ def step_of_name(name: str, module: str, steps_per_epoch: int) -> float | None:
 
 
 def set_aside(path: epath.Path) -> epath.Path:
-    """Renames a bad checkpoint to `NAME.damaged`, or `.damaged.2` and so on: it is never deleted."""
+    """Renames a bad checkpoint to `NAME.damaged`, or `.damaged.2` and so on. It is never deleted."""
     name = path.name.removesuffix(checkpoint.OLD) + ".damaged"
     n = 1
     while (aside := path.with_name(name if n == 1 else f"{name}.{n}")).exists():
@@ -49,7 +51,7 @@ def set_aside(path: epath.Path) -> epath.Path:
 
 
 def move_away(folder: epath.Path, module: str, steps_per_epoch: int = 1, beyond: int = -1) -> None:
-    """A run that begins anew, or from an earlier step, leaves the checkpoints after that whole, under `before_N`."""
+    """Moves the checkpoints after step `beyond` to `before_N`, for a run that begins anew or from an earlier step."""
     best = folder / f"{module}_best"
     old = candidates(folder, module, steps_per_epoch, beyond)
     old += [best] if checkpoint.has_name(best) and (beyond < 0 or _step_of(best) > beyond) else []
@@ -70,7 +72,7 @@ def _step_of(folder: epath.Path) -> int:
 
 
 def write_beside(file: epath.Path, write: Callable[[Path], None]) -> None:
-    """A file beside the checkpoints, by the first process; that it cannot be written is said, and no reason to stop."""
+    """Writes a file beside the checkpoints, on the first process. When that fails it warns, and the run goes on."""
     if jax.process_index() == 0:
         try:
             with written_here(file) as here:

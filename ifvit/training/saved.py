@@ -7,7 +7,7 @@ from ifvit.training.task import Task
 
 
 def saved_tree(state: TrainState, task: Task) -> dict:
-    """The state as a checkpoint holds it, nested dictionaries; of arrays, or of whatever stands for them."""
+    """The state as a checkpoint holds it: nested dictionaries of arrays, or of what stands for them (shapes …)."""
     return {
         "params": task.to_saved(state.params),
         "batch_stats": state.batch_stats,
@@ -25,7 +25,7 @@ def restored_state(abstract: TrainState, saved: dict, task: Task) -> TrainState:
 
 
 def _without_empty(tree: dict) -> dict:
-    """optax has states without leaves; a checkpoint has leaves only."""
+    """The tree without empty parts: optax has states without leaves, and a checkpoint holds leaves only."""
     clean = {k: _without_empty(v) if isinstance(v, dict) else v for k, v in tree.items()}
     return {k: v for k, v in clean.items() if not (isinstance(v, dict) and not v)}
 

@@ -21,7 +21,7 @@ from ifvit.training.run_folder import candidates, set_aside, write_beside
 
 log = logging.getLogger("ifvit")
 
-OWNER = "owner"  # in a run's folder: which attempt may write there, the one that was started last
+OWNER = "owner"  # a file in a run's folder that names the attempt which may write there: the newest one
 
 
 class TakenOver(Exception):
@@ -31,8 +31,8 @@ class TakenOver(Exception):
 class Saver:
     """Writes a run's checkpoints in the background and keeps those that `config` asks for.
 
-    A write that fails is said in one line and costs nothing else: what was there stays, the run goes
-    on, the next save tries again. Every process calls the same methods in the same order.
+    When a write fails, one line says so; the older checkpoints stay, the run goes on, and the next save tries again.
+    Every process calls the same methods in the same order.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Saver:
         higher_is_better: bool,
         whole: Callable[[], None] = lambda: None,
     ):
-        self.whole = whole  # called when a checkpoint is, by the thread that writes them
+        self.whole = whole  # the writing thread calls this when a checkpoint is whole
         self.folder, self.module, self.config = folder, module, config
         self.higher_is_better = higher_is_better
-        self.blocked = 0.0  # seconds that training stood still for saving, until somebody sets it to 0
+        self.blocked = 0.0  # seconds that training has waited for saving since the caller last set it to 0
         self.last: str | None = None  # name of the newest checkpoint that is whole
         self.taken_over = False  # another run writes to this folder now
         self._owner = uuid.uuid4().hex
@@ -55,7 +55,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future] | None = None
         self._saved = list(_already_there(folder, module, steps_per_epoch))
-        checkpoint.discard_unfinished(folder, f"{module}_*")  # of a run that died
+        checkpoint.discard_unfinished(folder, f"{module}_*")  # a run that died may have left them
         self._check_best()
 
     def _own(self, file: Path) -> None:
@@ -63,15 +63,15 @@ class Saver:
         file.write_text(self._owner, encoding="utf-8")
 
     def _still_ours(self) -> bool:
-        """Whether no run was started on this folder after this one; the first process looks, all hear the same."""
+        """Whether no other run was started on this folder after this one. The first process looks for all."""
         owner = self._owner
         if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # the folder is gone, or cannot be read: the write itself will tell
+            with contextlib.suppress(OSError):  # the folder is gone or cannot be read: then the write itself fails
                 owner = (self.folder / OWNER).read_text(encoding="utf-8")
         return exchange("owner", "" if owner == self._owner else owner, checkpoint.BARRIER_MS)[0] == ""
 
     def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
-        """Copies `state` and begins to write it; waits first for the checkpoint before, if that is not done yet."""
+        """Copies `state` and begins to write it. First it waits until the checkpoint before is written."""
         clock = time.perf_counter()
         self.settle()
         state = checkpoint.snapshot(state)
@@ -79,16 +79,15 @@ class Saver:
         self.blocked += time.perf_counter() - clock
 
     def settle(self) -> bool:
-        """Waits until nothing is being written; False when the last write failed (and has been reported)."""
+        """Waits until nothing is being written. False when the last write failed, which the log then says."""
         if self._pending is None:
             return False
         (name, future), self._pending = self._pending, None
         try:
             future.result()
         except Exception as e:  # a disk has many ways to fail, and none of them is a reason to stop training
-            self.taken_over = isinstance(
-                e, TakenOver
-            )  # known here, not in the thread: at the same step on every process
+            # Set here and not in the thread, so that every process knows it at the same step.
+            self.taken_over = isinstance(e, TakenOver)
             log.warning(
                 "⚠ Checkpoint %s could not be written (%s); training goes on, and the next save tries again.",
                 self.folder / name,
@@ -105,7 +104,7 @@ class Saver:
     def _write(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
         if not self._still_ours():
             raise TakenOver("another run has begun to write here")
-        checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # of a write that failed
+        checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # a write that failed may have left them
         checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
         self.whole()
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
@@ -123,7 +122,7 @@ class Saver:
                 checkpoint.discard_unfinished(self.folder, f"{self.module}_best")
 
     def _check_best(self) -> None:
-        """A damaged `NAME_best` would stay for good where no epoch is better: it is set aside at the start."""
+        """Sets a damaged `NAME_best` aside at the start: it would stay for ever where no later epoch is better."""
         there = self.folder / f"{self.module}_best"
         if jax.process_index() == 0 and checkpoint.has_name(there):
             try:
@@ -132,7 +131,10 @@ class Saver:
                 log.warning("⚠ %s It is set aside as %s.", e, set_aside(there))
 
     def _copy_best(self) -> None:
-        """`NAME_best` becomes a copy of the best epoch's checkpoint, with files of its own: damage to one is not the other's."""
+        """Makes `NAME_best` a copy of the best epoch's checkpoint.
+
+        The copy has files of its own, so that damage to one checkpoint does not damage the other.
+        """
         best = ranked(self._saved, self.higher_is_better)[:1]
         there = self.folder / f"{self.module}_best"
         before = _value_of(there)

@@ -1,4 +1,4 @@
-"""What is checked before a run of several processes begins: a mistake shows in its first minute, not at its first save."""
+"""Checks a run's folder before the run begins: a mistake shows in the first minute and not at the first save."""
 
 import contextlib
 import time
@@ -13,17 +13,17 @@ from ifvit.devices.processes import exchange, together
 from ifvit.errors import UserError
 from ifvit.training import run_folder
 
-PATIENCE = 15.0  # seconds that a shared file system gets to show one host's file to another
+PATIENCE = 15.0  # seconds to wait until a shared file system shows one host's file to another
 
 
 def check_hosts(config: Config, host: Host) -> None:
-    """UserError unless all of several processes can write to the run's folder, and it is the same one."""
+    """UserError unless all of several processes can write to the run's folder, and see the same folder."""
     if jax.process_count() > 1:
         check_folder(config, host)
 
 
 def check_folder(config: Config, host: Host) -> None:
-    """The same, of a process alone too, which leaves no folder behind that was not there."""
+    """Makes the same check for a single process too, which leaves no new folder behind."""
     folder = checkpoint.as_writable_path(config.checkpoint_dir)
     alone = jax.process_count() == 1 and checkpoint.is_local(folder)
     made = [p for p in (folder, *folder.parents) if not p.exists()] if alone else []

@@ -20,10 +20,13 @@ class TrainState(NamedTuple):
 
 
 def optimizer(config: Settings, rate: float | jax.Array) -> optax.GradientTransformation:
-    """AdamW at a learning rate, with a clipped global norm. Vectors and scalars (norms, biases, the learned scale) are not decayed."""
+    """AdamW at a learning rate, with a clipped global norm.
+
+    Weight decay leaves out vectors and scalars: norms, biases, the learned scale.
+    """
     decays = lambda params: jax.tree.map(lambda p: p.ndim > 1, params)
-    # The rate is a function for optax, whose state then has the same leaves whatever the schedule.
-    # b2 of 0.99: at a thousand steps 0.999 would still average over all of them
+    # optax gets the rate as a function, so that its state has the same leaves whatever the schedule.
+    # b2 is 0.99, because in a run of a thousand steps 0.999 would still average over all of them.
     return optax.chain(
         optax.clip_by_global_norm(config.grad_clip),
         optax.adamw(lambda _: rate, b2=0.99, weight_decay=config.weight_decay, mask=decays),
@@ -39,11 +42,11 @@ def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
 
 
 def learning_rates(config: Config, total_steps: int) -> Float[np.ndarray, " steps"]:
-    """Each step's rate. The host keeps them: the compiled step takes its own, and need not know the schedule."""
+    """The rate of each step. The host keeps them and hands each step its rate, so that no schedule is compiled."""
     return np.asarray(jax.vmap(learning_rate(config, total_steps))(jnp.arange(total_steps)), np.float32)
 
 
 def init_state(net: Network, tx: optax.GradientTransformation, seed) -> TrainState:
-    """A fresh state: a pure function, to be evaluated for its shapes, then run under jit where it shall live."""
+    """A fresh state. It is a pure function: first evaluated for its shapes, then run under jit on the devices."""
     params, stats = net.init(jax.random.key(seed))
     return TrainState(params, stats, tx.init(params), jnp.zeros((), jnp.int32))

@@ -1,4 +1,4 @@
-"""The two training steps, pure functions (state, batch) -> (state, metrics), and what they have in common."""
+"""The training steps of both modules, pure functions (state, batch) -> (state, metrics), and what they share."""
 
 from collections.abc import Callable
 
@@ -22,18 +22,18 @@ from ifvit.training.state import TrainState, optimizer
 
 
 def pair_keys(seed: int | Int[Array, ""], step: int | Int[Array, ""], shape: tuple[int, ...]) -> Key[Array, "..."]:
-    """A random key for each pair of the global batch of a step, whatever the number of hosts."""
+    """A random key for each pair of a step's global batch; the keys do not depend on the number of hosts."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), shape)
 
 
 def train_step(loss: Callable, config: Settings) -> Callable:
     """(state, batch, rate, *constants) -> (state, metrics): one optimiser step at a learning rate.
 
-    `loss(params, batch_stats, batch, keys, *constants)` -> (value, (batch_stats, metrics)) sees one device's
-    pairs and gives its share of the global batch's loss and metrics: shares are added up. With
-    `config.accumulate` the batch comes as so many micro-batches (A, B/A, …), whose gradients are averaged;
-    BatchNorm sees each micro-batch whole. What a process is asked (`asked` in the batch, the same for each of its
-    pairs) comes back as the greatest of all, in the same step everywhere.
+    `loss(params, batch_stats, batch, keys, *constants)` -> (value, (batch_stats, metrics)) sees one device's pairs. It
+    returns that device's share of the global batch's loss and metrics, and the shares are added up. With
+    `config.accumulate` the batch comes as so many micro-batches (A, B/A, …), whose gradients are averaged. BatchNorm
+    sees each micro-batch whole. `asked` in the batch says what each process is asked, the same number for all its
+    pairs; its maximum over all processes comes back with the metrics, in the same step on each.
     """
 
     def step(state: TrainState, batch: dict, rate: jax.Array, *constants) -> tuple[TrainState, dict]:
@@ -52,7 +52,10 @@ def train_step(loss: Callable, config: Settings) -> Callable:
 
 
 def over_devices(gradient: Callable) -> Callable:
-    """Maps over the devices of the mesh in use: batch and keys split, all else whole on each; nothing without one."""
+    """Maps `gradient` over the devices of the mesh in use: splits batch and keys, and gives each device all else whole.
+
+    Without a mesh it returns `gradient` as it is.
+    """
     if jax.sharding.get_abstract_mesh().empty:
         return gradient
 
@@ -68,12 +71,13 @@ def over_devices(gradient: Callable) -> Callable:
 def _gradient(loss: Callable, accumulate: int) -> Callable:
     """(params, batch_stats, batch, keys, constants) -> (gradient, loss, batch_stats, metrics) of the global batch.
 
-    All that is added up over the devices travels in one buffer: a hundred small collectives cost more than
-    one, and on CPU XLA does not combine them.
+    All sums over the devices travel in one buffer. A hundred small collectives cost more than one, and on CPU XLA does
+    not combine them.
     """
 
     def gradient(params, batch_stats, batch, keys, constants):
-        params = jax.tree.map(_own, params)  # else each leaf's gradient would be added up on its own
+        # Without this JAX would add up each leaf's gradient with a collective of its own.
+        params = jax.tree.map(_own, params)
 
         def of(stats, part):
             (value, (stats, metrics)), grads = jax.value_and_grad(loss, has_aux=True)(params, stats, *part, *constants)
@@ -101,13 +105,13 @@ def _gradient(loss: Callable, accumulate: int) -> Callable:
 
 
 def _own(x):
-    """A device's own copy of what all devices have alike."""
+    """A device's own copy of a value that is the same on all devices."""
     axes = batch_axes()
     return jax.lax.pcast(x, axes, to="varying") if axes else x
 
 
 def dense_step(net: Network, config: Settings) -> Callable:
-    """Module 1: two views of a print with known truth, or two fingers; L_D alone."""
+    """Module 1's step on two views of a print with a known warp, or on two fingers; the loss is L_D alone."""
 
     def loss(params, batch_stats, batch, keys):
         pair = dense_pair(keys, batch, config)
@@ -119,16 +123,19 @@ def dense_step(net: Network, config: Settings) -> Callable:
 
 
 def match_step(net: Network, aligner: Network | None, config: Settings) -> Callable:
-    """Module 2: (state, batch, rate, aligner_state) -> (state, metrics); 0.5 L_D + 0.1 L_E + 1.0 L_A by default."""
+    """Module 2's step: (state, batch, rate, aligner_state) -> (state, metrics).
+
+    The loss is 0.5 L_D + 0.1 L_E + 1.0 L_A by default.
+    """
 
     def loss(params, batch_stats, batch, keys, aligner_state):
         genuine = batch["genuine"]
         pair, aligned, _ = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
         e, stats = net.apply(params, batch_stats, pair, train=True)
-        # in the common frame a genuine cell matches itself; a failed alignment teaches nothing
+        # After alignment a cell of a genuine pair matches the cell at its own place. Failed alignments are left out.
         same = jnp.where(aligned[:, None], jnp.arange(e.cells.shape[1]), IGNORE)
         labels = jnp.where(e.cells, jnp.where(genuine[:, None], same, NO_MATCH), IGNORE)
-        if aligner is None:  # no pair is aligned: impostors alone would teach that nothing matches
+        if aligner is None:  # no pair is aligned, and impostors alone would teach that nothing matches
             labels = jnp.full_like(labels, IGNORE)
         l_d = DENSE_LOSSES[config.dense_loss](e.log_conf, labels, e.cells, e.cells)
         branches = ((e.global0, e.global1, params["arcface_global"]), (e.local0, e.local1, params["arcface_local"]))

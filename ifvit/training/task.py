@@ -1,4 +1,4 @@
-"""What a module is to the training loop."""
+"""All that the training loop knows of a module."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,21 +11,21 @@ from ifvit.training.state import TrainState
 
 @dataclass
 class Task:
-    """What differs between the modules; the loop knows nothing else of them."""
+    """All that differs between the two modules for the loop."""
 
-    name: str  # `dense_reg` or `matcher`: also the files' names
+    name: str  # `dense_reg` or `matcher`; the files' names begin so
     config: Config
     steps_per_epoch: int
     data_digest: str
-    init: Callable[[int], TrainState]  # (seed); pure: also evaluated for its shapes alone
+    init: Callable[[int], TrainState]  # (seed) -> state; it is pure, and also evaluated for its shapes alone
     step: Callable  # (state, batch, rate, *constants) -> (state, metrics)
     rates: np.ndarray  # (steps,) the learning rate of each step
     constants: tuple  # the configuration's scalars, Module 1's frozen parameters
     batches: Callable[[int, int], Iterator[dict]]  # (first step, last step) -> host batches
     validate: Callable[[TrainState, int], dict[str, float]]  # (state, epoch) -> metrics
-    metric: str  # of validation, chooses the best checkpoint
+    metric: str  # the validation metric that chooses the best checkpoint
     higher_is_better: bool
-    metadata: dict  # more of it, e.g. `num_classes`
+    metadata: dict  # more metadata for checkpoints, e.g. `num_classes`
     to_saved: Callable[[dict], dict] = lambda tree: tree  # params -> params in the checkpoint
     from_saved: Callable[[dict], dict] = lambda tree: tree
     aligner: dict | None = None

@@ -1,7 +1,9 @@
-"""What a GPU or TPU does with what the tests know of CPUs: repeats, scores, coordinates, seconds a step, memory.
+"""Measures on a GPU or TPU what the tests check on CPUs: repeats, scores, coordinates, seconds a step, memory.
 
-    python tests/bench/accelerator.py --out DIR                      # all of it, some minutes
-    python tests/bench/accelerator.py --out DIR --only speed input   # parts: coordinates bits repeat scores speed input ray
+    python tests/bench/accelerator.py --out DIR                      # all parts, some minutes
+    python tests/bench/accelerator.py --out DIR --only speed input   # these parts alone
+
+The parts are coordinates, bits, repeat, scores, speed, input and ray.
 
 Prints are generated. `repeat` and `scores` are of preset `smoke`, `speed` and `input` of `--preset` [paper].
 """
@@ -76,7 +78,7 @@ def points() -> None:
 
 
 def bits(args) -> None:
-    """Whether a compiled step gives the same bits twice from the same state and batch, within a process and in another one."""
+    """Whether a compiled step gives the same bits again from the same state and batch, in this and another process."""
     for flags in ("", "--xla_gpu_deterministic_ops=true"):
         digests = []
         for _ in range(2):
@@ -169,7 +171,10 @@ def repeat(args) -> None:
 
 
 def scores(args) -> None:
-    """The same checkpoint's scores here and on the CPU; it says how many are different ones, since those of a poor matcher may all be alike."""
+    """Compares the scores of one checkpoint here and on the CPU.
+
+    It prints how many different scores there are, because a poor matcher may give all pairs the same.
+    """
     from ifvit.config import DenseConfig, preset
     from ifvit.data.gather import generated
 
@@ -196,8 +201,8 @@ def scores(args) -> None:
                 found.setdefault((module, column), []).append([float(row[column]) for row in rows])
     for (module, column), (here, cpu) in found.items():
         print(
-            f"{module}, {column}: {len(here)} pairs, {len(set(here))} different values, at most {max(abs(a - b) for a, b in zip(here, cpu)):.2g} "
-            "from the CPU's",
+            f"{module}, {column}: {len(here)} pairs, {len(set(here))} different values, at most "
+            f"{max(abs(a - b) for a, b in zip(here, cpu)):.2g} from the CPU's",
             flush=True,
         )
 
@@ -220,7 +225,10 @@ def speed(args) -> None:
 
 
 def prepared(preset_name: str, module: str, dtype: str, keep: bool = False) -> tuple:
-    """(compiled step, state, batch, its other arguments, mesh, the batch on the host, seconds of compilation); `keep`: the state is not donated."""
+    """(compiled step, state, batch, its other arguments, mesh, the batch on the host, seconds of compilation).
+
+    `keep`: the step does not donate the state.
+    """
     import jax
     import numpy as np
 
@@ -286,8 +294,10 @@ def step(preset_name: str, module: str, dtype: str) -> None:
     memory = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
     cost = (run.cost_analysis() or {}).get("flops", 0)
     print(
-        f"{module}, {dtype}: {seconds * 1e3:.1f} ms a step of {pairs} pairs [{min(times[1:]) * 1e3:.1f} … {max(times[1:]) * 1e3:.1f}], {pairs / seconds:.0f} pairs/s, "
-        f"{cost / seconds / 1e12:.1f} TFLOP/s, peak {memory / 2**30:.1f} GiB, compiled in {compiled:.0f} s, batch sent in {sent * 1e3:.0f} ms",
+        f"{module}, {dtype}: {seconds * 1e3:.1f} ms a step of {pairs} pairs "
+        f"[{min(times[1:]) * 1e3:.1f} … {max(times[1:]) * 1e3:.1f}], {pairs / seconds:.0f} pairs/s, "
+        f"{cost / seconds / 1e12:.1f} TFLOP/s, peak {memory / 2**30:.1f} GiB, compiled in {compiled:.0f} s, "
+        f"batch sent in {sent * 1e3:.0f} ms",
         flush=True,
     )
 
@@ -316,7 +326,8 @@ def pipeline(args) -> None:
     wait, whole = sum(r["input_seconds"] for r in rows), sum(r["seconds"] for r in rows)
     print(
         f"train_dense: {whole / steps * 1e3:.1f} ms a step, {wait / steps * 1e3:.1f} of them waiting for prints, "
-        f"{statistics.median(in_steps(r) / 10 for r in rows) * 1e3:.1f} in it, {statistics.median(r['pairs_per_second'] for r in rows):.0f} pairs/s",
+        f"{statistics.median(in_steps(r) / 10 for r in rows) * 1e3:.1f} in it, "
+        f"{statistics.median(r['pairs_per_second'] for r in rows):.0f} pairs/s",
         flush=True,
     )
 

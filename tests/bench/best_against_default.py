@@ -3,10 +3,11 @@
     python tests/bench/best_against_default.py --best SWEEP/best.toml --preset cpu --seeds 11 12 13 --out OUT \\
         --dataset_root DIR [DIR …] [--before FILE] [--test DIR] [--set key=value …] [--pretrained_ckpt MODULE1]
 
-Of Module 1; with `--pretrained_ckpt` of Module 2, on that Module 1. The sweep began with the preset, or with `--before`.
-Both configurations are trained on each seed, and validated on the same fingers: with `--set data_seed=1` on others than
-those by which the sweep chose. Module 1 sees the same views of them, corrupted as in the configuration that the sweep began
-with, Module 2 the same pairs. `--test`: the macro EER there too.
+It compares configurations of Module 1, or with `--pretrained_ckpt` of Module 2 on that Module 1. The sweep began with
+the preset, or with `--before`. Both configurations are trained on each seed, and validated on the same fingers. With
+`--set data_seed=1` these are others than those by which the sweep chose. Module 1 sees the same views of them,
+corrupted as in the configuration that the sweep began with; Module 2 sees the same pairs. `--test`: the macro EER there
+too.
 """
 
 import argparse
@@ -56,9 +57,8 @@ def main() -> None:
         return train_dense.run(config, "auto", Host(), validation=base)
 
     kinds = {"default": base, "best": with_changes(base, read_toml(args.best)[table] | sets)}
-    shown = (
-        {"eer": False, "d_prime": True} if args.pretrained_ckpt else {"accuracy": True}
-    )  # metric -> higher is better
+    # metric -> whether higher is better
+    shown = {"eer": False, "d_prime": True} if args.pretrained_ckpt else {"accuracy": True}
     if args.test:
         shown["test EER"] = False
     found: dict[str, list[dict]] = {name: [] for name in kinds}

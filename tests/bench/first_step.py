@@ -1,4 +1,6 @@
-"""Seconds from `ray job submit` to the end of the first training step, preset `cpu`, on a host of two cores; Linux, as root.
+"""Seconds from `ray job submit` to the end of the first training step, preset `cpu`, on a host of two cores.
+
+It needs Linux, and runs as root.
 
     python tests/bench/first_step.py --out DIR --rounds 3
 

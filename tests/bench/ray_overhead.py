@@ -2,8 +2,8 @@
 
     python tests/bench/ray_overhead.py --out DIR --rounds 12
 
-Two runs of Module 1, one under Ray, take turns of ten steps: while one trains, all processes of the other (Ray's own too)
-are stopped. So what else happens on the machine, and how fast it is in that minute, meets both. A round is a turn of each.
+Two runs of Module 1, one under Ray, take turns of ten steps. While one trains, all processes of the other are stopped,
+Ray's own too. So both meet the same load on the machine, and the same speed. A round is a turn of each.
 """
 
 import argparse
@@ -119,16 +119,16 @@ def main() -> None:
             local, ray = times["local"][-1], times["ray"][-1]
             used = {name: sorted(run.cpu.values()) for name, run in runs.items()}
             print(
-                f"a step: local {local:.3f} s, under Ray {ray:.3f} s: {ray / local:.3f} times; of the cores' time: local "
-                f"{used['local'][-1] / ROW:.3f} s, under Ray {used['ray'][-1] / ROW:.3f} s in the worker, {sum(used['ray'][:-1]) / ROW:.3f} s "
-                f"in {len(used['ray']) - 1} others",
+                f"a step: local {local:.3f} s, under Ray {ray:.3f} s: {ray / local:.3f} times; of the cores' time: "
+                f"local {used['local'][-1] / ROW:.3f} s, under Ray {used['ray'][-1] / ROW:.3f} s in the worker, "
+                f"{sum(used['ray'][:-1]) / ROW:.3f} s in {len(used['ray']) - 1} others",
                 flush=True,
             )
     ratios = sorted(ray / local for local, ray in zip(times["local"], times["ray"]))
     quarter = len(ratios) // 4
     print(
-        f"under Ray a step takes {statistics.median(ratios):.3f} times as long, the middle half of {len(ratios)} rounds "
-        f"{ratios[quarter]:.3f} … {ratios[-1 - quarter]:.3f}, all {ratios[0]:.3f} … {ratios[-1]:.3f}"
+        f"under Ray a step takes {statistics.median(ratios):.3f} times as long, the middle half of {len(ratios)} "
+        f"rounds {ratios[quarter]:.3f} … {ratios[-1 - quarter]:.3f}, all {ratios[0]:.3f} … {ratios[-1]:.3f}"
     )
 
 

@@ -6,9 +6,9 @@ One process with one device, one with two (forced host devices), two processes, 
 (as root, on Linux). Prints the largest difference of any step's loss from the first layout's, and draws
 all of them over each other into DIR/relu/losses.png.
 
-Then all of it again with a smooth function, softplus(4x) / 4, in the place of ReLU. At a kink rounding becomes more than
-rounding: of some million values one that is about 1e-7 lies on the other side of zero, and a gradient differs by a
-thousandth. Where there is no kink, nothing but rounding may be left after fifty steps.
+Then it does all of it again with a smooth function, softplus(4x) / 4, instead of ReLU. ReLU's kink magnifies rounding:
+of some million values one that is about 1e-7 falls on the other side of zero, and a gradient differs by a thousandth.
+Without the kink only rounding may be left after fifty steps.
 """
 
 import argparse
@@ -105,8 +105,8 @@ def compare(out: Path) -> bool:
         first = found["1 process × 1 device"]
         gaps = [abs(a - b) / abs(a) for a, b in zip(first, found[name])]
         print(
-            f"  {name}: loss {found[name][0]:.6f} at step 1, {found[name][-1]:.6f} at step {STEPS}; from the first layout's it "
-            f"differs by at most {max(gaps[:5]):.1e} of it over five steps, {max(gaps):.1e} over {STEPS}",
+            f"  {name}: loss {found[name][0]:.6f} at step 1, {found[name][-1]:.6f} at step {STEPS}; from the first "
+            f"layout's it differs by at most {max(gaps[:5]):.1e} of it over five steps, {max(gaps):.1e} over {STEPS}",
             flush=True,
         )
     draw(found, out / "losses.png")

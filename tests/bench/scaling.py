@@ -128,12 +128,14 @@ def main() -> None:
             one, two = (measured(pairs, n, args.preset, args.set) for n in (1, 2))
             ratios.append(two["rate"] / one["rate"])
             print(
-                f"{pairs} pairs a process: one {one['rate']:.1f} pairs/s, two {two['rate']:.1f}: {ratios[-1]:.2f} times",
+                f"{pairs} pairs a process: one {one['rate']:.1f} pairs/s, two {two['rate']:.1f}: "
+                f"{ratios[-1]:.2f} times",
                 flush=True,
             )
         print(
-            f"{pairs} pairs a process: {statistics.median(ratios):.2f} times [{min(ratios):.2f} … {max(ratios):.2f}]; a step "
-            f"makes {two['collectives']} collectives of {two['bytes'] / 1e6:.2f} MB, the largest {two['largest'] / 1e6:.2f} MB"
+            f"{pairs} pairs a process: {statistics.median(ratios):.2f} times [{min(ratios):.2f} … {max(ratios):.2f}]; "
+            f"a step makes {two['collectives']} collectives of {two['bytes'] / 1e6:.2f} MB, the largest "
+            f"{two['largest'] / 1e6:.2f} MB"
         )
 
 

@@ -1,10 +1,11 @@
-"""A sweep's trials that differ in scalars: seconds from being scheduled to the first step, and the share of time outside steps.
+"""Times of a sweep's trials that differ in scalars: seconds until their first step, and the share outside steps.
 
-The first step of a run is told apart: in a trial that compiles, it holds the compilation.
+The seconds count from when a trial is scheduled. The first step is shown apart, because it may have the compilation.
 
     python tests/bench/trial_times.py --out DIR --trials 4 [-- words for `python -m tune`]
 
-Trials of Module 1 at preset `cpu`, two epochs of 20 steps each, on generated prints. The first one compiles, and decodes the prints.
+The trials are of Module 1 at preset `cpu`, two epochs of 20 steps each, on generated prints. The first one compiles,
+and decodes the prints.
 """
 
 import argparse
@@ -76,8 +77,9 @@ def main() -> None:
         begun = seen[f"{trial.number:03d}"] - rows[0]["seconds"] + rows[0]["input_seconds"]
         step = sum(map(in_steps, rows)) / (trial.steps - 1)
         print(
-            f"trial {trial.number}: first step begun {begun - scheduled:.1f} s after it was scheduled, done after {rows[0]['compile_seconds']:.1f} s more; "
-            f"{trial.steps} steps of {step:.2f} s, {trial.end['seconds']:.0f} s, {100 * (1 - trial.steps * step / trial.end['seconds']):.0f} % of "
+            f"trial {trial.number}: first step begun {begun - scheduled:.1f} s after it was scheduled, done after "
+            f"{rows[0]['compile_seconds']:.1f} s more; {trial.steps} steps of {step:.2f} s, "
+            f"{trial.end['seconds']:.0f} s, {100 * (1 - trial.steps * step / trial.end['seconds']):.0f} % of "
             "them outside steps",
             flush=True,
         )

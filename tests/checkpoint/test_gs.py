@@ -1,4 +1,4 @@
-"""Checkpoints at gs:// URLs are read and written as those in a directory are; what the store will not tell is told in a sentence.
+"""Checkpoints at gs:// URLs are read and written like those in a directory; a refusal of the store is one sentence.
 
 The store is `fake_gcs.FakeGcs`, on this machine; TensorStore asks it where it would ask Google's.
 """

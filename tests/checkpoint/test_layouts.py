@@ -77,9 +77,8 @@ def metadata(path: Path) -> dict:
 
 
 def test_digests_do_not_depend_on_the_layout(folder, one, tmp_path):
-    checkpoint.save(
-        tmp_path / "host", "dense_reg", layouts.saved_tree(layouts.STATE, layouts.TASK), META
-    )  # numpy's arrays
+    # These are numpy's arrays, on no device.
+    checkpoint.save(tmp_path / "host", "dense_reg", layouts.saved_tree(layouts.STATE, layouts.TASK), META)
     want = metadata(tmp_path / "host")["digests"]
     assert len(want) > 200
     for layout in WHOLE:

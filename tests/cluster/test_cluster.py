@@ -1,4 +1,4 @@
-"""How a job gets its processes: where they go, which devices they see, what is tried again, and what is said when it cannot be."""
+"""How a job gets its processes: where they go, which devices they see, what is tried again, and what errors say."""
 
 import contextlib
 import functools
@@ -95,7 +95,10 @@ def test_without_ray_local_works_and_more_is_refused(monkeypatch):
 
 
 def test_a_local_run_imports_no_ray(process, tmp_path):
-    code = "import sys; import ifvit.train_all; from cluster.launch import launch, Job, Request; launch(lambda p: Job(lambda h: (0, ''), 'x'), Request()); "
+    code = (
+        "import sys; import ifvit.train_all; from cluster.launch import launch, Job, Request; "
+        "launch(lambda p: Job(lambda h: (0, ''), 'x'), Request()); "
+    )
     said = process("-c", code + "print([m for m in sys.modules if m.split('.')[0] == 'ray'])", cwd=tmp_path)
     assert said.out.strip() == "[]", said
 
@@ -212,13 +215,14 @@ def test_a_tpu_slice_is_known_by_its_labels(cluster_of):
     cluster_of(node(), *[node(TPU=4.0, labels=labels)] * 4)
     place = placement.placement(Request(), alone=False)
     assert (place.platform, place.workers, place.topology, place.accelerator) == ("TPU", (4, 4), "4x4", "TPU-V6E")
+    # Ray accepts these for a slice.
     ScalingConfig(
         num_workers=4,
         use_tpu=True,
         resources_per_worker=place.resources,
         topology=place.topology,
         accelerator_type=place.accelerator,
-    )  # Ray knows it by these
+    )
 
 
 def test_what_a_cluster_cannot_fit_is_said_with_what_is_asked_and_what_there_is(cluster_of):
@@ -462,9 +466,8 @@ def test_cpu_workers_of_a_host_share_its_cores_and_a_mistake_on_one_ends_all(mon
     job = Job(functools.partial(look_then_err, tmp_path), "err", (4,))
     code, message = launch.launch(lambda platform: job, Request(num_workers="2"))
     assert (code, message) == (2, "a mistake, and its remedy.")
-    said = "".join(
-        capfd.readouterr()
-    )  # Ray may have a traceback of its own there, on a machine that is too busy for it
+    # On a machine that is too busy Ray may print a traceback of its own, too.
+    said = "".join(capfd.readouterr())
     assert "Ended" not in said and "and its remedy" not in said, said
     seen = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1)]
     if len(os.sched_getaffinity(0)) > 1:
@@ -606,7 +609,10 @@ def test_a_worker_that_ray_has_put_behind_all_others_is_as_important_as_they_are
 
 @pytest.mark.process
 def test_processes_that_claim_cores_get_different_ones_and_give_them_back_when_they_die(monkeypatch, tmp_path):
-    code = "import os, sys; from cluster.cores import claim; print(claim(1), len(os.sched_getaffinity(0)), flush=True); sys.stdin.read()"
+    code = (
+        "import os, sys; from cluster.cores import claim; "
+        "print(claim(1), len(os.sched_getaffinity(0)), flush=True); sys.stdin.read()"
+    )
     env = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": os.getcwd()}
     cores = len(os.sched_getaffinity(0))
     start = lambda: subprocess.Popen(

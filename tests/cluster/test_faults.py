@@ -54,7 +54,7 @@ def flip_a_bit(path) -> str:
 
 
 def delete_arrays(path) -> str:
-    """The largest file that parameters lie in; which files hold nothing but the optimizer's state differs from run to run."""
+    """The largest file with parameters in it. Which files hold only the optimizer's state differs from run to run."""
     names = _leaves(path)
     for file in array_files(path):
         content = file.read_bytes()

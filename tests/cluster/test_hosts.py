@@ -13,9 +13,8 @@ from tune import record
 
 WHY_NOT = Testbed.available()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=f"no test bed: {WHY_NOT}")
-SHORT = Training(
-    epochs=5, pairs=40, hang_timeout=120, resume="never"
-)  # once: a worker that is killed does not begin anew
+# `never` counts once: a worker that is killed does not begin anew.
+SHORT = Training(epochs=5, pairs=40, hang_timeout=120, resume="never")
 
 
 @pytest.fixture(scope="module")

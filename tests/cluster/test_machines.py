@@ -48,15 +48,18 @@ def test_a_platform_that_is_not_there_is_named_with_the_variable(process, tmp_pa
     [
         (
             RuntimeError(
-                "Unable to initialize backend 'cuda': FAILED_PRECONDITION: No visible GPU devices. (set JAX_PLATFORMS='' to …)"
+                "Unable to initialize backend 'cuda': FAILED_PRECONDITION: No visible GPU devices. "
+                "(set JAX_PLATFORMS='' to …)"
             ),
-            "gives JAX no device on this machine (FAILED_PRECONDITION: No visible GPU devices; CUDA_VISIBLE_DEVICES is empty); unset",
+            "gives JAX no device on this machine (FAILED_PRECONDITION: No visible GPU devices; "
+            "CUDA_VISIBLE_DEVICES is empty); unset",
         ),
         (
             RuntimeError(
                 "Backend 'cuda' failed to initialize: Outdated cuDNN installation found.\nInstalled version: 8907"
             ),
-            "(Outdated cuDNN installation found. Installed version: 8907; CUDA_VISIBLE_DEVICES is empty); unset JAX_PLATFORMS",
+            "(Outdated cuDNN installation found. Installed version: 8907; CUDA_VISIBLE_DEVICES is empty); "
+            "unset JAX_PLATFORMS",
         ),
         (
             RuntimeError(
@@ -236,7 +239,8 @@ def test_ray_is_told_the_address_without_its_blanks_and_the_host_goes_past_proxi
     with session.session() as is_alone:
         assert (seen["address"], is_alone) == (address, alone)
         assert os.environ["RAY_ADDRESS"] == ("" if alone else address)
-    assert ("10.0.0.1" in os.environ["no_proxy"].split(",")) != alone and "localhost" in os.environ["no_grpc_proxy"]
+    assert ("10.0.0.1" in os.environ["no_proxy"].split(",")) != alone
+    assert "localhost" in os.environ["no_grpc_proxy"]  # noqa: SIM112 (gRPC reads it so)
 
 
 def test_auto_where_no_ray_runs(monkeypatch):
@@ -310,9 +314,8 @@ def test_rays_own_folder_is_kept_where_it_will_do(monkeypatch, capsys):
     with short_folder() as folder:
         monkeypatch.setenv("RAY_TMPDIR", str(folder))
         assert "_temp_dir" not in places.of_ray() and capsys.readouterr().out == ""
-        assert [p.name for p in folder.iterdir()] == ["ray"] and not list(
-            (folder / "ray").iterdir()
-        )  # nothing is left of the trial
+        assert [p.name for p in folder.iterdir()] == ["ray"]
+        assert not list((folder / "ray").iterdir())  # the probe is gone
 
 
 @contextlib.contextmanager
@@ -371,7 +374,8 @@ def test_what_is_excepted_for_all_stays_so(proxy):
     proxy.setenv("https_proxy", "http://proxy:3128")
     proxy.setenv("no_proxy", "*")
     proxies.reach_directly(["10.0.0.1"])
-    assert os.environ["no_proxy"] == "*" and "10.0.0.1" in os.environ["no_grpc_proxy"].split(",")
+    assert os.environ["no_proxy"] == "*"
+    assert "10.0.0.1" in os.environ["no_grpc_proxy"].split(",")  # noqa: SIM112 (gRPC reads it so)
 
 
 def test_without_a_proxy_the_environment_stays_as_it_is(proxy):
@@ -416,7 +420,8 @@ def test_grpc_goes_past_a_dead_proxy_to_a_host_of_the_run(proxy):
         ),
         ("INTERNAL: CUDA error: CUDA_ERROR_UNSUPPORTED_PTX_VERSION", "Update the driver"),
         (
-            "INTERNAL: failed to create context: CUDA_ERROR_DEVICE_UNAVAILABLE: all CUDA-capable devices are busy or unavailable",
+            "INTERNAL: failed to create context: CUDA_ERROR_DEVICE_UNAVAILABLE: "
+            "all CUDA-capable devices are busy or unavailable",
             "Another process has the GPU",
         ),
         (
@@ -430,11 +435,13 @@ def test_grpc_goes_past_a_dead_proxy_to_a_host_of_the_run(proxy):
         ),
         ("INTERNAL: Core halted unexpectedly", "The TPU has failed"),
         (
-            "DEADLINE_EXCEEDED: Barrier timed out. Barrier_id: PjRT_Client_Connect. Timed out task names:\n/job:jax_worker/task:1",
+            "DEADLINE_EXCEEDED: Barrier timed out. Barrier_id: PjRT_Client_Connect. "
+            "Timed out task names:\n/job:jax_worker/task:1",
             "Another process of the run",
         ),
         (
-            "UNAVAILABLE: failed to connect to all addresses; last error: UNKNOWN: ipv4:10.0.0.1:4711: Connection refused",
+            "UNAVAILABLE: failed to connect to all addresses; "
+            "last error: UNKNOWN: ipv4:10.0.0.1:4711: Connection refused",
             "every port has to be open",
         ),
         ("ABORTED: connect with a different incarnation", "The other hosts' logs say why"),

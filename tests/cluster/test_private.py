@@ -1,4 +1,4 @@
-"""The private names of Ray and JAX that cluster/private.py takes are there, and do what they are for, on the installed versions."""
+"""The private names of Ray and JAX that cluster/private.py uses are there, and work, on the installed versions."""
 
 import inspect
 import os

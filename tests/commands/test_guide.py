@@ -267,9 +267,8 @@ def test_without_module_1_the_guides_warning_and_a_random_start(command, prints,
     found = checkpoint.load(tmp_path / "checkpoints/matcher/matcher_ckpt.pkl")
     assert found.aligner is None
     rows = [r for r in read_rows(tmp_path / "checkpoints/matcher/metrics.jsonl") if r["split"] == "train"]
-    assert rows and {r["l_d"] for r in rows} == {
-        0.0
-    }  # no pair is aligned; impostors alone would teach that nothing matches
+    # No pair is aligned, and impostors alone would teach that nothing matches.
+    assert rows and {r["l_d"] for r in rows} == {0.0}
     assert found.metadata["num_classes"] == 3  # 6 fingers, a third of them held out and at least ceil(0.34 · 6)
 
 

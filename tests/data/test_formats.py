@@ -1,5 +1,6 @@
-"""Pixels come out of a file as they went in, whatever format, levels, pages and metadata it has; a file that is cut is told."""
+"""Pixels come out of a file as they went in, whatever its format, levels, pages and metadata; a cut file is refused."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -256,10 +257,8 @@ def test_a_thumbnail_whose_print_is_cut_off_is_told(tmp_path):
     with pytest.raises(BrokenImage):
         read(tmp_path / "a.tif", raw[:-500])
     (tmp_path / "a.tif").write_bytes(raw[:-5000])  # its directory too
-    try:
+    with contextlib.suppress(BrokenImage):
         assert read_picture(tmp_path / "a.tif").note == SEVERAL_PAGES
-    except BrokenImage:
-        pass
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The distance of ridges is measured in pixels, and a resolution that does not fit it is told, or with `auto` mended."""
+"""The distance of ridges is measured in pixels. A resolution that does not fit it gets a warning, or a better one."""
 
 import importlib
 import logging
@@ -17,7 +17,7 @@ from ifvit.verify import on_canvases
 
 
 def drawn(period: float, finger: int = 0, shape=(300, 260), angle: float | None = None) -> np.ndarray:
-    """Ridges `period` px apart on an oval: rings around a core, or parallel at an angle; with edges, and a sensor's noise."""
+    """Ridges `period` px apart on an oval, with edges and noise: rings around a core, or parallel lines at an angle."""
     rng = np.random.default_rng(finger)
     y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
     cy, cx = np.array(shape) * rng.uniform(0.4, 0.6, 2)

@@ -1,4 +1,4 @@
-"""Hosts are taken from a run on a test bed of two, and what becomes of it is compared with a run that nothing disturbed.
+"""Takes hosts from a run on a test bed of two, and compares the result with that of an undisturbed run.
 
     python tests/faults/hosts.py                    # all of them, then a table
     python tests/faults/hosts.py worker frozen      # some: worker stopped cut frozen driver noticed added lost

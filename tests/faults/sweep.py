@@ -1,4 +1,4 @@
-"""Kills a sweep's driver at random moments, each time resumed: every trial that had ended is kept, and the best is the same.
+"""Kills a sweep's driver at random moments and resumes it. Trials that had ended are kept, and the best is the same.
 
     python tests/faults/sweep.py [--count 5] [--samples 8] [--seed 0]
 
@@ -92,7 +92,8 @@ def main() -> int:
         same = outcome(whole) == outcome(killed)
         best = [record.order(record.read_all(f / "dense"), "accuracy", True)[0].number for f in (whole, killed)]
         print(
-            f"{len(lost)} trials were run again; {'all trials equal to the bit' if same else 'TRIALS DIFFER'}; best: {best[0]} and {best[1]}"
+            f"{len(lost)} trials were run again; {'all trials equal to the bit' if same else 'TRIALS DIFFER'}; "
+            f"best: {best[0]} and {best[1]}"
         )
         return 0 if not lost and same and best[0] == best[1] else 1
 

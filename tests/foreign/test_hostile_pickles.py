@@ -56,12 +56,13 @@ def beside(value: bytes, key: str = "metadata") -> bytes:
 @pytest.mark.parametrize(
     "dotted",
     """
-    os.system posix.system nt.system os.popen os.remove os.environ subprocess.Popen subprocess.call subprocess.check_output
-    builtins.eval builtins.exec builtins.setattr builtins.__import__ builtins.compile builtins.open builtins.vars
-    builtins.globals __builtin__.eval __builtin__.apply importlib.import_module runpy.run_path
-    importlib._bootstrap._call_with_frames_removed marshal.loads pickle.loads _pickle.loads pickle.Unpickler cloudpickle.loads
-    numpy.load numpy.fromfile numpy.memmap pandas.read_pickle pandas.eval torch.load joblib.load shutil.rmtree socket.socket
-    pty.spawn code.interact timeit.timeit pdb.run webbrowser.open ctypes.CDLL site.os sys.modules sys.exit
+    os.system posix.system nt.system os.popen os.remove os.environ subprocess.Popen subprocess.call
+    subprocess.check_output builtins.eval builtins.exec builtins.setattr builtins.__import__ builtins.compile
+    builtins.open builtins.vars builtins.globals __builtin__.eval __builtin__.apply importlib.import_module
+    runpy.run_path importlib._bootstrap._call_with_frames_removed marshal.loads pickle.loads _pickle.loads
+    pickle.Unpickler cloudpickle.loads numpy.load numpy.fromfile numpy.memmap pandas.read_pickle pandas.eval
+    torch.load joblib.load shutil.rmtree socket.socket pty.spawn code.interact timeit.timeit pdb.run webbrowser.open
+    ctypes.CDLL site.os sys.modules sys.exit
 """.split(),
 )
 def test_a_file_that_asks_for_what_could_do_harm_is_refused_by_name(refused, dotted):
@@ -75,17 +76,18 @@ def test_a_file_that_asks_for_what_could_do_harm_is_refused_by_name(refused, dot
 @pytest.mark.parametrize(
     "dotted",
     """
-    builtins.getattr builtins.type builtins.map builtins.print functools.partial functools.reduce operator.attrgetter
-    operator.methodcaller operator.itemgetter operator.call types.FunctionType types.CodeType
-    cloudpickle.cloudpickle._make_function copyreg.__newobj__ copyreg.add_extension copy.copy codecs.encode codecs.decode
-    _codecs.decode _codecs.lookup numpy.vectorize numpy.core.numeric.fromfile numpy.core.multiarray.fromfile
-    numpy.core.multiarray._reconstruct.__class__ numpy.testing._private.utils.runstring numpy.f2py.compile
-    numpy.f2py.crackfortran.myeval numpy.lib.npyio.NpzFile numpy.ndarray.tofile numpy.dtype.__class__ jax.jit jax.numpy.load
-    jax.pure_callback jax._src.array.ArrayImpl jax._src.random.prng.os ml_dtypes.os flax.serialization.from_bytes
-    flax.core.frozen_dict.os pathlib.os argparse.FileType argparse.os types.os collections.abc.os collections._sys
-    ifvit.legacy.write ifvit.legacy.os __main__.Anything torch.storage._load_from_bytes
-    optax.os.system optax._src.base.Evil flax.nnx.os.system flax.nnx.variablelib.Param builtins.list builtins.object
-    numpy.ndarray numpy.dtype numpy.float32 jax._src.random.threefry2x32.threefry_seed my.TrainState argparse.Namespace
+    builtins.getattr builtins.type builtins.map builtins.print functools.partial functools.reduce
+    operator.attrgetter operator.methodcaller operator.itemgetter operator.call types.FunctionType types.CodeType
+    cloudpickle.cloudpickle._make_function copyreg.__newobj__ copyreg.add_extension copy.copy codecs.encode
+    codecs.decode _codecs.decode _codecs.lookup numpy.vectorize numpy.core.numeric.fromfile
+    numpy.core.multiarray.fromfile numpy.core.multiarray._reconstruct.__class__
+    numpy.testing._private.utils.runstring numpy.f2py.compile numpy.f2py.crackfortran.myeval numpy.lib.npyio.NpzFile
+    numpy.ndarray.tofile numpy.dtype.__class__ jax.jit jax.numpy.load jax.pure_callback jax._src.array.ArrayImpl
+    jax._src.random.prng.os ml_dtypes.os flax.serialization.from_bytes flax.core.frozen_dict.os pathlib.os
+    argparse.FileType argparse.os types.os collections.abc.os collections._sys ifvit.legacy.write ifvit.legacy.os
+    __main__.Anything torch.storage._load_from_bytes optax.os.system optax._src.base.Evil flax.nnx.os.system
+    flax.nnx.variablelib.Param builtins.list builtins.object numpy.ndarray numpy.dtype numpy.float32
+    jax._src.random.threefry2x32.threefry_seed my.TrainState argparse.Namespace
 """.split(),
 )
 def test_a_call_of_anything_else_is_a_description(inert, dotted):
@@ -101,10 +103,11 @@ def test_a_call_of_anything_else_is_a_description(inert, dotted):
     "value, told",
     [
         (call("builtins.getattr", name("my.Module"), text("apply")), {"metadata": "my.Module.apply"}),
+        # the result of a call is called
         (
             b"cbuiltins\ngetattr\n(cmy\nModule\n" + text("apply") + b"tR(" + text(TRAP) + b"tR",
             {"class": "my.Module.apply", "arguments": [TRAP]},
-        ),  # the outcome of a call is called
+        ),
         (
             call("my.A") + b"}" + text("__setstate__") + name("my.f") + b"sb",
             {"class": "my.A", "state": {"__setstate__": "my.f"}},
@@ -114,10 +117,11 @@ def test_a_call_of_anything_else_is_a_description(inert, dotted):
             {"class": "my.A", "state": {"x": 1}},
         ),
         (call("copyreg._reconstructor", name("my.D"), name("builtins.dict"), under("x", b"K\x01")), {"x": 1}),
+        # keywords
         (
             name("my.A") + b")" + under("x", b"K\x01") + b"\x92",
             {"class": "my.A", "arguments": [[], {"x": 1}]},
-        ),  # keywords
+        ),
         (call("my.L") + b"K\x01a", {"metadata": [1]}),
         (call("my.D") + text("x") + b"K\x01s", {"x": 1}),
     ],

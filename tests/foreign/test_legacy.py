@@ -148,10 +148,25 @@ def test_jax_arrays_become_numpy_arrays(read, name, protocol):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("array", [
-    np.arange(6.0).reshape(2, 3), np.asfortranarray(np.arange(6.0).reshape(2, 3)), np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2),
-    np.arange(12)[::-2], np.array(7), np.zeros((0, 3)), np.arange(3, dtype=np.uint64), np.arange(3).astype(ml_dtypes.bfloat16),
-    np.array([True, False]), np.array([1 + 2j]), np.float32(3), np.int64(-3), np.bool_(True), ml_dtypes.bfloat16(1.5)])  # fmt: skip
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.arange(6.0).reshape(2, 3),
+        np.asfortranarray(np.arange(6.0).reshape(2, 3)),
+        np.arange(24.0).reshape(2, 3, 4).transpose(1, 0, 2),
+        np.arange(12)[::-2],
+        np.array(7),
+        np.zeros((0, 3)),
+        np.arange(3, dtype=np.uint64),
+        np.arange(3).astype(ml_dtypes.bfloat16),
+        np.array([True, False]),
+        np.array([1 + 2j]),
+        np.float32(3),
+        np.int64(-3),
+        np.bool_(True),
+        ml_dtypes.bfloat16(1.5),
+    ],
+)
 def test_numpy_arrays_and_scalars_keep_type_shape_and_bits(read, array, protocol):
     assert bits(leaf(read, array, protocol)) == bits(array)
 
@@ -371,10 +386,19 @@ def test_the_three_layouts_are_told_apart(read):
 # ---- other files
 
 
-@pytest.mark.parametrize("value, why", [
-    ([1, 2], "holds a list, not a dictionary"), (np.ones(2), "holds a ndarray, not a dictionary"), ({}, "holds no params"),
-    ({"a": {}, "b": None}, "holds no params"), ({"state": {"step": 1}}, "holds no params"), ({"params": np.ones(1)}, "holds no params"),
-    ({"params": {"a": "text"}}, "holds no params"), ({"params": {"a": b"raw"}}, "holds no params")])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, why",
+    [
+        ([1, 2], "holds a list, not a dictionary"),
+        (np.ones(2), "holds a ndarray, not a dictionary"),
+        ({}, "holds no params"),
+        ({"a": {}, "b": None}, "holds no params"),
+        ({"state": {"step": 1}}, "holds no params"),
+        ({"params": np.ones(1)}, "holds no params"),
+        ({"params": {"a": "text"}}, "holds no params"),
+        ({"params": {"a": b"raw"}}, "holds no params"),
+    ],
+)
 def test_a_pickle_of_something_else_says_what_it_holds(read, value, why):
     with pytest.raises(UserError, match=why):
         read(value)

@@ -229,14 +229,22 @@ def test_every_mismatch_is_named():
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("wrong, why", [
-    ({f"layer_{i}": ours(layer(i)) for i in (0, 1, 3)}, "layer 2 is missing"),
-    ({f"layer_{i}": ours(layer(i)) for i in range(3)}, "3 layers are no pairs"),
-    ({"layers.0": layer(0), "layers.1.0": layer(1)}, "not all of print 0"),
-    ({"layers.0.1": layer(0), "layers.1.1": layer(1)}, "not all of print 0"),
-    (OURS | {"layers.0": layer(0)}, "there twice"),
-    (OURS | {"layer_0": ours(layer(0)) | {"merge": {"kernel": np.ones((4, 4), np.float32)}}}, r"merge/kernel is \(4, 4\), not \(8, 8\)"),
-    ({"layers": {}}, "it has no layers"), ({"layer_1000": ours(layer(0))}, "has no place")])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, why",
+    [
+        ({f"layer_{i}": ours(layer(i)) for i in (0, 1, 3)}, "layer 2 is missing"),
+        ({f"layer_{i}": ours(layer(i)) for i in range(3)}, "3 layers are no pairs"),
+        ({"layers.0": layer(0), "layers.1.0": layer(1)}, "not all of print 0"),
+        ({"layers.0.1": layer(0), "layers.1.1": layer(1)}, "not all of print 0"),
+        (OURS | {"layers.0": layer(0)}, "there twice"),
+        (
+            OURS | {"layer_0": ours(layer(0)) | {"merge": {"kernel": np.ones((4, 4), np.float32)}}},
+            r"merge/kernel is \(4, 4\), not \(8, 8\)",
+        ),
+        ({"layers": {}}, "it has no layers"),
+        ({"layer_1000": ours(layer(0))}, "has no place"),
+    ],
+)
 def test_layers_that_are_no_transformer_are_refused(wrong, why):
     with pytest.raises(UserError, match=why):
         legacy_transformer.transformer({"loftr_transformer": wrong})

@@ -1,4 +1,4 @@
-"""Checkpoints and pickles that other software has made, or damaged: what is sound is used, all else told in a sentence."""
+"""Checkpoints and pickles that other software has made, or that are damaged: sound ones are used, others refused."""
 
 import os
 import pickle

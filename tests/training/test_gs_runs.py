@@ -1,4 +1,4 @@
-"""A run trains into a bucket as it does into a folder: to the same bits, whatever becomes of it or of the store meanwhile.
+"""A run trains into a bucket as into a folder: to the same bits, whatever happens to it or to the store meanwhile.
 
 The store is `fake_gcs.FakeGcs`, on this machine.
 """
@@ -280,7 +280,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from ifvit import checkpoint
 
-whole = {"params": {"w": np.arange(48, dtype=np.float32).reshape(4, 12), "b": np.float32([1, 2, 3])}, "step": np.int32(5)}
+params = {"w": np.arange(48, dtype=np.float32).reshape(4, 12), "b": np.float32([1, 2, 3])}
+whole = {"params": params, "step": np.int32(5)}
 plain = async_path.mkdir
 
 

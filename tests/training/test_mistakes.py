@@ -151,9 +151,8 @@ def match_steps(batch):
         net = match_network(MATCH, CLASSES)
         start = drawn_state(net, tx)
     step = quickly(match_step(net, Network(None, sure), MATCH))
-    once, _ = step(
-        start, batch, schedule(0), ({}, {})
-    )  # the schedule's first rate is 0: the second step is the first that moves
+    # The schedule's first rate is 0, so that the second step is the first that moves.
+    once, _ = step(start, batch, schedule(0), ({}, {}))
     return jax.device_get(once), *jax.device_get(step(once, batch, schedule(1), ({}, {})))
 
 

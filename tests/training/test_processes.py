@@ -1,4 +1,4 @@
-"""Two real processes of one run: what they tell each other, what they check before they begin, and how they stop together."""
+"""Two real processes of one run: what they tell each other, what they check at the start, how they stop together."""
 
 import json
 import os

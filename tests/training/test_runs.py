@@ -204,7 +204,7 @@ def test_a_run_goes_on_sharded_to_the_same_parameters_but_for_rounding(process, 
     assert "model" in sharded["state/params/loftr_transformer/layer_0/q_proj/kernel"]
     assert "model" in sharded["state/opt_state/1/0/mu/loftr_transformer/layer_0/q_proj/kernel"]
     assert [attempt["mesh"]["model"] for attempt in found.metadata["history"]] == [1, 2]
-    # on one device the batch of four is summed in another order, which BatchNorm magnifies in the gradients of two steps
+    # One device sums the batch of four in another order, which BatchNorm magnifies in the gradients of two steps.
     assert rows(tmp_path / "sharded", "train")[-1]["loss"] == pytest.approx(
         rows(module1.folder, "train")[-1]["loss"], rel=1e-5
     )
@@ -323,10 +323,8 @@ def test_patience_ends_a_run_that_does_not_get_better_wherever_it_was_stopped(co
     final = checkpoint.load(folder / "dense_reg_ckpt")
     assert final.metadata["finished"] and final.metadata["epoch"] == worse + 1
 
-    for also_gone in (
-        (),
-        (f"dense_reg_epoch_{worse + 1}",),
-    ):  # stopped just before the final checkpoint, or an epoch before
+    # The run has stopped just before the final checkpoint, or an epoch before.
+    for also_gone in ((), (f"dense_reg_epoch_{worse + 1}",)):
         (folder / "dense_reg_ckpt").rename(tmp_path / f"before{len(also_gone)}")
         for name in also_gone:
             shutil.rmtree(folder / name)

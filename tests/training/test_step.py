@@ -36,7 +36,8 @@ def prints(canvas):
     y, x = np.mgrid[:canvas, :canvas]
     images = np.stack([128 + 100 * np.sin(np.hypot(y + 30 * n, x - 20 * n) * 2 * np.pi / 9) for n in range(PAIRS)])
     mask = np.ones((PAIRS, canvas // 8, canvas // 8), bool)
-    return {"canvas0": images.astype(np.uint8), "canvas1": np.roll(images, 1, 0).astype(np.uint8), "mask0": mask, "mask1": mask,
+    images = images.astype(np.uint8)
+    return {"canvas0": images, "canvas1": np.roll(images, 1, 0), "mask0": mask, "mask1": mask,
             "genuine": np.arange(PAIRS) % 3 > 0, "label0": np.arange(PAIRS, dtype=np.int32) % 3 - 1,
             "label1": np.arange(PAIRS, dtype=np.int32) % 2, "asked": np.arange(PAIRS, dtype=np.int32)}
 
@@ -65,8 +66,9 @@ def run(module, layout, **changes):
 
 
 def apart(a, b):
+    trees = (a[0].params, b[0].params), (a[0].batch_stats, b[0].batch_stats)
     return [float(max(np.abs(x - y).max() for x, y in zip(jax.tree.leaves(s), jax.tree.leaves(t))))
-            for s, t in ((a[0].params, b[0].params), (a[0].batch_stats, b[0].batch_stats))] + [abs(a[1]["loss"] - b[1]["loss"])]
+            for s, t in trees] + [abs(a[1]["loss"] - b[1]["loss"])]
 
 
 out = {}

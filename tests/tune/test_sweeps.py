@@ -1,4 +1,4 @@
-"""Whole sweeps, in processes of their own: killed and gone on with, by population-based training, without their metric."""
+"""Whole sweeps in processes of their own: killed and resumed, with population-based training, without their metric."""
 
 import json
 import os
@@ -107,9 +107,8 @@ def test_a_trial_that_exploits_another_goes_on_from_its_parameters(tmp_path):
         assert digests(mine / f"dense_reg_epoch_{epoch}") == digests(theirs)
         after = "ckpt" if epoch == 3 else f"epoch_{epoch + 1}"
         if (epoch + 1) not in last:
-            assert digests(mine / f"dense_reg_{after}") != digests(
-                theirs.with_name(f"dense_reg_{after}")
-            )  # with settings of its own
+            # It was trained with settings of its own.
+            assert digests(mine / f"dense_reg_{after}") != digests(theirs.with_name(f"dense_reg_{after}"))
             config = checkpoint.read_metadata(checkpoint.as_path(mine / f"dense_reg_{after}"))["config"]
             assert {k: config[k] for k in line["values"]} == line["values"]
 

@@ -827,7 +827,7 @@ def test_a_sweeps_best_is_taken_over_anew_when_it_is_another_and_no_other_run_gi
         """A finished checkpoint that says it was trained in `of`."""
         duplicate(checkpoint.as_path(module1.path), checkpoint.as_path(folder / "dense_reg_ckpt"))
         metadata = checkpoint.load(folder / "dense_reg_ckpt")
-        state = {k: v for k, v in metadata.state.items()}
+        state = dict(metadata.state)
         state["step"] = np.asarray(bit, np.int32)
         config = metadata.metadata["config"] | {"checkpoint_dir": str(of)}
         checkpoint.save(
