@@ -27,7 +27,6 @@ from ifvit.config import (
 )
 from ifvit.data.sources import SYNTHETIC
 from ifvit.devices.cores import cores
-from ifvit.devices.sharding import use_cpu_cores
 from ifvit.errors import UserError
 from ifvit.fields import COMMON
 from ifvit.paths import absolute, cache_dir, resolve
@@ -203,6 +202,8 @@ def run_here(
     def call() -> None:
         import jax
 
+        from ifvit.devices.sharding import use_cpu_cores
+
         use_cpu_cores()
         ours = configs or args.configs(preset)
         check_backend(platform, host.name)
@@ -223,6 +224,8 @@ def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, ta
     `table` (`dense` or `match`, in train_all) picks the keys of `[table]` in the file and `table.key`
     of `--set`; without it both are plain keys.
     """
+    from ifvit.devices.sharding import use_cpu_cores
+
     use_cpu_cores()
     check_set(args.set)
     config = preset(args.preset or preset_name or default_preset(), cls)

@@ -32,7 +32,7 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from orbax.checkpoint._src.multihost import multihost  # noqa: E402
 
 from ifvit import checkpoint  # noqa: E402
-from ifvit.checkpoint import reading, writing  # noqa: E402
+from ifvit.checkpoint import handlers, reading  # noqa: E402
 from ifvit.config import DenseConfig, preset  # noqa: E402
 from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402
 from ifvit.errors import UserError  # noqa: E402
@@ -324,7 +324,7 @@ def failing(folder: Path, names: list[str]) -> dict:
     for where, method, rank in FAILURES:
         with pytest.MonkeyPatch.context() as patch:
             if jax.process_index() == rank:
-                patch.setattr(writing.MetadataHandler, method, full)
+                patch.setattr(handlers.MetadataHandler, method, full)
             first = attempt(path, names)
         together(f"{where}: failed")
         before = restored(path, "1x4", names)[1]

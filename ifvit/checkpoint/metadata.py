@@ -7,8 +7,6 @@ import json
 import os
 from importlib import metadata as packages
 
-import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from ifvit import gcs
@@ -80,6 +78,9 @@ def is_forbidden(e: Exception) -> bool:
 
 def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
     """Orbax's own writers leave no digests: the names of the leaves come from Orbax, and nothing can be checked."""
+    import jax
+    import orbax.checkpoint as ocp
+
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.metadata(folder / "state").tree
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path({"state": tree})[0]]

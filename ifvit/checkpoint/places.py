@@ -11,7 +11,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from etils import epath
 
 from ifvit import gcs
@@ -108,6 +107,8 @@ def make_room(path: epath.Path) -> None:
 
 def upload(path: epath.Path, fresh: Path) -> None:
     """What this process has written of a checkpoint to a bucket; the first one's MARK is left out."""
+    import jax
+
     files = [file.relative_to(fresh) for file in fresh.rglob("*") if file.is_file()]
     if jax.process_index():  # of the others the arrays' chunks, which lie below `c` (zarr 3): the rest all have alike
         files = [file for file in files if "c" in file.parts]
@@ -159,6 +160,8 @@ def remove(path: epath.Path) -> None:
 
 def discard_unfinished(folder: epath.Path, names: str) -> None:
     """Removes what dead or failed writes have left of the checkpoints that `names` (a pattern) tells."""
+    import jax
+
     if jax.process_index() or not folder.is_dir():
         return
     if is_local(folder):

@@ -1,32 +1,22 @@
 """Writing checkpoints: Orbax, every process its own shards, whole or not at all."""
 
-import asyncio
 import contextlib
 import datetime
+import functools
 import itertools
-import json
 import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 
-from ifvit.checkpoint import digest, places
-from ifvit.checkpoint.metadata import digest_of, reason, versions
+from ifvit.checkpoint import places
+from ifvit.checkpoint.agreement import agree
+from ifvit.checkpoint.metadata import versions
 from ifvit.checkpoint.places import UNFINISHED, as_writable_path, discard_unfinished, is_local
 from ifvit.checkpoint.tree import leaves
 from ifvit.checkpoint.unsynced import synced_as_can_be, tree_to_disk
-from ifvit.devices.cores import cores
-from ifvit.devices.processes import exchange
-from ifvit.files import to_disk
-
-BARRIER_MS = 600_000  # that one process waits for the others' part of a checkpoint
 
 _saves = itertools.count()  # all processes save the same in the same order
 
@@ -43,6 +33,11 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     whole, as if each process were alone and with a file a leaf, and the files are uploaded. It can write arrays to
     gs:// itself, but all else by way of packages of Google's that we do without, and with nothing like MARK.
     """
+    import jax
+    import orbax.checkpoint as ocp
+
+    from ifvit.checkpoint import handlers
+
     path = as_writable_path(path)
     trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
     trees = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), trees)
@@ -64,14 +59,14 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
     with (
         _beside(path) as folder,
         synced_as_can_be(Path(folder)) as synced,
-        _orbax(sum(sizes), max(sizes), number, is_local(path)) as writer,
+        handlers.writer(sum(sizes), max(sizes), number, is_local(path)) as writer,
     ):
         # a name of its own: what is left of a write that failed may still be written to
         fresh = folder / f"{path.name}{UNFINISHED}-{number}"
         try:
             if first:
                 path.parent.mkdir(parents=True, exist_ok=True)
-            writer.save(fresh, _Parts(metadata=MetadataSave(metadata, flat), **items), force=True)
+            writer.save(fresh, handlers.Parts(metadata=handlers.MetadataSave(metadata, flat), **items), force=True)
             if first and is_local(path):
                 if not synced:
                     tree_to_disk(Path(fresh))
@@ -80,7 +75,7 @@ def save(path: str | Path, module: str, state: dict, metadata: dict, aligner: di
             failure = e
             writer.handler.release()
         try:
-            _agree(f"save{number}/named", failure)
+            agree(f"save{number}/named", failure)
             if not is_local(path):
                 _upload(path, Path(fresh), number)
         except Exception:
@@ -93,13 +88,18 @@ def snapshot(state: dict) -> dict:
 
     Without it the step could not donate: Orbax reads CPU arrays where they lie.
     """
+    import jax
+
     flat, structure = jax.tree.flatten(state)
-    return jax.tree.unflatten(structure, _copies(flat))
+    return jax.tree.unflatten(structure, _copier()(flat))
 
 
-@jax.jit
-def _copies(arrays: list[jax.Array]) -> list[jax.Array]:
-    return [jnp.copy(x) for x in arrays]
+@functools.cache
+def _copier() -> Callable:
+    import jax
+    import jax.numpy as jnp
+
+    return jax.jit(lambda arrays: [jnp.copy(x) for x in arrays])
 
 
 @contextlib.contextmanager
@@ -114,6 +114,8 @@ def _beside(path: epath.Path) -> Iterator[epath.Path]:
 
 def _upload(path: epath.Path, fresh: Path, number: int) -> None:
     """A checkpoint of which every process has its part in a local folder to a bucket."""
+    import jax
+
     first = jax.process_index() == 0
     for what, stage in (
         ("room", lambda: first and places.make_room(path)),
@@ -125,157 +127,10 @@ def _upload(path: epath.Path, fresh: Path, number: int) -> None:
             stage()
         except Exception as e:
             failure = e
-        _agree(f"save{number}/{what}", failure)
-
-
-class _Together(ocp.CompositeCheckpointHandler):
-    """What fails on one process fails on all, at once: else they would wait for each other at Orbax's barriers."""
-
-    def __init__(
-        self, number: int, processes: ocp.options.MultiprocessingOptions, metadata: "MetadataHandler", **items
-    ):
-        options = ocp.CompositeOptions(
-            multiprocessing_options=processes,  # told in the background, one process's folders would be taken for another's
-            async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
-        )
-        super().__init__(composite_options=options, metadata=metadata, **items)
-        self._number, self._processes, self._metadata, self._finalizing = number, processes, metadata, False
-
-    def save(self, *args, **kwargs) -> None:
-        async def write():
-            failure = None
-            for written in await self.async_save(*args, **kwargs):
-                try:
-                    written.result()
-                except Exception as e:  # the rest is still being written
-                    failure = failure or e
-            return failure
-
-        try:
-            failure = asyncio.run(write())
-        except Exception as e:
-            failure = e
-        _agree(f"save{self._number}/written", failure)
-        self._metadata.exchange_sums(self._number)
-
-    def finalize(self, directory) -> None:
-        self._finalizing = True
-        super().finalize(directory)
-
-    def release(self) -> None:
-        """Lets the processes pass that wait for the first one to finalize."""
-        if self._finalizing:
-            ocp.multihost.sync_global_processes(
-                f"{self._processes.barrier_sync_key_prefix}_Checkpointer:finalize",
-                processes=self._processes.active_processes,
-            )
-
-
-@ocp.args.register_with_handler(_Together, for_save=True, for_restore=True)
-class _Parts(ocp.args.Composite):
-    """Orbax's, for the handler above."""
-
-
-def _agree(what: str, failure: Exception | None) -> None:
-    """Every process says how it went: raises `failure`, or OSError where another process has failed."""
-    said = exchange(what, reason(failure) if failure else "", BARRIER_MS)
-    if any(said) and not failure:
-        raise OSError("; ".join(f"process {n}: {text}" for n, text in enumerate(said) if text))
-    if failure:
-        raise failure
-
-
-def _orbax(size: int, largest: int, number: int, shared: bool = True) -> ocp.Checkpointer:
-    """Orbax's writer for `size` bytes of arrays, the largest of which has `largest`, to a folder that the processes share or not.
-
-    Small leaves are packed into few files (OCDBT); from about 256 MB on a file a leaf is faster (1.5 to
-    2 times, measured at 1 GB). Weights do not compress. Few leaves are encoded at a time, so that their buffers are
-    used again: memory that is touched for the first time costs as much as writing it to the disk. Barriers go through
-    the coordination service, not the devices, which train meanwhile.
-    """
-    arrays = dict(
-        use_ocdbt=size < 2**28 and shared,
-        use_zarr3=True,
-        use_compression=False,
-        save_concurrent_gb=max(2**26, 2 * largest + 1) / 1e9,
-    )  # a leaf has to fit in
-    me = jax.process_index()
-    processes = ocp.options.MultiprocessingOptions(
-        primary_host=0 if shared else None,
-        active_processes=set(range(jax.process_count())) if shared else {me},
-        barrier_sync_key_prefix=f"save{number}" + ("" if shared else f"of{me}"),
-    )
-    return ocp.Checkpointer(
-        _Together(
-            number,
-            processes,
-            metadata=MetadataHandler(),
-            **{
-                name: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, **arrays)
-                for name in ("state", "aligner")
-            },
-        ),
-        multiprocessing_options=processes,
-    )
-
-
-@dataclass
-class MetadataSave(ocp.args.CheckpointArgs):
-    metadata: dict
-    flat: dict  # leaf's name -> array
-
-
-class MetadataHandler(ocp.AsyncCheckpointHandler):
-    """The JSON item: every process adds up its own shards' digests and tells the others.
-
-    `finalize` runs when all have written, and before the checkpoint gets its name.
-    """
-
-    async def async_save(self, directory: epath.Path, args: MetadataSave):
-        self._metadata = args.metadata
-        self._leaves = {n: (x.dtype, x.shape) for n, x in args.flat.items()}
-        return [ocp.future.CommitFutureAwaitingContractedSignals(self._write_part(args.flat))]
-
-    async def _write_part(self, flat: dict) -> None:
-        with ThreadPoolExecutor(cores()) as pool:
-            self._sums = dict(zip(flat, pool.map(_own_sums, flat.values())))
-
-    def exchange_sums(self, number: int) -> None:
-        self._parts = list(map(json.loads, exchange(f"save{number}/sums", json.dumps(self._sums), BARRIER_MS)))
-
-    def finalize(self, directory: epath.Path) -> None:
-        digests = {
-            n: digest.text(dtype, shape, digest.add(*(tuple(part[n]) for part in self._parts)))
-            for n, (dtype, shape) in self._leaves.items()
-        }
-        metadata = self._metadata | {"digests": digests}
-        metadata["digest"] = digest_of(metadata)
-        (directory / "metadata").write_text(json.dumps(metadata), encoding="utf-8")
-        to_disk(directory / "metadata")  # TensorStore does so with its own files
-
-    def save(self, directory: epath.Path, args: MetadataSave) -> None:
-        raise NotImplementedError("CompositeCheckpointHandler calls async_save")
-
-    def restore(self, directory, *args, **kwargs):
-        raise NotImplementedError("read by read_metadata")
-
-
-ocp.args.register_with_handler(MetadataHandler, for_save=True, for_restore=True)(MetadataSave)
-
-
-def _own_sums(x) -> digest.Sums:
-    """Sums over the shards that this process writes: of what is replicated, one."""
-    if not isinstance(x, jax.Array):
-        return digest.partial(x, (0,) * x.ndim) if jax.process_index() == 0 else (0, 0)
-    return digest.add(
-        (0, 0),
-        *(
-            digest.partial(np.asarray(s.data), tuple(i.start or 0 for i in s.index))
-            for s in x.addressable_shards
-            if s.replica_id == 0
-        ),
-    )
+        agree(f"save{number}/{what}", failure)
 
 
 def _is_sharded(x) -> bool:
+    import jax
+
     return isinstance(x, jax.Array) and not x.sharding.is_fully_replicated

@@ -18,7 +18,6 @@ from ifvit.models.networks import dense_network, match_network
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import plain_views
-from ifvit.scoring import plots
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 
@@ -121,6 +120,8 @@ class Scorer:
 
     def picture(self, prints: PrintSet, pair: Pair, path: str | Path) -> None:
         """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""
+        from ifvit.scoring import plots
+
         if self.module == "matcher" and not self.aligner:
             return
         found, image0, image1 = self.registration(prints, pair)

@@ -40,7 +40,8 @@ def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
 
 def learning_rates(config: Config, total_steps: int) -> Float[np.ndarray, " steps"]:
     """Each step's rate. The host keeps them: the compiled step takes its own, and need not know the schedule."""
-    return np.asarray(jax.vmap(learning_rate(config, total_steps))(jnp.arange(total_steps)), np.float32)
+    rates = jax.jit(jax.vmap(learning_rate(config, total_steps)))  # one small program, not one for each operation
+    return np.asarray(rates(jnp.arange(total_steps)), np.float32)
 
 
 def init_state(net: Network, tx: optax.GradientTransformation, seed) -> TrainState:
