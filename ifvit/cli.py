@@ -68,11 +68,19 @@ def parse(cls, name: str, argv: list[str]):
     return flags.from_homes(args)
 
 
-def main(cls, name: str, argv: list[str] | None = None) -> int:
-    """Parses `cls`, calls its `run()`, turns what it raises into a sentence and an exit code."""
-    if argv is None:
-        use_huge_pages()
-    return _guard(lambda: parse(cls, name, sys.argv[1:] if argv is None else argv).run())
+def main(cls, name: str, argv: list[str] | None = None, huge_pages: bool = False) -> int:
+    """Parses `cls`, calls its `run()`, turns what it raises into a sentence and an exit code.
+
+    `huge_pages`: of a command that trains, or scores many pairs.
+    """
+
+    def call():
+        args = parse(cls, name, sys.argv[1:] if argv is None else argv)
+        if huge_pages and argv is None:
+            use_huge_pages()
+        return _checked(args).run()
+
+    return _guard(call)
 
 
 def main_with_commands(commands: dict[str, type], name: str) -> int:
@@ -87,9 +95,16 @@ def main_with_commands(commands: dict[str, type], name: str) -> int:
         if words[0] not in commands:
             near = difflib.get_close_matches(words[0], commands, 1, cutoff=0.0)
             raise UserError(f"Unknown command {words[0]!r}; did you mean {near[0]!r}?")
-        return parse(commands[words[0]], f"{name} {words[0]}", words[1:]).run()
+        return _checked(parse(commands[words[0]], f"{name} {words[0]}", words[1:])).run()
 
     return _guard(call)
+
+
+def _checked(args):
+    """The parsed flags of a command that may begin: UserError where XLA would end it."""
+    if why := xla_flags.unfit():
+        raise UserError(why)
+    return args
 
 
 def _guard(call: Callable[[], int | None]) -> int:
@@ -97,12 +112,7 @@ def _guard(call: Callable[[], int | None]) -> int:
     lend_home()
     value: list[int | None] = []
 
-    def begin():
-        if why := xla_flags.unfit():
-            raise UserError(why)
-        value.append(call())
-
-    code, message = outcome(begin)
+    code, message = outcome(lambda: value.append(call()))
     tell(code, message)
     return code or value[0] or 0
 

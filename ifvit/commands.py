@@ -27,7 +27,6 @@ from ifvit.config import (
 )
 from ifvit.data.sources import SYNTHETIC
 from ifvit.devices.cores import cores
-from ifvit.devices.sharding import use_cpu_cores
 from ifvit.errors import UserError
 from ifvit.fields import COMMON
 from ifvit.paths import absolute, cache_dir, resolve
@@ -212,6 +211,8 @@ def run_here(
     def call() -> None:
         import jax
 
+        from ifvit.devices.sharding import use_cpu_cores
+
         use_cpu_cores()
         ours = configs or args.configs(preset)
         check_backend(platform, host.name)
@@ -232,6 +233,8 @@ def build_config(cls, args: ConfigArgs, flags: dict, preset_name: str | None, ta
     With `table` (`dense` or `match`, in train_all) the keys are those of `[table]` in the file, and `table.key` of
     `--set`. Without it they are plain keys.
     """
+    from ifvit.devices.sharding import use_cpu_cores
+
     use_cpu_cores()
     check_set(args.set)
     config = preset(args.preset or preset_name or default_preset(), cls)

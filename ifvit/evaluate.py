@@ -308,4 +308,4 @@ def print_table(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(Args, "ifvit.evaluate"))
+    sys.exit(cli.main(Args, "ifvit.evaluate", huge_pages=True))

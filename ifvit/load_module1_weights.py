@@ -6,7 +6,6 @@ python -m ifvit.load_module1_weights --module1_ckpt ./checkpoints/dense_reg/dens
 import sys
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from ifvit import checkpoint, cli
@@ -36,6 +35,8 @@ def load_module1_transformer_weights(
     Raises: UserError when the checkpoint is missing, damaged, of another module, has no transformer,
         or one whose arrays do not all fit; every mismatch is named, and nothing is loaded.
     """
+    import jax
+
     source = resolve(str(module1_ckpt_path))
     print(f"{RULE}\nLoading Module 1 Transformer Weights\n{RULE}\nSource: {source}")
     module1 = _Module1(module1_ckpt_path)
@@ -138,6 +139,8 @@ class _Module1:
 
     def read(self, placement: dict) -> dict:
         """Nested dictionaries of the arrays, each on the sharding that `placement` (flat) gives it, None: numpy."""
+        import jax
+
         if self.metadata is None:
             return checkpoint.nested(
                 {n: x if placement[n] is None else jax.device_put(x, placement[n]) for n, x in self.arrays.items()}

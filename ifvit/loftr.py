@@ -20,7 +20,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from flax.traverse_util import flatten_dict, unflatten_dict
 
 from ifvit.errors import UserError
 from ifvit.foreign.torch_file import read_arrays
@@ -53,6 +52,8 @@ def load_loftr(path: str | os.PathLike, transformer_params: dict) -> dict:
     Raises UserError with every mismatch in its one message: an array that is missing, left over,
     not LoFTR's or of another shape, on either side; besides what `transformer_from_loftr` raises.
     """
+    from flax.traverse_util import flatten_dict, unflatten_dict
+
     source, problems = _read(path)
     target = flatten_dict(transformer_params, sep="/")
     file_layers, target_layers = _layers(source), _layers(target)
@@ -102,6 +103,8 @@ def transformer_from_loftr(path: str | os.PathLike) -> dict:
     Raises UserError: no such transformer or several, a `loftr_coarse` array of an unknown name or a type
     that is no float's, a layer that is not whole; besides what `read_arrays` raises.
     """
+    from flax.traverse_util import unflatten_dict
+
     source, problems = _read(path)
     problems += _holes(source)
     if problems:
@@ -114,6 +117,8 @@ def loftr_from_transformer(params: dict) -> dict[str, np.ndarray]:
 
     Raises UserError: the tree has an array that LoFTR has not.
     """
+    from flax.traverse_util import flatten_dict
+
     state = {}
     for name, value in flatten_dict(params, sep="/").items():
         layer, _, ours = name.partition("/")

@@ -44,7 +44,6 @@ class Args:
     def run(self) -> int:
         from ifvit.data.gather import read_folders, split
         from ifvit.data.prepare import decoded, remarks
-        from ifvit.data.sheet import contact_sheet
         from ifvit.data.summary import summarise
 
         if self.json:
@@ -67,6 +66,8 @@ class Args:
         else:
             print("\n".join([*summary.table(), "", *said]))
         if self.sheet:
+            from ifvit.data.sheet import contact_sheet
+
             captions = {p: caption(record) for p, record in found.readable}
             contact_sheet(resolve(self.sheet), found.everything.subset(used), [captions[p] for p in used])
             log.info("Contact sheet: %s", resolve(self.sheet))

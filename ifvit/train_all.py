@@ -268,4 +268,4 @@ def adopt(ckpt: str, folder: str, name: str, resume: str, sweep: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(Args, Args.command))
+    sys.exit(cli.main(Args, Args.command, huge_pages=True))

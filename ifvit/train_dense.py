@@ -65,4 +65,4 @@ def run(
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(Args, Args.command))
+    sys.exit(cli.main(Args, Args.command, huge_pages=True))

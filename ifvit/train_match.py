@@ -60,4 +60,4 @@ def run(config: MatchConfig, resume: str, host: Host, may_change: Set[str] = fro
 
 
 if __name__ == "__main__":
-    sys.exit(cli.main(Args, Args.command))
+    sys.exit(cli.main(Args, Args.command, huge_pages=True))

@@ -32,15 +32,14 @@ from jax.sharding import PartitionSpec as P  # noqa: E402
 from orbax.checkpoint._src.multihost import multihost  # noqa: E402
 
 from ifvit import checkpoint  # noqa: E402
-from ifvit.checkpoint import reading, writing  # noqa: E402
+from ifvit.checkpoint import handlers, reading  # noqa: E402
 from ifvit.config import DenseConfig, preset  # noqa: E402
-from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402
+from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402  # noqa: E402
 from ifvit.errors import UserError  # noqa: E402
 from ifvit.load_module1_weights import BRANCHES, load_module1_transformer_weights  # noqa: E402
 from ifvit.models.networks import dense_network  # noqa: E402
-from ifvit.training.saved import saved_tree  # noqa: E402
 from ifvit.training.loop import Task, saved_tree  # noqa: E402
-from ifvit.devices.sharding import put_whole_batch, shardings  # noqa: E402
+from ifvit.training.saved import saved_tree  # noqa: E402
 from ifvit.training.state import init_state, learning_rate, optimizer  # noqa: E402
 from ifvit.training.step import dense_step  # noqa: E402
 from ifvit.training.task import Task  # noqa: E402
@@ -326,7 +325,7 @@ def failing(folder: Path, names: list[str]) -> dict:
     for where, method, rank in FAILURES:
         with pytest.MonkeyPatch.context() as patch:
             if jax.process_index() == rank:
-                patch.setattr(writing.MetadataHandler, method, full)
+                patch.setattr(handlers.MetadataHandler, method, full)
             first = attempt(path, names)
         together(f"{where}: failed")
         before = restored(path, "1x4", names)[1]

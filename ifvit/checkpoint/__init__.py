@@ -13,6 +13,7 @@ digest has been compared.
     python -m ifvit.checkpoint export DIR FILE.pkl
 """
 
+from ifvit.checkpoint.agreement import BARRIER_MS
 from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, restore
 from ifvit.checkpoint.metadata import (
     Damaged,
@@ -36,7 +37,7 @@ from ifvit.checkpoint.places import (
 )
 from ifvit.checkpoint.reading import read_leaves, shapes
 from ifvit.checkpoint.tree import difference, kind, leaves, nested
-from ifvit.checkpoint.writing import BARRIER_MS, save, snapshot
+from ifvit.checkpoint.writing import save, snapshot
 
 __all__ = [
     "BARRIER_MS",

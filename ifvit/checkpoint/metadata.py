@@ -7,8 +7,6 @@ import json
 import os
 from importlib import metadata as packages
 
-import jax
-import orbax.checkpoint as ocp
 from etils import epath
 
 from ifvit import gcs
@@ -83,6 +81,9 @@ def _of_other_software(folder: epath.Path, metadata: dict) -> dict:
 
     It has no digests, so nothing can be checked; Orbax tells the names of the leaves.
     """
+    import jax
+    import orbax.checkpoint as ocp
+
     with contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
         tree = handler.metadata(folder / "state").tree
     paths = [path for path, _ in jax.tree_util.tree_flatten_with_path({"state": tree})[0]]

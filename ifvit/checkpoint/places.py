@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from etils import epath
 
 from ifvit import gcs
@@ -112,6 +111,8 @@ def make_room(path: epath.Path) -> None:
 
 def upload(path: epath.Path, fresh: Path) -> None:
     """Uploads this process's part of a checkpoint to a bucket, without MARK."""
+    import jax
+
     files = [file.relative_to(fresh) for file in fresh.rglob("*") if file.is_file()]
     # Only chunks of arrays differ between the processes; they lie below `c` (zarr 3). The first one uploads the rest.
     if jax.process_index():
@@ -164,6 +165,8 @@ def remove(path: epath.Path) -> None:
 
 def discard_unfinished(folder: epath.Path, names: str) -> None:
     """Removes what dead or failed writes have left of checkpoints whose names match the pattern `names`."""
+    import jax
+
     if jax.process_index() or not folder.is_dir():
         return
     if is_local(folder):

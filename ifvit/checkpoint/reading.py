@@ -1,12 +1,11 @@
 """Reads leaves with TensorStore. Every process reads what its devices need, and checks it against the digests."""
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-import jax
 import numpy as np
 import tensorstore as ts
 from etils import epath
-from jax.experimental import multihost_utils
 
 from ifvit import gcs
 from ifvit.checkpoint import digest
@@ -14,6 +13,9 @@ from ifvit.checkpoint.metadata import FORBIDDEN, Damaged, check_access, first_li
 from ifvit.checkpoint.places import kvstore_of
 from ifvit.devices.cores import cores
 from ifvit.errors import UserError
+
+if TYPE_CHECKING:
+    import jax
 
 
 def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
@@ -95,13 +97,15 @@ class _Reader:
             {"driver": known["driver"], "kvstore": known["kvstore"], "fill_missing_data_reads": False}, **how
         ).result()
 
-    def read(self, name: str, sharding, checked: bool) -> tuple[np.ndarray | jax.Array, digest.Sums]:
+    def read(self, name: str, sharding, checked: bool) -> tuple["np.ndarray | jax.Array", digest.Sums]:
         """The leaf, and the sums over the part of it that this process has to check."""
         store = self.open(name, checked)
         if sharding is None:
             whole, done = _into_memory(store)
             done.result()
             return whole, digest.partial(whole, (0,) * whole.ndim)
+        import jax
+
         owner: dict[tuple, jax.Device] = {}  # part -> the one device whose process checks it
         for device, index in sharding.devices_indices_map(store.shape).items():
             box = _box(index, store.shape)
@@ -139,6 +143,9 @@ def _box(index: tuple[slice, ...], shape: tuple[int, ...]) -> tuple[tuple[int, i
 
 def _over_processes(sums: list[digest.Sums]) -> list[digest.Sums]:
     """The sums added up over all processes; every process gets the same ones."""
+    import jax
+    from jax.experimental import multihost_utils
+
     if jax.process_count() == 1 or not sums:
         return sums
     words = np.array(sums, np.uint64).view(np.uint32)  # JAX has no 64-bit integers by default
@@ -148,6 +155,9 @@ def _over_processes(sums: list[digest.Sums]) -> list[digest.Sums]:
 
 def _joined(wrong: dict[str, str], names: list[str]) -> dict[str, str]:
     """Gives every process what any process found wrong, because all must then do the same."""
+    import jax
+    from jax.experimental import multihost_utils
+
     if jax.process_count() == 1:
         return wrong
     kinds = np.array([0 if n not in wrong else 2 if wrong[n] == FORBIDDEN else 1 for n in names], np.uint8)

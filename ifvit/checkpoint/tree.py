@@ -1,6 +1,5 @@
 """Trees of a checkpoint: nested dictionaries with string keys, and their flat view by names."""
 
-import jax
 import numpy as np
 
 from ifvit.checkpoint import digest
@@ -8,6 +7,8 @@ from ifvit.checkpoint import digest
 
 def leaves(tree: dict) -> dict:
     """Flat view of nested dictionaries: `params/resnet/stem/conv/kernel` -> leaf."""
+    import jax
+
     flat, _ = jax.tree_util.tree_flatten_with_path(tree)
     return {"/".join(str(k.key) for k in path): leaf for path, leaf in flat}
 

@@ -8,8 +8,6 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from orbax.checkpoint._src.serialization import tensorstore_utils
-
 from ifvit.files import to_disk
 
 
@@ -26,6 +24,8 @@ def synced_as_can_be(folder: Path) -> Iterator[bool]:
     if syncs:
         yield True
         return
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
     defaults = (tensorstore_utils._BASE_TS_CONTEXT, tensorstore_utils._DEFAULT_OCDBT_TS_CONTEXT)
     for table in defaults:
         table["file_io_sync"] = False

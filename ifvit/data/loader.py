@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import grain.python as grain
 import numpy as np
 
 from ifvit.data.pairs import Pair
@@ -55,6 +54,8 @@ class PairSource:
 
 def batches(source: PairSource, workers: int) -> Iterator[dict[str, np.ndarray]]:
     """The source's batches in order, read ahead by threads, or by `workers` processes."""
+    import grain.python as grain
+
     data = grain.MapDataset.source(source).batch(source.batch_size // source.processes)
     stream = data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:

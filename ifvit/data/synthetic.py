@@ -22,7 +22,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
-from scipy import ndimage, signal
+from scipy import ndimage
 from scipy.special import expit
 
 from ifvit.data.canvases import writing_to
@@ -117,6 +117,8 @@ def pattern(seed: int, finger: int) -> str:
 
 def master_finger(seed: int, finger: int) -> MasterFinger:
     """The finger itself, as every impression of it shows it; 560x420 px."""
+    from scipy.signal import resample
+
     kind = pattern(seed, finger)
     rng = _rng(seed, finger, _FIELD)
     y, x = np.mgrid[:HEIGHT:2, :WIDTH:2].astype(np.float32)  # grown at half the resolution
@@ -128,7 +130,7 @@ def master_finger(seed: int, finger: int) -> MasterFinger:
 
     # Unit amplitude but at the minutiae, where the amplitude of the wave is 0. Of few px a period,
     # the wave needs band-limited interpolation: splines are too coarse.
-    wave = signal.resample(signal.resample(wave, HEIGHT), WIDTH, axis=1)
+    wave = resample(resample(wave, HEIGHT), WIDTH, axis=1)
     ridges = wave / np.maximum(_bilinear_twice(size), 0.35 * size.mean())
     ridges = np.clip(ridges, -1, 1).astype(np.float32)
     orientation = np.angle(_bilinear_twice(np.exp(2j * orientation))) / 2

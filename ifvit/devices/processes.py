@@ -6,9 +6,6 @@ Every process calls the same functions in the same order. A single process gets 
 from collections import Counter
 from collections.abc import Callable
 
-import jax
-import orbax.checkpoint as ocp
-
 from cluster.host import Host
 from ifvit.errors import UserError
 
@@ -20,9 +17,13 @@ _told: Counter[str] = Counter()
 
 def exchange(what: str, value: str, timeout_ms: int = DAY) -> list[str]:
     """Every process's `value`, in the order of the processes. Raises where a process does not come in time."""
+    import jax
+
     if jax.process_count() == 1:
         return [value]
-    client = ocp.multihost.get_jax_distributed_client()
+    from orbax.checkpoint import multihost
+
+    client = multihost.get_jax_distributed_client()
     _told[what] += 1
     key = f"ifvit/{what}/{_told[what]}"
     client.key_value_set(f"{key}/{jax.process_index():08d}", value)

@@ -19,7 +19,6 @@ from ifvit.models.networks import dense_network, match_network
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import plain_views
-from ifvit.scoring import plots
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 
@@ -125,6 +124,8 @@ class Scorer:
 
         It draws nothing for a Module 2 without a Module 1.
         """
+        from ifvit.scoring import plots
+
         if self.module == "matcher" and not self.aligner:
             return
         found, image0, image1 = self.registration(prints, pair)

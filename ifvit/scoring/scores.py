@@ -12,6 +12,7 @@ from ifvit.bar import bar
 from ifvit.config import Settings
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
+from ifvit.data.prepare import Prints
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
@@ -19,7 +20,6 @@ from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.rates import threshold_at_fmr
-from ifvit.data.prepare import Prints
 
 
 def dense_scores(net: Network, config: Settings) -> Callable:

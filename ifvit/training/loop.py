@@ -13,7 +13,6 @@ from ifvit.devices import progress
 from ifvit.devices.sharding import put_batch, replicated
 from ifvit.errors import Failure, Interrupted
 from ifvit.files import write_whole
-from ifvit.scoring import plots
 from ifvit.training import run_folder
 from ifvit.training.meter import Meter
 from ifvit.training.metrics import Metrics, one_by_one, read_rows
@@ -176,4 +175,6 @@ def _write_config(folder: epath.Path, config) -> None:
 
 
 def _draw(folder: epath.Path, rows: list[dict]) -> None:
+    from ifvit.scoring import plots
+
     run_folder.write_beside(folder / "curves.png", lambda file: plots.curves(file, rows))

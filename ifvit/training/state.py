@@ -43,7 +43,8 @@ def learning_rate(config: Config, total_steps: int) -> optax.Schedule:
 
 def learning_rates(config: Config, total_steps: int) -> Float[np.ndarray, " steps"]:
     """The rate of each step. The host keeps them and hands each step its rate, so that no schedule is compiled."""
-    return np.asarray(jax.vmap(learning_rate(config, total_steps))(jnp.arange(total_steps)), np.float32)
+    rates = jax.jit(jax.vmap(learning_rate(config, total_steps)))  # one small program, not one for each operation
+    return np.asarray(rates(jnp.arange(total_steps)), np.float32)
 
 
 def init_state(net: Network, tx: optax.GradientTransformation, seed) -> TrainState:

@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from ifvit import checkpoint
-from ifvit.checkpoint import writing
+from ifvit.checkpoint import handlers
 from ifvit.errors import UserError
 
 CONFIG = {"batch_size": 4, "dataset_root": ["a", "b"], "learning_rate": 1e-3, "ppi": 0.1 + 0.2}
@@ -220,7 +220,7 @@ def test_a_write_that_fails_leaves_the_old_one_in_its_place(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(writing.MetadataHandler, "finalize", full)
+        patch.setattr(handlers.MetadataHandler, "finalize", full)
         with pytest.raises(OSError, match="No space left"):
             checkpoint.save(saved, "dense_reg", tiny(1), META)
     assert bits(checkpoint.load(saved).state) == bits(tiny())

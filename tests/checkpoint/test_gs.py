@@ -16,7 +16,7 @@ import tensorstore
 from fake_gcs import FakeGcs
 
 from ifvit import checkpoint, gcs, legacy
-from ifvit.checkpoint import writing
+from ifvit.checkpoint import handlers
 from ifvit.config import DENSE_CONFIG, MATCH_CONFIG
 from ifvit.errors import UserError
 from ifvit.load_module1_weights import load_module1_transformer_weights, verify_module1_loading
@@ -52,8 +52,8 @@ def folders(tmp_path_factory):
     metadata = {"epoch": 3, "step": 12, "finished": True, "config": DENSE_CONFIG.to_dict()}
     checkpoint.save(root / "packed/dense_reg_ckpt", "dense_reg", state(), metadata)
     with pytest.MonkeyPatch.context() as patch:
-        orbax = writing._orbax
-        patch.setattr(writing, "_orbax", lambda size, *rest: orbax(2**30, *rest))
+        writer = handlers.writer
+        patch.setattr(handlers, "writer", lambda size, *rest: writer(2**30, *rest))
         checkpoint.save(root / "apart/dense_reg_ckpt", "dense_reg", state(), metadata)
     return root
 

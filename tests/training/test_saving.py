@@ -12,9 +12,7 @@ import pytest
 from etils import epath
 
 from ifvit import checkpoint
-from ifvit.checkpoint import writing
-from ifvit import checkpoint
-from ifvit.checkpoint import writing
+from ifvit.checkpoint import handlers
 from ifvit.config import Config
 from ifvit.errors import UserError
 from ifvit.training.policy import Saved, doomed, ranked
@@ -405,7 +403,7 @@ def refuse(monkeypatch, owner, name, when=lambda *_: True):
 def test_a_write_that_fails_is_said_in_a_line_and_the_next_one_works(saver, folder, monkeypatch, warnings):
     run = saver(keep_last=2)
     save(run, epoch(1, 0.5))
-    mend = refuse(monkeypatch, writing.MetadataHandler, "finalize")
+    mend = refuse(monkeypatch, handlers.MetadataHandler, "finalize")
     assert not save(run, epoch(2, 0.6))
     assert warnings() == [
         f"⚠ Checkpoint {folder}/m_epoch_2 could not be written (No space left on device); "
@@ -422,7 +420,7 @@ def test_a_write_that_fails_is_said_in_a_line_and_the_next_one_works(saver, fold
 def test_a_write_that_fails_leaves_the_one_of_its_name(saver, folder, monkeypatch):
     run = saver()
     save(run, final(1, 0.5))
-    refuse(monkeypatch, writing.MetadataHandler, "finalize")
+    refuse(monkeypatch, handlers.MetadataHandler, "finalize")
     assert not save(run, final(2, 0.6))
     assert whole(folder) == ["m_best", "m_ckpt"] and step_in(folder / "m_ckpt") == 4
 

@@ -13,9 +13,9 @@ import pytest
 
 from ifvit.config import DenseConfig, preset
 from ifvit.data.loader import PairSource
+from ifvit.data.prepare import PrintSet
 from ifvit.devices.batch_axes import batch_axes, over_batch
 from ifvit.devices.sharding import arranged, make_mesh, put_batch
-from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 
 WORKER = """
