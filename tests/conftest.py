@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook
 
 # Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
 # Not where files of other software are read byte by byte: there are no shapes, and a check at each call takes minutes.
-CHECKED = "checkpoint data devices models pixels scoring training commands config evaluate verify".split()
+CHECKED = "checkpoint data devices models pixels scoring training commands evaluate verify".split()
 install_import_hook([f"ifvit.{room}" for room in CHECKED], "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
