@@ -22,6 +22,7 @@ from jaxtyping import install_import_hook  # noqa: E402
 
 # Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
 install_import_hook("ifvit", "checking.checked")
+sys.setrecursionlimit(5 * sys.getrecursionlimit())  # a check adds frames of its own to every call
 
 SMOKE = ["--preset", "smoke"]
 # Minutes each; begun first, so that no process is left with one of them when the others have nothing more to do.
