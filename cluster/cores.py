@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-NICENESS = "RAY_worker_niceness"  # of the environment that Ray is started in
+NICENESS = "RAY_worker_niceness"  # an environment variable of the process that starts Ray
 
 _held = []  # lock files; they stay open as long as this process lives
 

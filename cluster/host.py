@@ -30,7 +30,7 @@ class Host:
 
     @contextlib.contextmanager
     def stoppable(self) -> Iterator[None]:
-        """SIGINT and SIGTERM are noted, not acted on; a second SIGINT stops at once."""
+        """A block in which SIGINT and SIGTERM are only noted. A second SIGINT stops at once."""
         main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
         before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM) if main}
         try:
@@ -45,7 +45,7 @@ class Host:
         self._asked = INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
     def asked(self) -> int:
-        """0, SAVE (told once a notice), PREEMPTED or INTERRUPTED."""
+        """What this process is asked: 0 (nothing), SAVE (once for each notice), PREEMPTED or INTERRUPTED."""
         return self._asked
 
     def watched(self, progress: Callable[[], int]) -> contextlib.AbstractContextManager:

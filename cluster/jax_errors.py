@@ -74,7 +74,7 @@ KNOWN = [
         True,
     ),
 ]
-OF_PEERS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")  # these always mean PEERS
+OF_PEERS = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")  # these mean PEERS where no pattern fits
 STATUS = rf"({'|'.join(OF_PEERS)}|FAILED_PRECONDITION|INTERNAL|UNKNOWN|NOT_FOUND|UNIMPLEMENTED)\b"
 
 NO_DEVICES = re.compile(  # the name of a platform, or of a plugin's file, and the reason
@@ -117,7 +117,7 @@ def explained(error: BaseException) -> Explained | None:
 
 
 def _no_devices(error: BaseException, said: str) -> Explained | None:
-    """Where JAX does not find the devices that it was told to use."""
+    """What an error means where JAX does not find the devices that it was told to use; None for any other error."""
     platforms = os.environ.get("JAX_PLATFORMS", "")
     if isinstance(error, RuntimeError) and (found := NO_DEVICES.search(said)):
         name, why = (group for group in found.groups() if group is not None)

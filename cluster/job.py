@@ -1,4 +1,4 @@
-"""What is to be run, and what a user asks of the place where it runs."""
+"""A job to run, and what a user asks of the place where it runs."""
 
 import importlib.util
 from collections.abc import Callable

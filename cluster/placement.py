@@ -36,7 +36,7 @@ class Placement:
         return all(batch % (workers * devices) == 0 for batch in batches)
 
     def fitting(self, job: Job) -> "Placement":
-        """The same with at most as many workers as divide the job's batches.
+        """This placement with the largest number of workers that divides the job's batches.
 
         ClusterError where no number of workers does, or none that the user asked for.
         """
@@ -129,7 +129,7 @@ KINDS = {"cpu": "CPU", "cuda": "GPU", "gpu": "GPU", "rocm": "GPU", "tpu": "TPU"}
 
 
 def kind_of_devices(nodes: list[dict], alone: bool) -> str:
-    """What a run's workers have: TPU, GPU or CPU, by JAX_PLATFORMS and by what the hosts have.
+    """The kind of device for a run's workers: TPU, GPU or CPU, chosen by JAX_PLATFORMS and by what the hosts have.
 
     JAX_PLATFORMS=cpu is often meant for the driver alone, so it does not choose the devices of other hosts.
     ClusterError for a platform that Ray's workers cannot have.

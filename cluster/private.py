@@ -38,7 +38,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 CHECKED = {"ray": "2.60", "jax": "0.10"}
 
-NODE_ID_LABEL = ray._raylet.RAY_NODE_ID_KEY  # by which an actor is kept on the driver's node
+NODE_ID_LABEL = ray._raylet.RAY_NODE_ID_KEY  # the label that keeps an actor on the driver's node
 # For `ray.init`: a Ray without a dashboard needs no metrics and no task events.
 SYSTEM_CONFIG = {"enable_metrics_collection": False, "task_events_report_interval_ms": 0}
 ALIVE = "/ray.rpc.NodeInfoGcsService/CheckAlive"  # a call that Ray's coordinator (GCS) answers, and nothing else does

@@ -103,7 +103,7 @@ def _without_modules_of_others() -> Iterator[None]:
 
 
 def _stop(*_) -> NoReturn:
-    """SIGTERM where nothing trains."""
+    """Ends the process at a SIGTERM that comes while nothing trains."""
     print("Stopped; the same command goes on.", flush=True)
     sys.exit(PREEMPTED)
 

@@ -47,7 +47,7 @@ class Meter:
         return batch
 
     def add(self, step: int, out: dict) -> None:
-        """Takes the metrics of a step that has just been started. Failure when one of the step before is NaN or Inf."""
+        """Takes the metrics of a step that has just been started. Failure for NaN or Inf in the step before it."""
         if step == self._first + 1:  # this step was compiled first, which does not count as time in steps
             jax.block_until_ready(out)
             self._waits["compile_seconds"] = time.perf_counter() - self._step_began
@@ -60,7 +60,7 @@ class Meter:
         return step - self._written >= ROW
 
     def write_row(self, step: int) -> None:
-        """A row of `train` metrics: means over the steps since the last row, and where the time went."""
+        """Writes a row of `train` metrics: means over the steps since the last row, and the times."""
         self._collect()
         seconds = time.perf_counter() - self._row_began
         rate = (step - self._written) * self._batch_size / seconds

@@ -92,7 +92,7 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
             print(lost(rows, 0), flush=True)
         state, best = begin(task, placement), None
     if resume != "auto":
-        exchange("begun", "")  # after this the old checkpoints are moved away, on all processes
+        exchange("begun", "")  # waits until the first process has moved the old checkpoints away
         host.begun(this)
     history = history + [
         {

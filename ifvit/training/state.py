@@ -1,4 +1,4 @@
-"""The training state, a pytree of nested dictionaries, and the models as pure functions of it."""
+"""The training state, a pytree of nested dictionaries; its optimiser and its learning rates."""
 
 from typing import Any, NamedTuple
 
