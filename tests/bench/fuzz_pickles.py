@@ -137,8 +137,12 @@ def samples() -> dict[str, bytes]:
             },
         },
     }
-    files = {f"{name}, protocol {p}": pickle.dumps(x, p) for name, x in contents.items() for p in range(6)
-             if name != "nnx" or p > 1}  # JAX 0.12 writes typed keys with protocol 2 and newer only
+    files = {
+        f"{name}, protocol {p}": pickle.dumps(x, p)
+        for name, x in contents.items()
+        for p in range(6)
+        if name != "nnx" or p > 1
+    }  # JAX 0.12 writes typed keys with protocol 2 and newer only
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ours.pkl"
         legacy.write(path, {"params": {"w": np.arange(6.0).reshape(2, 3)}, "step": np.int32(3)}, {"epoch": 1}, "now")
