@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="of Module 2 [trained here, by preset smoke]")
     parser.add_argument("--only", default="", help="rows that begin so")
     args = parser.parse_args()
-    trees = [ROOT] + [args.against.resolve()] * bool(args.against)
+    trees = [ROOT, args.against.resolve()] if args.against else [ROOT]
     for name, measure in rows(args.out.resolve(), args.checkpoint and args.checkpoint.resolve()).items():
         if name.startswith(args.only):
             found = [[measure(tree) for tree in trees] for _ in range(args.rounds)]

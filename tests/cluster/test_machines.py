@@ -120,16 +120,18 @@ def test_flags_that_xla_knows_are_none_of_our_business(monkeypatch):
         assert xla_flags.unfit() == ""
 
 
-@pytest.mark.parametrize("name", ["ifvit.checkpoint", "tune"])
-def test_a_jaxlib_that_does_not_fit_jax_is_said_by_every_command(process, tmp_path, name):
+@pytest.mark.parametrize(
+    "words", ["ifvit.evaluate --checkpoint nowhere --dataset_root nowhere", "tune", "ifvit.train_dense --preset smoke"]
+)
+def test_a_jaxlib_that_does_not_fit_jax_is_said_by_every_command(process, tmp_path, words):
     (tmp_path / "sitecustomize.py").write_text("import jaxlib.version\njaxlib.version.__version__ = '0.4.30'")
-    said = process("-m", name, "--help", cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
+    said = process("-m", *words.split(), cwd=tmp_path, PYTHONPATH=os.pathsep.join([str(tmp_path), *sys.path]))
     assert said.code == 1 and said.err.startswith("Error: JAX cannot be imported (jaxlib is version 0.4.30, but"), said
     assert "in a fresh environment" in said.err and said.err.count("\n") == 1
 
 
 def test_a_variable_that_jax_refuses_at_its_import_is_named(process, tmp_path):
-    said = process("-m", "ifvit.train_dense", "--help", cwd=tmp_path, JAX_ENABLE_X64="perhaps")
+    said = process("-m", "ifvit.train_dense", "--preset", "smoke", cwd=tmp_path, JAX_ENABLE_X64="perhaps")
     assert said.code == 1 and said.err.startswith("Error: JAX_ENABLE_X64=perhaps is nothing that JAX knows"), said
 
 

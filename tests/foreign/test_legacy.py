@@ -276,7 +276,8 @@ def json_keys(tree):
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_random_keys_become_their_numbers(read, protocol):
-    for key in (jax.random.key(3), jax.random.PRNGKey(3)):
+    typed = [jax.random.key(3)] if protocol > 1 else []  # JAX 0.12 writes them with protocol 2 and newer only
+    for key in (*typed, jax.random.PRNGKey(3)):
         found = read({"params": PARAMS, "rng": key}, protocol)
         assert bits(found.state["rng"]) == bits(np.array([0, 3], np.uint32))
 
