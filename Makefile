@@ -7,8 +7,11 @@ VERSION := $(if $(INTERPRETER),$(shell $(INTERPRETER) -c 'import sys; print("%d.
 VENV := .venv$(if $(filter-out python3,$(PYTHON)),-$(VERSION))
 PY := $(VENV)/bin/python
 CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
+# LoFTR's own code lies beside: the other tests, and Ray's workers, run without torch, as they do at a user's.
+PARITY := $(VENV)-parity
+TORCH := torch==2.13.0+cpu
 
-.PHONY: train check test test-all faults starts clean
+.PHONY: train check test test-all parity torch faults starts clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
@@ -26,6 +29,11 @@ test: $(VENV)/ready
 test-all: $(VENV)/ready
 	$(PY) $(TESTS)
 
+parity: $(PARITY)/ready
+	$(PARITY)/bin/python -m pytest tests/models/test_parity.py
+
+torch: $(PARITY)/torch
+
 faults: $(VENV)/ready
 	$(PY) tests/faults/kill.py --count 50 --inside 10
 	$(PY) tests/faults/disk.py
@@ -38,6 +46,18 @@ starts:
 $(VENV)/ready: pyproject.toml $(CONSTRAINTS) | starts
 	$(INTERPRETER) -m venv $(VENV)
 	$(PY) -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[test,wsq]'
+	touch $@
+
+# What the tests' environment has is seen from this one. The build without CUDA or none: the other one is gigabytes.
+$(PARITY)/torch: $(VENV)/ready
+	$(INTERPRETER) -m venv $(PARITY)
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $(PARITY)/lib/python$(VERSION)/site-packages/tests.pth
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check '$(TORCH)' || { \
+		echo "$(TORCH) cannot be installed here, so parity with LoFTR cannot be tested." >&2; exit 1; }
+	touch $@
+
+$(PARITY)/ready: $(PARITY)/torch pyproject.toml $(CONSTRAINTS)
+	$(PARITY)/bin/python -m pip install --quiet --disable-pip-version-check $(addprefix -c ,$(CONSTRAINTS)) -e '.[parity]'
 	touch $@
 
 clean:

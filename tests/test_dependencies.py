@@ -36,8 +36,9 @@ def imported(*folders: str) -> set[str]:
 
 
 REQUIRED = names(PROJECT["dependencies"])
-OPTIONAL = names(r for extra, wanted in EXTRAS.items() if extra not in DEVICES | {"test"} for r in wanted)
-FOR_TESTS = names(EXTRAS["test"])
+TESTS = {"test", "parity"}  # extras of what only tests import
+OPTIONAL = names(r for extra, wanted in EXTRAS.items() if extra not in DEVICES | TESTS for r in wanted)
+FOR_TESTS = names(r for extra in TESTS for r in EXTRAS[extra])
 
 
 @pytest.mark.parametrize(
