@@ -31,6 +31,7 @@ from ifvit.devices.sharding import use_cpu_cores
 from ifvit.errors import UserError
 from ifvit.fields import COMMON
 from ifvit.paths import absolute, cache_dir, resolve
+from ifvit.training.watch import TENSORBOARD, Watch, watch
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class ConfigArgs:
     """in the prints' images; `light` of sensors that show them white on black [dark]"""
     names: str | None = None
     """how names are to be read, such as '{database}/{finger}_{impression}': of paths below the folder, without the extension [known sets' names]"""
+    tracker: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = TENSORBOARD
+    """who is told the metrics, one or several"""
 
     command: ClassVar[str]  # the module's name
 
@@ -90,6 +93,8 @@ class TrainArgs(ConfigArgs):
     """seconds without a step after which a process of several ends itself, to be started again; 0: never"""
     coordinator_port: int = Request.coordinator_port
     """of JAX's coordinator, on the first worker's host; 0: any free one"""
+    profile: str = ""
+    """START:STOP, of a run's steps: those after START, to STOP, are traced into its folder `profile`, for TensorBoard or XProf [none]"""
 
     def configs(self, preset: str | None) -> tuple:
         """The configurations of the modules that are trained; `preset` where no flag names one."""
@@ -102,6 +107,7 @@ class TrainArgs(ConfigArgs):
     def run(self) -> int:
         """Trains where the flags say; returns the exit code."""
         request = self.request()
+        self.watch()
         try:
             code, message = launch(self._job, request, cores())
         except ClusterError as e:
@@ -117,6 +123,10 @@ class TrainArgs(ConfigArgs):
         except ClusterError as e:
             raise UserError(str(e)) from None
         return request
+
+    def watch(self) -> Watch:
+        """What a run is to show; UserError where that cannot be had."""
+        return watch(self.tracker, self.profile)
 
     def _job(self, platform: str) -> Job:
         """This command as a job for workers of that kind, its flags checked; for '' without a look at the devices."""
@@ -139,7 +149,7 @@ class TrainArgs(ConfigArgs):
 JOB = {
     "item": "pairs",
     "another_batch": "a --batch_size that is a multiple",
-    "variables": ("IFVIT_",),
+    "variables": ("IFVIT_", "WANDB_", "MLFLOW_"),
 }  # what all of ours have
 
 
