@@ -2,11 +2,11 @@
 
 import re
 
-# TFLOP/s of one device as JAX counts them, dense, in matrix products: (name, float32, bfloat16). JAX multiplies float32 in
-# TF32 on NVIDIA's GPUs from Ampere on, and in one pass of bfloat16 on TPUs, unless it is asked for more.
-# NVIDIA: the data sheets of V100, T4, A10, A100, L4, L40S, H100, H200 and HGX B200; where they give figures with sparsity
-# alone, half of these. Google: cloud.google.com/tpu/docs, the page of each version; a device of v2 and v3 is half a chip.
-# A longer name stands before a shorter one that it contains.
+# TFLOP/s of one device as JAX counts them, dense, in matrix products: (name, float32, bfloat16). JAX multiplies float32
+# in TF32 on NVIDIA's GPUs from Ampere on, and in one pass of bfloat16 on TPUs, unless it is asked for more.
+# NVIDIA: the data sheets of V100, T4, A10, A100, L4, L40S, H100, H200 and HGX B200; where they give figures with
+# sparsity alone, half of these. Google: cloud.google.com/tpu/docs, the page of each version; a device of v2 and v3 is
+# half a chip. A longer name stands before a shorter one that it contains.
 PEAKS: tuple[tuple[str, float, float | None], ...] = (
     ("V100", 15.7, None),
     ("T4", 8.1, None),

@@ -47,7 +47,9 @@ class Profile:
     def _begin(self, at: int) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            jax.profiler.start_trace(self._folder)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # every call of Python would be slow, and many
+            jax.profiler.start_trace(self._folder, profiler_options=options)
             self._from = at
         except (OSError, RuntimeError) as e:
             self._fail(e)

@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from etils import epath
 from tensorboardX.event_file_writer import EventsWriter
@@ -25,6 +25,7 @@ LAST = 60  # seconds that a tracker gets at the end of a run for what it still h
 PROJECT = "ifvit"  # of W&B, and MLflow's experiment, where the user's environment names none
 
 
+@runtime_checkable
 class Tracker(Protocol):
     """What a run's metrics are handed to."""
 
@@ -51,7 +52,7 @@ def notes(run: str) -> tuple[str, ...]:
 def open_trackers(
     names: tuple[str, ...], here: Path, folder: epath.Path, run: str, step: int, config: dict
 ) -> list[Tracker]:
-    """Those of a run that goes on after `step`, 0 for a new one; `here` is the local folder for what lies in `folder`."""
+    """Those of a run that goes on after `step`, 0 for a new one; `here` is the local folder of what lies in `folder`."""
     opened: list[Tracker] = []
     for name in names:
         if name == "tensorboard":
