@@ -30,6 +30,7 @@ from ifvit.devices.cores import cores
 from ifvit.errors import UserError
 from ifvit.fields import COMMON
 from ifvit.paths import absolute, cache_dir, resolve
+from ifvit.training.watch import TENSORBOARD, Watch, watch
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class ConfigArgs:
     """in the prints' images; `light` of sensors that show them white on black [dark]"""
     names: str | None = None
     """how to read paths below the folder, without extension: '{database}/{finger}_{impression}' [known sets' names]"""
+    tracker: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = TENSORBOARD
+    """who is told the metrics, one or several"""
 
     command: ClassVar[str]  # the module's name
 
@@ -89,6 +92,8 @@ class TrainArgs(ConfigArgs):
     """seconds without a step after which a process of several ends itself, to be started again; 0: never"""
     coordinator_port: int = Request.coordinator_port
     """of JAX's coordinator, on the first worker's host; 0: any free one"""
+    profile: str = ""
+    """START:STOP, of a run's steps: those after START, to STOP, are traced into its folder `profile`, for TensorBoard or XProf [none]"""
 
     def configs(self, preset: str | None) -> tuple:
         """The configurations of the modules that are trained. `preset` is used where no flag names one."""
@@ -101,6 +106,7 @@ class TrainArgs(ConfigArgs):
     def run(self) -> int:
         """Trains where the flags say; returns the exit code."""
         request = self.request()
+        self.watch()
         try:
             code, message = launch(self._job, request, cores())
         except ClusterError as e:
@@ -116,6 +122,10 @@ class TrainArgs(ConfigArgs):
         except ClusterError as e:
             raise UserError(str(e)) from None
         return request
+
+    def watch(self) -> Watch:
+        """What a run is to show; UserError where that cannot be had."""
+        return watch(self.tracker, self.profile)
 
     def _job(self, platform: str) -> Job:
         """Checks the flags, and makes this command a job for workers with that kind of device.
@@ -142,7 +152,7 @@ class TrainArgs(ConfigArgs):
 JOB = {
     "item": "pairs",
     "another_batch": "a --batch_size that is a multiple",
-    "variables": ("IFVIT_",),
+    "variables": ("IFVIT_", "WANDB_", "MLFLOW_"),
 }
 
 

@@ -69,6 +69,12 @@ class Args(TrainArgs):
         from ifvit.training import run_folder
 
         self.request()
+        self.watch()
+        if self.profile:
+            raise UserError(
+                "--profile does not go with --tune, whose trials are not traced; search first, then train with --config "
+                "best.toml and --profile."
+            )
         check_outlives_job(str(sweep), "sweep_dir")
         for name, where in (
             ("num_workers", "--trial_workers"),
@@ -121,6 +127,7 @@ class Args(TrainArgs):
         words += [w for item in self.set if item.partition("=")[0] not in given(**fixed) for w in ("--set", item)]
         words += [w for k, v in given(**fixed).items() for w in ("--set", f"{k}={v}")]
         words += ["--dataset_root", *self.dataset_root] if self.dataset_root else []
+        words += ["--tracker", *self.tracker]
         sweep = subprocess.Popen(
             [sys.executable, "-m", "ifvit.tune", "--module", "both", *words],
             env=os.environ | {PARENT: str(os.getpid())},
@@ -174,10 +181,10 @@ class Args(TrainArgs):
         dense, match = configs
         check_folder(match, host)  # not when Module 1 has been trained
         print("Module 1: dense registration", flush=True)
-        module1 = train_dense.run(dense, self.resume, host)
+        module1 = train_dense.run(dense, self.resume, host, watch=self.watch())
         print("Module 2: matcher", flush=True)
         match = match.replace(dense_reg_ckpt=str(module1))
-        module2 = train_match.run(match, self.resume, host)
+        module2 = train_match.run(match, self.resume, host, watch=self.watch())
         self.report(match, module1, module2, host)
 
     def report(self, match: MatchConfig, module1: epath.Path, module2: epath.Path, host: Host) -> None:

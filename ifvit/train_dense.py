@@ -13,6 +13,7 @@ from cluster.host import Host
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import DenseConfig
+from ifvit.training.watch import PLAIN, Watch
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Args(TrainArgs):
         return (build_config(DenseConfig, self, flags, preset),)
 
     def train(self, configs: tuple, host: Host) -> None:
-        print(f"Module 1 checkpoint: {run(*configs, self.resume, host)}")
+        print(f"Module 1 checkpoint: {run(*configs, self.resume, host, watch=self.watch())}")
 
 
 def run(
@@ -49,10 +50,11 @@ def run(
     host: Host,
     may_change: Set[str] = frozenset(),
     validation: DenseConfig | None = None,
+    watch: Watch = PLAIN,
 ) -> Path:
     """Trains Module 1, and returns the final checkpoint's path.
 
-    `may_change` as in `loop.train`, `validation` as in `dense_task`.
+    `may_change` and `watch` as in `loop.train`, `validation` as in `dense_task`.
     """
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task
@@ -61,7 +63,7 @@ def run(
 
     check_hosts(config, host)
     _, train_set, held_out = gather(config, host)
-    return train(dense_task(config, train_set, held_out, validation), resume, host, may_change)
+    return train(dense_task(config, train_set, held_out, validation), resume, host, may_change, watch)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from cluster.host import Host
 from ifvit import cli
 from ifvit.commands import TrainArgs, build_config, given
 from ifvit.config import MatchConfig
+from ifvit.training.watch import PLAIN, Watch
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,11 @@ class Args(TrainArgs):
         return (build_config(MatchConfig, self, flags, preset),)
 
     def train(self, configs: tuple, host: Host) -> None:
-        print(f"Module 2 checkpoint: {run(*configs, self.resume, host)}")
+        print(f"Module 2 checkpoint: {run(*configs, self.resume, host, watch=self.watch())}")
 
 
-def run(config: MatchConfig, resume: str, host: Host, may_change: Set[str] = frozenset()) -> Path:
-    """Trains Module 2; returns the final checkpoint's path. `may_change` as `loop.train`."""
+def run(config: MatchConfig, resume: str, host: Host, may_change: Set[str] = frozenset(), watch: Watch = PLAIN) -> Path:
+    """Trains Module 2; returns the final checkpoint's path. `may_change` and `watch` as `loop.train`."""
     from ifvit.data.gather import gather
     from ifvit.training.loop import train
     from ifvit.training.match import checkpoint_of_module1, match_task
@@ -56,7 +57,7 @@ def run(config: MatchConfig, resume: str, host: Host, may_change: Set[str] = fro
     checkpoint_of_module1(config)  # a wrong path shows before prints are read
     check_hosts(config, host)
     _, train_set, held_out = gather(config, host)
-    return train(match_task(config, train_set, held_out), resume, host, may_change)
+    return train(match_task(config, train_set, held_out), resume, host, may_change, watch)
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ def names(requirements: Iterable[str]) -> set[str]:
     return {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", r)[0]).lower() for r in requirements}
 
 
+DECLARED = names(r for wanted in (PROJECT["dependencies"], *EXTRAS.values()) for r in wanted)
+
+
 def imported(*folders: str) -> set[str]:
     """The distributions that the files below `folders` import, wherever in the file."""
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
@@ -32,7 +35,8 @@ def imported(*folders: str) -> set[str]:
     ours = {*PACKAGES, *(file.stem for file in files), *(file.parent.name for file in files)}
     others = {module.split(".")[0] for module in modules} - ours - sys.stdlib_module_names
     distributions = metadata.packages_distributions()
-    return names(name for module in others for name in distributions.get(module, [module]))
+    found = (names(distributions.get(module, [module])) for module in others)
+    return {name for several in found for name in (several & DECLARED or several)}  # MLflow comes in three parts
 
 
 REQUIRED = names(PROJECT["dependencies"])

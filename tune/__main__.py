@@ -27,6 +27,7 @@ from ifvit.errors import Failure, UserError
 from ifvit.fields import COMMON, FREE
 from ifvit.files import write_whole
 from ifvit.paths import resolve
+from ifvit.training.watch import watch
 from tune import space as spaces
 from tune.space import RUNS, Choice
 
@@ -76,6 +77,7 @@ class Args(ConfigArgs):
     command: ClassVar[str] = "tune"
 
     def run(self) -> int:
+        watch(self.tracker)  # UserError where one is not installed
         if self.num_samples < 1:
             raise UserError(f"--num_samples is {self.num_samples}; give at least 1.")
         if self.trial_epochs is not None and self.trial_epochs < 1:
@@ -238,7 +240,8 @@ class Args(ConfigArgs):
         _, prints, held_out = gather(base, Host())
         if name == "match" and (module1 := checkpoint_of_module1(base)):
             warn_of_seen_fingers(base, module1, held_out)
-        plan = Plan(name, base, str(out), metric, higher, frozenset(space) if pbt else frozenset(), os.getcwd(), "", {})
+        changing = frozenset(space) if pbt else frozenset()
+        plan = Plan(name, base, str(out), metric, higher, changing, os.getcwd(), "", {}, watch=watch(self.tracker))
         _check_same_sweep(out, plan, space, prints.digest())
         print(
             f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings",

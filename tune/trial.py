@@ -29,6 +29,7 @@ from ifvit.devices.sharding import use_cpu_cores
 from ifvit.errors import Interrupted
 from ifvit.paths import cache_dir
 from ifvit.training.match import like_module1
+from ifvit.training.watch import PLAIN, Watch
 from tune import record
 from tune.space import RUNS
 
@@ -48,6 +49,7 @@ class Plan:
     resources: dict  # of a trial, by Ray's names
     workers: int = 1  # hosts of a trial, with a process on each; 1: the trial is this process
     at_once: int = 0  # most trials at the same time; 0: as many as the resources allow
+    watch: Watch = PLAIN  # what a trial's run is to show
 
     def config(self, values: dict, number: int) -> Config:
         """A trial's configuration. For Module 2 some settings come from the checkpoint of its Module 1."""
@@ -172,9 +174,9 @@ class Trial(tune.Trainable):
 def _run(plan: Plan, config: Config, resume: str, host: Host) -> None:
     check_backend(plan.platform, host.name)
     if plan.module == "dense":
-        train_dense.run(config, resume, host, plan.changing, validation=plan.base)
+        train_dense.run(config, resume, host, plan.changing, validation=plan.base, watch=plan.watch)
     else:
-        train_match.run(config, resume, host, plan.changing)
+        train_match.run(config, resume, host, plan.changing, plan.watch)
 
 
 def run_on_hosts(plan: Plan, config: Config, resume: str, host: Host) -> tuple[int, str]:

@@ -17,20 +17,22 @@ from ifvit.training import run_folder
 from ifvit.training.meter import Meter
 from ifvit.training.metrics import Metrics, one_by_one, read_rows
 from ifvit.training.policy import Saved
+from ifvit.training.profile import Profile
 from ifvit.training.resume import open_run
 from ifvit.training.saved import saved_tree
 from ifvit.training.saver import Saver
 from ifvit.training.state import TrainState
 from ifvit.training.task import Task
+from ifvit.training.watch import PLAIN, Watch
 
 
-def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset()) -> epath.Path:
+def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(), watch: Watch = PLAIN) -> epath.Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
     `may_change`: configuration keys whose value may differ from the checkpoint's, beside those with the role
-    `fields.FREE`. `host` stands for this process, which may be one of several. Ctrl-C or SIGTERM to any of them saves
-    `{name}_step_{S}` and raises Interrupted. NaN or Inf raises Failure, and so does a final checkpoint that cannot be
-    written.
+    `fields.FREE`. `host` stands for this process, which may be one of several; `watch` says what the run is to show.
+    Ctrl-C or SIGTERM to any of them saves `{name}_step_{S}` and raises Interrupted. NaN or Inf raises Failure, and so
+    does a final checkpoint that cannot be written.
     """
     config = task.config
     run = open_run(task, resume, host, may_change)
@@ -41,13 +43,16 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
             _draw(folder, rows)
         return run.finished
     first, total = int(state.step), config.num_epochs * task.steps_per_epoch
+    watch.check(total)
     last = first if _out_of_patience(task, best, first) else total
     step = jax.jit(task.step, donate_argnums=0, out_shardings=(run.placement, replicated(mesh)))
     constants = jax.device_put(task.constants, replicated(mesh))
-    metrics = Metrics(folder, first, total, task.name)
+    metrics = Metrics(folder, first, total, task.name, watch.trackers, config.to_dict())
+    profile = Profile(watch.profile, metrics.folder / "profile", f"{folder}/profile")
     metrics.attempt(first)
     saver = Saver(folder, task.name, config, task.steps_per_epoch, task.higher_is_better, host.saved)
     _write_config(folder, config)
+    metrics.keep(folder / "config.json")
 
     def save(what: str, state: TrainState, value: float | None = None, finished: bool = False) -> str:
         """Begins to write `{name}_{what}`, and returns its path."""
@@ -83,9 +88,14 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
         with host.stoppable(), host.watched(progress.count), jax.set_mesh(mesh):
             for at in range(first, last):
                 batch = put_batch(meter.next_batch(batches), mesh, config.accumulate)
+                profile.before(at)
+                if at == first:  # compiled once, here: what it costs is known of a compiled program alone
+                    step = step.lower(state, batch, task.rates[at], *constants).compile()
+                    meter.count_flops(step, config)
                 state, out = step(state, batch, task.rates[at], *constants)
                 ended = at + 1
                 meter.add(ended, out)
+                profile.after(ended, out)
 
                 end_of_epoch = ended % task.steps_per_epoch == 0
                 within = not end_of_epoch and config.save_steps and ended % config.save_steps == 0
@@ -133,10 +143,13 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
                 )
         if ended > first:
             host.report(told)
+        _draw(folder, metrics.rows())
+        metrics.keep(folder / "curves.png")
+        metrics.finished = True
     finally:
+        profile.close()
         saver.close()
         metrics.close()
-    _draw(folder, metrics.rows())
     return checkpoint.as_path(final)
 
 

@@ -7,7 +7,9 @@ import jax
 import numpy as np
 
 from cluster.host import Host
+from ifvit.config import Config
 from ifvit.devices import progress
+from ifvit.devices.peak import peak
 from ifvit.errors import Failure
 from ifvit.training.metrics import Metrics
 from ifvit.training.pace import Pace
@@ -29,6 +31,7 @@ class Meter:
         self._batch_size, self._steps_per_epoch, self._first = batch_size, steps_per_epoch, first
         self._several = jax.process_count() > 1
         self._pace = Pace(host.name)
+        self._flops = self._peak = None  # of a step, and a second at most, of all devices; None: not known
         self._waiting: tuple[int, dict] | None = None  # the newest step, and its metrics on the device
         self._sums: dict[str, list[float]] = {}
         self._waits = {"input_seconds": 0.0, "compile_seconds": 0.0}
@@ -45,6 +48,14 @@ class Meter:
             batch["asked"] = np.full(self._batch_size // jax.process_count(), self._host.asked(), np.int32)
         self._step_began = time.perf_counter()
         return batch
+
+    def count_flops(self, step: jax.stages.Compiled, config: Config) -> None:
+        """What the compiled step costs, by XLA's own count, which is of one device and has each loop's body once."""
+        flops = (step.cost_analysis() or {}).get("flops", 0.0)
+        if flops > 0:  # else XLA cannot tell on this device
+            self._flops = flops * config.accumulate * jax.device_count()
+            most = peak(jax.devices()[0].device_kind, config.compute_dtype)
+            self._peak = most and most * jax.device_count()
 
     def add(self, step: int, out: dict) -> None:
         """Takes the metrics of a step that has just been started. Failure for NaN or Inf in the step before it."""
@@ -66,6 +77,9 @@ class Meter:
         rate = (step - self._written) * self._batch_size / seconds
         means = {k: float(np.mean(v)) for k, v in self._sums.items()}
         times = {"seconds": seconds, "pairs_per_second": rate, "checkpoint_seconds": self._saver.blocked, **self._waits}
+        if self._flops:
+            times["flops_per_second"] = self._flops * (step - self._written) / seconds
+            times |= {"peak_share": times["flops_per_second"] / self._peak} if self._peak else {}
         self._metrics.write_steps(step, (step - 1) // self._steps_per_epoch + 1, means, times)
         self._metrics.progress(step - self._written, means["loss"], rate)
         self._epoch_waits = {k: v + times[k] for k, v in self._epoch_waits.items()}

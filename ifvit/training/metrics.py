@@ -1,4 +1,4 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard and a progress bar. A resumed run goes on with the same rows."""
+"""Metrics of a run: `metrics.jsonl`, trackers and a progress bar. A resumed run goes on with the same rows."""
 
 import json
 import logging
@@ -9,13 +9,12 @@ from pathlib import Path
 
 import jax
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from ifvit.files import write_whole
+from ifvit.training import trackers
 from ifvit.training.mirror import Mirror
+from ifvit.training.watch import TENSORBOARD
 
 log = logging.getLogger("ifvit")
 
@@ -29,6 +28,8 @@ TIMES = (
     "input_seconds",
     "compile_seconds",
     "goodput",
+    "flops_per_second",
+    "peak_share",
     "host",
     "probe_seconds",
     "step_seconds",
@@ -70,19 +71,32 @@ class Metrics:
     Only the first of several processes writes. When the disk is full or the folder is gone, rows are kept in memory;
     `metrics.jsonl` is written anew, whole, as soon as that works. `attempts.jsonl` has a line for each time that the
     run was started. No line is ever dropped, because goodput counts from the first one. Where `folder` is in a bucket,
-    the files are written to a local folder and copied from there.
+    the files are written to a local folder and copied from there. `tracked_by` names the trackers that are told every
+    row, of a run with the configuration `config`.
     """
 
-    def __init__(self, folder: epath.Path, step: int, total: int, name: str):
-        self.mirror = Mirror(folder, ("metrics.jsonl", ATTEMPTS))
+    def __init__(
+        self,
+        folder: epath.Path,
+        step: int,
+        total: int,
+        name: str,
+        tracked_by: tuple[str, ...] = TENSORBOARD,
+        config: dict | None = None,
+    ):
+        self.mirror = Mirror(folder, ("metrics.jsonl", ATTEMPTS, *trackers.notes(name)))
         self.folder = self.mirror.here
         self.path = self.folder / "metrics.jsonl"
         self.lines = [json.dumps(r) + "\n" for r in read_rows(self.path) if r["step"] <= step]
-        self.step = step
         self.writes = jax.process_index() == 0
         self.behind = True  # whether lines are missing in the file
-        self.board: EventsWriter | None = None
         self._write_lines()
+        self.finished = False
+        self.trackers = (
+            trackers.open_trackers(tracked_by, self.folder, folder, name, step, config or {}) if self.writes else []
+        )
+        for row in self.rows():  # what a tracker has been told before it leaves out
+            self._track(row)
         self.bar = tqdm(
             total=total,
             initial=step,
@@ -125,11 +139,17 @@ class Metrics:
     def write(self, step: int, epoch: int, split: str, values: dict) -> None:
         """Writes one row. A value that is not finite is written as null."""
         row = {"step": step, "epoch": epoch, "split": split}
-        row |= {k: v if isinstance(v, list) else float(v) if math.isfinite(v) else None for k, v in values.items()}
-        self._write_lines(json.dumps(row) + "\n")
+        finite = {k: v if isinstance(v, list) else float(v) if math.isfinite(v) else None for k, v in values.items()}
+        self._write_lines(json.dumps(row | finite) + "\n")
+        self._track(row | values)
         if self.writes:
-            self._write_board({f"{split}/{k}": float(v) for k, v in one_by_one(values).items()}, step)
             self.mirror.push()
+
+    def keep(self, *files: epath.Path) -> None:
+        """Files of the run that its trackers keep as artefacts."""
+        for tracker in self.trackers:
+            for file in files:
+                tracker.keep(file)
 
     def rows(self) -> list[dict]:
         return [json.loads(line) for line in self.lines]
@@ -137,7 +157,15 @@ class Metrics:
     def close(self) -> None:
         self.bar.close()
         self._write_lines()
+        for tracker in self.trackers:
+            tracker.close(self.finished)
         self.mirror.close()
+
+    def _track(self, row: dict) -> None:
+        values = {k: v for k, v in row.items() if k not in ("step", "epoch", "split") and v is not None}
+        each = {k: float(v) for k, v in one_by_one(values).items()}
+        for tracker in self.trackers:
+            tracker.write(row["step"], row["epoch"], row["split"], each)
 
     def _write_lines(self, more: str = "") -> None:
         self.lines += [more] if more else []
@@ -155,20 +183,3 @@ class Metrics:
             if not self.behind:
                 log.warning("⚠ %s could not be written (%s); its rows are kept until it can.", self.path, e.strerror)
             self.behind = True
-
-    def _write_board(self, values: dict[str, float], step: int) -> None:
-        """Writes TensorBoard's event file without tensorboardX's thread, which blocks for ever when a write fails."""
-        folder = self.folder / "tensorboard"
-        try:
-            if self.board is None or not folder.exists():
-                folder.mkdir(parents=True, exist_ok=True)
-                self.board = EventsWriter(str(folder / "events"))
-                # This event makes TensorBoard drop the values of an earlier attempt after `step`.
-                self.board.write_event(
-                    Event(wall_time=time.time(), step=self.step + 1, session_log=SessionLog(status=SessionLog.START))
-                )
-            for tag, value in values.items():
-                self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
-            self.board.flush()
-        except OSError:
-            self.board = None  # the next row begins a new file; metrics.jsonl has these values

@@ -13,6 +13,7 @@ from etils import epath
 from ifvit import checkpoint
 from ifvit.checkpoint.places import written_here
 from ifvit.errors import UserError
+from ifvit.training.trackers import notes
 
 log = logging.getLogger("ifvit")
 
@@ -51,10 +52,14 @@ def set_aside(path: epath.Path) -> epath.Path:
 
 
 def move_away(folder: epath.Path, module: str, steps_per_epoch: int = 1, beyond: int = -1) -> None:
-    """Moves the checkpoints after step `beyond` to `before_N`, for a run that begins anew or from an earlier step."""
+    """Moves the checkpoints after step `beyond` to `before_N`, for a run that begins anew or from an earlier step.
+
+    What the run was to its trackers goes with them.
+    """
     best = folder / f"{module}_best"
     old = candidates(folder, module, steps_per_epoch, beyond)
     old += [best] if checkpoint.has_name(best) and (beyond < 0 or _step_of(best) > beyond) else []
+    old += [note for name in notes(module) if (note := folder / name).is_file()]
     n = 1
     while (aside := folder / f"before_{n}").exists():
         n += 1
