@@ -19,6 +19,7 @@ from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring import plots
+from ifvit.scoring.answers import answers, registrations
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 
@@ -100,6 +101,24 @@ class Scorer:
             weight = self.config.global_weight
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
+
+    @cached_property
+    def _answer(self):
+        return jax.jit(answers(match_network(self.config, self.num_classes), self._aligner_network, self.config))
+
+    @cached_property
+    def _register(self):
+        return jax.jit(registrations(self._aligner_network, self.config))
+
+    def answers(self, prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+        """Of Module 2 with its fusion: `score` and all that `answers` tells, a row a pair."""
+        state = (self.params, self.batch_stats, self.aligner or ({}, {}))
+        found = score_pairs(self._answer, state, prints, pairs, batch_size)
+        return found | {"score": self.fusion.score(found)}
+
+    def registrations(self, prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+        """Of Module 2's Module 1 alone, a row a pair."""
+        return score_pairs(self._register, (self.aligner,), prints, pairs, batch_size)
 
     def registration(self, prints: PrintSet, pair: Pair):
         """Module 1's registration of one pair, on the host, and the two windows (S, S) it saw."""
