@@ -30,12 +30,13 @@ class Picture:
     """A print, and how it is to be read. UserError for a resolution or ridges that no print has."""
 
     image: Any  # a file's path, a picture of Pillow's, or an array (height, width) or (height, width, channels)
-    ppi: float | Literal["auto"] | None = None  # px an inch; None: what file and set tell, `auto`: unless the ridges do
-    ridges: Literal["dark", "light"] = "dark"  # in the image
+    ppi: float | str | None = None  # px an inch; None: what set and file tell; "auto": unless the ridges tell another
+    ridges: str = "dark"  # in the image, or "light"
 
     def __post_init__(self):
-        if self.ppi not in (None, "auto") and not 0 < self.ppi <= 5000:  # NaN neither
-            raise UserError(f"ppi is {self.ppi}; give a resolution in pixels an inch, such as 500, or 'auto'.")
+        told = self.ppi in (None, "auto")
+        if not told and not (isinstance(self.ppi, int | float) and 0 < self.ppi <= 5000):  # NaN neither
+            raise UserError(f"ppi is {self.ppi!r}; give a resolution in pixels an inch, such as 500, or 'auto'.")
         if self.ridges not in ("dark", "light"):
             raise UserError(f"ridges is {self.ridges!r}; they are 'dark' or 'light'.")
 
@@ -134,7 +135,7 @@ class Matcher:
         ((a, b, row),) = self._rows(self.scorer.registrations, [(a, b)], 1)
         return Registration(**_registration(row, a, b, self.scorer.config))
 
-    def _rows(self, ask, pairs, batch_size: int) -> list[tuple[OnCanvas, OnCanvas, dict[str, np.ndarray]]]:
+    def _rows(self, ask, pairs, batch_size: int) -> list[tuple[OnCanvas, OnCanvas, dict[str, Any]]]:
         """What the scorer answers of each pair, and its prints on their canvases."""
         from ifvit.data.pairs import Pair
         from ifvit.data.single import Canvases
@@ -147,7 +148,7 @@ class Matcher:
         return [(a, b, {k: v[i] for k, v in found.items()}) for i, (a, b) in enumerate(read)]
 
 
-def _registration(row: dict[str, np.ndarray], a: OnCanvas, b: OnCanvas, config) -> dict[str, Any]:
+def _registration(row: dict[str, Any], a: OnCanvas, b: OnCanvas, config) -> dict[str, Any]:
     """The fields of a `Registration`: from px of the window to px of both pictures."""
     from ifvit.data.placement import mapped, similarity_map, window_to_canvas
 

@@ -45,7 +45,7 @@ class Args:
     json: bool = False
     """print {"score", "decision", "matches"} as JSON"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of both prints, whatever the files and their sets tell; `auto`: what these tell, unless the ridges tell another"""
+    """resolution of both prints, whatever files and sets tell; `auto`: what they tell, unless the ridges differ"""
     ridges: Literal["dark", "light"] = "dark"
     """in both images; `light` of sensors that show them white on black"""
     pairs: str = ""

@@ -3,14 +3,13 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import grain.python as grain
 import numpy as np
 
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
+from ifvit.data.prepare import Prints, PrintSet
 
 
-def example(prints: PrintSet, pair: Pair, classes: dict) -> dict[str, np.ndarray]:
+def example(prints: Prints, pair: Pair, classes: dict) -> dict[str, np.ndarray]:
     """One pair as the step takes it; a label is −1 for a finger that is no class."""
     (canvas0, mask0), (canvas1, mask1) = prints.canvas(pair.print0), prints.canvas(pair.print1)
     label0, label1 = (np.int32(classes.get(prints.prints[i].identity, -1)) for i in pair[:2])
@@ -55,6 +54,8 @@ class PairSource:
 
 def batches(source: PairSource, workers: int) -> Iterator[dict[str, np.ndarray]]:
     """The source's batches in order, read ahead by threads, or by `workers` processes."""
+    import grain.python as grain
+
     data = grain.MapDataset.source(source).batch(source.batch_size // source.processes)
     stream = data.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
     if workers:
@@ -63,7 +64,7 @@ def batches(source: PairSource, workers: int) -> Iterator[dict[str, np.ndarray]]
 
 
 def fixed_batches(
-    prints: PrintSet, pairs: Sequence[Pair], batch_size: int
+    prints: Prints, pairs: Sequence[Pair], batch_size: int
 ) -> Iterator[tuple[dict[str, np.ndarray], int]]:
     """Pairs in batches of one size, the last filled up with its last pair: (batch, how many count)."""
     for at in range(0, len(pairs), batch_size):

@@ -20,8 +20,9 @@ class Row(NamedTuple):
 
 
 def read(path: str) -> list[Row]:
-    """The pairs of a file. The first line names the columns, in any order and beside others; a program for tables may have
-    written semicolons or tabs for commas.
+    """The pairs of a file, whose first line names the columns, in any order and beside others.
+
+    A program for tables may have written semicolons or tabs for commas.
 
     UserError where the file is missing, no text, without these columns, or without a pair.
     """

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -29,6 +30,15 @@ SAMPLE = 50  # prints of a database that are looked at for the colour of their r
 AHEAD = 256  # prints that are decoded before the first of them is written, at most: canvases in memory
 VERSION = 5  # to be raised when a canvas, or a record, changes
 log = logging.getLogger("ifvit")
+
+
+@runtime_checkable
+class Prints(Protocol):
+    """Prints whose canvases can be had: a PrintSet, or a few in memory."""
+
+    prints: tuple[Print, ...]
+
+    def canvas(self, i: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,7 @@ class Decoded:
 
 
 def prepare(
-    prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | Path, apart: bool = False
+    prints: list[Print], canvas_size: int, max_broken: float, cache_dir: str | os.PathLike, apart: bool = False
 ) -> PrintSet:
     """Decodes all prints, or finds them decoded in `cache_dir`.
 
@@ -156,7 +166,7 @@ def seem_light(found: Decoded) -> dict[str, str]:
     return {name: min(paths) for name, paths in seem.items() if len(paths) > looked_at[name] / 4}
 
 
-def decoded(prints: list[Print], canvas_size: int, cache_dir: str | Path) -> Decoded:
+def decoded(prints: list[Print], canvas_size: int, cache_dir: str | os.PathLike) -> Decoded:
     """Every print on its canvas, in the cache: each database has files of its own there, whatever it is read with.
 
     What is not there, or damaged, is made (again). UserError where the cache cannot be written.

@@ -74,12 +74,10 @@ def _median_period(grey: np.ndarray, window: int, low: float, high: float, most:
     return 1 / at[ridges][order][np.searchsorted(weight, weight[-1] / 2)]
 
 
-def _spectra(
-    grey: np.ndarray, window: int, most: int
-) -> tuple[Float[np.ndarray, "N F F/2+1"], Float[np.ndarray, " N"]]:
+def _spectra(grey: np.ndarray, window: int, most: int) -> tuple[Float[np.ndarray, "N F H"], Float[np.ndarray, " N"]]:
     """Power spectra of windows that overlap by half, at most so many of those with contrast.
 
-    And how near each is to the middle of them all: 1 there, falling off to the rim.
+    H = F // 2 + 1, as `rfft2` gives them. And how near each is to the middle of them all: 1 there, falling to the rim.
     """
     starts = [np.linspace(0, n - window, max(1, 2 * n // window - 1)).astype(int) for n in grey.shape]
     windows = np.lib.stride_tricks.sliding_window_view(grey, (window, window))[np.ix_(*starts)]

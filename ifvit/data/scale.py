@@ -4,6 +4,7 @@ Prints of one database that are read at one resolution are judged together, by t
 single fingers differ by a third.
 """
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,10 +20,9 @@ FINEST, COARSEST, DOUBTFUL = 6.25, 10.5, 13.6
 SENSORS = (500.0, 512.0, 569.0, 1000.0)  # what sensors have; 300 is what an editor or a flat-bed scanner writes
 ENLARGED = 10**-1.75  # less than this is in the finest detail of a picture that was enlarged by 1.6 or more
 FEW = 5  # prints: fewer may be odd fingers
-SIBLING, USUAL = (
-    0.2,
-    0.09,
-)  # so near to what the ridges tell another resolution of the database, or a usual one, is meant
+# So near to the resolution that the ridges tell, another resolution of the database (SIBLING), or a usual one (USUAL),
+# is meant.
+SIBLING, USUAL = 0.2, 0.09
 
 ASKED = "the ridges"  # `Print.ppi_from` of prints that are to be read as their ridges tell: --ppi auto
 
@@ -42,7 +42,7 @@ class Group:
         if len(self.records) <= 2 * self.unseen:
             return True
         fine, coarse = np.percentile([r["period"] for r in self.records], [25, 75])
-        return coarse > 1.7 * fine
+        return bool(coarse > 1.7 * fine)
 
     @property
     def period(self) -> float:
@@ -77,7 +77,7 @@ class Group:
         return detail < ENLARGED or (told in ("--ppi", "file's tag") and not of_a_sensor)
 
 
-def measured(path: str, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: str) -> dict:
+def measured(path: str | os.PathLike, grey: UInt8[np.ndarray, "H W"], ppi: float, ppi_from: str) -> dict:
     """What is known of a print's scale, for its record.
 
     The file, its size in px, the resolution that it is read at and what tells that, px from ridge to ridge (None: no
@@ -142,7 +142,8 @@ def _off(group: Group, fit: float) -> str:
     return (
         f"⚠ The ridges of {group.database} are {group.at_500:.1f} px apart at 500 ppi if its prints have the "
         f"{group.ppi:.4g} ppi that they are read at ({told}), and adults' are about 9: {fit:g} ppi would fit, which "
-        f"--ppi auto takes ({group.off_alone} of {len(group.records)} prints tell so by themselves, e.g. {group.records[0]['path']})."
+        f"--ppi auto takes ({group.off_alone} of {len(group.records)} prints tell so by themselves, "
+        f"e.g. {group.records[0]['path']})."
     )
 
 

@@ -15,7 +15,7 @@ def corrupt(
     image: Float[Array, "S S"],
     mask: Bool[Array, "S S"],
     config: Settings,
-    strength: float,
+    strength: float | Float[Array, ""],
 ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
     """Dryness or over-pressure, sensor noise, uneven contact and contrast; sometimes a partial contact.
 

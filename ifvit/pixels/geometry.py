@@ -13,8 +13,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 IDENTITY = np.array([1.0, 0.0, 0.0, 0.0], np.float32)
-# Products in float32 on every device: by default XLA multiplies in TF32 on a GPU, where a point of a canvas was 0.02 px off
-# (tests/bench/accelerator.py), and on a TPU in bfloat16, whose eight bits are eight times as coarse. A decorator; scores have it too.
+# A decorator for functions that need products in float32 on every device. By default XLA multiplies in TF32 on a GPU,
+# where a point of a canvas was 0.02 px off (tests/bench/accelerator.py). On a TPU it multiplies in bfloat16, whose
+# eight bits are eight times as coarse. Scores use the decorator too.
 exact = jax.default_matmul_precision("highest")
 SCALE_RANGE = (0.8, 1.25)  # two prints of one finger at the same ppi: skin and sensors differ by less
 

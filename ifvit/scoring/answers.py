@@ -41,7 +41,7 @@ def registrations(aligner: Network, config: Settings) -> Callable:
 
 
 def answers(net: Network, aligner: Network | None, config: Settings) -> Callable:
-    """(params, batch_stats, aligner_state, batch) -> the scores of `match_scores`, and of an aligned pair `registrations`.
+    """(params, batch_stats, aligner_state, batch) -> what `match_scores` and, with an aligner, `registrations` tell.
 
     Both ask Module 1 for the same; XLA computes it once.
     """

@@ -3,6 +3,7 @@
 Figures are made without pyplot, so there is no global state, no window, and threads do not meet.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from numbers import Real
 from pathlib import Path
@@ -24,7 +25,7 @@ _GENUINE, _IMPOSTOR = "tab:blue", "tab:orange"
 _GAP = 16  # px of white between two prints
 
 
-def det(path: str | Path, curves: Mapping[str, tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]]) -> None:
+def det(path: str | os.PathLike, curves: Mapping[str, tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]]) -> None:
     """DET curves, name -> (FMR, FNMR) as fractions with ascending thresholds, on log axes in per cent.
 
     A rate of 0 has no place on a log axis: it is drawn at the axis' lower end. The dotted diagonal
@@ -55,7 +56,7 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
-def histogram(path: str | Path, genuine: ArrayLike, impostor: ArrayLike, threshold: float | None = None) -> None:
+def histogram(path: str | os.PathLike, genuine: ArrayLike, impostor: ArrayLike, threshold: float | None = None) -> None:
     """How the scores of genuine and impostor pairs spread: shares of each kind, over common bins.
 
     Raises UserError when there is no score at all.
@@ -75,7 +76,7 @@ def histogram(path: str | Path, genuine: ArrayLike, impostor: ArrayLike, thresho
     _save(figure, path)
 
 
-def curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
     """Training curves over the steps, a panel a metric, from the rows of a metrics.jsonl.
 
     A row has `step`, `epoch`, `split` ("train" or "val"), and metrics by name; what is no finite
@@ -110,7 +111,7 @@ def curves(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def matches(
-    path: str | Path,
+    path: str | os.PathLike,
     a: Num[np.ndarray, "Ha Wa"],
     b: Num[np.ndarray, "Hb Wb"],
     xy_a: Num[np.ndarray, "N 2"],
@@ -158,7 +159,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | os.PathLike) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:

@@ -1,5 +1,6 @@
 """A trained checkpoint as a scorer of pairs: what evaluate, verify and train_all call."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,13 +13,12 @@ from ifvit import checkpoint
 from ifvit.config import DenseConfig, MatchConfig, config_of
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
+from ifvit.data.prepare import Prints
 from ifvit.errors import UserError
 from ifvit.models.networks import dense_network, match_network
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import plain_views
-from ifvit.scoring import plots
 from ifvit.scoring.answers import answers, registrations
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
@@ -38,7 +38,7 @@ class Scorer:
     trained_on: tuple[str, ...] = ()  # a sample of its training prints, by `contents.known`
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> "Scorer":
+    def from_checkpoint(cls, path: str | os.PathLike) -> "Scorer":
         """UserError where the checkpoint is missing, half-written or damaged."""
         found = checkpoint.load(path, parts=checkpoint.NETWORK)
         meta, state = found.metadata, found.state
@@ -87,7 +87,7 @@ class Scorer:
         net = match_network(self.config, self.num_classes)
         return jax.jit(match_scores(net, self._aligner_network, self.config))
 
-    def score(self, prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+    def score(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and what it is made of, one value a pair; higher is more alike."""
         state = (self.params, self.batch_stats)
         if self.module == "matcher":
@@ -102,25 +102,7 @@ class Scorer:
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
 
-    @cached_property
-    def _answer(self):
-        return jax.jit(answers(match_network(self.config, self.num_classes), self._aligner_network, self.config))
-
-    @cached_property
-    def _register(self):
-        return jax.jit(registrations(self._aligner_network, self.config))
-
-    def answers(self, prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
-        """Of Module 2 with its fusion: `score` and all that `answers` tells, a row a pair."""
-        state = (self.params, self.batch_stats, self.aligner or ({}, {}))
-        found = score_pairs(self._answer, state, prints, pairs, batch_size)
-        return found | {"score": self.fusion.score(found)}
-
-    def registrations(self, prints: PrintSet, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
-        """Of Module 2's Module 1 alone, a row a pair."""
-        return score_pairs(self._register, (self.aligner,), prints, pairs, batch_size)
-
-    def registration(self, prints: PrintSet, pair: Pair):
+    def registration(self, prints: Prints, pair: Pair):
         """Module 1's registration of one pair, on the host, and the two windows (S, S) it saw."""
         if self.module == "dense_reg":
             net, state = dense_network(self.config), (self.params, self.batch_stats)
@@ -138,8 +120,13 @@ class Scorer:
         views, found = jax.device_get(jax.jit(run)(state, batch))
         return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
 
-    def picture(self, prints: PrintSet, pair: Pair, path: str | Path) -> None:
-        """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""
+    def picture(self, prints: Prints, pair: Pair, path: str | os.PathLike) -> None:
+        """Draws both prints side by side, with inlier matches as lines coloured by confidence.
+
+        It draws nothing for a Module 2 without a Module 1.
+        """
+        from ifvit.scoring import plots
+
         if self.module == "matcher" and not self.aligner:
             return
         found, image0, image1 = self.registration(prints, pair)
@@ -154,3 +141,21 @@ class Scorer:
             found.matches.confidence[keep],
             f"{names[0]} – {names[1]}: {int(found.count)} matches",
         )
+
+    @cached_property
+    def _answer(self):
+        return jax.jit(answers(match_network(self.config, self.num_classes), self._aligner_network, self.config))
+
+    @cached_property
+    def _registrations(self):
+        return jax.jit(registrations(self._aligner_network, self.config))
+
+    def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+        """Of Module 2 with its fusion: `score` and all that `scoring.answers` tells, a row a pair."""
+        state = (self.params, self.batch_stats, self.aligner or ({}, {}))
+        found = score_pairs(self._answer, state, prints, pairs, batch_size)
+        return found | {"score": self.fusion.score(found)}
+
+    def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+        """What the Module 1 of a Module 2 tells of each pair, by matches alone; a row a pair."""
+        return score_pairs(self._registrations, (self.aligner,), prints, pairs, batch_size)

@@ -12,7 +12,7 @@ from ifvit.bar import bar
 from ifvit.config import Settings
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import PrintSet
+from ifvit.data.prepare import Prints
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
@@ -56,7 +56,7 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
 
 
 def score_pairs(
-    score: Callable, state: tuple, prints: PrintSet, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
+    score: Callable, state: tuple, prints: Prints, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
 ) -> dict[str, np.ndarray]:
     """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs, …) array, in order.
 

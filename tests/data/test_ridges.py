@@ -1,4 +1,4 @@
-"""The distance of ridges is measured in pixels, and a resolution that does not fit it is told, or with `auto` mended."""
+"""The distance of ridges is measured in pixels. A resolution that does not fit it gets a warning, or a better one."""
 
 import importlib
 import logging
@@ -9,15 +9,15 @@ from PIL import Image
 
 from ifvit import cli
 from ifvit.config import DenseConfig, MatchConfig, config_of, parse_value
+from ifvit.data import single
 from ifvit.data.prepare import prepare
 from ifvit.data.ridges import fine_detail, ridge_period
-from ifvit.data.single import on_canvas
 from ifvit.data.sources import read_root
 from ifvit.errors import UserError
 
 
 def drawn(period: float, finger: int = 0, shape=(300, 260), angle: float | None = None) -> np.ndarray:
-    """Ridges `period` px apart on an oval: rings around a core, or parallel at an angle; with edges, and a sensor's noise."""
+    """Ridges `period` px apart on an oval, with edges and noise: rings around a core, or parallel lines at an angle."""
     rng = np.random.default_rng(finger)
     y, x = np.mgrid[: shape[0], : shape[1]].astype(float)
     cy, cx = np.array(shape) * rng.uniform(0.4, 0.6, 2)
@@ -156,7 +156,7 @@ def test_auto_leaves_what_is_right(tmp_path, caplog):
 def test_a_single_print_is_scaled_by_its_ridges_too(tmp_path):
     Image.fromarray(drawn(9.0)).save(tmp_path / "a.png", dpi=(300, 300))
     Image.fromarray(drawn(9.0, 1)).save(tmp_path / "b.png")
-    periods = [ridge_period(on_canvas(tmp_path / name, "auto", 512).canvas) for name in ("a.png", "b.png")]
+    periods = [ridge_period(single.on_canvas(tmp_path / name, "auto", 512).canvas) for name in ("a.png", "b.png")]
     np.testing.assert_allclose(periods, 9, rtol=0.04)
 
 

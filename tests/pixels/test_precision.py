@@ -1,6 +1,6 @@
-"""Coordinates, pixels and scores are float32 products wherever they run: on GPU and TPU XLA takes less where nobody asks.
+"""Coordinates, pixels and scores are float32 products on every device. On GPU and TPU XLA has coarser ones by default.
 
-A CPU computes in float32 whatever is asked, so what is compared is what the programs ask for.
+A CPU always computes in float32, so the tests compare what the programs ask for.
 """
 
 import re
@@ -67,7 +67,7 @@ def programs() -> dict:
         "the alignment": (aligned, views, jax.ShapeDtypeStruct((PAIRS, cells, cells), jnp.float32)),
         "Module 1's score": (dense_scores(dense, DENSE), *weights(dense), batch()),
         "Module 2's score": (match_scores(match, dense, MATCH), *weights(match), weights(dense), batch()),
-        "Module 1's validation": (dense_eval(dense, DENSE, False), *weights(dense), batch(), keys()),
+        "Module 1's validation": (dense_eval(dense, DENSE), *weights(dense), batch(), keys()),
     }
 
 
