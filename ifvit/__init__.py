@@ -1,5 +1,6 @@
 """IFViT: interpretable fixed-length fingerprint matching (arXiv 2404.08237), trained in JAX."""
 
+import importlib
 import sys
 
 from ifvit import neighbours  # noqa: F401  before `cluster` and `tune` are looked for
@@ -17,3 +18,13 @@ def _tell_failed_imports(kind, error, trace) -> None:
 
 if sys.argv[:1] == ["-m"]:  # so it stands while Python looks for the module of `python -m ifvit.X`
     sys.excepthook = _tell_failed_imports
+
+
+OFFERED = ("Matcher", "Picture", "Comparison", "Registration")  # of ifvit.matcher
+
+
+def __getattr__(name: str):
+    """What a program takes from here, looked up when it is asked for: commands start without it."""
+    if name in OFFERED:
+        return getattr(importlib.import_module("ifvit.matcher"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

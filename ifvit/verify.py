@@ -1,13 +1,17 @@
 """Compares two prints: same finger or not.
 
 python -m ifvit.verify A B --checkpoint ./checkpoints/matcher/matcher_ckpt [--picture out.png]
+python -m ifvit.verify --pairs FILE.csv --out scores.csv    # many pairs in one start
 """
 
+import csv
+import functools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -15,18 +19,24 @@ import tyro
 from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.evaluate import check_ppi
+from ifvit.files import whole
+from ifvit.matcher import DEFAULT, Matcher, Picture
 from ifvit.paths import cache_dir, resolve, resolve_data
+
+COLUMNS = ("a", "b", "score", "decision", "matches", "reason")
+AT_ONCE = 16  # pairs
+KEPT = 256  # decoded prints in memory: one that is compared with many is decoded once
 
 
 @dataclass(frozen=True)
 class Args:
-    """Compares two prints with a trained matcher."""
+    """Compares two prints with a trained matcher, or many pairs of a list."""
 
-    a: Annotated[str, tyro.conf.Positional]
+    a: Annotated[str, tyro.conf.Positional] = ""
     """one print"""
-    b: Annotated[str, tyro.conf.Positional]
+    b: Annotated[str, tyro.conf.Positional] = ""
     """the other"""
-    checkpoint: str = "./checkpoints/matcher/matcher_ckpt"
+    checkpoint: str = DEFAULT
     """Module 2's final checkpoint"""
     fmr: float = 0.001
     """false match rate to decide at, by the checkpoint's calibration"""
@@ -38,74 +48,115 @@ class Args:
     """resolution of both prints, whatever files and sets tell; `auto`: what they tell, unless the ridges differ"""
     ridges: Literal["dark", "light"] = "dark"
     """in both images; `light` of sensors that show them white on black"""
+    pairs: str = ""
+    """CSV file with the columns a and b in place of A and B: paths, from its own folder"""
+    out: str = ""
+    """CSV file for --pairs: a, b, score, decision, matches, and the reason where a pair was not compared"""
 
     def run(self) -> int:
+        self.check()
+        if self.pairs:
+            return self.compare_list()
         from ifvit.data.pairs import Pair
-        from ifvit.scoring.scorer import Scorer
+        from ifvit.data.single import Canvases
 
-        if not 0 < self.fmr < 1:
-            raise UserError(f"--fmr is {self.fmr}; give a rate between 0 and 1, such as 0.001.")
-        check_ppi(self.ppi)
         cli.use_compilation_cache(cache_dir() / "compiled")
-        scorer = Scorer.from_checkpoint(self.checkpoint)
-        if scorer.module != "matcher" or scorer.fusion is None:
-            raise UserError(
-                f"{self.checkpoint} has no calibrated score; give Module 2's final checkpoint (matcher_ckpt)."
-            )
-        prints = on_canvases(
-            [resolve_data(self.a), resolve_data(self.b)], self.ppi, scorer.config.canvas_size, self.ridges
-        )
-        pair = Pair(0, 1, False)
-        found = scorer.score(prints, [pair], 1)
-        score, threshold = float(found["score"][0]), scorer.fusion.threshold(self.fmr)
-        matches = int(found["matches"][0])
-        decision = "match" if score >= threshold else "no match"
+        matcher = Matcher.load(self.checkpoint)
+        a, b = (matcher.read(Picture(path, self.ppi, self.ridges)) for path in (self.a, self.b))
+        found = matcher.compare(a, b, self.fmr)
+        score, threshold, decision, matches = found.score, found.threshold, found.decision, len(found.matches)
         if self.picture:
-            scorer.picture(prints, pair, resolve(self.picture))
+            matcher.scorer.picture(Canvases([a, b]), Pair(0, 1, False), resolve(self.picture))
         if self.json:
             print(json.dumps({"score": score, "decision": decision, "matches": matches, "threshold": threshold}))
         else:
             print(f"score {score:.4f}, {decision} (threshold {threshold:.4f} at FMR {self.fmr:g}), {matches} matches")
         return 0
 
+    def check(self) -> None:
+        """UserError for flags that do not fit; before anything is read."""
+        if not 0 < self.fmr < 1:
+            raise UserError(f"--fmr is {self.fmr}; give a rate between 0 and 1, such as 0.001.")
+        check_ppi(self.ppi)
+        if not self.pairs:
+            if not (self.a and self.b):
+                raise UserError(
+                    "Two prints are needed: python -m ifvit.verify A B, or --pairs FILE.csv for many pairs."
+                )
+            if self.out:
+                raise UserError("--out is for --pairs FILE.csv; of one pair the answer is printed.")
+            return
+        given = {"a print": self.a, "--picture": self.picture, "--json": self.json}
+        if extra := [name for name, value in given.items() if value]:
+            raise UserError(f"--pairs and {extra[0]} are given; leave one of them out.")
+        if not self.out:
+            raise UserError("--pairs needs --out, the CSV file that the scores are written to.")
+        if os.path.isdir(resolve(self.out)):
+            raise UserError(f"--out {self.out} is a folder; give the path of a file in it, such as scores.csv.")
+        if os.path.realpath(resolve_data(self.pairs)) == os.path.realpath(resolve(self.out)):
+            raise UserError(f"--out {self.out} is the list of pairs itself; give another file.")
 
-@dataclass(frozen=True)
-class Canvases:
-    """Prints decoded in memory, with what scoring asks of a PrintSet."""
+    def compare_list(self) -> int:
+        """Writes --out; UserError at the end where pairs could not be compared, the first of them named."""
+        from ifvit.bar import bar
+        from ifvit.data import pair_list
+        from ifvit.devices.sharding import use_cpu_cores
 
-    prints: tuple
-    arrays: tuple
+        path = resolve_data(self.pairs)
+        rows = pair_list.read(path)
+        use_cpu_cores()
+        cli.use_compilation_cache(cache_dir() / "compiled")
+        matcher = Matcher.load(self.checkpoint)
 
-    def canvas(self, i: int):
-        return self.arrays[i]
+        @functools.lru_cache(KEPT)
+        def read(name: str):
+            return matcher.read(Picture(pair_list.beside(path, name), self.ppi, self.ridges))
 
+        def answers(some: list[pair_list.Row]) -> Iterator[tuple]:
+            known = [_both(read, row) for row in some]
+            found = iter(matcher.compare_many([k for k in known if not isinstance(k, str)], self.fmr, AT_ONCE))
+            for why in known:
+                if isinstance(why, str):
+                    yield "", "", "", why
+                else:
+                    c = next(found)
+                    yield f"{c.score:.9g}", c.decision, len(c.matches), ""
 
-def on_canvases(
-    paths: Sequence[str | os.PathLike], ppi: float | Literal["auto"] | None, canvas_size: int, ridges: str = "dark"
-) -> Canvases:
-    """Single files on their canvases, at the resolution of their set. UserError for a file that shows no print."""
-    from ifvit.data import scale
-    from ifvit.data.images import BrokenImage, decode, print_ppi, to_canvas
-    from ifvit.data.names import known_ppi
-    from ifvit.data.sources import Print
-
-    arrays = []
-    for path in paths:
-        try:
-            grey, tag = decode(path)
-        except BrokenImage as e:
-            raise UserError(f"{e}; give an image that can be read.") from None
-        known = known_ppi(path) if ppi in (None, "auto") else ppi
-        number = print_ppi(known, tag)
-        if ppi == "auto":
-            told = "the set" if known else "file's tag" if tag else "assumed"
-            number = scale.fitted([("", scale.measured(path, grey, number, told))]).get(path, number)
-        arrays.append(to_canvas(255 - grey if ridges == "light" else grey, number, canvas_size))
-        if not arrays[-1][1].any():
+        out = Path(resolve(self.out))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        matching, refused = 0, []
+        with (
+            whole(out) as part,
+            part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+            bar("comparing", len(rows), "pair") as shown,
+        ):
+            writer = csv.writer(file)
+            writer.writerow(COLUMNS)
+            for at in range(0, len(rows), AT_ONCE):
+                some = rows[at : at + AT_ONCE]
+                for row, answer in zip(some, answers(some)):
+                    writer.writerow((row.a, row.b, *answer))
+                    matching += answer[1] == "match"
+                    refused += [answer[3]] if answer[3] else []
+                shown.update(len(some))
+        compared = len(rows) - len(refused)
+        print(f"{compared} pairs compared, {matching} match at FMR {self.fmr:g}; scores: {self.out}")
+        if refused:
             raise UserError(
-                f"{path} shows no ridges: it is blank, too faint or too small; give another image, or its --ppi."
+                f"{len(refused)} of {len(rows)} pairs were not compared; the first, {refused[0]} The column reason of "
+                f"{self.out} tells why of each."
             )
-    return Canvases(tuple(Print(p, "", str(i), "1", None) for i, p in enumerate(paths)), tuple(arrays))
+        return 0
+
+
+def _both(read: Callable[[str], object], row) -> tuple | str:
+    """Both prints of a row, or why they cannot be compared."""
+    if not (row.a and row.b):
+        return f"line {row.line}: it names no {'second' if row.a else 'first'} print."
+    try:
+        return read(row.a), read(row.b)
+    except UserError as e:
+        return f"line {row.line}: {e}"
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ FLOORS = [
     {"ifvit.checkpoint"},
     {"ifvit.loftr", "ifvit.load_module1_weights"},
     {"ifvit.scoring"},
+    {"ifvit.matcher"},
     {"ifvit.training"},
     {
         "ifvit.commands",

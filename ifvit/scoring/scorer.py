@@ -19,6 +19,7 @@ from ifvit.models.networks import dense_network, match_network
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import registration
 from ifvit.pixels.views import plain_views
+from ifvit.scoring.answers import answers, registrations
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 
@@ -140,3 +141,21 @@ class Scorer:
             found.matches.confidence[keep],
             f"{names[0]} – {names[1]}: {int(found.count)} matches",
         )
+
+    @cached_property
+    def _answer(self):
+        return jax.jit(answers(match_network(self.config, self.num_classes), self._aligner_network, self.config))
+
+    @cached_property
+    def _registrations(self):
+        return jax.jit(registrations(self._aligner_network, self.config))
+
+    def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+        """Of Module 2 with its fusion: `score` and all that `scoring.answers` tells, a row a pair."""
+        state = (self.params, self.batch_stats, self.aligner or ({}, {}))
+        found = score_pairs(self._answer, state, prints, pairs, batch_size)
+        return found | {"score": self.fusion.score(found)}
+
+    def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
+        """What the Module 1 of a Module 2 tells of each pair, by matches alone; a row a pair."""
+        return score_pairs(self._registrations, (self.aligner,), prints, pairs, batch_size)

@@ -58,7 +58,7 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
 def score_pairs(
     score: Callable, state: tuple, prints: Prints, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
 ) -> dict[str, np.ndarray]:
-    """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order.
+    """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs, …) array, in order.
 
     A batch that does not divide among accelerators or processes is made as much larger.
     """
@@ -70,7 +70,7 @@ def score_pairs(
     with bar("scoring", len(pairs), "pair") as shown:
         for batch, count in fixed_batches(prints, pairs, batch_size):
             for k, v in fetch(score(*state, put_whole_batch(batch, mesh))).items():
-                found.setdefault(k, np.empty(len(pairs), v.dtype))[done : done + count] = v[:count]
+                found.setdefault(k, np.empty((len(pairs), *v.shape[1:]), v.dtype))[done : done + count] = v[:count]
             done += count
             shown.update(count)
     return found

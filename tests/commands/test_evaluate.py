@@ -16,12 +16,12 @@ import pytest
 from PIL import Image
 
 from ifvit.data.prepare import PrintSet, prepare
+from ifvit.data.single import on_canvas
 from ifvit.data.sources import Print, read_roots
 from ifvit.errors import UserError
 from ifvit.evaluate import evaluate
 from ifvit.scoring.scorer import Scorer
 from ifvit.scoring.scores import Fusion
-from ifvit.verify import on_canvases
 
 SMOKE = ("--preset", "smoke")
 RATES = {"eer", "fmr100", "fmr1000", "zerofmr", "auc"}
@@ -427,10 +427,8 @@ def test_verify_reads_a_print_at_the_resolution_of_its_set(generated, tmp_path):
     for folder in ("FVC2002/DB2_A", "FVC2002/DB1_A"):
         (tmp_path / folder).mkdir(parents=True)
         shutil.copy(generated[1, 1], tmp_path / folder / "1_1.png")
-    db2, db1 = on_canvases(
-        [str(tmp_path / "FVC2002" / name / "1_1.png") for name in ("DB2_A", "DB1_A")], None, 512
-    ).arrays
-    assert db2[1].sum() == pytest.approx(db1[1].sum() * (500 / 569) ** 2, rel=0.1)
+    db2, db1 = (on_canvas(tmp_path / "FVC2002" / name / "1_1.png", None, 512) for name in ("DB2_A", "DB1_A"))
+    assert db2.mask.sum() == pytest.approx(db1.mask.sum() * (500 / 569) ** 2, rel=0.1)
 
 
 def test_prints_with_light_ridges_are_told_and_read_as_dark_ones_are(prints, tmp_path, caplog):
@@ -450,10 +448,12 @@ def test_prints_with_light_ridges_are_told_and_read_as_dark_ones_are(prints, tmp
     prepare(read_roots([prints, tmp_path]), 512, 0.0, tmp_path / "cache")  # each database for itself
     assert caplog.text.count("seem to be light") == 1 and f"ridges of {tmp_path.name} seem" in caplog.text
     one = dark.prints[0]
-    verified = on_canvases([one.path, str(tmp_path / f"{one.finger}_{one.impression}.png")], None, 512).arrays
-    inverted = on_canvases([str(tmp_path / f"{one.finger}_{one.impression}.png")], None, 512, "light").arrays
-    np.testing.assert_array_equal(verified[0][0], inverted[0][0])
-    assert (verified[1][0] != inverted[0][0]).any()
+    file = tmp_path / f"{one.finger}_{one.impression}.png"
+    right, wrong, inverted = (
+        on_canvas(path, None, 512, *ridges).canvas for path, *ridges in ((one.path,), (file,), (file, "light"))
+    )
+    np.testing.assert_array_equal(right, inverted)
+    assert (wrong != inverted).any()
 
 
 def test_prints_that_tell_no_resolution_are_counted(prints, tmp_path, caplog):

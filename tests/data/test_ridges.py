@@ -9,11 +9,11 @@ from PIL import Image
 
 from ifvit import cli
 from ifvit.config import DenseConfig, MatchConfig, config_of, parse_value
+from ifvit.data import single
 from ifvit.data.prepare import prepare
 from ifvit.data.ridges import fine_detail, ridge_period
 from ifvit.data.sources import read_root
 from ifvit.errors import UserError
-from ifvit.verify import on_canvases
 
 
 def drawn(period: float, finger: int = 0, shape=(300, 260), angle: float | None = None) -> np.ndarray:
@@ -156,9 +156,7 @@ def test_auto_leaves_what_is_right(tmp_path, caplog):
 def test_a_single_print_is_scaled_by_its_ridges_too(tmp_path):
     Image.fromarray(drawn(9.0)).save(tmp_path / "a.png", dpi=(300, 300))
     Image.fromarray(drawn(9.0, 1)).save(tmp_path / "b.png")
-    periods = [
-        ridge_period(canvas) for canvas, _ in on_canvases([tmp_path / "a.png", tmp_path / "b.png"], "auto", 512).arrays
-    ]
+    periods = [ridge_period(single.on_canvas(tmp_path / name, "auto", 512).canvas) for name in ("a.png", "b.png")]
     np.testing.assert_allclose(periods, 9, rtol=0.04)
 
 

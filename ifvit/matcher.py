@@ -1,0 +1,165 @@
+"""A trained matcher in a program of one's own: docs/python.md.
+
+    from ifvit import Matcher
+    print(Matcher.load().compare("a.png", "b.png").decision)
+
+Nothing here imports JAX before a checkpoint is loaded.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+
+from ifvit.errors import CheckpointNotFound, UserError
+
+if TYPE_CHECKING:
+    from ifvit.data.single import OnCanvas
+    from ifvit.scoring.scorer import Scorer
+
+DEFAULT = "./checkpoints/matcher/matcher_ckpt"
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A print, and how it is to be read. UserError for a resolution or ridges that no print has."""
+
+    image: Any  # a file's path, a picture of Pillow's, or an array (height, width) or (height, width, channels)
+    ppi: float | str | None = None  # px an inch; None: what set and file tell; "auto": unless the ridges tell another
+    ridges: str = "dark"  # in the image, or "light"
+
+    def __post_init__(self):
+        told = self.ppi in (None, "auto")
+        if not told and not (isinstance(self.ppi, int | float) and 0 < self.ppi <= 5000):  # NaN neither
+            raise UserError(f"ppi is {self.ppi!r}; give a resolution in pixels an inch, such as 500, or 'auto'.")
+        if self.ridges not in ("dark", "light"):
+            raise UserError(f"ridges is {self.ridges!r}; they are 'dark' or 'light'.")
+
+
+@dataclass(frozen=True, eq=False)
+class Registration:
+    """How print a lies on print b. Points are (x, y) in pixels of the images, pixel centres at whole numbers."""
+
+    matches: Float[np.ndarray, "N 4"]  # x, y in a, x, y in b: those that agree on one similarity, the surest first
+    confidence: Float[np.ndarray, " N"]  # of each, 0 … 1
+    transform: Float[np.ndarray, "3 3"] | None  # (x, y, 1) in a -> in b, a similarity; None where too few agree
+    overlap: float  # share of the smaller print that both show; 0 without a transform
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison(Registration):
+    """Whether prints a and b are of one finger."""
+
+    score: float  # probability that they are, were genuine and impostor pairs equally many
+    threshold: float  # of the score, at the false match rate that was asked for
+    decision: Literal["match", "no match"]  # whether the score reaches it
+
+
+@dataclass(frozen=True, eq=False)
+class Matcher:
+    """Module 2 with its calibration, and the Module 1 that aligns its pairs.
+
+    Prints are paths, pictures of Pillow's, `Picture`s (an array needs one, for its ppi), or what `read` has returned.
+    """
+
+    checkpoint: str
+    scorer: Scorer = field(repr=False)
+
+    @classmethod
+    def load(cls, checkpoint: str | os.PathLike | None = None) -> Matcher:
+        """The matcher of a checkpoint; left out, of the one that training leaves below the current folder.
+
+        UserError where there is none, or one that is damaged or without a calibrated score.
+        """
+        import jax
+
+        from ifvit import cli
+        from ifvit.paths import cache_dir, resolve
+        from ifvit.scoring.scorer import Scorer
+
+        if not jax.config.jax_compilation_cache_dir:  # the program's own choice stays
+            cli.use_compilation_cache(cache_dir() / "compiled")
+        path = DEFAULT if checkpoint is None else os.fspath(checkpoint)
+        try:
+            scorer = Scorer.from_checkpoint(path)
+        except CheckpointNotFound:
+            if checkpoint is not None:
+                raise
+            raise CheckpointNotFound(
+                f"There is no trained matcher at {resolve(DEFAULT)}; train one with python -m ifvit.train_all, or give "
+                "the path of one to Matcher.load."
+            ) from None
+        if scorer.module != "matcher" or scorer.fusion is None:
+            raise UserError(f"{path} has no calibrated score; give Module 2's final checkpoint (matcher_ckpt).")
+        return cls(path, scorer)
+
+    def read(self, image: Any) -> OnCanvas:
+        """A print decoded and found in its picture, for who compares it several times. UserError for what shows none."""
+        from ifvit.data.single import OnCanvas, on_canvas
+
+        if isinstance(image, OnCanvas):
+            return image
+        picture = image if isinstance(image, Picture) else Picture(image)
+        return on_canvas(picture.image, picture.ppi, self.scorer.config.canvas_size, picture.ridges)
+
+    def compare(self, a: Any, b: Any, fmr: float = 0.001) -> Comparison:
+        """One pair; `fmr` is the false match rate to decide at, by the checkpoint's calibration."""
+        return self.compare_many([(a, b)], fmr, batch_size=1)[0]
+
+    def compare_many(
+        self, pairs: Iterable[Sequence[Any]], fmr: float = 0.001, batch_size: int = 16
+    ) -> list[Comparison]:
+        """Pairs (a, b), so many at once; in their order."""
+        if not 0 < fmr < 1:
+            raise UserError(f"fmr is {fmr}; give a rate between 0 and 1, such as 0.001.")
+        threshold = self.scorer.fusion.threshold(fmr)
+        return [
+            Comparison(
+                **_registration(row, a, b, self.scorer.config),
+                score=float(row["score"]),
+                threshold=threshold,
+                decision="match" if row["score"] >= threshold else "no match",
+            )
+            for a, b, row in self._rows(self.scorer.answers, pairs, batch_size)
+        ]
+
+    def register(self, a: Any, b: Any) -> Registration:
+        """One pair by Module 1 alone. UserError for a matcher that was trained without it."""
+        if not self.scorer.aligner:
+            raise UserError("This matcher was trained without Module 1 and registers nothing; compare still works.")
+        ((a, b, row),) = self._rows(self.scorer.registrations, [(a, b)], 1)
+        return Registration(**_registration(row, a, b, self.scorer.config))
+
+    def _rows(self, ask, pairs, batch_size: int) -> list[tuple[OnCanvas, OnCanvas, dict[str, Any]]]:
+        """What the scorer answers of each pair, and its prints on their canvases."""
+        from ifvit.data.pairs import Pair
+        from ifvit.data.single import Canvases
+
+        read = [(self.read(a), self.read(b)) for a, b in pairs]
+        if not read:
+            return []
+        prints = Canvases([p for pair in read for p in pair])
+        found = ask(prints, [Pair(2 * i, 2 * i + 1, False) for i in range(len(read))], batch_size)
+        return [(a, b, {k: v[i] for k, v in found.items()}) for i, (a, b) in enumerate(read)]
+
+
+def _registration(row: dict[str, Any], a: OnCanvas, b: OnCanvas, config) -> dict[str, Any]:
+    """The fields of a `Registration`: from px of the window to px of both pictures."""
+    from ifvit.data.placement import mapped, similarity_map, window_to_canvas
+
+    if "similarity" not in row:  # Module 2 without Module 1
+        return dict(matches=np.empty((0, 4)), confidence=np.empty(0), transform=None, overlap=0.0)
+    to_a, to_b = (np.linalg.inv(p.placement.to_canvas) @ window_to_canvas(config) for p in (a, b))
+    keep = row["inliers"]
+    through = to_b @ similarity_map(row["similarity"]) @ np.linalg.inv(to_a)
+    return dict(
+        matches=np.hstack([mapped(to_a, row["points0"][keep]), mapped(to_b, row["points1"][keep])]),
+        confidence=row["confidence"][keep].astype(np.float64),
+        transform=through if row["aligned"] else None,
+        overlap=float(row["overlap"]) if row["aligned"] else 0.0,
+    )

@@ -1,0 +1,54 @@
+"""All that is told of a pair: how print 0 lies on print 1, and the scores."""
+
+from collections.abc import Callable
+
+import jax.numpy as jnp
+
+from ifvit.config import Settings
+from ifvit.models.networks import Network
+from ifvit.pixels.alignment import align
+from ifvit.pixels.geometry import exact
+from ifvit.pixels.registration import registration
+from ifvit.pixels.views import plain_views
+from ifvit.scoring.scores import match_scores
+
+
+def registrations(aligner: Network, config: Settings) -> Callable:
+    """(aligner_state, batch) -> what Module 1 tells, in px of the window.
+
+    `similarity` (B, 4) and whether it stands (`aligned`); up to K matches as `points0`, `points1` (B, K, 2), `confidence`,
+    and whether they agree with it (`inliers`); `overlap`, the share of the smaller print's foreground that both show.
+    """
+
+    @exact
+    def register(aligner_state, batch):
+        views = plain_views(batch, config)
+        found = registration(aligner, aligner_state, views, config)
+        image0, mask0, image1, mask1 = views
+        both = align(image0, image1, mask0, mask1, found.similarity, config).overlap
+        smaller = jnp.minimum(mask0.sum((1, 2)), mask1.sum((1, 2)))
+        return {
+            "similarity": found.similarity,
+            "aligned": found.aligned,
+            "points0": found.points0,
+            "points1": found.points1,
+            "confidence": found.matches.confidence,
+            "inliers": found.inliers,
+            "overlap": both.sum((1, 2)) / jnp.maximum(smaller, 1),
+        }
+
+    return register
+
+
+def answers(net: Network, aligner: Network | None, config: Settings) -> Callable:
+    """(params, batch_stats, aligner_state, batch) -> what `match_scores` and, with an aligner, `registrations` tell.
+
+    Both ask Module 1 for the same; XLA computes it once.
+    """
+    scores = match_scores(net, aligner, config)
+    register = registrations(aligner, config) if aligner else lambda *_: {}
+
+    def answer(params, batch_stats, aligner_state, batch):
+        return scores(params, batch_stats, aligner_state, batch) | register(aligner_state, batch)
+
+    return answer
