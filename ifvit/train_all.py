@@ -72,7 +72,7 @@ class Args(TrainArgs):
         self.watch()
         if self.profile:
             raise UserError(
-                "--profile does not go with --tune, whose trials are not traced; search first, then train with --config "
+                "--profile does not go with --tune: trials are not traced; search first, then train with --config "
                 "best.toml and --profile."
             )
         check_outlives_job(str(sweep), "sweep_dir")

@@ -277,7 +277,7 @@ def _main_regions(mask: np.ndarray) -> np.ndarray:
 
 
 def _without_frame(grey: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
-    """Cut lines of one grey level off the sides: frames and bars, and blank margin; how many at the left, and at the top.
+    """Cuts lines of one grey level off the sides: frames, bars, blank margin. How many at the left, and at the top.
 
     At most a tenth of the side: SOCOFing frames its prints in one to four pixels.
     """

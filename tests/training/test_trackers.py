@@ -120,8 +120,8 @@ def test_a_tracker_that_hangs_holds_no_step_and_ends_with_a_line(tmp_path, monke
         tracked(tmp_path / "run", 0, ROWS, "wandb")
     gone.set()
     assert [r.getMessage() for r in caplog.records] == [
-        "⚠ The tracker wandb has not taken everything 0.1 s after the end; the run goes on without it, metrics.jsonl has "
-        "all rows."
+        "⚠ The tracker wandb has not taken everything 0.1 s after the end; the run goes on without it, metrics.jsonl "
+        "has all rows."
     ]
 
 
