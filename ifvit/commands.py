@@ -93,7 +93,7 @@ class TrainArgs(ConfigArgs):
     coordinator_port: int = Request.coordinator_port
     """of JAX's coordinator, on the first worker's host; 0: any free one"""
     profile: str = ""
-    """START:STOP: steps after START, to STOP, are traced into the run's folder `profile`, for TensorBoard or XProf [none]"""
+    """START:STOP: steps after START, to STOP, are traced into the folder `profile`, for TensorBoard or XProf [none]"""
 
     def configs(self, preset: str | None) -> tuple:
         """The configurations of the modules that are trained. `preset` is used where no flag names one."""
