@@ -54,7 +54,7 @@ def drawn(height=300, width=280, period=9.0) -> np.ndarray:
 
 
 def test_matches_are_in_pixels_of_the_pictures(made_up):
-    """A window's pixel is 2.5 of a picture at 500 ppi, 5 of one at 1000; its middle is the drawing's, to a pixel."""
+    """A window's pixel is 2.5 of a picture at 500 ppi, and 5 of one at 1000; its middle is the drawing's."""
     a, b = drawn(), drawn(600, 560, 18.0)
     found = made_up.compare(Picture(a, ppi=500), Picture(b, ppi=1000))
     x, y, u, v = found.matches.T

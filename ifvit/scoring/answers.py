@@ -26,7 +26,8 @@ def registrations(aligner: Network, config: Settings) -> Callable:
         found = registration(aligner, aligner_state, views, config)
         image0, mask0, image1, mask1 = views
         both = align(image0, image1, mask0, mask1, found.similarity, config).overlap
-        smaller = jnp.minimum(mask0.sum((1, 2)), mask1.sum((1, 2)))
+        stretch = (found.similarity[:, :2] ** 2).sum(1)  # of areas of print 0 in the frame of print 1
+        smaller = jnp.maximum(jnp.minimum(stretch * mask0.sum((1, 2)), mask1.sum((1, 2))), 1)
         return {
             "similarity": found.similarity,
             "aligned": found.aligned,
@@ -34,7 +35,7 @@ def registrations(aligner: Network, config: Settings) -> Callable:
             "points1": found.points1,
             "confidence": found.matches.confidence,
             "inliers": found.inliers,
-            "overlap": both.sum((1, 2)) / jnp.maximum(smaller, 1),
+            "overlap": jnp.minimum(both.sum((1, 2)) / smaller, 1),
         }
 
     return register
