@@ -94,7 +94,7 @@ class TrainArgs(ConfigArgs):
     coordinator_port: int = Request.coordinator_port
     """of JAX's coordinator, on the first worker's host; 0: any free one"""
     profile: str = ""
-    """START:STOP, of a run's steps: those after START, to STOP, are traced into its folder `profile`, for TensorBoard or XProf [none]"""
+    """START:STOP: the steps after START, to STOP, are traced into the run's `profile/`, for TensorBoard, XProf [none]"""
 
     def configs(self, preset: str | None) -> tuple:
         """The configurations of the modules that are trained; `preset` where no flag names one."""
