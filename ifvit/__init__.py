@@ -7,7 +7,7 @@ from ifvit import neighbours  # noqa: F401  before `cluster` and `tune` are look
 
 
 def _tell_failed_imports(kind, error, trace) -> None:
-    """A sentence where JAX cannot be imported, which happens before a command can say anything; else the traceback."""
+    """A sentence where JAX cannot be imported, wherever a command first needs it; else the traceback."""
     from cluster.jax_errors import cannot_import
 
     if why := cannot_import(error):

@@ -99,7 +99,7 @@ class Matcher:
         return cls(path, scorer)
 
     def read(self, image: Any) -> OnCanvas:
-        """A print decoded and found in its picture, for who compares it several times. UserError for what shows none."""
+        """A print, decoded once for several comparisons. UserError for a picture that shows none."""
         from ifvit.data.single import OnCanvas, on_canvas
 
         if isinstance(image, OnCanvas):

@@ -16,7 +16,7 @@ from ifvit.scoring.scores import match_scores
 def registrations(aligner: Network, config: Settings) -> Callable:
     """(aligner_state, batch) -> what Module 1 tells, in px of the window.
 
-    `similarity` (B, 4) and whether it stands (`aligned`); up to K matches as `points0`, `points1` (B, K, 2), `confidence`,
+    `similarity` (B, 4) whether it stands (`aligned`); up to K matches: `points0`, `points1` (B, K, 2), `confidence`,
     and whether they agree with it (`inliers`); `overlap`, the share of the smaller print's foreground that both show.
     """
 
