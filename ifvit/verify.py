@@ -140,7 +140,7 @@ class Args:
                     refused += [answer[3]] if answer[3] else []
                 shown.update(len(some))
         compared = len(rows) - len(refused)
-        print(f"{compared} pairs compared, {matching} match at FMR {self.fmr:g}; scores: {self.out}")
+        print(f"{compared} of {len(rows)} pairs compared, {matching} match at FMR {self.fmr:g}; scores: {self.out}")
         if refused:
             raise UserError(
                 f"{len(refused)} of {len(rows)} pairs were not compared; the first, {refused[0]} The column reason of "

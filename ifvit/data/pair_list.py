@@ -3,7 +3,6 @@
 import csv
 import io
 import os
-from pathlib import Path
 from typing import NamedTuple
 
 from ifvit.errors import UserError
@@ -46,4 +45,4 @@ def read(path: str) -> list[Row]:
 
 def beside(path: str, name: str) -> str:
     """A print's path in the list at `path`: from the list's own folder, unless it is absolute or begins at a home."""
-    return os.path.join(Path(path).parent, from_home(name))
+    return os.path.join(os.path.dirname(path), from_home(name))
