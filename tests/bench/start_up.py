@@ -93,7 +93,7 @@ def env(tree: Path, out: Path) -> dict:
 
 
 def first_step(tree: Path, out: Path, empty: bool) -> Timed:
-    """A run of one step, until its row of metrics is there; with an `empty` cache it makes prints and compiles first."""
+    """A run of one step, until its row of metrics is there; with an `empty` cache it prepares and compiles."""
     cache = Path(env(tree, out)["IFVIT_CACHE"])
     if empty:
         shutil.rmtree(cache, ignore_errors=True)
