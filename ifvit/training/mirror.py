@@ -60,7 +60,7 @@ class Mirror:
             self._copy()
 
     def _copy(self) -> None:
-        for file in sorted(f for f in self.here.rglob("*") if f.is_file() and f.suffix != ".part"):
+        for file in sorted(f for f in self.here.rglob("*") if not f.name.startswith(".part-") and f.is_file()):
             name, state = file.relative_to(self.here), file.stat()
             if self._copied.get(name) != (state.st_mtime_ns, state.st_size):
                 try:

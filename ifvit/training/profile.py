@@ -9,7 +9,7 @@ log = logging.getLogger("ifvit")
 
 
 class Profile:
-    """Traces the steps after `steps[0]` to `steps[1]` into `folder`, by the first process. A failure costs a line.
+    """Traces the steps after `steps[0]` to `steps[1]` into `folder`, in the first process. One that fails costs a line.
 
     A run that goes on from within them traces what is left; from after them, nothing.
     """

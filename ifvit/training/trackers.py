@@ -52,7 +52,7 @@ def notes(run: str) -> tuple[str, ...]:
 def open_trackers(
     names: tuple[str, ...], here: Path, folder: epath.Path, run: str, step: int, config: dict
 ) -> list[Tracker]:
-    """Trackers of a run that goes on after `step` (0: a new one). `here`: the local folder of what lies in `folder`."""
+    """Those of a run that goes on after `step`, 0: a new one; `here` is the local folder of what lies in `folder`."""
     opened: list[Tracker] = []
     for name in names:
         if name == "tensorboard":
