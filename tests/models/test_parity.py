@@ -88,8 +88,9 @@ def both(kind, folder, config=COARSE):
     return ours, theirs
 
 
+@nnx.jit
 def forward(module, *inputs):
-    return nnx.jit(lambda module, *inputs: module(*inputs))(module, *inputs)
+    return module(*inputs)
 
 
 def tensors(*arrays):
