@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 # LoFTR's own code lies beside: the other tests, and Ray's workers, run without torch, as they do at a user's.
 PARITY := $(VENV)-parity
-TORCH := torch==2.13.0+cpu
+TORCH := $(shell grep '^torch==' constraints-3.11.txt)
 
 .PHONY: train check test test-all parity torch faults starts clean
 

@@ -28,8 +28,9 @@ def focal_loss(
 ) -> Float[Array, ""]:
     """LoFTR's dense focal loss (section 3.4: one alpha for matches and non-matches), probabilities clamped at 1e-6.
 
-    Mean over the matches plus mean over all other pairs of foreground cells: an impostor pair is
-    all negatives, and counts.
+    Mean over the matches plus mean over all other pairs of foreground cells, weighted 1 and 1: an impostor pair is
+    all negatives, and counts. LoFTR's mean of the negatives counts masked pairs too, each as 0; without masks the
+    two losses are equal. Rows of unknown truth count in neither mean.
     """
     p = jnp.clip(jnp.exp(log_conf), 1e-6, 1 - 1e-6)
     positive = jnp.arange(log_conf.shape[2]) == labels[:, :, None]

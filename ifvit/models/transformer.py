@@ -33,7 +33,10 @@ def linear_attention(
 
 
 def softmax_attention(q, k, v, q_mask, kv_mask):
-    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); shapes as `linear_attention`."""
+    """Scaled dot-product attention (Vaswani et al. 2017, eq. 1); shapes as `linear_attention`.
+
+    A masked query gets 0, as in `linear_attention`; LoFTR's full attention makes it NaN.
+    """
     logits = jnp.einsum("blhd,bshd->bhls", q, k) / math.sqrt(q.shape[-1])
     logits = jnp.where(kv_mask[:, None, None, :], logits, -1e9)
     out = jnp.einsum("bhls,bshd->blhd", jax.nn.softmax(logits, axis=-1), v)

@@ -29,10 +29,10 @@ from ifvit.training.watch import PLAIN, Watch
 def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(), watch: Watch = PLAIN) -> epath.Path:
     """Trains to the end, from the start or from the newest good checkpoint; returns the final checkpoint's path.
 
-    `may_change`: configuration keys that the checkpoint may have been trained with otherwise, beside those with the role `fields.FREE`.
-    `host` is the process this is, which may be one of several, `watch` what the run is to show. Ctrl-C and SIGTERM, on
-    any of them, save `{name}_step_{S}` and raise Interrupted. NaN or Inf raises Failure, and so does a final checkpoint
-    that cannot be written.
+    `may_change`: configuration keys whose value may differ from the checkpoint's, beside those with the role
+    `fields.FREE`. `host` stands for this process, which may be one of several; `watch` says what the run is to show.
+    Ctrl-C or SIGTERM to any of them saves `{name}_step_{S}` and raises Interrupted. NaN or Inf raises Failure, and so
+    does a final checkpoint that cannot be written.
     """
     config = task.config
     run = open_run(task, resume, host, may_change)

@@ -26,7 +26,8 @@ from kornia.feature.loftr.utils.coarse_matching import CoarseMatching
 from kornia.feature.loftr.utils.position_encoding import PositionEncodingSine
 
 COARSE = loftr.loftr.default_cfg["coarse"]  # width 256, 8 heads, 4 self and 4 cross layers
-SMALL = {"d_model": 32, "nhead": 4, "layer_names": ["self", "cross"] * 2}
+HALF = {"layer_names": ["self", "cross"] * 2}
+SMALL = {"d_model": 32, "nhead": 4, **HALF}
 MATCH = loftr.loftr.default_cfg["match_coarse"]  # temperature 0.1, threshold 0.2, border 2
 KINDS = {"loftr": "linear", "siamese": "full"}  # our names of the attentions, and LoFTR's
 ATTENTIONS = {"loftr": LinearAttention, "siamese": FullAttention}
@@ -88,8 +89,9 @@ def both(kind, folder, config=COARSE):
     return ours, theirs
 
 
+@nnx.jit
 def forward(module, *inputs):
-    return nnx.jit(lambda module, *inputs: module(*inputs))(module, *inputs)
+    return module(*inputs)
 
 
 def tensors(*arrays):
@@ -213,7 +215,7 @@ def our_coarse(ours, f0, f1, grids, m0, m1):
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_confidences_of_images_of_two_sizes_are_loftrs(masked, tmp_path):
-    ours, theirs = both("loftr", tmp_path)
+    ours, theirs = both("loftr", tmp_path, HALF)
     f1 = features(2, 320, 256)
     f0 = f1[:, np.arange(320).reshape(16, 20)[4:10, 5:14].ravel()] + 0.1 * features(2, 54, 256, seed=1)  # a part of it
     masks, their_masks = masks_of(masked)
@@ -225,7 +227,7 @@ def test_confidences_of_images_of_two_sizes_are_loftrs(masked, tmp_path):
 @pytest.mark.parametrize("kind, masked", [("loftr", False), ("loftr", True), ("siamese", False)])
 def test_matches_are_loftrs(kind, masked, tmp_path):
     grid = (12, 17)
-    ours, theirs = both(kind, tmp_path)
+    ours, theirs = both(kind, tmp_path, HALF)
     f0 = features(2, 204, 256)
     f1 = np.roll(f0.reshape(2, *grid, 256), (1, 2), (1, 2)).reshape(f0.shape) + features(2, 204, 256, seed=1)
     m0, m1 = (padding(grid, 10, 13) if masked else np.ones((2, 204), bool) for _ in range(2))
