@@ -18,6 +18,7 @@ from scipy import ndimage
 from ifvit.data.bare import without_metadata
 from ifvit.data.levels import grey_levels
 from ifvit.data.pages import SEVERAL_PAGES, larger_sub_picture, to_largest_page, upright
+from ifvit.data.placement import Placement
 from ifvit.data.tags import NOT_SQUARE, believable_ppi, jpeg_comments, nistcom_ppi, not_square, ppi_tags, wsq_comments
 from ifvit.errors import UserError
 
@@ -126,28 +127,38 @@ def foreground(grey: UInt8[np.ndarray, "H W"], ppi: float) -> Bool[np.ndarray, "
 def to_canvas(
     grey: UInt8[np.ndarray, "H W"], ppi: float, canvas: int = 512
 ) -> tuple[UInt8[np.ndarray, "canvas canvas"], Bool[np.ndarray, "canvas/8 canvas/8"]]:
+    """The canvas and the mask of `place`."""
+    return place(grey, ppi, canvas)[:2]
+
+
+def place(
+    grey: UInt8[np.ndarray, "H W"], ppi: float, canvas: int = 512
+) -> tuple[UInt8[np.ndarray, "canvas canvas"], Bool[np.ndarray, "canvas/8 canvas/8"], Placement]:
     """The print at 500 ppi, its foreground's centroid in the middle of a square canvas.
 
     Aspect is kept; what does not fit is cut; what the image does not cover has the
     print's background level, so that no black corner tells of the frame.
 
     Returns: the canvas; the mask, True for a cell of 8 x 8 pixels at least half of which
-    is foreground.
+    is foreground; where the image's pixels lie on the canvas.
     """
     if not ppi > 0 or canvas % MASK_CELL:
         raise ValueError(f"ppi {ppi} must be positive, canvas {canvas} a multiple of 8")
-    grey = _resample(_without_frame(grey), CANVAS_PPI / ppi)
+    scale = CANVAS_PPI / ppi
+    grey, cut = _without_frame(grey)
+    grey = _resample(grey, scale)
     mask = foreground(grey, CANVAS_PPI)
     out = np.full((canvas, canvas), _background(grey, mask), np.uint8)
     out_mask = np.zeros((canvas, canvas), bool)
     there = mask if mask.any() else np.ones_like(mask)
     middle = (np.average(np.arange(n) + 0.5, weights=there.sum(1 - axis)) for axis, n in enumerate(grey.shape))
-    source, target = zip(*(_overlap(n, m, canvas) for n, m in zip(grey.shape, middle)))
+    down, across = (canvas // 2 - round(m) for m in middle)
+    source, target = zip(*(_overlap(n, shift, canvas) for n, shift in zip(grey.shape, (down, across))))
     out[target] = grey[source]
     out_mask[target] = mask[source]
     cells = canvas // MASK_CELL
     share = out_mask.reshape(cells, MASK_CELL, cells, MASK_CELL).mean((1, 3))
-    return out, share >= 0.5
+    return out, share >= 0.5, Placement(cut, scale, (across, down))
 
 
 def _head(path: str | Path) -> bytes:
@@ -264,8 +275,8 @@ def _main_regions(mask: np.ndarray) -> np.ndarray:
     return (sizes >= 0.5 * sizes.max())[labels]
 
 
-def _without_frame(grey: np.ndarray) -> np.ndarray:
-    """Cut lines of one grey level off the sides: frames and bars, and blank margin.
+def _without_frame(grey: np.ndarray) -> tuple[np.ndarray, tuple[int, int]]:
+    """Cut lines of one grey level off the sides: frames and bars, and blank margin; how many at the left, and at the top.
 
     At most a tenth of the side: SOCOFing frames its prints in one to four pixels.
     """
@@ -280,7 +291,7 @@ def _without_frame(grey: np.ndarray) -> np.ndarray:
     signed = grey.astype(np.int16)
     top, bottom = cut(signed), cut(signed[::-1])
     left, right = cut(signed.T), cut(signed.T[::-1])
-    return grey[top : len(grey) - bottom, left : grey.shape[1] - right]
+    return grey[top : len(grey) - bottom, left : grey.shape[1] - right], (left, top)
 
 
 def _resample(grey: np.ndarray, scale: float) -> np.ndarray:
@@ -306,8 +317,7 @@ def _background(grey: np.ndarray, mask: np.ndarray) -> int:
     return int(np.median(light) if enough else np.percentile(grey[mask], 90))
 
 
-def _overlap(size: int, middle: float, canvas: int) -> tuple[slice, slice]:
-    """Where an axis of `size` and the canvas meet, `middle` of it in the canvas's middle."""
-    shift = canvas // 2 - round(middle)
+def _overlap(size: int, shift: int, canvas: int) -> tuple[slice, slice]:
+    """Where an axis of `size`, moved by `shift`, and the canvas meet."""
     first, last = max(0, shift), min(canvas, size + shift)
     return slice(first - shift, last - shift), slice(first, last)

@@ -16,7 +16,7 @@ from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
 from ifvit.models.networks import dense_network, match_network
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import registration
+from ifvit.pixels.registration import CheckedRegistration, checked_registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring import plots
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
@@ -24,7 +24,7 @@ from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 @dataclass(frozen=True)
 class Scorer:
-    """Module 1 (scores by its registered matches) or Module 2 (scores by the fusion)."""
+    """Module 1 (scores by the ridges that agree) or Module 2 (scores by the fusion)."""
 
     module: str
     config: MatchConfig | DenseConfig
@@ -93,7 +93,7 @@ class Scorer:
             state += (self.aligner or ({}, {}),)
         found = score_pairs(self._score, state, prints, pairs, batch_size)
         if self.module == "dense_reg":
-            found["score"] = found["matches"].astype(np.float64)
+            found["score"] = found["ridges"].astype(np.float64)
         elif self.fusion:
             found["score"] = self.fusion.score(found)
         else:
@@ -101,23 +101,35 @@ class Scorer:
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
 
-    def registration(self, prints: PrintSet, pair: Pair):
-        """Module 1's registration of one pair, on the host, and the two windows (S, S) it saw."""
+    @cached_property
+    def registering(self) -> DenseConfig:
+        """The configuration of the Module 1 that registers: this one, or the matcher's own; UserError where it has none."""
         if self.module == "dense_reg":
-            net, state = dense_network(self.config), (self.params, self.batch_stats)
-        elif self.aligner:
-            net, state = self._aligner_network, self.aligner
-        else:
-            raise UserError("This matcher was trained without Module 1 and registers nothing; leave the picture out.")
+            return self.config
+        if not self.aligner:
+            raise UserError(
+                "This matcher was trained without Module 1 and registers nothing; give Module 1's checkpoint."
+            )
+        return self.aligner_config.replace(canvas_size=self.config.canvas_size)
+
+    @cached_property
+    def _register(self):
+        config = self.registering
+        net = dense_network(config)
 
         @exact
         def run(state, batch):
-            views = plain_views(batch, self.config)
-            return views, registration(net, state, views, self.config)
+            views = plain_views(batch, config)
+            return views.image0, views.image1, checked_registration(net, state, batch, config)[0]
 
+        return jax.jit(run)
+
+    def registration(self, prints: PrintSet, pair: Pair) -> tuple[CheckedRegistration, np.ndarray, np.ndarray]:
+        """Module 1's registration of one pair, checked by the ridges, on the host, and the two windows (S, S) it saw."""
         batch, _ = next(fixed_batches(prints, [pair], 1))
-        views, found = jax.device_get(jax.jit(run)(state, batch))
-        return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
+        state = self.aligner if self.module == "matcher" else (self.params, self.batch_stats)
+        image0, image1, found = jax.device_get(self._register(state, batch))
+        return jax.tree.map(lambda x: x[0], found), image0[0], image1[0]
 
     def picture(self, prints: PrintSet, pair: Pair, path: str | Path) -> None:
         """Both prints side by side, inlier matches as lines coloured by confidence; nothing where Module 2 has no Module 1."""

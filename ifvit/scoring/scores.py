@@ -17,18 +17,18 @@ from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import registration
+from ifvit.pixels.registration import checked_registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.rates import threshold_at_fmr
 
 
 def dense_scores(net: Network, config: Settings) -> Callable:
-    """Module 1: (params, batch_stats, batch) -> `matches`, the inliers of its robust fit, as the score too."""
+    """Module 1: (params, batch_stats, batch) -> `ridges`, how well they agree once registered, and `matches`, the inliers."""
 
     @exact
     def score(params, batch_stats, batch):
-        found = registration(net, (params, batch_stats), plain_views(batch, config), config)
-        return {"matches": found.count}
+        found, by_matches = checked_registration(net, (params, batch_stats), batch, config)
+        return {"ridges": found.agreement, "matches": by_matches.count}
 
     return score
 
@@ -58,7 +58,7 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
 def score_pairs(
     score: Callable, state: tuple, prints: PrintSet, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
 ) -> dict[str, np.ndarray]:
-    """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs,) array, in order.
+    """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs, …) array, in order.
 
     A batch that does not divide among accelerators or processes is made as much larger.
     """
@@ -70,7 +70,7 @@ def score_pairs(
     with bar("scoring", len(pairs), "pair") as shown:
         for batch, count in fixed_batches(prints, pairs, batch_size):
             for k, v in fetch(score(*state, put_whole_batch(batch, mesh))).items():
-                found.setdefault(k, np.empty(len(pairs), v.dtype))[done : done + count] = v[:count]
+                found.setdefault(k, np.empty((len(pairs), *v.shape[1:]), v.dtype))[done : done + count] = v[:count]
             done += count
             shown.update(count)
     return found
