@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
 import tyro
 
 from ifvit import cli
@@ -25,6 +24,7 @@ from ifvit.paths import cache_dir, resolve_data
 if TYPE_CHECKING:
     from ifvit.data.single import OnCanvas
     from ifvit.scoring.fit import Fit
+    from ifvit.scoring.scorer import Scorer
 
 NOT_REGISTERED = 3  # exit code
 WIDER = (
@@ -70,10 +70,10 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        scorer.registering  # a matcher without Module 1 is told before anything is written
+        canvas_size = scorer.registering.canvas_size  # a matcher without Module 1 is refused before anything is written
         out = _folder(self.out)
         if not self.pairs:
-            found = self._pair(scorer, *pairs[0], out)
+            found = self._pair(scorer, canvas_size, *pairs[0], out)
             print(_sentence(found))
             return 0 if found.registered else NOT_REGISTERED
         with whole(out / "registrations.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -81,7 +81,7 @@ class Args:
             rows.writerow(COLUMNS)
             count = 0
             for n, (a, b, where) in enumerate(pairs, 1):
-                found = self._pair(scorer, a, b, where, _folder(out / str(n)))
+                found = self._pair(scorer, canvas_size, a, b, where, _folder(out / str(n)))
                 count += found.registered
                 numbers = (f"{v:.4f}" for v in (found.confidence, found.agreement, found.overlap))
                 rows.writerow((n, a, b, int(found.registered), *numbers, len(found.xy_a)))
@@ -89,14 +89,14 @@ class Args:
         print(f"{count} of {len(pairs)} pairs registered; {out / 'registrations.csv'} has a line for each.")
         return 0
 
-    def _pair(self, scorer, a: str, b: str, where: str, out: Path) -> "Fit":
+    def _pair(self, scorer: "Scorer", canvas_size: int, a: str, b: str, where: str, out: Path) -> "Fit":
         """Registers and writes one pair; the sentence of a user's mistake begins with its line in the list."""
         from ifvit.data.pairs import Pair
         from ifvit.data.single import Canvases, on_canvas
         from ifvit.scoring.fit import fit
 
         try:
-            prints = [on_canvas(path, self.ppi, scorer.registering.canvas_size, self.ridges) for path in (a, b)]
+            prints = [on_canvas(path, self.ppi, canvas_size, self.ridges) for path in (a, b)]
             _same_scale(*prints)
         except UserError as e:
             raise UserError(f"{where}{e}") from None
