@@ -48,7 +48,7 @@ class Agreement(NamedTuple):
     chosen: Int[Array, " B"]  # which of the candidates
     field: Float[Array, "B W W 2"]  # print 0's content at q lies at similarity⁻¹(q + field(q))
     correlation: Float[Array, "B W W"]  # of each window, 0 where it is not in the overlap
-    rigid: Float[Array, " B"]  # the score without the deformation
+    before: Float[Array, " B"]  # the score before block matching
 
 
 def checked_config(config: Settings) -> Settings:
@@ -57,15 +57,17 @@ def checked_config(config: Settings) -> Settings:
     return config.replace(input_ppi=CHECK_PPI, image_size=side)
 
 
+def points_at_ppi(p: Float[Array, "*B 2"], a: Settings, b: Settings) -> Float[Array, "*B 2"]:
+    """Points of the window of configuration a, in that of b: both are centred on the same spot of the canvas."""
+    return (p - (a.image_size - 1) / 2) * (b.input_ppi / a.input_ppi) + (b.image_size - 1) / 2
+
+
 def at_ppi(similarity: Float[Array, "*B 4"], a: Settings, b: Settings) -> Float[Array, "*B 4"]:
-    """A similarity between windows of configuration a, for those of b: both are centred on the same spot of the canvas."""
-    ratio = b.input_ppi / a.input_ppi
-    ma, mb = (a.image_size - 1) / 2, (b.image_size - 1) / 2
-    middle = jnp.full((*similarity.shape[:-1], 1, 2), ma)
-    moved = (apply_similarity(similarity, middle)[..., 0, :] - ma) * ratio + mb  # where b's middle goes
+    """A similarity between windows of configuration a, for those of b."""
+    middle_a, middle_b = (jnp.full((*similarity.shape[:-1], 1, 2), (c.image_size - 1) / 2) for c in (a, b))
+    there = points_at_ppi(apply_similarity(similarity, middle_a), a, b)
     turn = similarity.at[..., 2:].set(0.0)
-    offset = moved - apply_similarity(turn, jnp.full_like(middle, mb))[..., 0, :]
-    return jnp.concatenate([similarity[..., :2], offset], axis=-1)
+    return turn.at[..., 2:].set((there - apply_similarity(turn, middle_b))[..., 0, :])
 
 
 def window_sums(x: Float[Array, "*B S S"]) -> Float[Array, "*B W W"]:
@@ -136,12 +138,16 @@ def smoothed(field: Float[Array, "W W 2"], weight: Float[Array, "W W"]) -> Float
 
 def from_residuals(
     similarity: Float[Array, "4"], p: Float[Array, "N 2"], q: Float[Array, "N 2"], inliers: Bool[Array, " N"], side: int
-) -> Float[Array, "W W 2"]:
-    """The smooth deformation that matches p → q leave to their similarity: what block matching starts from."""
+) -> Float[Array, "side side 2"]:
+    """The smooth deformation that matches p → q leave to their similarity: what block matching starts from.
+
+    A Gaussian mean of their residuals about each window's centre (Nadaraya–Watson), as if two more matches had none.
+    """
     centres = jnp.asarray(grid_points(side)) * CELL + CELL - 0.5
     residual = apply_similarity(similarity, p) - q
     near = jnp.exp(-0.5 * ((centres[:, None] - q[None]) ** 2).sum(-1) / (1.5 * STIFF * CELL) ** 2) * inliers
-    return (near @ residual / (near.sum(-1, keepdims=True) + 2.0)).reshape(side, side, 2)
+    with jax.default_matmul_precision("highest"):
+        return (near @ residual / (near.sum(-1, keepdims=True) + 2.0)).reshape(side, side, 2)
 
 
 def warp(
@@ -170,29 +176,28 @@ def check(
     mask1: Bool[Array, "S S"],
     similarities: Float[Array, "K 4"],
     possible: Bool[Array, " K"],
+    starts: Float[Array, "K W W 2"],
 ) -> Agreement:
     """One pair of locally normalised prints: the candidate whose ridges agree best, and how they agree once deformed.
 
-    Only the `possible` candidates are looked at; where none is, nothing overlaps.
+    A candidate has a deformation that it starts with (`from_residuals`, or 0); what block matching adds is kept where the
+    ridges agree better for it. Only the `possible` candidates are looked at; where none is, nothing overlaps.
     """
     m1 = mask1.astype(jnp.float32) * possible.any()
 
     def shares(both):
         return window_sums(both) / (2 * CELL) ** 2 > SEEN
 
-    side = image1.shape[0] // CELL - 1
-    none = jnp.zeros((side, side, 2))
-
-    def candidate(similarity):
-        a, covered = warp(image0, mask0, similarity, none)
+    def candidate(similarity, start):
+        a, covered = warp(image0, mask0, similarity, start)
         both = covered * m1
         top, shift = best_shifts(a, image1, both)
         return mean_agreement(top, shares(both)), correlation(a, image1, both), shares(both), both.sum(), top, shift
 
-    scores, *found = jax.vmap(candidate)(similarities)
+    scores, *found = jax.vmap(candidate)(similarities, starts)
     k = jnp.where(possible, scores, -1.0).argmax()
-    similarity, flat, use, common, top, shift = (x[k] for x in (similarities, *found))
-    field = none
+    similarity, start, flat, use, common, top, shift = (x[k] for x in (similarities, starts, *found))
+    field = start
     for n in range(ROUNDS):
         field = smoothed(field + shift, jnp.clip(top, 0.0, 1.0) ** 2 * use + 1e-4)
         a, covered = warp(image0, mask0, similarity, field)
@@ -200,16 +205,16 @@ def check(
             top, shift = best_shifts(a, image1, covered * m1)
     both = covered * m1
     bent, use_bent = correlation(a, image1, both), shares(both)
-    rigid, deformed = mean_agreement(flat, use), mean_agreement(bent, use_bent)
-    better = deformed > rigid + GAIN
+    before, after = mean_agreement(flat, use), mean_agreement(bent, use_bent)
+    better = after > before + GAIN
     use = jnp.where(better, use_bent, use)
     smaller = jnp.minimum(mask0.sum() * (similarity[0] ** 2 + similarity[1] ** 2), mask1.sum())
     return Agreement(
-        jnp.where(better, deformed, rigid),
+        jnp.where(better, after, before),
         use.sum(),
         jnp.where(better, both.sum(), common) / jnp.maximum(smaller, 1.0),
         k,
-        jnp.where(better, field, none),
+        jnp.where(better, field, start),
         jnp.where(use, jnp.where(better, bent, flat), 0.0),
-        rigid,
+        before,
     )

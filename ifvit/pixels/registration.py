@@ -10,7 +10,16 @@ from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, RIDGE, STRIDE
 from ifvit.models.matching import Matches, mutual_matches
 from ifvit.models.networks import Network
-from ifvit.pixels.agreement import at_ppi, check, checked_config, confidence, registered
+from ifvit.pixels.agreement import (
+    CELL,
+    at_ppi,
+    check,
+    checked_config,
+    confidence,
+    from_residuals,
+    points_at_ppi,
+    registered,
+)
 from ifvit.pixels.geometry import IDENTITY, RobustFit, cell_centres, robust_modes, robust_similarity
 from ifvit.pixels.views import Views, normalise, plain_views
 
@@ -64,6 +73,7 @@ class CheckedRegistration(NamedTuple):
     registered: Bool[Array, " B"]  # the ridges are the same ridges, as far as can be told
     confidence: Float[Array, " B"]  # 0 … 1, that they are (`agreement.confidence`)
     agreement: Float[Array, " B"]  # the score, 0 … 1; 0 without overlap
+    windows: Int[Array, " B"]  # that the overlap has
     overlap: Float[Array, " B"]  # share of the smaller print that the other covers
     deformation: Float[
         Array, "B W W 2"
@@ -93,9 +103,13 @@ def checked_registration(
     fine = checked_config(config)
     image0, mask0, image1, mask1 = plain_views(batch, fine)
     ridges0, ridges1 = (normalise(i, m, fine)[..., 0] for i, m in ((image0, mask0), (image1, mask1)))
-    agreed = jax.vmap(check)(
-        ridges0, mask0, ridges1, mask1, at_ppi(modes.similarity, config, fine), modes.count >= config.min_matches
+    similarities = at_ppi(modes.similarity, config, fine)
+    p0, p1 = (points_at_ppi(p, config, fine) for p in (found.points0, found.points1))
+    starts = jax.vmap(jax.vmap(from_residuals, (0, None, None, 0, None)), (0, 0, 0, 0, None))(
+        similarities, p0, p1, modes.inliers, fine.image_size // CELL - 1
     )
+    possible = modes.count >= config.min_matches
+    agreed = jax.vmap(check)(ridges0, mask0, ridges1, mask1, similarities, possible, starts)
     of_chosen = jax.vmap(lambda x, k: x[k])
     count = of_chosen(modes.count, agreed.chosen)
     some = count >= config.min_matches
@@ -105,6 +119,7 @@ def checked_registration(
         registered(agreed.score, agreed.overlap),
         confidence(agreed.score, agreed.overlap),
         agreed.score,
+        agreed.windows,
         agreed.overlap,
         agreed.field,
         count,
