@@ -70,10 +70,10 @@ class Args:
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(self.checkpoint)
-        canvas_size = scorer.registering.canvas_size  # a matcher without Module 1 is refused before anything is written
+        scorer.registers  # noqa: B018 (refused before anything is written)
         out = _folder(self.out)
         if not self.pairs:
-            found = self._pair(scorer, canvas_size, *pairs[0], out)
+            found = self._pair(scorer, *pairs[0], out)
             print(_sentence(found))
             return 0 if found.registered else NOT_REGISTERED
         with whole(out / "registrations.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
@@ -81,7 +81,7 @@ class Args:
             rows.writerow(COLUMNS)
             count = 0
             for n, (a, b, where) in enumerate(pairs, 1):
-                found = self._pair(scorer, canvas_size, a, b, where, _folder(out / str(n)))
+                found = self._pair(scorer, a, b, where, _folder(out / str(n)))
                 count += found.registered
                 numbers = (f"{v:.4f}" for v in (found.confidence, found.agreement, found.overlap))
                 rows.writerow((n, a, b, int(found.registered), *numbers, len(found.xy_a)))
@@ -89,19 +89,19 @@ class Args:
         print(f"{count} of {len(pairs)} pairs registered; {out / 'registrations.csv'} has a line for each.")
         return 0
 
-    def _pair(self, scorer: "Scorer", canvas_size: int, a: str, b: str, where: str, out: Path) -> "Fit":
+    def _pair(self, scorer: "Scorer", a: str, b: str, where: str, out: Path) -> "Fit":
         """Registers and writes one pair; the sentence of a user's mistake begins with its line in the list."""
         from ifvit.data.pairs import Pair
         from ifvit.data.single import Canvases, on_canvas
         from ifvit.scoring.fit import fit
 
         try:
-            prints = [on_canvas(path, self.ppi, canvas_size, self.ridges) for path in (a, b)]
+            prints = [on_canvas(path, self.ppi, scorer.config.canvas_size, self.ridges) for path in (a, b)]
             _same_scale(*prints)
         except UserError as e:
             raise UserError(f"{where}{e}") from None
         found, _, _ = scorer.registration(Canvases(prints), Pair(0, 1, False))
-        found = fit(found, *(p.placement for p in prints), scorer.registering)
+        found = fit(found, *(p.placement for p in prints), scorer.config)
         _write(out, found, a, b)
         return found
 

@@ -14,7 +14,7 @@ from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import PrintSet
 from ifvit.errors import UserError
-from ifvit.models.networks import dense_network, match_network
+from ifvit.models.networks import Network, dense_network, match_network
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import CheckedRegistration, checked_registration
 from ifvit.pixels.views import plain_views
@@ -102,20 +102,19 @@ class Scorer:
         return found
 
     @cached_property
-    def registering(self) -> DenseConfig:
-        """The configuration of the Module 1 that registers: this one, or the matcher's own; UserError where it has none."""
+    def registers(self) -> tuple[Network, tuple[dict, dict]]:
+        """The Module 1 that registers, this one or the matcher's own, and its weights; UserError where there is none."""
         if self.module == "dense_reg":
-            return self.config
+            return dense_network(self.config), (self.params, self.batch_stats)
         if not self.aligner:
             raise UserError(
                 "This matcher was trained without Module 1 and registers nothing; give Module 1's checkpoint."
             )
-        return self.aligner_config.replace(canvas_size=self.config.canvas_size)
+        return self._aligner_network, self.aligner
 
     @cached_property
     def _register(self):
-        config = self.registering
-        net = dense_network(config)
+        net, config = self.registers[0], self.config
 
         @exact
         def run(state, batch):
@@ -127,8 +126,7 @@ class Scorer:
     def registration(self, prints: PrintSet, pair: Pair) -> tuple[CheckedRegistration, np.ndarray, np.ndarray]:
         """Module 1's registration of one pair, checked by the ridges, on the host, and the two windows (S, S) it saw."""
         batch, _ = next(fixed_batches(prints, [pair], 1))
-        state = self.aligner if self.module == "matcher" else (self.params, self.batch_stats)
-        image0, image1, found = jax.device_get(self._register(state, batch))
+        image0, image1, found = jax.device_get(self._register(self.registers[1], batch))
         return jax.tree.map(lambda x: x[0], found), image0[0], image1[0]
 
     def picture(self, prints: PrintSet, pair: Pair, path: str | Path) -> None:
@@ -145,5 +143,5 @@ class Scorer:
             found.points0[keep],
             found.points1[keep],
             found.matches.confidence[keep],
-            f"{names[0]} – {names[1]}: {int(found.count)} matches",
+            f"{names[0]} – {names[1]}: {int(found.count)} matches, ridges agree to {found.agreement:.0%}",
         )

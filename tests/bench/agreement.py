@@ -22,7 +22,6 @@ from ifvit.data.pairs import Pair
 from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
-from ifvit.models.networks import dense_network
 from ifvit.paths import cache_dir
 from ifvit.pixels.geometry import apply_similarity, exact
 from ifvit.pixels.registration import checked_registration
@@ -41,12 +40,12 @@ class Args:
 
 
 def features(scorer: Scorer):
-    config, net = scorer.registering, dense_network(scorer.registering)
+    config, (net, state) = scorer.config, scorer.registers
 
     @jax.jit
     @exact
     def of(batch):
-        found, by_matches = checked_registration(net, (scorer.params, scorer.batch_stats), batch, config)
+        found, by_matches = checked_registration(net, state, batch, config)
         off = jnp.linalg.norm(apply_similarity(by_matches.similarity, by_matches.points0) - by_matches.points1, axis=-1)
         return {
             "matches": by_matches.count,

@@ -31,15 +31,20 @@ def found(similarity=(1.0, 0.0, 0.0, 0.0), registered=True, bend=(0.0, 0.0), poi
     matches = Matches(np.arange(n), np.arange(n), np.linspace(0.9, 0.5, n, dtype=np.float32), inliers)
     field = np.broadcast_to(np.float32(bend), (WINDOWS, WINDOWS, 2))
     score = 0.8 if registered else 0.05
-    numbers = (
-        np.float32(similarity),
-        np.bool_(registered),
-        np.float32(score),
-        np.float32(score),
-        np.float32(0.7),
-        field,
+    return CheckedRegistration(
+        similarity=np.float32(similarity),
+        registered=np.bool_(registered),
+        confidence=np.float32(score),
+        agreement=np.float32(score),
+        windows=np.int32(100),
+        overlap=np.float32(0.7),
+        deformation=field,
+        count=np.int32(len(points)),
+        matches=matches,
+        inliers=inliers,
+        points0=p0,
+        points1=p1,
     )
-    return CheckedRegistration(*numbers, np.int32(2), matches, inliers, p0, p1)
 
 
 # --- to the pixels of the files -------------------------------------------------------------------
@@ -107,7 +112,7 @@ def answer(monkeypatch):
     """What the checkpoint says of every pair: answer(found(…)); no checkpoint is read."""
 
     class Answering:
-        registering = CONFIG
+        config, registers = CONFIG, None
         told = found()
 
         def registration(self, prints, pair):
@@ -226,19 +231,19 @@ def test_mistakes_are_a_sentence_each(command, answer, tmp_path, words, told):
 
 # --- which Module 1 -------------------------------------------------------------------------------
 
-MATCH = MatchConfig(**PRESETS["smoke"][1]).replace(canvas_size=320)
+MATCH = MatchConfig(**PRESETS["smoke"][1])
 
 
-def test_a_matcher_registers_with_its_own_module_1_on_its_own_canvas():
-    scorer = Scorer("matcher", MATCH, {}, {}, ({}, {}), CONFIG, 3, None)
-    assert scorer.registering == CONFIG.replace(canvas_size=320)
-    assert Scorer("dense_reg", CONFIG, {}, {}, None, None, 0, None).registering == CONFIG
+def test_a_matcher_registers_with_its_own_module_1():
+    mine, module1 = ({"of": "module 2"}, {}), ({"of": "module 1"}, {})
+    assert Scorer("matcher", MATCH, *mine, module1, CONFIG, 3, None).registers[1] == module1
+    assert Scorer("dense_reg", CONFIG, *module1, None, None, 0, None).registers[1] == module1
 
 
 def test_a_matcher_without_module_1_is_refused(command, monkeypatch, tmp_path):
     bare = Scorer("matcher", MATCH, {}, {}, None, None, 3, None)
     with pytest.raises(UserError, match="was trained without Module 1"):
-        bare.registering  # noqa: B018
+        bare.registers  # noqa: B018
     monkeypatch.setattr("ifvit.scoring.scorer.Scorer.from_checkpoint", lambda path: bare)
     a = drawn(tmp_path / "a.png")
     said = register(command, tmp_path, a, a)
