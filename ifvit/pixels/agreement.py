@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from ifvit.config import Settings
+from ifvit.constants import CANVAS_PPI
 from ifvit.pixels.geometry import apply_similarity, blur, exact, grid_points, invert_similarity, sample
 
 CHECK_PPI = 350.0  # here a ridge is 6.3 px wide: enough to see a shift of a sixth of it
@@ -52,8 +53,9 @@ class Agreement(NamedTuple):
 
 
 def checked_config(config: Settings) -> Settings:
-    """The window of `config` at CHECK_PPI."""
-    side = math.ceil(config.image_size * CHECK_PPI / config.input_ppi / CELL) * CELL
+    """The window of `config` at CHECK_PPI, no larger than the canvas."""
+    seen = min(config.image_size / config.input_ppi, config.canvas_size / CANVAS_PPI)  # inches
+    side = min(math.ceil(seen * CHECK_PPI / CELL) * CELL, 2048)  # of more a window may not be
     return config.replace(input_ppi=CHECK_PPI, image_size=side)
 
 

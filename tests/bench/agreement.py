@@ -135,6 +135,8 @@ def report(databases: dict[str, dict]) -> None:
         shares = [f["registered"][f["genuine"] == kind].mean() for f in databases.values()]
         print(f"{'registered, ' + ('genuine' if kind else 'impostor'):36s}" + "".join(f"{s:15.2%}" for s in shares))
     print("LOGISTIC =", tuple(round(float(v), 2) for v in logistic(list(databases.values()))))
+    if len(databases) < 2:
+        return
     said, right, weight = [], [], []
     for left_out, f in databases.items():
         theta = logistic([g for d, g in databases.items() if d != left_out])

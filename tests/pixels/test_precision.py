@@ -67,7 +67,7 @@ def programs() -> dict:
         "the alignment": (aligned, views, jax.ShapeDtypeStruct((PAIRS, cells, cells), jnp.float32)),
         "Module 1's score": (dense_scores(dense, DENSE), *weights(dense), batch()),
         "Module 2's score": (match_scores(match, dense, MATCH), *weights(match), weights(dense), batch()),
-        "Module 1's validation": (dense_eval(dense, DENSE, False), *weights(dense), batch(), keys()),
+        "Module 1's validation": (dense_eval(dense, DENSE), *weights(dense), batch(), keys()),
     }
 
 
