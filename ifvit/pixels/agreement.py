@@ -25,19 +25,35 @@ GAIN = 0.01  # of the score: what betters it by less is no deformation
 STIFF = 2.0  # cells: the Gaussian that a deformation is smoothed with
 SEEN = 0.5  # share of a window that both prints cover, for the window to count
 FEW = 20.0  # windows: an overlap of so many can reach half of the full score
-REGISTERED = 0.2
-LOGISTIC = (20.0, 0.0, -4.0)
+NEAR = 0.625  # cells of the network: matches that lie as near to their similarity support it
+REGISTERED = 0.04  # score; tests/bench/agreement.py tells who passes
+LOGISTIC = (4.62, -4.42, 18.8)  # of log(score + 0.01), of the overlap, and the bias, fitted there
 
 
-def registered(score: Float[Array, "*B"], overlap: Float[Array, "*B"]) -> Bool[Array, "*B"]:
-    """Whether the ridges are the same ridges: of pairs of different fingers about one in a hundred passes."""
+def same_ridges(
+    correlated: Float[Array, " B"], near: Int[Array, " B"], windows: Int[Array, " B"], ppi: float
+) -> Float[Array, " B"]:
+    """The score that two prints show the same ridges: Agreement.score · √(near matches an area). 0 … 1, 0 without overlap.
+
+    Either factor alone errs where the other does not: on deformed skin, and where a flow of ridges is alike. Neither
+    grows with the area. `near` matches of a network at `ppi` are counted for the area that a cell has at CHECK_PPI.
+    """
+    density = near * (CHECK_PPI / ppi) ** 2 / (windows + FEW)
+    return correlated * jnp.sqrt(jnp.minimum(density, 1.0))
+
+
+def registered(score: Float[Array, " B"]) -> Bool[Array, " B"]:
+    """Whether the ridges are taken for the same: hardly one in a hundred pairs of different fingers passes."""
     return score > REGISTERED
 
 
-def confidence(score: Float[Array, "*B"], overlap: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Probability that they are: a logistic function of score and overlap, fitted by tests/bench/agreement.py."""
+def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[Array, " B"]:
+    """Probability that they are, were genuine and impostor pairs equally many: σ(s log(score + 0.01) + o overlap + bias).
+
+    The more two prints overlap, the more of their ridges should have agreed: o is negative.
+    """
     slope, of_overlap, bias = LOGISTIC
-    return jax.nn.sigmoid(slope * score + of_overlap * overlap + bias)
+    return jax.nn.sigmoid(slope * jnp.log(score + 0.01) + of_overlap * overlap + bias)
 
 
 class Agreement(NamedTuple):

@@ -12,6 +12,7 @@ from ifvit.models.matching import Matches, mutual_matches
 from ifvit.models.networks import Network
 from ifvit.pixels.agreement import (
     CELL,
+    NEAR,
     at_ppi,
     check,
     checked_config,
@@ -19,8 +20,9 @@ from ifvit.pixels.agreement import (
     from_residuals,
     points_at_ppi,
     registered,
+    same_ridges,
 )
-from ifvit.pixels.geometry import IDENTITY, RobustFit, cell_centres, robust_modes, robust_similarity
+from ifvit.pixels.geometry import IDENTITY, RobustFit, apply_similarity, cell_centres, robust_modes, robust_similarity
 from ifvit.pixels.views import Views, normalise, plain_views
 
 
@@ -72,7 +74,8 @@ class CheckedRegistration(NamedTuple):
     similarity: Float[Array, "B 4"]  # from print 0 to print 1, window px; the identity where no candidate was found
     registered: Bool[Array, " B"]  # the ridges are the same ridges, as far as can be told
     confidence: Float[Array, " B"]  # 0 … 1, that they are (`agreement.confidence`)
-    agreement: Float[Array, " B"]  # the score, 0 … 1; 0 without overlap
+    agreement: Float[Array, " B"]  # the score (`agreement.same_ridges`), 0 … 1; 0 without overlap
+    correlation: Float[Array, " B"]  # of the ridges, a mean over the overlap, 0 … 1
     windows: Int[Array, " B"]  # that the overlap has
     overlap: Float[Array, " B"]  # share of the smaller print that the other covers
     deformation: Float[
@@ -114,10 +117,14 @@ def checked_registration(
     count = of_chosen(modes.count, agreed.chosen)
     some = count >= config.min_matches
     similarity = jnp.where(some[:, None], of_chosen(modes.similarity, agreed.chosen), jnp.asarray(IDENTITY))
+    off = jnp.linalg.norm(apply_similarity(similarity, found.points0) - found.points1, axis=-1)
+    near = (of_chosen(modes.inliers, agreed.chosen) & (off < NEAR * STRIDE)).sum(-1)
+    score = same_ridges(agreed.score, near, agreed.windows, config.input_ppi)
     checked = CheckedRegistration(
         similarity,
-        registered(agreed.score, agreed.overlap),
-        confidence(agreed.score, agreed.overlap),
+        registered(score),
+        confidence(score, agreed.overlap),
+        score,
         agreed.score,
         agreed.windows,
         agreed.overlap,

@@ -51,6 +51,7 @@ def features(scorer: Scorer):
             "matches": by_matches.count,
             "within 5 px": ((off < 5) & by_matches.inliers).sum(1),
             "agreement": found.agreement,
+            "correlation": found.correlation,
             "overlap": found.overlap,
             "windows": found.windows,
             "registered": found.registered,
@@ -78,17 +79,22 @@ def scores(f: dict) -> dict[str, np.ndarray]:
     return {
         "matches": f["matches"].astype(float),
         "within 5 px / √overlap": f["within 5 px"] / np.sqrt(np.maximum(f["windows"], 1)),
-        "agreement": f["agreement"].astype(float),
-        "agreement · log(1 + matches)": f["agreement"] * np.log1p(f["matches"]),
-        "agreement + 0.05 log(1 + matches)": f["agreement"] + 0.05 * np.log1p(f["matches"]),
+        "correlation": f["correlation"].astype(float),
+        "correlation · log(1 + matches)": f["correlation"] * np.log1p(f["matches"]),
+        "correlation + 0.05 log(1 + matches)": f["correlation"] + 0.05 * np.log1p(f["matches"]),
+        "agreement": f["agreement"].astype(float),  # correlation · √(within 5 px / overlap)
     }
 
 
+def inputs(f: dict) -> np.ndarray:
+    return np.stack([np.log(f["agreement"] + 0.01), f["overlap"], np.ones(len(f["agreement"]))], -1)
+
+
 def logistic(databases: list[dict]) -> np.ndarray:
-    """(slope of the agreement, of the overlap, bias), fitted with a little ridge."""
+    """(slope of the score's logarithm, of the overlap, bias), fitted with a little ridge."""
     x, y, w = [], [], []
     for f in databases:
-        x.append(np.stack([f["agreement"], f["overlap"], np.ones(len(f["agreement"]))], -1))
+        x.append(inputs(f))
         y.append(f["genuine"])
         w.append(np.where(f["genuine"], 0.5 / f["genuine"].sum(), 0.5 / (~f["genuine"]).sum()))
     x, y, w = np.concatenate(x), np.concatenate(y).astype(float), np.concatenate(w) / len(databases)
@@ -140,8 +146,7 @@ def report(databases: dict[str, dict]) -> None:
     said, right, weight = [], [], []
     for left_out, f in databases.items():
         theta = logistic([g for d, g in databases.items() if d != left_out])
-        z = theta[0] * f["agreement"] + theta[1] * f["overlap"] + theta[2]
-        said.append(1 / (1 + np.exp(-z)))
+        said.append(1 / (1 + np.exp(-inputs(f) @ theta)))
         right.append(f["genuine"])
         weight.append(np.where(f["genuine"], 0.5 / f["genuine"].sum(), 0.5 / (~f["genuine"]).sum()))
     said, right, weight = map(np.concatenate, (said, right, weight))

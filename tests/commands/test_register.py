@@ -36,6 +36,7 @@ def found(similarity=(1.0, 0.0, 0.0, 0.0), registered=True, bend=(0.0, 0.0), poi
         registered=np.bool_(registered),
         confidence=np.float32(score),
         agreement=np.float32(score),
+        correlation=np.float32(0.9),
         windows=np.int32(100),
         overlap=np.float32(0.7),
         deformation=field,

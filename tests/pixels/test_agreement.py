@@ -12,9 +12,12 @@ from ifvit.pixels.agreement import (
     at_ppi,
     check,
     checked_config,
+    confidence,
     correlation,
     dense_field,
     from_residuals,
+    registered,
+    same_ridges,
     window_sums,
 )
 from ifvit.pixels.geometry import cell_centres, robust_modes, robust_similarity
@@ -172,6 +175,30 @@ def test_a_pair_does_not_depend_on_its_neighbours_in_the_batch():
             np.testing.assert_allclose(x[n], y[0], atol=1e-5)
 
 
+# --- the score, and what follows from it ----------------------------------------------------------
+
+
+def test_the_score_is_a_correlation_times_the_root_of_the_matches_an_area():
+    """(0.8, 45 matches on 160 + 20 windows) at 350 ppi: 0.8 · √(45 / 180) = 0.4. A cell at 175 ppi has four times the area."""
+    score = same_ridges(jnp.full(3, 0.8), jnp.array([45, 0, 400]), jnp.full(3, 160), 350.0)
+    np.testing.assert_allclose(score, [0.4, 0, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(
+        same_ridges(jnp.array([0.8]), jnp.array([10]), jnp.array([140]), 175.0), [0.4], rtol=1e-6
+    )
+
+
+def test_twice_the_area_with_twice_the_matches_is_hardly_another_score():
+    small, large = same_ridges(jnp.full(2, 0.8), jnp.array([100, 200]), jnp.array([200, 400]), 350.0)
+    assert small < large < 1.05 * small
+
+
+def test_the_confidence_rises_with_the_score_and_is_low_where_nothing_agrees():
+    score = jnp.array([0.0, 0.02, 0.04, 0.1, 0.4])
+    sure = np.asarray(confidence(score, jnp.full(5, 0.8)))
+    assert (np.diff(sure) > 0).all() and sure[0] < 0.05 and sure[1] < 0.2 and sure[3] > 0.9
+    assert registered(score).tolist() == [False, False, False, True, True]
+
+
 # --- its parts ------------------------------------------------------------------------------------
 
 
@@ -192,7 +219,7 @@ def test_a_window_is_four_cells():
 
 def test_a_similarity_is_told_in_the_window_of_another_resolution():
     """128 px at 200 ppi are 224 px at 350: the pixel 0 begins at −½ in both, so 10 lies at 1.75 · 10.5 − 0.5 = 17.875."""
-    a = DenseConfig(**PRESETS["smoke"][0]).replace(image_size=128)
+    a = DenseConfig(**PRESETS["smoke"][0]).replace(image_size=128, canvas_size=512)
     b = checked_config(a)
     assert (b.input_ppi, b.image_size) == (350.0, 224)
     turned = jnp.array([0.9, 0.3, 5.0, -7.0])
