@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
@@ -43,15 +43,15 @@ class Canvases:
 
 def on_canvas(
     image: Any,
-    ppi: float | Literal["auto"] | None,
+    ppi: float | str | None,
     canvas_size: int,
     ridges: str = "dark",
 ) -> OnCanvas:
     """A print on its canvas.
 
-    `image` is a file's path, a picture of Pillow's, or an array of grey levels or colours. Of a file the resolution is
-    that of its set, else of its tag, else 500 ppi; of a picture of Pillow's that of its tag, else 500; an array tells none.
-    A number for `ppi` comes before these, and with `auto` the ridges do where they tell another.
+    `image` is a file's path, a picture of Pillow's, or an array of grey levels or colours. The resolution of a file is
+    that of its set, else of its tag, else 500 ppi; that of a picture of Pillow's its tag's, else 500; an array tells
+    none. A number for `ppi` comes before these, and with `auto` the ridges do where they tell another.
 
     UserError for what cannot be read, and for what shows no print.
     """
