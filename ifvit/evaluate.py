@@ -34,7 +34,7 @@ class Args:
     """Evaluates a checkpoint of either module on folders of prints."""
 
     checkpoint: str = ""
-    """of Module 2 (fused score), or of Module 1 (its registered matches are the score)"""
+    """of Module 2 (fused score), or of Module 1 (the score says how well the ridges agree once registered)"""
     dataset_root: tuple[str, ...] = ()
     """folders of prints; every database in them is evaluated on its own"""
     out: str = "./evaluation"

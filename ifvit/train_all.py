@@ -202,7 +202,7 @@ class Args(TrainArgs):
         if rows:
             print(f"registration: {rows[-1]['accuracy']:.1%} of the cells of a known warp found within one cell (8 px)")
         for name, ckpt, folder in (
-            ("Module 1, registered matches", module1, out / "dense_reg"),
+            ("Module 1, ridges that agree", module1, out / "dense_reg"),
             ("Module 2, fused score", module2, out / "matcher"),
         ):
             print(f"\n{name}")

@@ -78,6 +78,49 @@ def _robust_fit(
     samples: int,
     radius: float | Float[Array, ""],
 ) -> RobustFit:
+    t, inliers = _hypotheses(p, q, valid, samples, radius)
+    best = inliers.sum(-1).argmax()
+    return _refitted(t[best], inliers[best], p, q, valid, radius)
+
+
+def robust_modes(
+    p: Float[Array, "B N 2"],
+    q: Float[Array, "B N 2"],
+    valid: Bool[Array, "B N"],
+    samples: int,
+    radius: float | Float[Array, ""],
+    modes: int,
+    apart: float,
+) -> RobustFit:
+    """The best `modes` consensuses of `robust_similarity` that lie apart, best first: fields (B modes …).
+
+    Two lie apart where they move the points of print 0 by more than `apart` px from one another, root mean square. Where
+    there are fewer, the rest have no inliers and the identity.
+    """
+
+    def one(p, q, valid):
+        t, inliers = _hypotheses(p, q, valid, samples, radius)
+        votes, found = inliers.sum(-1), []
+        for _ in range(modes):
+            best = votes.argmax()
+            fit = _refitted(t[best], inliers[best] & (votes[best] > 0), p, q, valid & (votes[best] > 0), radius)
+            moved = jax.vmap(lambda t: apply_similarity(t, p))(t)
+            far = ((moved - apply_similarity(fit.similarity, p)) ** 2).sum(-1)
+            votes = jnp.where((far * valid).sum(-1) > apart**2 * valid.sum(), votes, 0)
+            found.append(fit)
+        return jax.tree.map(lambda *x: jnp.stack(x), *found)
+
+    return jax.vmap(one)(p, q, valid)
+
+
+def _consensus(t, p, q, valid, radius):
+    residual = jnp.linalg.norm(apply_similarity(t, p) - q, axis=-1)
+    scale = jnp.hypot(t[0], t[1])
+    return (residual < radius) & valid & (scale > SCALE_RANGE[0]) & (scale < SCALE_RANGE[1])
+
+
+def _hypotheses(p, q, valid, samples, radius) -> tuple[Float[Array, "samples 4"], Bool[Array, "samples N"]]:
+    """Similarities through two matches each, and the consensus of each: none where the two lie close."""
     n = valid.sum()
     draws = jnp.asarray(np.random.default_rng(0).random((samples, 2)), jnp.float32)
     i, j = jnp.floor(draws * n).astype(jnp.int32).T
@@ -90,21 +133,14 @@ def _robust_fit(
     u = q[i, 0] - a * p[i, 0] + b * p[i, 1]
     v = q[i, 1] - b * p[i, 0] - a * p[i, 1]
     t = jnp.stack([a, b, u, v], axis=-1)
+    return t, jax.vmap(lambda t: _consensus(t, p, q, valid, radius))(t) & far[:, None]
 
-    def consensus(t):
-        residual = jnp.linalg.norm(apply_similarity(t, p) - q, axis=-1)
-        return (residual < radius) & valid & plausible(t)
 
-    def plausible(t):
-        scale = jnp.hypot(t[0], t[1])
-        return (scale > SCALE_RANGE[0]) & (scale < SCALE_RANGE[1])
-
-    inliers = jax.vmap(consensus)(t) & far[:, None]
-    best = inliers.sum(-1).argmax()
-    t, inliers = t[best], inliers[best]
+def _refitted(t, inliers, p, q, valid, radius) -> RobustFit:
+    """A hypothesis fitted three times to its consensus."""
     for _ in range(3):
         refit = fit_similarity(p, q, inliers.astype(jnp.float32))
-        again = consensus(refit)
+        again = _consensus(refit, p, q, valid, radius)
         kept = again.sum() > 0.8 * inliers.sum()  # a two-point hypothesis may hold a few more by chance, and is off
         t, inliers = jnp.where(kept, refit, t), jnp.where(kept, again, inliers)
     count = inliers.sum()

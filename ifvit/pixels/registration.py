@@ -7,11 +7,23 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ifvit.config import Settings
-from ifvit.constants import STRIDE
+from ifvit.constants import CANVAS_PPI, RIDGE, STRIDE
 from ifvit.models.matching import Matches, mutual_matches
 from ifvit.models.networks import Network
-from ifvit.pixels.geometry import IDENTITY, RobustFit, cell_centres, robust_similarity
-from ifvit.pixels.views import Views, normalise
+from ifvit.pixels.agreement import (
+    CELL,
+    NEAR,
+    at_ppi,
+    check,
+    checked_config,
+    confidence,
+    from_residuals,
+    points_at_ppi,
+    registered,
+    same_ridges,
+)
+from ifvit.pixels.geometry import IDENTITY, RobustFit, apply_similarity, cell_centres, robust_modes, robust_similarity
+from ifvit.pixels.views import Views, normalise, plain_views
 
 
 class Registration(NamedTuple):
@@ -50,3 +62,77 @@ def registration(aligner: Network | None, aligner_state: tuple, views: Views, co
         params, stats, normalise(image0, mask0, config), normalise(image1, mask1, config), mask0, mask1, train=False
     )
     return register(log_conf, config.image_size, config)
+
+
+CANDIDATES = 3  # similarities that the matches allow, whose ridges are looked at
+APART = 1.0  # ridges: candidates that lie nearer to one another are one
+
+
+class CheckedRegistration(NamedTuple):
+    """Module 1's answer once the ridges have been looked at: of the candidates the one whose ridges agree best."""
+
+    similarity: Float[Array, "B 4"]  # from print 0 to print 1, window px; the identity where no candidate was found
+    registered: Bool[Array, " B"]  # the ridges are the same ridges, as far as can be told
+    confidence: Float[Array, " B"]  # 0 … 1, that they are (`agreement.confidence`)
+    agreement: Float[Array, " B"]  # the score (`agreement.same_ridges`), 0 … 1; 0 without overlap
+    correlation: Float[Array, " B"]  # of the ridges, a mean over the overlap, 0 … 1
+    windows: Int[Array, " B"]  # that the overlap has
+    overlap: Float[Array, " B"]  # share of the smaller print that the other covers
+    deformation: Float[
+        Array, "B W W 2"
+    ]  # px at CHECK_PPI: print 0's content at q lies at similarity⁻¹(q + deformation)
+    count: Int[Array, " B"]  # inliers of the candidate
+    matches: Matches
+    inliers: Bool[Array, "B K"]
+    points0: Float[Array, "B K 2"]
+    points1: Float[Array, "B K 2"]
+
+
+def checked_registration(
+    aligner: Network, aligner_state: tuple, batch: dict, config: Settings
+) -> tuple[CheckedRegistration, Registration]:
+    """Module 1 on a batch of canvases, checked by the ridges at CHECK_PPI; and the registration by matches alone."""
+    views = plain_views(batch, config)
+    found = registration(aligner, aligner_state, views, config)
+    modes = robust_modes(
+        found.points0,
+        found.points1,
+        found.matches.valid,
+        config.alignment_samples,
+        config.inlier_radius * STRIDE,
+        CANDIDATES,
+        APART * RIDGE * config.input_ppi / CANVAS_PPI,
+    )
+    fine = checked_config(config)
+    image0, mask0, image1, mask1 = plain_views(batch, fine)
+    ridges0, ridges1 = (normalise(i, m, fine)[..., 0] for i, m in ((image0, mask0), (image1, mask1)))
+    similarities = at_ppi(modes.similarity, config, fine)
+    p0, p1 = (points_at_ppi(p, config, fine) for p in (found.points0, found.points1))
+    starts = jax.vmap(jax.vmap(from_residuals, (0, None, None, 0, None)), (0, 0, 0, 0, None))(
+        similarities, p0, p1, modes.inliers, fine.image_size // CELL - 1
+    )
+    possible = modes.count >= config.min_matches
+    agreed = jax.vmap(check)(ridges0, mask0, ridges1, mask1, similarities, possible, starts)
+    of_chosen = jax.vmap(lambda x, k: x[k])
+    count = of_chosen(modes.count, agreed.chosen)
+    some = count >= config.min_matches
+    similarity = jnp.where(some[:, None], of_chosen(modes.similarity, agreed.chosen), jnp.asarray(IDENTITY))
+    off = jnp.linalg.norm(apply_similarity(similarity, found.points0) - found.points1, axis=-1)
+    near = (of_chosen(modes.inliers, agreed.chosen) & (off < NEAR * STRIDE)).sum(-1)
+    score = same_ridges(agreed.score, near, agreed.windows, config.input_ppi)
+    checked = CheckedRegistration(
+        similarity,
+        registered(score),
+        confidence(score, agreed.overlap),
+        score,
+        agreed.score,
+        agreed.windows,
+        agreed.overlap,
+        agreed.field,
+        count,
+        found.matches,
+        of_chosen(modes.inliers, agreed.chosen),
+        found.points0,
+        found.points1,
+    )
+    return checked, found

@@ -15,9 +15,9 @@ from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
 from ifvit.errors import UserError
-from ifvit.models.networks import dense_network, match_network
+from ifvit.models.networks import Network, dense_network, match_network
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import registration
+from ifvit.pixels.registration import CheckedRegistration, checked_registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.answers import answers, registrations
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
@@ -25,7 +25,7 @@ from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 @dataclass(frozen=True)
 class Scorer:
-    """Module 1 (scores by its registered matches) or Module 2 (scores by the fusion)."""
+    """Module 1 (scores by the ridges that agree) or Module 2 (scores by the fusion)."""
 
     module: str
     config: MatchConfig | DenseConfig
@@ -94,7 +94,7 @@ class Scorer:
             state += (self.aligner or ({}, {}),)
         found = score_pairs(self._score, state, prints, pairs, batch_size)
         if self.module == "dense_reg":
-            found["score"] = found["matches"].astype(np.float64)
+            found["score"] = found["ridges"].astype(np.float64)
         elif self.fusion:
             found["score"] = self.fusion.score(found)
         else:
@@ -102,23 +102,33 @@ class Scorer:
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
 
-    def registration(self, prints: Prints, pair: Pair):
-        """Module 1's registration of one pair, on the host, and the two windows (S, S) it saw."""
+    @cached_property
+    def registers(self) -> tuple[Network, tuple[dict, dict]]:
+        """The Module 1 that registers, this one or the matcher's own, and its weights; UserError where there is none."""
         if self.module == "dense_reg":
-            net, state = dense_network(self.config), (self.params, self.batch_stats)
-        elif self.aligner:
-            net, state = self._aligner_network, self.aligner
-        else:
-            raise UserError("This matcher was trained without Module 1 and registers nothing; leave the picture out.")
+            return dense_network(self.config), (self.params, self.batch_stats)
+        if not self.aligner:
+            raise UserError(
+                "This matcher was trained without Module 1 and registers nothing; give Module 1's checkpoint."
+            )
+        return self._aligner_network, self.aligner
+
+    @cached_property
+    def _register(self):
+        net, config = self.registers[0], self.config
 
         @exact
         def run(state, batch):
-            views = plain_views(batch, self.config)
-            return views, registration(net, state, views, self.config)
+            views = plain_views(batch, config)
+            return views.image0, views.image1, checked_registration(net, state, batch, config)[0]
 
+        return jax.jit(run)
+
+    def registration(self, prints: Prints, pair: Pair) -> tuple[CheckedRegistration, np.ndarray, np.ndarray]:
+        """Module 1's registration of one pair, checked by the ridges, on the host, and the two windows (S, S) it saw."""
         batch, _ = next(fixed_batches(prints, [pair], 1))
-        views, found = jax.device_get(jax.jit(run)(state, batch))
-        return jax.tree.map(lambda x: x[0], found), views[0][0], views[2][0]
+        image0, image1, found = jax.device_get(self._register(self.registers[1], batch))
+        return jax.tree.map(lambda x: x[0], found), image0[0], image1[0]
 
     def picture(self, prints: Prints, pair: Pair, path: str | os.PathLike) -> None:
         """Draws both prints side by side, with inlier matches as lines coloured by confidence.
@@ -139,7 +149,7 @@ class Scorer:
             found.points0[keep],
             found.points1[keep],
             found.matches.confidence[keep],
-            f"{names[0]} – {names[1]}: {int(found.count)} matches",
+            f"{names[0]} – {names[1]}: {int(found.count)} matches, ridges agree to {found.agreement:.0%}",
         )
 
     @cached_property

@@ -17,18 +17,18 @@ from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import registration
+from ifvit.pixels.registration import checked_registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.rates import threshold_at_fmr
 
 
 def dense_scores(net: Network, config: Settings) -> Callable:
-    """Module 1: (params, batch_stats, batch) -> `matches`, the inliers of its robust fit, as the score too."""
+    """Module 1: (params, batch_stats, batch) -> `ridges`, how well they agree once registered, and `matches`, the inliers."""
 
     @exact
     def score(params, batch_stats, batch):
-        found = registration(net, (params, batch_stats), plain_views(batch, config), config)
-        return {"matches": found.count}
+        found, by_matches = checked_registration(net, (params, batch_stats), batch, config)
+        return {"ridges": found.agreement, "matches": by_matches.count}
 
     return score
 

@@ -1,0 +1,238 @@
+"""Do the ridges of two prints agree, once one is laid on the other?  From candidate similarities to a smooth deformation.
+
+Local normalised cross-correlation over the overlap chooses among the similarities that the matches allow; block matching
+(each window's best shift, smoothed over its neighbours) then lets the skin stretch. All of it at CHECK_PPI, where windows,
+shifts and smoothing are fixed shares of a ridge, whatever the networks see.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from ifvit.config import Settings
+from ifvit.constants import CANVAS_PPI
+from ifvit.pixels.geometry import apply_similarity, blur, exact, grid_points, invert_similarity, sample
+
+CHECK_PPI = 350.0  # here a ridge is 6.3 px wide: enough to see a shift of a sixth of it
+CELL = 8  # px: a window is two cells a side, 2.5 ridges, and there is one at every corner that four cells share
+REACH = 2  # px a window is moved by at most in one round: more than half a ridge would find the next one
+ROUNDS = 3
+GAIN = 0.01  # of the score: what betters it by less is no deformation
+STIFF = 2.0  # cells: the Gaussian that a deformation is smoothed with
+SEEN = 0.5  # share of a window that both prints cover, for the window to count
+FEW = 20.0  # windows: an overlap of so many can reach half of the full score
+NEAR = 0.625  # cells of the network: matches that lie as near to their similarity support it
+REGISTERED = 0.04  # score; tests/bench/agreement.py tells who passes
+LOGISTIC = (4.62, -4.42, 18.8)  # of log(score + 0.01), of the overlap, and the bias, fitted there
+
+
+def same_ridges(
+    correlated: Float[Array, " B"], near: Int[Array, " B"], windows: Int[Array, " B"], ppi: float
+) -> Float[Array, " B"]:
+    """The score that two prints show the same ridges: Agreement.score · √(near matches an area). 0 … 1, 0 without overlap.
+
+    Either factor alone errs where the other does not: on deformed skin, and where a flow of ridges is alike. Neither
+    grows with the area. `near` matches of a network at `ppi` are counted for the area that a cell has at CHECK_PPI.
+    """
+    density = near * (CHECK_PPI / ppi) ** 2 / (windows + FEW)
+    return correlated * jnp.sqrt(jnp.minimum(density, 1.0))
+
+
+def registered(score: Float[Array, " B"]) -> Bool[Array, " B"]:
+    """Whether the ridges are taken for the same: hardly one in a hundred pairs of different fingers passes."""
+    return score > REGISTERED
+
+
+def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[Array, " B"]:
+    """Probability that they are, were genuine and impostor pairs equally many: σ(s log(score + 0.01) + o overlap + bias).
+
+    The more two prints overlap, the more of their ridges should have agreed: o is negative.
+    """
+    slope, of_overlap, bias = LOGISTIC
+    return jax.nn.sigmoid(slope * jnp.log(score + 0.01) + of_overlap * overlap + bias)
+
+
+class Agreement(NamedTuple):
+    """How well print 0, laid on print 1, agrees with it; W windows a side, lengths in px at CHECK_PPI."""
+
+    score: Float[Array, " B"]  # Σ max(correlation, 0) / (windows + FEW): 0 … 1, 0 without overlap
+    windows: Int[Array, " B"]  # of the overlap
+    overlap: Float[Array, " B"]  # share of the smaller print that the other covers
+    chosen: Int[Array, " B"]  # which of the candidates
+    field: Float[Array, "B W W 2"]  # print 0's content at q lies at similarity⁻¹(q + field(q))
+    correlation: Float[Array, "B W W"]  # of each window, 0 where it is not in the overlap
+    before: Float[Array, " B"]  # the score before block matching
+
+
+def checked_config(config: Settings) -> Settings:
+    """The window of `config` at CHECK_PPI, no larger than the canvas."""
+    seen = min(config.image_size / config.input_ppi, config.canvas_size / CANVAS_PPI)  # inches
+    side = min(math.ceil(seen * CHECK_PPI / CELL) * CELL, 2048)  # of more a window may not be
+    return config.replace(input_ppi=CHECK_PPI, image_size=side)
+
+
+def points_at_ppi(p: Float[Array, "*B 2"], a: Settings, b: Settings) -> Float[Array, "*B 2"]:
+    """Points of the window of configuration a, in that of b: both are centred on the same spot of the canvas."""
+    return (p - (a.image_size - 1) / 2) * (b.input_ppi / a.input_ppi) + (b.image_size - 1) / 2
+
+
+def at_ppi(similarity: Float[Array, "*B 4"], a: Settings, b: Settings) -> Float[Array, "*B 4"]:
+    """A similarity between windows of configuration a, for those of b."""
+    middle_a, middle_b = (jnp.full((*similarity.shape[:-1], 1, 2), (c.image_size - 1) / 2) for c in (a, b))
+    there = points_at_ppi(apply_similarity(similarity, middle_a), a, b)
+    turn = similarity.at[..., 2:].set(0.0)
+    return turn.at[..., 2:].set((there - apply_similarity(turn, middle_b))[..., 0, :])
+
+
+def window_sums(x: Float[Array, "*B S S"]) -> Float[Array, "*B W W"]:
+    """Sums over windows of 2 × 2 cells, at every corner that four cells share: W = S/CELL − 1."""
+    *b, h, w = x.shape
+    rows = x.reshape(*b, h // CELL, CELL, w).sum(-2)
+    cells = rows.reshape(*b, h // CELL, w // CELL, CELL).sum(-1)
+    pairs = cells[..., :-1, :] + cells[..., 1:, :]
+    return pairs[..., :-1] + pairs[..., 1:]
+
+
+def correlation(
+    a: Float[Array, "*B S S"], b: Float[Array, "*B S S"], both: Float[Array, "*B S S"]
+) -> Float[Array, "*B W W"]:
+    """Normalised cross-correlation of each window, over the pixels of `both` (0 or 1): cov / √(var var) (Lewis 1995).
+
+    The variances have a floor of 0.02 (of normalised prints: 1), so that blank skin agrees with nothing.
+    """
+    n = jnp.maximum(window_sums(both), 1.0)
+    a, b = a * both, b * both
+    sa, sb, saa, sbb, sab = map(window_sums, (a, b, a * a, b * b, a * b))
+    va, vb = (jnp.maximum(s2 - s * s / n, 0.0) + 0.02 * n for s, s2 in ((sa, saa), (sb, sbb)))
+    return (sab - sa * sb / n) / jnp.sqrt(va * vb)
+
+
+def best_shifts(
+    a: Float[Array, "S S"], b: Float[Array, "S S"], both: Float[Array, "S S"]
+) -> tuple[Float[Array, "W W"], Float[Array, "W W 2"]]:
+    """Block matching: of every window of b the highest correlation with a moved by up to REACH px, and its shift (x, y).
+
+    The shift is the mean of all under softmax(10 · correlation): finer than a pixel, and none where none is better.
+    """
+    r = np.arange(-REACH, REACH + 1)
+    shifts = np.stack(np.meshgrid(r, r), -1).reshape(-1, 2)
+    size = a.shape[0]
+    a, b = a * both, b * both
+    n = window_sums(both)
+    scale = jax.lax.rsqrt((window_sums(a * a) + 0.02 * n + 1e-3) * (window_sums(b * b) + 0.02 * n + 1e-3))
+    wide = jnp.pad(a, REACH)
+
+    def one(carry, shift):
+        top, total, moved = carry
+        x = jax.lax.dynamic_slice(wide, (shift[1] + REACH, shift[0] + REACH), (size, size))
+        c = window_sums(x * b) * scale
+        w = jnp.exp(10.0 * c)  # correlations are at most about 1: no overflow
+        return (jnp.maximum(top, c), total + w, moved + w[..., None] * shift), None
+
+    zeros = jnp.zeros_like(n)
+    start = (zeros - 1.0, zeros, jnp.zeros((*n.shape, 2)))
+    (top, total, moved), _ = jax.lax.scan(one, start, jnp.asarray(shifts, jnp.int32))
+    return top, moved / total[..., None]
+
+
+@exact
+def dense_field(field: Float[Array, "W W 2"], size: int) -> Float[Array, "S S 2"]:
+    """A field on windows' centres, at every pixel: bilinear, constant beyond the outermost."""
+    n = field.shape[0]
+    u = np.clip((np.arange(size) + 0.5) / CELL - 1.0, 0, n - 1)
+    weights = jnp.asarray(np.maximum(0, 1 - np.abs(u[:, None] - np.arange(n))), jnp.float32)
+    return jnp.einsum("yi,ijc,xj->yxc", weights, field, weights, optimize=True)
+
+
+def smoothed(field: Float[Array, "W W 2"], weight: Float[Array, "W W"]) -> Float[Array, "W W 2"]:
+    """The weighted Gaussian mean over neighbours; it fades to 0 far from all that has weight."""
+    total = blur(weight, STIFF) + 1e-3
+    return jnp.moveaxis(blur(jnp.moveaxis(field * weight[..., None], -1, 0), STIFF) / total, 0, -1)
+
+
+def from_residuals(
+    similarity: Float[Array, "4"], p: Float[Array, "N 2"], q: Float[Array, "N 2"], inliers: Bool[Array, " N"], side: int
+) -> Float[Array, "side side 2"]:
+    """The smooth deformation that matches p → q leave to their similarity: what block matching starts from.
+
+    A Gaussian mean of their residuals about each window's centre (Nadaraya–Watson), as if two more matches had none.
+    """
+    centres = jnp.asarray(grid_points(side)) * CELL + CELL - 0.5
+    residual = apply_similarity(similarity, p) - q
+    near = jnp.exp(-0.5 * ((centres[:, None] - q[None]) ** 2).sum(-1) / (1.5 * STIFF * CELL) ** 2) * inliers
+    with jax.default_matmul_precision("highest"):
+        return (near @ residual / (near.sum(-1, keepdims=True) + 2.0)).reshape(side, side, 2)
+
+
+def warp(
+    image: Float[Array, "S S"], mask: Bool[Array, "S S"], similarity: Float[Array, "4"], field: Float[Array, "W W 2"]
+) -> tuple[Float[Array, "S S"], Float[Array, "S S"]]:
+    """Print 0 and its foreground (0 or 1, in blocks of half a cell) in the frame of print 1."""
+    size, block = image.shape[0], CELL // 2
+    xy = jnp.asarray(grid_points(size)) + dense_field(field, size).reshape(-1, 2)
+    xy = apply_similarity(invert_similarity(similarity), xy)
+    coarse = xy.reshape(size, size, 2)[block // 2 :: block, block // 2 :: block].reshape(-1, 2)
+    covered = (sample(mask.astype(jnp.float32), coarse, 0.0) > 0.5).astype(jnp.float32)
+    covered = covered.reshape(size // block, size // block).repeat(block, 0).repeat(block, 1)
+    return sample(image, xy, 0.0).reshape(size, size), covered
+
+
+def mean_agreement(correlation: Float[Array, "*B W W"], counts: Bool[Array, "*B W W"]) -> Float[Array, "*B"]:
+    """Σ max(correlation, 0) / (windows + FEW) over the windows that count."""
+    total = jnp.where(counts, jnp.maximum(correlation, 0.0), 0.0).sum((-2, -1))
+    return total / (counts.sum((-2, -1)) + FEW)
+
+
+def check(
+    image0: Float[Array, "S S"],
+    mask0: Bool[Array, "S S"],
+    image1: Float[Array, "S S"],
+    mask1: Bool[Array, "S S"],
+    similarities: Float[Array, "K 4"],
+    possible: Bool[Array, " K"],
+    starts: Float[Array, "K W W 2"],
+) -> Agreement:
+    """One pair of locally normalised prints: the candidate whose ridges agree best, and how they agree once deformed.
+
+    A candidate has a deformation that it starts with (`from_residuals`, or 0); what block matching adds is kept where the
+    ridges agree better for it. Only the `possible` candidates are looked at; where none is, nothing overlaps.
+    """
+    m1 = mask1.astype(jnp.float32) * possible.any()
+
+    def shares(both):
+        return window_sums(both) / (2 * CELL) ** 2 > SEEN
+
+    def candidate(similarity, start):
+        a, covered = warp(image0, mask0, similarity, start)
+        both = covered * m1
+        top, shift = best_shifts(a, image1, both)
+        return mean_agreement(top, shares(both)), correlation(a, image1, both), shares(both), both.sum(), top, shift
+
+    scores, *found = jax.vmap(candidate)(similarities, starts)
+    k = jnp.where(possible, scores, -1.0).argmax()
+    similarity, start, flat, use, common, top, shift = (x[k] for x in (similarities, starts, *found))
+    field = start
+    for n in range(ROUNDS):
+        field = smoothed(field + shift, jnp.clip(top, 0.0, 1.0) ** 2 * use + 1e-4)
+        a, covered = warp(image0, mask0, similarity, field)
+        if n + 1 < ROUNDS:
+            top, shift = best_shifts(a, image1, covered * m1)
+    both = covered * m1
+    bent, use_bent = correlation(a, image1, both), shares(both)
+    before, after = mean_agreement(flat, use), mean_agreement(bent, use_bent)
+    better = after > before + GAIN
+    use = jnp.where(better, use_bent, use)
+    smaller = jnp.minimum(mask0.sum() * (similarity[0] ** 2 + similarity[1] ** 2), mask1.sum())
+    return Agreement(
+        jnp.where(better, after, before),
+        use.sum(),
+        jnp.where(better, both.sum(), common) / jnp.maximum(smaller, 1.0),
+        k,
+        jnp.where(better, field, start),
+        jnp.where(use, jnp.where(better, bent, flat), 0.0),
+        before,
+    )

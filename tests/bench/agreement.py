@@ -1,0 +1,162 @@
+"""Which score of a registration tells fingers apart on sensors it has not seen, and where its threshold and confidence lie.
+
+Genuine and impostor pairs of each database are registered by a Module 1 that was trained on none of them. Printed are the
+EER and FMR100 of each score, a database a column; the share of either kind that `registered` passes; and the LOGISTIC of
+pixels/agreement.py: fitted to all databases, each of them and both kinds weighing the same, and how well it is calibrated
+on each database when fitted to the others.
+
+    python tests/bench/agreement.py --checkpoint CKPT --roots DIR [DIR …]
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from scipy.optimize import minimize
+
+from ifvit import cli
+from ifvit.data.loader import fixed_batches
+from ifvit.data.pairs import Pair
+from ifvit.data.prepare import prepare
+from ifvit.data.sources import read_roots
+from ifvit.devices.sharding import use_cpu_cores
+from ifvit.paths import cache_dir
+from ifvit.pixels.geometry import apply_similarity, exact
+from ifvit.pixels.registration import checked_registration
+from ifvit.scoring import rates
+from ifvit.scoring.scorer import Scorer
+
+
+@dataclass(frozen=True)
+class Args:
+    checkpoint: str
+    roots: tuple[str, ...]
+    genuine: int = 120  # pairs of a database, at most
+    impostor: int = 240
+    batch_size: int = 8
+    seed: int = 0
+
+
+def features(scorer: Scorer):
+    config, (net, state) = scorer.config, scorer.registers
+
+    @jax.jit
+    @exact
+    def of(batch):
+        found, by_matches = checked_registration(net, state, batch, config)
+        off = jnp.linalg.norm(apply_similarity(by_matches.similarity, by_matches.points0) - by_matches.points1, axis=-1)
+        return {
+            "matches": by_matches.count,
+            "within 5 px": ((off < 5) & by_matches.inliers).sum(1),
+            "agreement": found.agreement,
+            "correlation": found.correlation,
+            "overlap": found.overlap,
+            "windows": found.windows,
+            "registered": found.registered,
+        }
+
+    return of
+
+
+def drawn(prints, args: Args) -> list[Pair]:
+    """Pairs of impressions of one finger, and of different fingers."""
+    rng = np.random.default_rng(args.seed)
+    fingers: dict[tuple, list[int]] = {}
+    for i, p in enumerate(prints):
+        fingers.setdefault(p.identity, []).append(i)
+    genuine = [(i, j) for some in fingers.values() for n, i in enumerate(some) for j in some[n + 1 :]]
+    genuine = [genuine[k] for k in rng.permutation(len(genuine))[: args.genuine]]
+    some = list(fingers.values())
+    impostor = [rng.choice(len(some), 2, replace=False) for _ in range(args.impostor)]
+    impostor = [(int(rng.choice(some[a])), int(rng.choice(some[b]))) for a, b in impostor]
+    return [Pair(*p, True) for p in genuine] + [Pair(*p, False) for p in impostor]
+
+
+def scores(f: dict) -> dict[str, np.ndarray]:
+    """What is compared: the higher, the more one finger."""
+    return {
+        "matches": f["matches"].astype(float),
+        "within 5 px / √overlap": f["within 5 px"] / np.sqrt(np.maximum(f["windows"], 1)),
+        "correlation": f["correlation"].astype(float),
+        "correlation · log(1 + matches)": f["correlation"] * np.log1p(f["matches"]),
+        "correlation + 0.05 log(1 + matches)": f["correlation"] + 0.05 * np.log1p(f["matches"]),
+        "agreement": f["agreement"].astype(float),  # correlation · √(within 5 px / overlap)
+    }
+
+
+def inputs(f: dict) -> np.ndarray:
+    return np.stack([np.log(f["agreement"] + 0.01), f["overlap"], np.ones(len(f["agreement"]))], -1)
+
+
+def logistic(databases: list[dict]) -> np.ndarray:
+    """(slope of the score's logarithm, of the overlap, bias), fitted with a little ridge."""
+    x, y, w = [], [], []
+    for f in databases:
+        x.append(inputs(f))
+        y.append(f["genuine"])
+        w.append(np.where(f["genuine"], 0.5 / f["genuine"].sum(), 0.5 / (~f["genuine"]).sum()))
+    x, y, w = np.concatenate(x), np.concatenate(y).astype(float), np.concatenate(w) / len(databases)
+
+    def loss(theta):
+        z = x @ theta
+        return (w * (np.logaddexp(0, z) - y * z)).sum() + 1e-5 * (theta[:2] ** 2).sum()
+
+    return minimize(loss, np.zeros(3)).x
+
+
+def main(args: Args) -> None:
+    use_cpu_cores()
+    cli.use_compilation_cache(cache_dir() / "compiled")
+    scorer = Scorer.from_checkpoint(args.checkpoint)
+    of, databases = features(scorer), {}
+    for root in args.roots:
+        prints = prepare(
+            read_roots([root]), scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True
+        )
+        for name in sorted({p.database for p in prints.prints}):
+            mine = prints.subset([p for p in prints.prints if p.database == name])
+            pairs = drawn(mine.prints, args)
+            rows = [
+                {k: v[:n] for k, v in jax.device_get(of(b)).items()}
+                for b, n in fixed_batches(mine, pairs, args.batch_size)
+            ]
+            databases[name] = {k: np.concatenate([r[k] for r in rows]) for k in rows[0]}
+            databases[name]["genuine"] = np.array([p.genuine for p in pairs])
+    report(databases)
+
+
+def report(databases: dict[str, dict]) -> None:
+    print(f"{'EER / FMR100, %':36s}" + "".join(f"{d[:14]:>15s}" for d in databases) + f"{'mean':>15s} {'spread':>6s}")
+    table = {d: scores(f) for d, f in databases.items()}
+    for score in next(iter(table.values())):
+        found = []
+        for d, f in databases.items():
+            s, g = table[d][score], f["genuine"]
+            found.append([100 * rates.equal_error_rate(s[g], s[~g]), 100 * rates.fnmr_at_fmr(s[g], s[~g], 0.01)])
+        cells = [f"{e:.1f} / {m:.1f}" for e, m in [*found, np.mean(found, 0)]]
+        print(f"{score:36s}" + "".join(f"{c:>15s}" for c in cells) + f" {np.std([e for e, _ in found]):6.1f}")
+    for kind in (True, False):
+        shares = [f["registered"][f["genuine"] == kind].mean() for f in databases.values()]
+        print(f"{'registered, ' + ('genuine' if kind else 'impostor'):36s}" + "".join(f"{s:15.2%}" for s in shares))
+    print("LOGISTIC =", tuple(round(float(v), 2) for v in logistic(list(databases.values()))))
+    if len(databases) < 2:
+        return
+    said, right, weight = [], [], []
+    for left_out, f in databases.items():
+        theta = logistic([g for d, g in databases.items() if d != left_out])
+        said.append(1 / (1 + np.exp(-inputs(f) @ theta)))
+        right.append(f["genuine"])
+        weight.append(np.where(f["genuine"], 0.5 / f["genuine"].sum(), 0.5 / (~f["genuine"]).sum()))
+    said, right, weight = map(np.concatenate, (said, right, weight))
+    for low, high in ((0, 0.1), (0.1, 0.5), (0.5, 0.8), (0.8, 0.95), (0.95, 1.001)):
+        inside = (said >= low) & (said < high)
+        if inside.any():
+            share = np.average(right[inside], weights=weight[inside])
+            print(f"confidence {low:.2f} … {min(high, 1):.2f}: {inside.sum():5d} pairs, {share:.1%} are of one finger")
+
+
+if __name__ == "__main__":
+    cli.use_huge_pages()
+    main(tyro.cli(Args, use_underscores=True))
