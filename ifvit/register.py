@@ -51,7 +51,7 @@ class Args:
     pairs: str = ""
     """CSV with the columns a and b, instead of A and B: OUT/1, OUT/2, …, and OUT/registrations.csv"""
     ppi: float | Literal["auto"] | None = None
-    """resolution of all prints, whatever the files and their sets tell; `auto`: what these tell, unless the ridges tell another"""
+    """resolution of all prints, whatever files and sets tell; `auto`: what they tell, unless the ridges tell another"""
     ridges: Literal["dark", "light"] = "dark"
     """in the images; `light` of sensors that show them white on black"""
 
@@ -150,8 +150,8 @@ def _same_scale(a: "OnCanvas", b: "OnCanvas") -> None:
     periods = [ridge_period(p.canvas) for p in (a, b)]
     if all(periods) and max(periods) > WIDER * min(periods):
         raise UserError(
-            f"The ridges of {a.name} are {periods[0]:.1f} px apart at 500 ppi and those of {b.name} {periods[1]:.1f} px: one "
-            "of them is read at a wrong resolution; --ppi auto takes what the ridges tell."
+            f"The ridges of {a.name} are {periods[0]:.1f} px apart at 500 ppi and those of {b.name} {periods[1]:.1f} px: "
+            "one of them is read at a wrong resolution; --ppi auto takes what the ridges tell."
         )
 
 

@@ -1,8 +1,8 @@
-"""Do the ridges of two prints agree, once one is laid on the other?  From candidate similarities to a smooth deformation.
+"""Do the ridges of two prints agree, once one is laid on the other?
 
-Local normalised cross-correlation over the overlap chooses among the similarities that the matches allow; block matching
-(each window's best shift, smoothed over its neighbours) then lets the skin stretch. All of it at CHECK_PPI, where windows,
-shifts and smoothing are fixed shares of a ridge, whatever the networks see.
+Local normalised cross-correlation over the overlap chooses among the similarities that the matches allow. Block
+matching (each window's best shift, smoothed over its neighbours) then lets the skin stretch. All of it is done at
+CHECK_PPI, where windows, shifts and smoothing are fixed shares of a ridge, whatever the networks see.
 """
 
 import math
@@ -33,7 +33,7 @@ LOGISTIC = (4.62, -4.42, 18.8)  # of log(score + 0.01), of the overlap, and the 
 def same_ridges(
     correlated: Float[Array, " B"], near: Int[Array, " B"], windows: Int[Array, " B"], ppi: float
 ) -> Float[Array, " B"]:
-    """The score that two prints show the same ridges: Agreement.score · √(near matches an area). 0 … 1, 0 without overlap.
+    """The score that ridges are the same: Agreement.score · √(near matches an area). 0 … 1, 0 without overlap.
 
     Either factor alone errs where the other does not: on deformed skin, and where a flow of ridges is alike. Neither
     grows with the area. `near` matches of a network at `ppi` are counted for the area that a cell has at CHECK_PPI.
@@ -48,7 +48,7 @@ def registered(score: Float[Array, " B"]) -> Bool[Array, " B"]:
 
 
 def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[Array, " B"]:
-    """Probability that they are, were genuine and impostor pairs equally many: σ(s log(score + 0.01) + o overlap + bias).
+    """Probability that they are, with as many genuine pairs: σ(s log(score + 0.01) + o overlap + bias).
 
     The more two prints overlap, the more of their ridges should have agreed: o is negative.
     """
@@ -114,7 +114,7 @@ def correlation(
 def best_shifts(
     a: Float[Array, "S S"], b: Float[Array, "S S"], both: Float[Array, "S S"]
 ) -> tuple[Float[Array, "W W"], Float[Array, "W W 2"]]:
-    """Block matching: of every window of b the highest correlation with a moved by up to REACH px, and its shift (x, y).
+    """Block matching: each window's highest correlation with a moved by up to REACH px, and its shift (x, y).
 
     The shift is the mean of all under softmax(10 · correlation): finer than a pixel, and none where none is better.
     """
@@ -198,7 +198,7 @@ def check(
 ) -> Agreement:
     """One pair of locally normalised prints: the candidate whose ridges agree best, and how they agree once deformed.
 
-    A candidate has a deformation that it starts with (`from_residuals`, or 0); what block matching adds is kept where the
+    A candidate starts with a deformation (`from_residuals`, or 0). What block matching adds is kept where the
     ridges agree better for it. Only the `possible` candidates are looked at; where none is, nothing overlaps.
     """
     m1 = mask1.astype(jnp.float32) * possible.any()

@@ -94,8 +94,8 @@ def robust_modes(
 ) -> RobustFit:
     """The best `modes` consensuses of `robust_similarity` that lie apart, best first: fields (B modes …).
 
-    Two lie apart where they move the points of print 0 by more than `apart` px from one another, root mean square. Where
-    there are fewer, the rest have no inliers and the identity.
+    Two lie apart where they move the points of print 0 by more than `apart` px from one another, root mean square.
+    Where there are fewer, the rest have no inliers and the identity.
     """
 
     def one(p, q, valid):

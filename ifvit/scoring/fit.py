@@ -1,4 +1,4 @@
-"""A registration in the pixels of the prints' own pictures: similarity, matches, and the map that a picture is warped by."""
+"""A registration in the pixels of the prints' own pictures: similarity, matches, and the map of the warp."""
 
 from dataclasses import dataclass
 
@@ -47,7 +47,7 @@ class Fit:
     def warped(
         self, a: UInt8[np.ndarray, "Ha Wa"], shape: tuple[int, int]
     ) -> tuple[UInt8[np.ndarray, "H W"], Bool[np.ndarray, "H W"], Float[np.ndarray, "H W 2"]]:
-        """Picture a in the frame of picture b, of `shape` (height, width): its pixels, white beyond it; where it has some;
+        """Picture a in the frame of picture b, of `shape` (height, width): pixels, white beyond it; where it has some;
         and where in a each of them lies."""
         y, x = np.mgrid[: shape[0], : shape[1]]
         xy = self.back(np.stack([x, y], -1).reshape(-1, 2).astype(np.float64)).reshape(*shape, 2)

@@ -1,4 +1,4 @@
-"""Pictures of a registration, as arrays: the print that was warped, the grid that shows how, both prints in two colours."""
+"""Pictures of a registration, as arrays: the warped print, the grid that shows how, both prints in two colours."""
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8

@@ -104,7 +104,7 @@ class Scorer:
 
     @cached_property
     def registers(self) -> tuple[Network, tuple[dict, dict]]:
-        """The Module 1 that registers, this one or the matcher's own, and its weights; UserError where there is none."""
+        """The Module 1 that registers, this one or the matcher's own, with its weights. UserError without one."""
         if self.module == "dense_reg":
             return dense_network(self.config), (self.params, self.batch_stats)
         if not self.aligner:
@@ -125,7 +125,7 @@ class Scorer:
         return jax.jit(run)
 
     def registration(self, prints: Prints, pair: Pair) -> tuple[CheckedRegistration, np.ndarray, np.ndarray]:
-        """Module 1's registration of one pair, checked by the ridges, on the host, and the two windows (S, S) it saw."""
+        """Module 1's registration of one pair, checked by the ridges, and the two windows (S, S) it saw."""
         batch, _ = next(fixed_batches(prints, [pair], 1))
         image0, image1, found = jax.device_get(self._register(self.registers[1], batch))
         return jax.tree.map(lambda x: x[0], found), image0[0], image1[0]

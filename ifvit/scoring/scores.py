@@ -23,7 +23,7 @@ from ifvit.scoring.rates import threshold_at_fmr
 
 
 def dense_scores(net: Network, config: Settings) -> Callable:
-    """Module 1: (params, batch_stats, batch) -> `ridges`, how well they agree once registered, and `matches`, the inliers."""
+    """Module 1: (params, batch_stats, batch) -> `ridges`, how well they agree, and `matches`, the inliers."""
 
     @exact
     def score(params, batch_stats, batch):

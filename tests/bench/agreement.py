@@ -1,9 +1,9 @@
-"""Which score of a registration tells fingers apart on sensors it has not seen, and where its threshold and confidence lie.
+"""Which score of a registration tells fingers apart on sensors it has not seen, its threshold and its confidence.
 
-Genuine and impostor pairs of each database are registered by a Module 1 that was trained on none of them. Printed are the
-EER and FMR100 of each score, a database a column; the share of either kind that `registered` passes; and the LOGISTIC of
-pixels/agreement.py: fitted to all databases, each of them and both kinds weighing the same, and how well it is calibrated
-on each database when fitted to the others.
+Genuine and impostor pairs of each database are registered by a Module 1 that was trained on none of them. Printed are
+the EER and FMR100 of each score, a database a column; the share of either kind that `registered` passes; and the
+LOGISTIC of pixels/agreement.py: fitted to all databases, each of them and both kinds weighing the same, and how well
+it is calibrated on each database when fitted to the others.
 
     python tests/bench/agreement.py --checkpoint CKPT --roots DIR [DIR …]
 """

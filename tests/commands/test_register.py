@@ -52,7 +52,7 @@ def found(similarity=(1.0, 0.0, 0.0, 0.0), registered=True, bend=(0.0, 0.0), poi
 
 
 def test_matches_are_told_in_pixels_of_the_pictures():
-    """Window 31.5 is canvas 127.5. Picture a: (127.5 − 10 + ½) / 2 − ½ + 3 = 61.5 and (127.5 + 4 + ½) / 2 − ½ = 65.5."""
+    """Window 31.5 is canvas 127.5. Of a: (127.5 − 10 + ½) / 2 − ½ + 3 = 61.5 and (127.5 + 4 + ½) / 2 − ½ = 65.5."""
     a, b = Placement(cut=(3, 0), scale=2.0, shift=(10, -4)), Placement(cut=(0, 1), scale=1.0, shift=(-5, 7))
     told = fit(found(), a, b, CONFIG)
     np.testing.assert_allclose(told.xy_a, [(61.5, 65.5), (74.0, 65.5)])  # 10 px of the window are 25 of the canvas

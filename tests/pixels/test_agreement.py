@@ -98,7 +98,7 @@ def test_the_candidate_whose_ridges_agree_wins(genuine):
 
 
 def test_a_known_deformation_is_found_to_within_a_pixel_across_the_ridges(genuine):
-    """Along a ridge nothing tells how far the skin was stretched: what counts is the phase, a period of 6.3 px a turn."""
+    """Along a ridge nothing tells how far skin was stretched: the phase counts, a period of 6.3 px a turn."""
     field = np.asarray(dense_field(jnp.asarray(genuine.field), SIZE))
     x, y = moved(inverse(POSE), X + field[..., 0], Y + field[..., 1])
     off = phase(1, x, y) - phase(1, *moved(inverse(POSE), X + BEND[..., 0], Y + BEND[..., 1]))
@@ -179,7 +179,7 @@ def test_a_pair_does_not_depend_on_its_neighbours_in_the_batch():
 
 
 def test_the_score_is_a_correlation_times_the_root_of_the_matches_an_area():
-    """(0.8, 45 matches on 160 + 20 windows) at 350 ppi: 0.8 · √(45 / 180) = 0.4. A cell at 175 ppi has four times the area."""
+    """(0.8, 45 matches on 160 + 20 windows) at 350 ppi: 0.8 √(45 / 180) = 0.4. A cell at 175 ppi is four times as large."""
     score = same_ridges(jnp.full(3, 0.8), jnp.array([45, 0, 400]), jnp.full(3, 160), 350.0)
     np.testing.assert_allclose(score, [0.4, 0, 0.8], rtol=1e-6)
     np.testing.assert_allclose(
@@ -218,7 +218,7 @@ def test_a_window_is_four_cells():
 
 
 def test_a_similarity_is_told_in_the_window_of_another_resolution():
-    """128 px at 200 ppi are 224 px at 350: the pixel 0 begins at −½ in both, so 10 lies at 1.75 · 10.5 − 0.5 = 17.875."""
+    """128 px at 200 ppi are 224 px at 350: pixel 0 begins at −½ in both, so 10 lies at 1.75 · 10.5 − 0.5 = 17.875."""
     a = DenseConfig(**PRESETS["smoke"][0]).replace(image_size=128, canvas_size=512)
     b = checked_config(a)
     assert (b.input_ppi, b.image_size) == (350.0, 224)
@@ -245,7 +245,7 @@ def test_the_best_mode_is_the_robust_fit_and_the_next_one_is_what_others_agree_o
 
 
 def drawn_canvas(finger, pose=None):
-    """A canvas of 256 px at 500 ppi with the finger in a disc, ridges dark, 9 px apart; turned by `pose` (in px of it)."""
+    """A canvas of 256 px at 500 ppi: the finger in a disc, dark ridges 9 px apart, turned by `pose` (in its px)."""
     y, x = np.mgrid[:256, :256].astype(np.float64)
     inside = np.hypot(x - 128, y - 128) < 110
     at = (x, y) if pose is None else moved(inverse(pose), x, y)
