@@ -150,8 +150,8 @@ def _same_scale(a: "OnCanvas", b: "OnCanvas") -> None:
     periods = [ridge_period(p.canvas) for p in (a, b)]
     if all(periods) and max(periods) > WIDER * min(periods):
         raise UserError(
-            f"The ridges of {a.name} are {periods[0]:.1f} px apart at 500 ppi and those of {b.name} {periods[1]:.1f} px: "
-            "one of them is read at a wrong resolution; --ppi auto takes what the ridges tell."
+            f"The ridges of {a.name} are {periods[0]:.1f} px apart at 500 ppi and those of {b.name} "
+            f"{periods[1]:.1f} px: one of them is read at a wrong resolution; --ppi auto takes what the ridges tell."
         )
 
 
