@@ -179,7 +179,7 @@ def test_a_pair_does_not_depend_on_its_neighbours_in_the_batch():
 
 
 def test_the_score_is_a_correlation_times_the_root_of_the_matches_an_area():
-    """(0.8, 45 matches on 160 + 20 windows) at 350 ppi: 0.8 √(45 / 180) = 0.4. A cell at 175 ppi has four such areas."""
+    """(0.8, 45 matches on 160 + 20 windows) at 350 ppi: 0.8 √(45 / 180) = 0.4. A cell at 175 ppi has 4 such areas."""
     score = same_ridges(jnp.full(3, 0.8), jnp.array([45, 0, 400]), jnp.full(3, 160), 350.0)
     np.testing.assert_allclose(score, [0.4, 0, 0.8], rtol=1e-6)
     np.testing.assert_allclose(
