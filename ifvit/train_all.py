@@ -102,7 +102,7 @@ class Args(TrainArgs):
 
     def _search(self) -> int:
         """The sweep, in a process of its own: it must not hold the accelerators of this one. Its exit code."""
-        from tune.__main__ import PARENT
+        from tune.folder import PARENT
 
         flags = {
             "preset": self.preset,

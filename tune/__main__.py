@@ -3,18 +3,10 @@
 python -m tune --module both --num_samples 24 --dataset_root DIR
 """
 
-import contextlib
-import dataclasses
-import fcntl
-import hashlib
-import json
 import math
 import os
-import signal
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -22,17 +14,16 @@ from typing import ClassVar, Literal
 from cluster.host import ClusterError, Host
 from ifvit import cli
 from ifvit.commands import ConfigArgs, build_config, check_common, check_outlives_job, given, named_roots, tried
-from ifvit.config import Config, DenseConfig, MatchConfig, completed, config_of, keys_with, read_toml, with_changes
+from ifvit.config import Config, DenseConfig, config_of, keys_with, read_toml, with_changes
 from ifvit.errors import Failure, UserError
-from ifvit.fields import COMMON, FREE
-from ifvit.files import write_whole
+from ifvit.fields import COMMON
 from ifvit.paths import resolve
 from ifvit.training.watch import watch
 from tune import space as spaces
+from tune.campaign import modules1, summarise, to_its_end, with_module1
+from tune.folder import PARENT, alone_in, check_same_sweep, end_with, move_away, noted, write_best
 from tune.space import RUNS, Choice
 
-PARENT = "IFVIT_SWEEP_OF"  # environment variable: the process whose end also ends the sweep
-PATIENCE = 30.0  # seconds to wait for a sweep that is ending and still has the folder
 METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # the default metric, and whether more is better
 LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # parts of such metrics' names
 
@@ -138,14 +129,14 @@ class Args(ConfigArgs):
         from tune import sweep
 
         if parent := os.environ.pop(PARENT, ""):
-            threading.Thread(target=_end_with, args=(int(parent),), daemon=True).start()
+            threading.Thread(target=end_with, args=(int(parent),), daemon=True).start()
         out = Path(os.path.abspath(resolve(self.sweep_dir)))
         try:
             if self.resume == "never":
-                with _alone_in(out):
+                with alone_in(out):
                     if any(out.glob("*/sweep.json")):
-                        _move_away(out)
-            with _alone_in(out), session(**sweep.session_options()):
+                        move_away(out)
+            with alone_in(out), session(**sweep.session_options()):
                 self._sweeps(out, sweep.platform())
         except ClusterError as e:
             raise UserError(str(e)) from None
@@ -166,15 +157,15 @@ class Args(ConfigArgs):
             if name == "match":
                 if trained:
                     config = config.replace(dense_reg_ckpt=finished[0])
-                config = _with_module1(config, self.set)
+                config = with_module1(config, self.set)
                 if self.joint and len(finished) > 1:
                     space["dense_reg_ckpt"] = Choice(
                         tuple(finished), "Module 1 decides what can be aligned", in_turn=True
                     )
-                if trained and _noted(out / name).get("module1") not in (None, _modules1(config, space)):
+                if trained and noted(out / name).get("module1") not in (None, modules1(config, space)):
                     print(
                         "Module 1 is another one now: what was tried on the one before is moved to "
-                        f"{_move_away(out / name)}"
+                        f"{move_away(out / name)}"
                     )
             best[name], finished = self._sweep(name, config, space, out / name)
             trained[RUNS[name]] = finished[0]
@@ -183,7 +174,7 @@ class Args(ConfigArgs):
             best["dense"] = config_of(
                 DenseConfig, checkpoint.read_metadata(checkpoint.locate(trained["dense_reg"]))["config"]
             )
-        _write_best(out, best, trained, preset)
+        write_best(out, best, trained, preset)
         for name, path in trained.items():
             print(f"Module {1 if name == 'dense_reg' else 2} checkpoint: {path}")
         command = {"dense": "train_dense", "matcher": "train_match", "both": "train_all"}[self.module]
@@ -242,7 +233,7 @@ class Args(ConfigArgs):
             warn_of_seen_fingers(base, module1, held_out)
         changing = frozenset(space) if pbt else frozenset()
         plan = Plan(name, base, str(out), metric, higher, changing, os.getcwd(), "", {}, watch=watch(self.tracker))
-        _check_same_sweep(out, plan, space, prints.digest())
+        check_same_sweep(out, plan, space, prints.digest())
         print(
             f"\n{name}: {samples} trial{'s' * (samples > 1)} of at most {epochs} epochs, {len(space)} settings",
             flush=True,
@@ -266,7 +257,7 @@ class Args(ConfigArgs):
         if not ends:
             raise Failure(f"No trial of {name} was trained to its end; their logs are in {out / 'trials'}.")
         best = ends[0]
-        summary = _summary(records, best, metric, plan)
+        summary = summarise(records, best, metric, plan)
         hint = results.what_next(best, space, base)
         results.write_csv(out / "trials.csv", records, space, metric)
         results.page(out / "index.html", f"Sweep of {name}", [*summary, hint], records, space, base, metric, higher)
@@ -275,210 +266,10 @@ class Args(ConfigArgs):
         )
         folders = [record.folder_of(out, r.number) for r in ends]
         if epochs < full.num_epochs:
-            best, folder = _to_its_end(plan, full, space, request, ends)
+            best, folder = to_its_end(plan, full, space, request, ends)
             folders = [folder]
         chosen = plan.config(best.values, best.number).replace(num_epochs=full.num_epochs)
         return chosen, [str(folder / f"{RUNS[name]}_ckpt") for folder in folders]
-
-
-def _with_module1(config: MatchConfig, given: tuple[str, ...]) -> MatchConfig:
-    """The configuration with the settings that Module 2 takes from its Module 1.
-
-    UserError where --set gives another value for one of them.
-    """
-    from ifvit.training.match import like_module1
-
-    found = like_module1(config)
-    for k in keys_with(COMMON):
-        if found[k] != config[k] and any(item.startswith((f"{k}=", f"match.{k}=")) for item in given):
-            raise UserError(
-                f"{k} is {found[k]} of Module 1 ({config.dense_reg_ckpt}), and --set gives Module 2 {config[k]}; "
-                "leave that out."
-            )
-    return found
-
-
-def _to_its_end(plan, full: Config, space: spaces.Space, request, ends: list):
-    """Trains the best trial for as long as the configuration says; where it fails, the next best.
-
-    Returns the trial and its run's folder. Failure where every trial fails.
-    """
-    from tune import record, sweep
-
-    folders = [Path(plan.folder, f"best_{r.number:03d}") for r in ends]
-    for best, folder in zip(ends, folders):
-        last = dataclasses.replace(plan, base=with_changes(full, best.values), folder=str(folder))
-        try:
-            sweep.run(last, space, dataclasses.replace(request, num_samples=1, scheduler="none"))
-            return best, record.folder_of(folder, 0)
-        except Failure:
-            end = record.read(folder, 0).end
-            print(
-                f"trial {best.number} fails when it is trained to its end: {end['reason'] if end else 'see its log'}",
-                flush=True,
-            )
-    for folder in folders:  # without this file the same command tries them again
-        (record.folder_of(folder, 0) / "ended.json").unlink(missing_ok=True)
-    raise Failure(
-        f"No trial of {plan.module} could be trained to its end; mend that, and the same command goes on. Their logs "
-        f"are in {plan.folder}/best_*/trials."
-    )
-
-
-def _summary(records, best, metric: str, plan) -> list[str]:
-    ends = [r.end["how"] for r in records if r.end]
-    first = records[0].last(metric)
-    full = max((r.steps for r in records if (r.end or {}).get("how") == "finished"), default=0)
-    # The steps that each trial would have taken to its end.
-    whole = {r.number: r.rows[-1]["step"] / r.epochs * plan.base.num_epochs for r in records if r.rows}
-    share = full and sum(r.steps / whole.get(r.number, full) for r in records) / len(records)
-    values = (
-        ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in best.values.items())
-        or "the configuration as it is"
-    )
-    lines = [
-        f"{len(records)} trials: " + ", ".join(f"{ends.count(h)} {h}" for h in ("finished", "stopped", "failed")),
-        f"best: trial {best.number}, {metric} {best.last(metric):.4g} after {best.epochs} epochs: {values}",
-    ]
-    # Population-based training has changed trial 0, which then does not have the configuration as it is.
-    if best.number != 0 and first is not None and not plan.changing:
-        lines.append(f"the configuration as it is: {metric} {first:.4g} after {records[0].epochs} epochs")
-    if full:
-        lines.append(f"{share:.0%} of the steps that all trials in full would take")
-    return lines
-
-
-def _modules1(config: MatchConfig, space: spaces.Space) -> list[str]:
-    """A short digest of each Module 1 of a sweep, which tells it from others.
-
-    It is made from the checkpoint's own digests, or from the whole file where Module 1 is a pickle.
-    """
-    from ifvit import checkpoint
-    from ifvit.training.match import module1_folder
-
-    def of(path: str) -> str:
-        if not path:
-            return "none"
-        found = module1_folder(config.replace(dense_reg_ckpt=path))
-        content = (
-            json.dumps(checkpoint.read_metadata(found)["digests"]).encode() if found.is_dir() else found.read_bytes()
-        )
-        return hashlib.sha256(content).hexdigest()[:16]
-
-    return [
-        of(path) for path in (space["dense_reg_ckpt"].values if "dense_reg_ckpt" in space else (config.dense_reg_ckpt,))
-    ]
-
-
-def _noted(out: Path) -> dict:
-    """The content of a folder's `sweep.json`; UserError where it is damaged."""
-    file = out / "sweep.json"
-    try:
-        return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    except ValueError:
-        raise UserError(f"{file} is damaged; give --resume never, or another --sweep_dir.") from None
-
-
-def _check_same_sweep(out: Path, plan, space, data: str) -> None:
-    """Writes `sweep.json`, which says what the sweep is. UserError where the folder holds another sweep.
-
-    `data`: digest of the prints.
-    """
-    free = keys_with(FREE)
-
-    base = {k: v for k, v in plan.base.to_dict().items() if k not in free}
-    ours = json.loads(
-        json.dumps(
-            {
-                "metric": plan.metric,
-                "configuration": base,
-                "data": data,
-                "module1": _modules1(plan.base, space) if plan.module == "match" else [],
-                "space": {k: {**dataclasses.asdict(p), "why": ""} for k, p in space.items()},
-            }
-        )
-    )
-    if theirs := _noted(out):
-        theirs["configuration"] = {
-            k: v for k, v in completed(type(plan.base), theirs["configuration"]).items() if k not in free
-        }
-        for part in ("configuration", "space"):
-            for key in ours[part].keys() | theirs[part].keys():
-                if ours[part].get(key) != theirs[part].get(key):
-                    raise UserError(
-                        f"{out} holds a sweep with another {part}: {key} was {theirs[part].get(key)}, and is "
-                        f"{ours[part].get(key)}. Give the same, or --resume never, or another --sweep_dir."
-                    )
-        if ours["metric"] != theirs["metric"]:
-            raise UserError(
-                f"{out} holds a sweep by the metric {theirs['metric']}; give the same, or another --sweep_dir."
-            )
-        for part, what in (("data", "other prints"), ("module1", "another Module 1")):
-            if theirs.get(part) != ours[part]:
-                raise UserError(
-                    f"{out} holds a sweep on {what}; give the same, or --resume never, or another --sweep_dir."
-                )
-        return
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(out / "sweep.json", json.dumps(ours, indent=1) + "\n")
-
-
-def _write_best(out: Path, best: dict[str, Config], trained: dict[str, str], preset: str) -> None:
-    """Writes best.toml and best.json, with what an earlier sweep in this folder has found for the other module."""
-    from tune import results
-    from tune.record import read_all
-
-    if (out / "best.toml").exists() and (out / "best.json").exists():
-        found = {
-            name: config_of(spaces.CONFIGS[name], table) for name, table in read_toml(str(out / "best.toml")).items()
-        }
-        best, trained, new = found | best, json.loads((out / "best.json").read_text(encoding="utf-8")) | trained, best
-        if len(best) > len(new) and (other := [k for k in keys_with(COMMON) if best["dense"][k] != best["match"][k]]):
-            (old,) = best.keys() - new.keys()
-            print(
-                f"What was found for {old} before goes with another {other[0]}: it is left out of {out / 'best.toml'}."
-            )
-            best.pop(old), trained.pop(RUNS[old], None)
-        best, trained = (
-            {name: table[name] for name in order if name in table}
-            for table, order in ((best, RUNS), (trained, RUNS.values()))
-        )
-    searched = {name: {k for r in read_all(out / name) for k in r.values} for name in best}
-    header = [f"The best of a sweep from preset {preset}; --config of every training command."]
-    write_whole(out / "best.toml", results.best_toml(best, searched, header))
-    write_whole(out / "best.json", json.dumps(trained, indent=1))
-
-
-def _move_away(out: Path) -> Path:
-    """Gives a sweep's folder another name, and returns that."""
-    number = next(n for n in range(1, 10**6) if not out.with_name(f"{out.name}_before_{n}").exists())
-    return out.rename(out.with_name(f"{out.name}_before_{number}"))
-
-
-@contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """A block in which this process alone has a sweep's folder. UserError where another one has it and does not end."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / "lock").open("ab") as file:
-        until = time.monotonic() + PATIENCE
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise UserError(
-                        f"Another sweep is running in {out}; wait for its end, or give another --sweep_dir."
-                    ) from None
-                time.sleep(0.5)
-        yield
-
-
-def _end_with(parent: int) -> None:
-    """Sends SIGTERM to this process when the process that started it is gone."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

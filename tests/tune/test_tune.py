@@ -21,7 +21,8 @@ from ifvit.errors import Failure, Interrupted, UserError
 from ifvit.fields import HOST, OWN, PROGRAM, SCALAR, use_of
 from ifvit.training.dense import dense_program
 from tune import record, results, space, sweep, trial
-from tune.__main__ import Args, _with_module1
+from tune.__main__ import Args
+from tune.campaign import with_module1
 from tune.samples import Optuna, Random, Samples
 from tune.space import Choice, Range
 from tune.trial import Loop, Plan
@@ -467,7 +468,7 @@ def test_a_population_that_goes_on_from_epochs_of_an_earlier_attempt_goes_on_to_
 
 
 def test_where_the_best_trial_fails_when_trained_to_its_end_the_next_is_taken(monkeypatch, tmp_path, capsys):
-    from tune import __main__ as command
+    from tune import campaign as command
 
     for n in range(3):
         ended(tmp_path, n, {"noise": n / 10}, [0.5 + n / 10])
@@ -481,12 +482,12 @@ def test_where_the_best_trial_fails_when_trained_to_its_end_the_next_is_taken(mo
 
     full, request = BASE["dense"].replace(num_epochs=20), sweep.Request(3)
     monkeypatch.setattr(sweep, "run", run)
-    best, folder = command._to_its_end(plan(tmp_path), full, {}, request, ends)
+    best, folder = command.to_its_end(plan(tmp_path), full, {}, request, ends)
     assert best.number == 1 and folder == tmp_path / "best_001/trials/000"
     assert capsys.readouterr().out == "trial 2 fails when it is trained to its end: loss is nan\n"
     monkeypatch.setattr(sweep, "run", lambda *args: run(*args, good=()))
     with pytest.raises(Failure, match="the same command goes on"):
-        command._to_its_end(plan(tmp_path), full, {}, request, ends)
+        command.to_its_end(plan(tmp_path), full, {}, request, ends)
     assert not list(tmp_path.glob("best_*/trials/000/ended.json"))
 
 
@@ -721,21 +722,21 @@ def test_trials_csv_and_the_page_have_every_trial(tmp_path):
 
 
 def test_another_sweep_in_the_same_folder_is_a_mistake_that_names_the_setting(tmp_path):
-    from tune.__main__ import _check_same_sweep
+    from tune.folder import check_same_sweep
 
     found = space.space_for("dense", BASE["dense"])
-    _check_same_sweep(tmp_path, plan(tmp_path), found, "prints")
-    _check_same_sweep(tmp_path, plan(tmp_path), found, "prints")
+    check_same_sweep(tmp_path, plan(tmp_path), found, "prints")
+    check_same_sweep(tmp_path, plan(tmp_path), found, "prints")
     with pytest.raises(UserError, match="another configuration: val_pairs was 8, and is 9"):
-        _check_same_sweep(tmp_path, plan(tmp_path, BASE["dense"].replace(num_epochs=9, val_pairs=9)), found, "prints")
+        check_same_sweep(tmp_path, plan(tmp_path, BASE["dense"].replace(num_epochs=9, val_pairs=9)), found, "prints")
     with pytest.raises(UserError, match="another space: noise"):
-        _check_same_sweep(tmp_path, plan(tmp_path), found | {"noise": Range(0, 1)}, "prints")
+        check_same_sweep(tmp_path, plan(tmp_path), found | {"noise": Range(0, 1)}, "prints")
     with pytest.raises(UserError, match="a sweep on other prints"):
-        _check_same_sweep(tmp_path, plan(tmp_path), found, "others")
+        check_same_sweep(tmp_path, plan(tmp_path), found, "others")
 
 
 def test_a_sweep_on_another_module_1_is_another_sweep(tmp_path):
-    from tune.__main__ import _check_same_sweep
+    from tune.folder import check_same_sweep
 
     for name in "ab":
         (tmp_path / f"{name}.pkl").write_bytes(name.encode())
@@ -743,31 +744,31 @@ def test_a_sweep_on_another_module_1_is_another_sweep(tmp_path):
         plan(tmp_path), module="match", base=BASE["match"].replace(dense_reg_ckpt=str(tmp_path / f"{name}.pkl"))
     )
     assert on("a").config({}, 0).batch_size == 4  # a pickle tells nothing of what both modules have in common
-    _check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
-    _check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
+    check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
+    check_same_sweep(tmp_path / "sweep", on("a"), {}, "prints")
     with pytest.raises(UserError, match="a sweep on another Module 1"):
-        _check_same_sweep(tmp_path / "sweep", on("b"), {}, "prints")
+        check_same_sweep(tmp_path / "sweep", on("b"), {}, "prints")
 
 
 def test_trials_that_failed_before_their_first_step_are_no_end_of_the_summary(tmp_path):
-    from tune.__main__ import _summary
+    from tune.campaign import summarise
 
     ended(tmp_path, 0, {}, [0.1] * 9)
     ended(tmp_path, 1, {}, [0.1], "stopped")
     ended(tmp_path, 2, {}, [], "failed", "loss is nan at step 1")
     records = record.read_all(tmp_path)
     assert (
-        _summary(records, records[0], "accuracy", plan(tmp_path))[-1]
+        summarise(records, records[0], "accuracy", plan(tmp_path))[-1]
         == "37% of the steps that all trials in full would take"
     )
 
 
 def test_the_best_of_the_other_module_stays_in_the_same_folder(tmp_path):
-    from tune.__main__ import _write_best
+    from tune.folder import write_best
 
     dense, match = BASE["dense"].replace(learning_rate=0.007), BASE["match"].replace(enhance=False)
-    _write_best(tmp_path, {"match": match}, {"matcher": "m"}, "smoke")
-    _write_best(tmp_path, {"dense": dense}, {"dense_reg": "d"}, "smoke")
+    write_best(tmp_path, {"match": match}, {"matcher": "m"}, "smoke")
+    write_best(tmp_path, {"dense": dense}, {"dense_reg": "d"}, "smoke")
     found = tomllib.loads((tmp_path / "best.toml").read_text())
     assert (
         list(found) == ["dense", "match"]
@@ -778,26 +779,26 @@ def test_the_best_of_the_other_module_stays_in_the_same_folder(tmp_path):
 
 
 def test_a_best_that_does_not_go_with_the_other_modules_replaces_it(tmp_path, capsys):
-    from tune.__main__ import _write_best
+    from tune.folder import write_best
 
-    _write_best(tmp_path, dict(BASE), {"dense_reg": "d", "matcher": "m"}, "smoke")
-    _write_best(tmp_path, {"dense": BASE["dense"].replace(transformer_width=32)}, {"dense_reg": "e"}, "smoke")
+    write_best(tmp_path, dict(BASE), {"dense_reg": "d", "matcher": "m"}, "smoke")
+    write_best(tmp_path, {"dense": BASE["dense"].replace(transformer_width=32)}, {"dense_reg": "e"}, "smoke")
     assert list(tomllib.loads((tmp_path / "best.toml").read_text())) == ["dense"]
     assert json.loads((tmp_path / "best.json").read_text()) == {"dense_reg": "e"}
     assert "match before goes with another transformer_width" in capsys.readouterr().out
 
 
 def test_a_folder_is_one_sweeps_at_a_time(tmp_path, monkeypatch):
-    from tune import __main__ as command
+    from tune import folder as command
 
     monkeypatch.setattr(command, "PATIENCE", 0.1)
     with (
-        command._alone_in(tmp_path / "sweep"),
+        command.alone_in(tmp_path / "sweep"),
         pytest.raises(UserError, match="Another sweep is running in"),
-        command._alone_in(tmp_path / "sweep"),
+        command.alone_in(tmp_path / "sweep"),
     ):
         pass
-    with command._alone_in(tmp_path / "sweep"):
+    with command.alone_in(tmp_path / "sweep"):
         pass
 
 
@@ -870,6 +871,6 @@ def test_a_flag_that_a_search_could_not_heed_is_refused(words, command, tmp_path
 
 def test_what_module_2_has_in_common_with_its_module_1_cannot_be_set_for_it_alone(module1):
     config = BASE["match"].replace(dense_reg_ckpt=str(module1.path), transformer="siamese")
-    assert _with_module1(config, ()).transformer == BASE["dense"].transformer != "siamese"
+    assert with_module1(config, ()).transformer == BASE["dense"].transformer != "siamese"
     with pytest.raises(UserError, match="transformer is .* of Module 1 .* leave that out"):
-        _with_module1(config, ("match.transformer=siamese",))
+        with_module1(config, ("match.transformer=siamese",))
