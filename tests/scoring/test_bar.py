@@ -79,7 +79,7 @@ def test_scoring_tells_each_batch_and_gives_all_scores_in_order(monkeypatch):
     found = score_pairs(
         lambda batch: {"score": batch["number"] + 0.5, "matches": batch["number"]},
         (),
-        Mock(PrintSet),
+        Mock(PrintSet, prints=()),
         10 * [Pair(0, 1, True)],
         4,
     )
