@@ -68,8 +68,6 @@ def test_a_trial_that_exploits_another_goes_on_from_its_parameters(tmp_path):
         "dense",
         "--scheduler",
         "pbt",
-        "--num_samples",
-        "4",
         "--preset",
         "smoke",
         "--num_samples",
