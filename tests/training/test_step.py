@@ -146,7 +146,7 @@ def test_the_processes_parts_of_a_batch_make_the_same_micro_batches(processes):
 
     seen = {}
     for p in range(processes):
-        source = PairSource(PrintSet((), (), "", ""), Numbers(), {}, 16, 3, 5, p, processes, 2)
+        source = PairSource(PrintSet((), (), ()), Numbers(), {}, 16, 3, 5, p, processes, 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("ifvit.data.loader.example", lambda prints, n, classes: n)
             mine = [source[i] for i in range(len(source))]
