@@ -261,7 +261,7 @@ def test_a_range_on_this_machine_alone_takes_what_it_has(cluster_of, asked, devi
 
 
 def test_fewer_workers_than_divide_the_batch_are_no_cluster_for_it(cluster_of, monkeypatch):
-    monkeypatch.setattr(on_ray, "session", lambda: contextlib.nullcontext(False))
+    monkeypatch.setattr(on_ray, "session", lambda cores: contextlib.nullcontext(False))
     job = lambda platform: Job(None, "job", (16,))
     cluster_of(*[node()] * 3)
     with pytest.raises(ClusterError, match="asks for 4 workers, 1 a host, .* there are 3 × 8 CPU"):
