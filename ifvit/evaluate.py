@@ -296,7 +296,7 @@ def print_table(result: dict) -> None:
     both = "eer_fvc" in result["macro"]
     print(
         f"{'database':20s}"
-        + "".join(f"{name + ' [95 %]':>21s}" for name in rates.values())
+        + "".join(f"{name + ' [95 %]':>23s}" for name in rates.values())
         + f" {'AUC':>7s} {'genuine':>8s} {'impostor':>9s}"
         + both * f" {'EER, FVC':>9s}"
     )
@@ -304,7 +304,7 @@ def print_table(result: dict) -> None:
         cells = (f"{row[k]:.2%} [{100 * row[f'{k}_ci'][0]:.1f}, {100 * row[f'{k}_ci'][1]:.1f}]" for k in rates)
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
         counts += f" {row['eer_fvc']:9.2%}" if both else ""
-        print((f"{name:20s}" + "".join(f"{cell:>21s}" for cell in cells) + f" {row['auc']:7.4f} {counts}").rstrip())
+        print((f"{name:20s}" + "".join(f"{cell:>23s}" for cell in cells) + f" {row['auc']:7.4f} {counts}").rstrip())
 
 
 if __name__ == "__main__":

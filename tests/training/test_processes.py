@@ -19,6 +19,7 @@ from ifvit.training.resume import lost
 pytestmark = pytest.mark.process
 WORKER = '''
 import dataclasses, json, os, shutil, sys
+from pathlib import Path
 import jax, pytest
 
 rank, port, folder, prints = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys.argv[4]

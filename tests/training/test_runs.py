@@ -449,11 +449,11 @@ def test_nan_stops_the_run_and_names_the_step(command, prints, tmp_path, monkeyp
 def test_train_all_ends_with_the_table_and_the_paths(pipeline):
     out = pipeline.said.out
     assert re.search(r"registration: \d+\.\d%", out)
-    tables = re.findall(r"database +EER +FMR100 +FMR1000 +AUC +genuine +impostor\n((?:.+%.+\n)+)", out)
+    tables = re.findall(r"database +EER.+ FMR100.+ FMR1000.+ ZeroFMR.+ AUC +genuine +impostor\n((?:.+%.+\n)+)", out)
     assert len(tables) == 2  # Module 1, Module 2
     for table in tables:
         assert [line.split()[0] for line in table.splitlines()] == ["synthetic", "macro"]
-        assert all(len(re.findall(r"\d+\.\d\d%", line)) == 3 for line in table.splitlines())
+        assert all(len(re.findall(r"\d+\.\d\d%", line)) == 4 for line in table.splitlines())
     printed = re.findall(r"^[^:\n]+: (/\S+)$", out[out.rindex("impostor") :], re.M)
     paths = {os.path.relpath(p, pipeline.folder) for p in printed}
     assert {
