@@ -36,7 +36,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 # What `fit` raises: `controller_failure`, `worker_failures`.
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-CHECKED = {"ray": "2.60", "jax": "0.10"}
+CHECKED = {"ray": ("2.60",), "jax": ("0.10", "0.12")}
 
 NODE_ID_LABEL = ray._raylet.RAY_NODE_ID_KEY  # the label that keeps an actor on the driver's node
 # For `ray.init`: a Ray without a dashboard needs no metrics and no task events.

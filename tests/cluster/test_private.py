@@ -18,7 +18,7 @@ INSTALLED = f"ray {ray.__version__}, jax {jax.__version__}"
 def test_what_is_private_was_checked_on_the_installed_versions():
     for package, checked in private.CHECKED.items():
         version = {"ray": ray.__version__, "jax": jax.__version__}[package]
-        assert version.startswith(f"{checked}."), f"checked on {package} {checked}, installed are {INSTALLED}"
+        assert version.startswith(tuple(f"{v}." for v in checked)), f"checked on {package} {checked}: {INSTALLED}"
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,8 @@ def test_jaxs_cache_is_written_by_the_function_that_is_replaced(monkeypatch):
         "executable",
         "host_callbacks",
     ]
-    assert len(inspect.signature(before).parameters) == 6, INSTALLED
+    # JAX 0.10 hands over the callbacks to the host too, and newer ones do not.
+    assert len(inspect.signature(before).parameters) == (6 if jax.__version__.startswith("0.10.") else 5), INSTALLED
     assert (
         callable(compilation_cache.put_executable_and_time) and config.persistent_cache_min_compile_time_secs.value >= 0
     )

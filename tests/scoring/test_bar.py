@@ -2,7 +2,6 @@
 
 import io
 import logging
-from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -79,7 +78,7 @@ def test_scoring_tells_each_batch_and_gives_all_scores_in_order(monkeypatch):
     found = score_pairs(
         lambda batch: {"score": batch["number"] + 0.5, "matches": batch["number"]},
         (),
-        Mock(PrintSet, prints=()),
+        PrintSet((), (), ()),
         10 * [Pair(0, 1, True)],
         4,
     )
