@@ -197,6 +197,9 @@ class DenseConfig(Config):
 
     checkpoint_dir: str = place("./checkpoints/dense_reg", roles={FREE, OWN})
     dense_loss: str = choice("focal", "focal", "nll")  # LoFTR's focal loss, or the negative log-likelihood
+    # share of genuine pairs made of two impressions, where it is known what skin lies where; the others show one print
+    # twice
+    impression_share: float = number(0.0, 0, 1, use=HOST, roles={LIVE})
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ifvit.data.impressions import Impressions
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints, PrintSet
 
@@ -29,7 +30,7 @@ class PairSource:
     """Grain's random-access source: the pairs of this process, from step `start` on.
 
     The global batch of step s holds the pairs s·B … s·B + B − 1, in `accumulate` micro-batches; process p of P
-    reads its P-th part of each.
+    reads its P-th part of each. With `impressions` an example has `map01` and `map10` too (`Impressions.maps`).
     """
 
     prints: PrintSet
@@ -41,6 +42,7 @@ class PairSource:
     process: int
     processes: int
     accumulate: int = 1
+    impressions: Impressions | None = None
 
     def __len__(self):
         return (self.stop - self.start) * self.batch_size // self.processes
@@ -49,7 +51,9 @@ class PairSource:
         local = self.batch_size // self.accumulate // self.processes
         micro, slot = divmod(int(i), local)
         n = self.start * self.batch_size + (micro * self.processes + self.process) * local + slot
-        return example(self.prints, self.pairs[n], self.classes)
+        pair = self.pairs[n]
+        row = example(self.prints, pair, self.classes)
+        return row | self.impressions.maps(pair.print0, pair.print1) if self.impressions else row
 
 
 def batches(source: PairSource, workers: int) -> Iterator[dict[str, np.ndarray]]:

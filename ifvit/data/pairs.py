@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ifvit.data.impressions import Impressions
 from ifvit.data.sources import SYNTHETIC, Print
 
 
@@ -66,15 +67,24 @@ class _Pools:
 
 @dataclass(frozen=True)
 class DensePairs(_Pools):
-    """Module 1: the same print twice (two views are made of it on the device), or two fingers' prints."""
+    """Module 1: a print twice (two views are made of it on the device), or two fingers' prints.
+
+    Where `impressions` tells of others of the finger that are mapped to the print, `impression_share` of the genuine
+    pairs have one of these as their second print.
+    """
+
+    impression_share: float = 0.0
+    impressions: Impressions | None = None
 
     def __getitem__(self, n: int) -> Pair:
         rng = np.random.default_rng([self.seed, 1, n])
         pool = self.pool(rng)
         if rng.random() < self.impostor_share:
             return pool.impostor(rng)
-        impressions = pool.impressions[rng.integers(len(pool))]
-        i = int(rng.choice(impressions))
+        finger = pool.impressions[rng.integers(len(pool))]
+        i = int(rng.choice(finger))
+        if self.impressions and rng.random() < self.impression_share and (others := self.impressions.mapped(i, finger)):
+            return Pair(i, int(rng.choice(others)), True)
         return Pair(i, i, True)
 
 

@@ -29,6 +29,7 @@ from ifvit.data.canvases import writing_to
 from ifvit.files import whole
 
 VERSION = 2  # part of the cache's name: raise it whenever any picture changes
+_FOLDER = f"synthetic_v{VERSION}_"
 PPI = 500
 BYTES = 50_000  # of an impression's file, at least; most have more
 PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
@@ -139,7 +140,7 @@ def master_finger(seed: int, finger: int) -> MasterFinger:
     return MasterFinger(ridges, mask, kind, *fields, *_skin(_rng(seed, finger, _SKIN), ridges))
 
 
-def true_map(master: MasterFinger, seed: int, finger: int, impression: int) -> np.ndarray:
+def true_map(seed: int, finger: int, impression: int) -> np.ndarray:
     """(H, W, 2) float32: the master-frame (x, y), px, that each pixel of the impression shows."""
     return np.stack(_place(seed, finger, impression)[:2], axis=-1)
 
@@ -180,7 +181,7 @@ def prints(seed: int, fingers: int, impressions: int, cache_dir: str | os.PathLi
     They lie in cache_dir/synthetic_v{VERSION}_{seed}/{finger}_{impression}.png; those there, and whole, are used.
     UserError where the cache cannot be written.
     """
-    folder = Path(cache_dir) / f"synthetic_v{VERSION}_{seed}"
+    folder = Path(cache_dir) / f"{_FOLDER}{seed}"
     paths = {f: [folder / f"{f}_{i}.png" for i in range(1, impressions + 1)] for f in range(1, fingers + 1)}
     job = functools.partial(_write_finger, seed)
     missing = [(f, files) for f, files in paths.items() if not all(map(_whole, files))]
@@ -195,6 +196,13 @@ def prints(seed: int, fingers: int, impressions: int, cache_dir: str | os.PathLi
             with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
                 list(pool.map(job, missing))
     return sum(paths.values(), [])
+
+
+def numbers(path: str | os.PathLike) -> tuple[int, int, int]:
+    """Seed, finger and impression of a file that `prints` has made."""
+    path = Path(path)
+    finger, impression = path.stem.split("_")
+    return int(path.parent.name.removeprefix(_FOLDER)), int(finger), int(impression)
 
 
 def _whole(path: Path) -> bool:

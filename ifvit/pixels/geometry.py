@@ -164,6 +164,16 @@ def sample(image: Float[Array, "H W"], xy: Float[Array, "N 2"], fill: float | Fl
     return value + fill
 
 
+def through_map(grid: Float[Array, "G G 2"], p: Float[Array, "N 2"], step: float) -> Float[Array, "N 2"]:
+    """Where a map takes points that is known at every `step` px from (0, 0) on: bilinear, and so on beyond the grid."""
+    last = grid.shape[0] - 2
+    x, y = jnp.moveaxis(p / step, -1, 0)
+    column, row = (jnp.clip(jnp.floor(v), 0, last).astype(jnp.int32) for v in (x, y))
+    x, y = (x - column)[:, None], (y - row)[:, None]
+    above, below = (grid[r, column] + x * (grid[r, column + 1] - grid[r, column]) for r in (row, row + 1))
+    return above + y * (below - above)
+
+
 @exact
 def blur(images: Float[Array, "*B H W"], sigma: float) -> Float[Array, "*B H W"]:
     """Gaussian blur, zero outside: two products with banded matrices, fast on every backend."""

@@ -1,7 +1,8 @@
 """Prints on the device: poses and distortion, what the networks see, and the truth between two views.
 
 Everything here is per print, under `vmap`, inside the jitted step. A view maps each of its pixels
-to the 500 ppi canvas analytically, so that the truth between two views of a print is exact.
+to the 500 ppi canvas analytically, so that the truth between two views of a print is exact. Two impressions of a
+finger come with maps between their canvases.
 """
 
 import math
@@ -12,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from ifvit.config import Settings
-from ifvit.constants import CANVAS_PPI, MASK_CELL, RIDGE, STRIDE
+from ifvit.constants import CANVAS_PPI, MAP_STEP, MASK_CELL, RIDGE, STRIDE
 from ifvit.models.cells import cell_mask
 from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.pixels.corruption import corrupt
-from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample
+from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample, through_map
 
 MODES = 5  # sine modes of a distortion field
 
@@ -101,20 +102,32 @@ def take_view(
     return pixels.reshape(size, size), inside.reshape(size, size)
 
 
-def truth(view0: View, view1: View, m0: Bool[Array, " L"], m1: Bool[Array, " L"], config: Settings) -> Int[Array, " L"]:
-    """Labels of `losses`: cell centres of either view warped to the other, mutual nearest cells match."""
+def truth(
+    view0: View,
+    view1: View,
+    m0: Bool[Array, " L"],
+    m1: Bool[Array, " L"],
+    config: Settings,
+    maps: tuple[Float[Array, "G G 2"], Float[Array, "G G 2"]] | None = None,
+) -> Int[Array, " L"]:
+    """Labels of `losses`: cell centres of either view warped to the other, mutual nearest cells match.
+
+    `maps`: from canvas 0 to canvas 1 and back (`data.impressions`); None where both views are of one canvas.
+    """
     size, side = config.image_size, config.image_size // STRIDE
     centres = jnp.asarray(cell_centres(size, STRIDE))
 
-    def nearest(source, target, mask):
-        q = to_view(target, to_canvas(source, centres, size), size)
+    def nearest(source, target, mask, between):
+        p = to_canvas(source, centres, size)
+        q = to_view(target, p if between is None else through_map(between, p, MAP_STEP), size)
         cell = jnp.round((q - (STRIDE - 1) / 2) / STRIDE).astype(jnp.int32)
         inside = ((cell >= 0) & (cell < side)).all(-1)
         index = jnp.where(inside, cell[:, 1] * side + cell[:, 0], 0)
         return index, inside & mask[index]
 
-    j, seen = nearest(view0, view1, m1)
-    i, back = nearest(view1, view0, m0)
+    map01, map10 = maps or (None, None)
+    j, seen = nearest(view0, view1, m1, map01)
+    i, back = nearest(view1, view0, m0, map10)
     mutual = seen & back[j] & (i[j] == jnp.arange(side * side))
     return jnp.where(~m0, IGNORE, jnp.where(mutual, j, jnp.where(seen, IGNORE, NO_MATCH)))
 
@@ -145,16 +158,19 @@ class DensePair(NamedTuple):
 
 
 def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePair:
-    """Module 1's input: two views of print a with their truth, or of a and b, where nothing matches.
+    """Module 1's input: two views of one finger with their truth, or of two fingers, where nothing matches.
 
     `keys` (B,); `batch` has `canvas0`, `canvas1` (B C C) uint8, `mask0`, `mask1` (B C/8 C/8) bool and
-    `genuine` (B,) bool; a genuine pair has the same print twice.
+    `genuine` (B,) bool. Without `map01`, `map10` (B G G 2) float32 in it a genuine pair has the same print twice; with
+    them it may have two impressions, and they map the canvases (`data.impressions`).
     """
     rotation = jnp.radians(config.rotation)
     # of view 0 and view 1: the second is turned, scaled, moved and corrupted more
     scale, shift, strength = (jnp.array(v) for v in ((0.03, 0.08), (10.0, 45.0), (0.6, 1.0)))
 
-    def one(key, canvases, masks, genuine):
+    maps = (batch["map01"], batch["map10"]) if "map01" in batch else None
+
+    def one(key, canvases, masks, genuine, maps):
         k_turn, k_views = jax.random.split(key)
         turn = jax.random.uniform(k_turn, (2,), minval=-1, maxval=1) * jnp.array([math.radians(15), rotation])
 
@@ -170,9 +186,9 @@ def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePa
         cells = cell_mask(m)
         view0, view1 = (jax.tree.map(lambda a, i=i: a[i], views) for i in (0, 1))
         none = jnp.where(cells[0], NO_MATCH, IGNORE)
-        return x, m, jnp.where(genuine, truth(view0, view1, *cells, config), none)
+        return x, m, jnp.where(genuine, truth(view0, view1, *cells, config, maps), none)
 
-    x, m, labels = jax.vmap(one)(keys, *_stacked(batch), batch["genuine"])
+    x, m, labels = jax.vmap(one)(keys, *_stacked(batch), batch["genuine"], maps)
     image0, image1 = (normalise(x[:, i], m[:, i], config) for i in (0, 1))
     return DensePair(image0, image1, m[:, 0], m[:, 1], labels)
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from ifvit import loftr
 from ifvit.config import Config, DenseConfig, Traced
+from ifvit.data.impressions import Impressions
 from ifvit.data.loader import PairSource, batches, fixed_batches
 from ifvit.data.pairs import DensePairs
 from ifvit.data.prepare import PrintSet
@@ -58,7 +59,15 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
     """
     program = dense_program(config.program())
     steps = steps_per_epoch(config, len(train))
-    pairs = DensePairs(train.prints, config.impostor_share, config.synthetic_share, config.seed)
+    impressions = mapped_impressions(config, train)
+    pairs = DensePairs(
+        train.prints,
+        config.impostor_share,
+        config.synthetic_share,
+        config.seed,
+        config.impression_share,
+        impressions,
+    )
     seen = validation or config
 
     def host_batches(first, last):
@@ -72,6 +81,7 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
             jax.process_index(),
             jax.process_count(),
             config.accumulate,
+            impressions,
         )
         return batches(source, config.input_workers)
 
@@ -110,6 +120,20 @@ def steps_per_epoch(config: Config, prints: int) -> int:
             f"--set pairs_per_epoch={config.batch_size}."
         )
     return wanted // config.batch_size
+
+
+def mapped_impressions(config: DenseConfig, train: PrintSet) -> Impressions | None:
+    """What is known of two impressions of a finger, where pairs are made of such; UserError where that is nothing."""
+    if not config.impression_share:
+        return None
+    found = Impressions(train.prints, config.canvas_size)
+    if not found.known:
+        raise UserError(
+            f"impression_share is {config.impression_share:g}, and of no finger are there two impressions of which is "
+            "known what skin lies where: that is known of generated prints. Give them a share (--set "
+            "synthetic_share=0.25) and two impressions, or leave impression_share out."
+        )
+    return found
 
 
 def with_scale(params: dict, config: Config) -> dict:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from ifvit.data.canvases import Files
+from ifvit.data.impressions import Impressions, canvas_points
 from ifvit.data.loader import PairSource, batches, example, fixed_batches
 from ifvit.data.pairs import DensePairs, MatchPairs, Pair, class_labels
 from ifvit.data.prepare import PrintSet
@@ -104,6 +105,45 @@ def test_generated_fingers_are_drawn_in_their_share_and_never_against_real_ones(
     assert make(only_made, 0.5, 0.0, 0)[0].print0 < 6  # where there are no others
 
 
+MADE = tuple(p for f in "123" for p in impressions(SYNTHETIC, f, 4)) + PRINTS
+KNOWN = Impressions(MADE, 64)
+
+
+@pytest.mark.parametrize("known", [None, KNOWN], ids=["nothing is mapped", "no share is asked for"])
+def test_without_a_share_of_two_impressions_module_1_has_the_pairs_that_it_had_before_there_were_such(known):
+    pairs = DensePairs(PRINTS, 0.3, 0.0, 7, 0.0, known)
+    fingers = {}
+    for i, p in enumerate(PRINTS):
+        fingers.setdefault(p.identity, []).append(i)
+    for n in range(300):
+        rng = np.random.default_rng([7, 1, n])
+        rng.random()  # whether generated
+        if rng.random() < 0.3:
+            assert not pairs[n].genuine
+            continue
+        i = int(rng.choice(list(fingers.values())[rng.integers(len(fingers))]))
+        assert pairs[n] == (i, i, True)
+
+
+def test_the_share_of_genuine_pairs_that_have_two_impressions_is_the_one_asked_for():
+    """Of generated fingers; of real ones no map is known, and they show one print twice."""
+    plain, pairs = DensePairs(MADE, 0.25, 0.5, 0), DensePairs(MADE, 0.25, 0.5, 0, 0.4, KNOWN)
+    made, seconds = [], Counter()
+    for n in range(4000):
+        before, (a, b, genuine) = plain[n], pairs[n]
+        if not genuine:
+            assert (a, b, genuine) == before
+            continue
+        assert a == before.print0 and MADE[a].identity == MADE[b].identity
+        if MADE[a].database == SYNTHETIC:
+            made.append(a != b)
+            seconds[a, b] += a != b
+        else:
+            assert a == b
+    assert np.mean(made) == pytest.approx(0.4, abs=3 * np.sqrt(0.4 * 0.6 / len(made)))
+    assert len(+seconds) == 3 * 4 * 3  # every ordered pair of a finger's impressions
+
+
 def plain_impostor(rng, fingers: dict) -> Pair:
     """As it was written first: the other fingers are listed, and one of the list is drawn."""
     identities = list(fingers)
@@ -191,6 +231,14 @@ def test_a_resume_reads_on_where_the_unbroken_run_does(print_set):
     whole, rest = source(print_set), source(print_set, start=3)
     assert len(rest) == 4
     assert content(rest[i] for i in range(4)) == content(whole[i] for i in range(12, 16))
+
+
+def test_where_impressions_are_mapped_every_example_has_maps(print_set):
+    reader = PairSource(print_set, KINDS[0](), {}, 4, 0, 1, 0, 1, 1, Impressions(PRINTS, 8))
+    assert {"map01", "map10"} == reader[0].keys() - source(print_set)[0].keys()
+    (batch,) = batches(reader, workers=0)
+    for name in ("map01", "map10"):
+        np.testing.assert_array_equal(batch[name], np.broadcast_to(canvas_points(8), (4, 2, 2, 2)))
 
 
 def test_grain_gives_the_same_batches_in_order(print_set):

@@ -64,7 +64,7 @@ def test_shapes_and_ranges(masters):
         for i in range(1, 4):
             picture = synthetic.impression(master, SEED, finger, i)
             assert picture.dtype == np.uint8 and max(picture.shape) <= 512
-            at = synthetic.true_map(master, SEED, finger, i)
+            at = synthetic.true_map(SEED, finger, i)
             assert at.shape == (*picture.shape, 2) and at.dtype == np.float32
 
 
@@ -73,7 +73,7 @@ def test_true_map_finds_the_ridges_of_the_impression(masters):
     for finger, master in masters.items():
         for i in range(1, 9):
             dark = -synthetic.impression(master, SEED, finger, i).astype(np.float64)
-            at = synthetic.true_map(master, SEED, finger, i)
+            at = synthetic.true_map(SEED, finger, i)
             order = [at[..., 1], at[..., 0]]
             ridges = ndimage.map_coordinates(master.ridges, order, order=1)
             detail = ndimage.gaussian_filter(dark, 1) - ndimage.gaussian_filter(dark, 8)
@@ -121,6 +121,7 @@ def test_prints_writes_what_impression_gives_and_reuses_it(tmp_path, masters, wo
     assert sorted(folder.iterdir()) == sorted(paths)
     for path in paths:
         finger, i = map(int, path.stem.split("_"))
+        assert synthetic.numbers(path) == (SEED, finger, i)
         with Image.open(path) as picture:
             expected = synthetic.impression(masters[finger], SEED, finger, i)
             assert np.array_equal(np.asarray(picture), expected)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ifvit.config import PRESETS, DenseConfig
+from ifvit.data.impressions import canvas_points
 from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.pixels import corruption, views
 from ifvit.pixels.corruption import corrupt
@@ -178,6 +179,47 @@ def test_mistake_8_labels_are_one_to_one_and_background_has_none(labels_between)
     np.testing.assert_array_equal(shifted[:, 13:], NO_MATCH)  # its place in view 1 is background: no match
 
 
+@pytest.fixture(scope="module")
+def labels_between_canvases():
+    run = quickly(lambda v0, v1, m0, m1, map01, map10: truth(v0, v1, m0, m1, WIDE, (map01, map10)))
+    return lambda v0, v1, map01, map10, m0=EVERYWHERE, m1=EVERYWHERE: np.asarray(run(v0, v1, m0, m1, map01, map10))
+
+
+SAME = canvas_points(256)
+
+
+def test_canvases_with_idle_maps_have_the_truth_of_one_canvas(labels_between, labels_between_canvases):
+    for k in range(4):
+        view0, view1 = (random_view(jax.random.key(2 * k + i), WIDE, jnp.float32(i), 0.08, 45.0) for i in (0, 1))
+        expected = labels_between(view0, view1).ravel()
+        labels = labels_between_canvases(view0, view1, SAME, SAME)
+        assert (labels != expected).mean() < 0.01 and (labels >= 0).sum() > 50  # points half way between two cells
+
+
+def test_skin_that_lies_elsewhere_on_the_other_canvas_matches_there(labels_between, labels_between_canvases):
+    """On canvas 1 all lies a quarter turn further about the middle, and 16 px lower: a view posed so sees the same."""
+    middle = SAME - 127.5
+    map01 = np.stack([-middle[..., 1], middle[..., 0]], axis=-1) + 127.5 + np.float32([0, 16])
+    lower = middle - np.float32([0, 16])
+    map10 = np.stack([lower[..., 1], -lower[..., 0]], axis=-1) + 127.5
+    view0, view1 = posed(12, 5, -3), posed(90 + 20, -7, 16 + 6)
+    # the same place on canvas 0: a quarter turn back
+    expected = labels_between(view0, posed(20, 6, 7)).ravel()
+    labels = labels_between_canvases(view0, view1, map01, map10)
+    assert (labels != expected).mean() < 0.01 and (labels >= 0).sum() > 100
+
+
+def test_skin_that_the_other_print_does_not_show_has_no_match(labels_between_canvases):
+    far = SAME + np.float32([64, 0])  # eight cells of view 1 further to the right
+    labels = labels_between_canvases(posed(), posed(), far, SAME - np.float32([64, 0])).reshape(SIDE, SIDE)
+    np.testing.assert_array_equal(labels[:, :8], CELLS[:, 8:])
+    np.testing.assert_array_equal(labels[:, 8:], NO_MATCH)
+    covered = CELLS.ravel() % SIDE >= 12  # view 1 shows its right quarter alone
+    labels = labels_between_canvases(posed(), posed(), far, SAME - np.float32([64, 0]), m1=covered)
+    np.testing.assert_array_equal(labels.reshape(SIDE, SIDE)[:, :4], NO_MATCH)
+    np.testing.assert_array_equal(labels.reshape(SIDE, SIDE)[:, 4:8], CELLS[:, 12:])
+
+
 # --- corruption -----------------------------------------------------------------------------------
 
 
@@ -284,6 +326,22 @@ def test_a_label_joins_foreground_cells_of_both_views(steps):
         cells0, cells1 = (m[0].reshape(8, 8, 8, 8).mean((1, 3)).ravel() >= 0.5 for m in (pair.mask0, pair.mask1))
         matched = pair.labels[0] >= 0
         assert cells0[matched].all() and cells1[pair.labels[0][matched]].all()
+
+
+def test_the_maps_of_a_batch_reach_the_truth_of_its_pairs(ridges_and_background, make_pair):
+    """Idle maps change no label. Maps that lead away leave nothing that matches, and no image changes."""
+    run = quickly(lambda keys, batch: dense_pair(keys, batch, SMOKE))
+    plain = make_pair(0)
+    same, away = (
+        run(pair_keys(0, 0, (2,)), ridges_and_background | {"map01": maps, "map10": maps})
+        for maps in (np.stack([SAME, SAME]), np.stack([SAME, SAME]) + np.float32(1000))
+    )
+    assert (same.labels != plain.labels).mean() < 0.02 and (same.labels[0] >= 0).any()
+    cells = plain.mask0[0].reshape(8, 8, 8, 8).mean((1, 3)).ravel() >= 0.5
+    np.testing.assert_array_equal(away.labels[0], np.where(cells, NO_MATCH, IGNORE))
+    np.testing.assert_array_equal(away.labels[1], plain.labels[1])
+    for pair in (same, away):
+        np.testing.assert_allclose(pair.image1, plain.image1, atol=1e-4)
 
 
 def test_keys_differ_between_pairs_steps_and_seeds():
