@@ -1,17 +1,33 @@
 """What sensors and fingers do to a print: noise, dryness, pressure, uneven and partial contact."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Key
 
 from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, RIDGE
 from ifvit.pixels.geometry import blur, local_normalise
 
 
+class Draws(NamedTuple):
+    """What chance adds to one print of S × S px: uniform numbers, and the normal ones of all noises."""
+
+    uniform: Float[Array, "12"]
+    normal: Float[Array, " N"]
+
+
+def draws(key: Key[Array, ""], config: Settings) -> Draws:
+    """One draw for all noises, as in `views.random_view`."""
+    k_uniform, k_normal = jax.random.split(key)
+    count = sum(n * n for n in _sides(config)) + config.image_size**2
+    return Draws(jax.random.uniform(k_uniform, (12,)), jax.random.normal(k_normal, (count,)))
+
+
 def corrupt(
-    key,
+    drawn: Draws,
     image: Float[Array, "S S"],
     mask: Bool[Array, "S S"],
     config: Settings,
@@ -23,10 +39,8 @@ def corrupt(
     """
     size = image.shape[0]
     ridge = RIDGE * config.input_ppi / CANVAS_PPI
-    k_uniform, k_normal = jax.random.split(key)
-    u = jax.random.uniform(k_uniform, (12,))
-    octaves = [0.6 * ridge, 1.5 * ridge, 4 * ridge, 0.3 * ridge, 3 * ridge, 4 * ridge]
-    perlin0, perlin1, perlin2, pores, contrast, ragged, white = _noises(k_normal, size, octaves)
+    u = drawn.uniform
+    perlin0, perlin1, perlin2, pores, contrast, ragged, white = _noises(drawn.normal, config)
     x = local_normalise(image, mask, 2 * ridge)
 
     thick = config.thickness * strength * (2 * u[0] - 1)
@@ -55,13 +69,19 @@ def _neighbours(x, pick):
     return pick(pick(pick(p[:-2, 1:-1], p[2:, 1:-1]), pick(p[1:-1, :-2], p[1:-1, 2:])), x)
 
 
-def _noises(key, size: int, lengths: list[float]) -> list[Float[Array, "S S"]]:
-    """Lattice noise of unit variance (Perlin 1985) with each of `lengths` px between lattice points; last, white noise.
+# Of each lattice noise, ridges between lattice points: three of the skin's roughness, pores, contrast, a ragged rim.
+OCTAVES = (0.6, 1.5, 4, 0.3, 3, 4)
 
-    One draw for all, as in `views.random_view`.
-    """
-    sides = [max(2, int(np.ceil(size / length))) for length in lengths]
+
+def _sides(config: Settings) -> list[int]:
+    """Lattice points a side of each noise."""
+    ridge = RIDGE * config.input_ppi / CANVAS_PPI
+    return [max(2, int(np.ceil(config.image_size / (length * ridge)))) for length in OCTAVES]
+
+
+def _noises(z: Float[Array, " N"], config: Settings) -> list[Float[Array, "S S"]]:
+    """Lattice noise of unit variance (Perlin 1985) for each of OCTAVES; last, white noise."""
+    size, sides = config.image_size, _sides(config)
     ends = np.cumsum([n * n for n in sides])
-    z = jax.random.normal(key, (int(ends[-1]) + size * size,))
     lattices = [z[end - n * n : end].reshape(n, n) for n, end in zip(sides, ends)]
     return [jax.image.resize(x, (size, size), "cubic") for x in lattices] + [z[ends[-1] :].reshape(size, size)]

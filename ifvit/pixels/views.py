@@ -14,10 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, MAP_STEP, MASK_CELL, RIDGE, STRIDE
+from ifvit.devices.batch_axes import batch_axes
 from ifvit.models.cells import cell_mask
 from ifvit.models.losses import IGNORE, NO_MATCH
-from ifvit.pixels.corruption import corrupt
-from ifvit.pixels.geometry import blur, cell_centres, exact, grid_points, local_normalise, sample, through_map
+from ifvit.pixels.corruption import corrupt, draws
+from ifvit.pixels.geometry import blur, cell_centres, exact, local_normalise, sample, through_map
 
 MODES = 5  # sine modes of a distortion field
 
@@ -76,6 +77,19 @@ def to_canvas(view: View, q: Float[Array, "N 2"], image_size: int) -> Float[Arra
 
 
 @exact
+def pixels_to_canvas(view: View, image_size: int) -> Float[Array, "N 2"]:
+    """`to_canvas` of every pixel, row by row: by sin(x + y) = sin x cos y + cos x sin y few sines serve all."""
+    along = jnp.arange(image_size, dtype=jnp.float32)
+    x, y = along[:, None] * view.frequency[:, 0], along[:, None] * view.frequency[:, 1] + view.phase
+    columns = jnp.concatenate([jnp.sin(x), jnp.cos(x)], axis=1)
+    rows = jnp.concatenate([jnp.cos(y), jnp.sin(y)], axis=1)
+    bend = jnp.einsum("ym,mk,xm->yxk", rows, jnp.concatenate([view.amplitude] * 2), columns)
+    u = along - (image_size - 1) / 2
+    turned = u[:, None] * view.matrix[:, 0] + u[:, None, None] * view.matrix[:, 1]
+    return (view.centre + turned + bend).reshape(-1, 2)
+
+
+@exact
 def to_view(view: View, p: Float[Array, "N 2"], image_size: int) -> Float[Array, "N 2"]:
     """Inverse of `to_canvas`, by fixed-point iteration: distortion moves a point far less than its wave length."""
     middle = (image_size - 1) / 2
@@ -92,7 +106,7 @@ def take_view(
 ) -> tuple[Float[Array, "S S"], Bool[Array, "S S"]]:
     """Canvas and its foreground, at 1/8 of the resolution -> the view's pixels (0 … 1) and foreground."""
     size, ratio = config.image_size, CANVAS_PPI / config.input_ppi
-    xy = to_canvas(view, jnp.asarray(grid_points(size)), size)
+    xy = pixels_to_canvas(view, size)
     image = canvas.astype(jnp.float32) / 255
     if ratio > 1.5:  # half a sample's width: no aliasing of what the window cannot hold
         background = image[0, 0]
@@ -168,43 +182,62 @@ def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePa
     # of view 0 and view 1: the second is turned, scaled, moved and corrupted more
     scale, shift, strength = (jnp.array(v) for v in ((0.03, 0.08), (10.0, 45.0), (0.6, 1.0)))
 
-    maps = (batch["map01"], batch["map10"]) if "map01" in batch else None
-
-    def one(key, canvases, masks, genuine, maps):
+    def drawn(key):
         k_turn, k_views = jax.random.split(key)
         turn = jax.random.uniform(k_turn, (2,), minval=-1, maxval=1) * jnp.array([math.radians(15), rotation])
 
-        def view(key, canvas, mask, angle, scale, shift, strength):
+        def of_view(key, angle, scale, shift):
             k_view, k_corrupt = jax.random.split(key)
-            v = random_view(k_view, config, angle, scale, shift)
-            x, m = take_view(canvas, mask, v, config)
-            return v, *corrupt(k_corrupt, x, m, config, strength)
+            return random_view(k_view, config, angle, scale, shift), draws(k_corrupt, config)
 
-        views, x, m = jax.vmap(view)(
-            jax.random.split(k_views), canvases, masks, jnp.cumsum(turn), scale, shift, strength
-        )
+        return jax.vmap(of_view)(jax.random.split(k_views), jnp.cumsum(turn), scale, shift)
+
+    def seen(canvas, mask, view, noise, strength):
+        x, m = corrupt(noise, *take_view(canvas, mask, view, config), config, strength)
+        return normalise(x[None], m[None], config)[0], m
+
+    views, noises = jax.vmap(drawn)(keys)
+    strengths = jnp.broadcast_to(strength, (keys.shape[0], 2))
+    image, m = _each_print(seen, *_stacked(batch), views, noises, strengths)
+
+    def labels(view, m, genuine, maps):
+        view0, view1 = (jax.tree.map(lambda a, i=i: a[i], view) for i in (0, 1))
         cells = cell_mask(m)
-        view0, view1 = (jax.tree.map(lambda a, i=i: a[i], views) for i in (0, 1))
         none = jnp.where(cells[0], NO_MATCH, IGNORE)
-        return x, m, jnp.where(genuine, truth(view0, view1, *cells, config, maps), none)
+        return jnp.where(genuine, truth(view0, view1, *cells, config, maps), none)
 
-    x, m, labels = jax.vmap(one)(keys, *_stacked(batch), batch["genuine"], maps)
-    image0, image1 = (normalise(x[:, i], m[:, i], config) for i in (0, 1))
-    return DensePair(image0, image1, m[:, 0], m[:, 1], labels)
+    maps = (batch["map01"], batch["map10"]) if "map01" in batch else None
+    truths = jax.vmap(labels)(views, m, batch["genuine"], maps)
+    return DensePair(image[:, 0], image[:, 1], m[:, 0], m[:, 1], truths)
 
 
 def match_views(keys: Key[Array, " B"], batch: dict, config: Settings) -> Views:
     """Module 2's prints before alignment, each turned, moved and corrupted on its own."""
 
-    def view(key, canvas, mask):
+    def drawn(key):
         k_angle, k_view, k_corrupt = jax.random.split(key, 3)
         angle = _uniform(k_angle, -1, 1) * jnp.radians(config.rotation)
-        image, mask = take_view(canvas, mask, random_view(k_view, config, angle, 0.03, 20.0), config)
-        return corrupt(k_corrupt, image, mask, config, 0.5)
+        return random_view(k_view, config, angle, 0.03, 20.0), draws(k_corrupt, config)
 
-    keys = jax.vmap(jax.random.split)(keys)
-    x, m = jax.vmap(jax.vmap(view))(keys, *_stacked(batch))
+    def seen(canvas, mask, view, noise):
+        return corrupt(noise, *take_view(canvas, mask, view, config), config, 0.5)
+
+    views, noises = jax.vmap(jax.vmap(drawn))(jax.vmap(jax.random.split)(keys))
+    x, m = _each_print(seen, *_stacked(batch), views, noises)
     return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
+
+
+def _each_print(seen, *prints):
+    """`seen` of each print, given trees whose leaves are (B 2 …).
+
+    A training step on a CPU takes print by print: one print's pixels stay in the cache, and XLA, which would repeat
+    the draws at every pixel, finds them done. All else takes the prints at once.
+    """
+    if jax.default_backend() != "cpu" or not batch_axes():
+        return jax.vmap(jax.vmap(seen))(*prints)
+    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), prints)
+    found = jax.lax.map(lambda one: seen(*one), flat)
+    return jax.tree.map(lambda x: x.reshape(-1, 2, *x.shape[1:]), found)
 
 
 def plain_views(batch: dict, config: Settings) -> Views:

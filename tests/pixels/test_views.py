@@ -11,7 +11,7 @@ from ifvit.config import PRESETS, DenseConfig
 from ifvit.data.impressions import canvas_points
 from ifvit.models.losses import IGNORE, NO_MATCH
 from ifvit.pixels import corruption, views
-from ifvit.pixels.corruption import corrupt
+from ifvit.pixels.corruption import corrupt, draws
 from ifvit.pixels.views import (
     View,
     dense_pair,
@@ -231,7 +231,7 @@ def test_mistake_9_over_pressure_thickens_dark_ridges_and_dryness_thins_them():
     y, x = np.mgrid[:64, :64]
     ridges = (0.5 + 0.4 * np.cos(2 * np.pi * (x + 0.371 * y) / 16)).astype(np.float32)
     config, mask, inner = SMOKE.replace(noise=0.0, partial=0.0), jnp.ones((64, 64), bool), np.s_[:, 12:52, 12:52]
-    run = quickly(jax.vmap(lambda key: corrupt(key, jnp.asarray(ridges), mask, config, 1.0)[0]))
+    run = quickly(jax.vmap(lambda key: corrupt(draws(key, config), jnp.asarray(ridges), mask, config, 1.0)[0]))
     prints = np.asarray(run(jax.random.split(jax.random.key(5), 60)))[inner].reshape(60, -1)
     low, high = np.percentile(prints, [5, 95], axis=1, keepdims=True)
     share, darkness = (prints < (low + high) / 2).mean(1), -prints.mean(1)
