@@ -200,7 +200,17 @@ class DenseConfig(Config):
     # share of genuine pairs made of two impressions, where it is known what skin lies where; the others show one print
     # twice
     impression_share: float = number(0.0, 0, 1, use=HOST, roles={LIVE})
+    teacher: str = place("", roles={FREE, OWN})  # a trained Module 1 that tells it of real prints ('' for none)
+    teacher_pairs: int = number(2000, 1, use=HOST)  # pairs of impressions that it looks at, at most
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.teacher and not self.impression_share:
+            raise UserError(
+                "teacher names a checkpoint, and no pair would be made by it: impression_share is 0. Give it a share "
+                "(--set impression_share=0.5), or leave the teacher out."
+            )
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,11 @@ import functools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from scipy import ndimage
 
 from ifvit.constants import MAP_STEP
@@ -56,28 +58,49 @@ class Warp:
         return found
 
 
+class Taught(NamedTuple):
+    """Pairs of impressions of real fingers, and their maps."""
+
+    pairs: Int[np.ndarray, "N 2"]  # indices of the prints
+    map01: Float[np.ndarray, "N G G 2"]
+    map10: Float[np.ndarray, "N G G 2"]
+
+
 @dataclass(frozen=True)
 class Impressions:
-    """The prints of a run, and the maps between impressions of a finger: those of generated fingers are known."""
+    """The prints of a run, and the maps between impressions of a finger: of generated ones, and those `taught`."""
 
     prints: tuple[Print, ...]
     canvas_size: int
+    taught: Taught | None = None
 
     @property
     def known(self) -> bool:
         """Whether any two prints are mapped to each other."""
         made = Counter(p.identity for p in self.prints if p.database == SYNTHETIC)
-        return max(made.values(), default=0) > 1
+        return bool(self._rows) or max(made.values(), default=0) > 1
+
+    @cached_property
+    def _rows(self) -> dict[tuple[int, int], int]:
+        """Of two prints, in the order of `taught`, which row is theirs."""
+        return {(i, j): n for n, (i, j) in enumerate(self.taught.pairs.tolist())} if self.taught else {}
 
     def mapped(self, i: int, finger: Sequence[int]) -> list[int]:
         """Of the prints `finger`, which are of one finger, those other than print i that are mapped to it."""
-        return [j for j in finger if j != i] if self.prints[i].database == SYNTHETIC else []
+        if self.prints[i].database == SYNTHETIC:
+            return [j for j in finger if j != i]
+        return [j for j in finger if (i, j) in self._rows or (j, i) in self._rows]
 
     def maps(self, i: int, j: int) -> dict[str, Grid]:
         """`map01` from print i's canvas to print j's, and `map10` back; of prints that are not mapped both are idle."""
         if self.prints[i].identity != self.prints[j].identity or not self.mapped(i, [j]):
             same = canvas_points(self.canvas_size)
             return {"map01": same, "map10": same}
+        if (j, i) in self._rows:
+            there = self.maps(j, i)
+            return {"map01": there["map10"], "map10": there["map01"]}
+        if (row := self._rows.get((i, j))) is not None:
+            return {"map01": self.taught.map01[row], "map10": self.taught.map10[row]}
         (skin0, back0), (skin1, back1) = (_skin(self.prints[k].path, self.canvas_size) for k in (i, j))
         through = lambda skin, back: back(skin.reshape(-1, 2)).reshape(skin.shape).astype(np.float32)
         return {"map01": through(skin0, back1), "map10": through(skin1, back0)}

@@ -38,11 +38,7 @@ class Fit:
 
     def back(self, xy: Float[np.ndarray, "N 2"]) -> Float[np.ndarray, "N 2"]:
         """Points of b's picture in a's: a's content there belongs here."""
-        q = mapped(self.b_to_check, xy)
-        row_column = ((q + 0.5) / CELL - 1)[:, ::-1].T  # among the windows' centres
-        bend = [map_coordinates(self.deformation[..., k], row_column, order=1, mode="nearest") for k in (0, 1)]
-        bent = mapped(np.linalg.inv(self.b_to_check), q + np.stack(bend, -1))
-        return mapped(np.linalg.inv(self.similarity), bent)
+        return bent_back(xy, self.similarity, self.deformation, self.b_to_check)
 
     def warped(
         self, a: UInt8[np.ndarray, "Ha Wa"], shape: tuple[int, int]
@@ -54,6 +50,17 @@ class Fit:
         there = ((xy >= -0.5) & (xy <= np.array(a.shape[::-1]) - 0.5)).all(-1)
         values = map_coordinates(a.astype(np.float32), [xy[..., 1], xy[..., 0]], order=1, mode="nearest")
         return np.where(there, np.round(values), 255).astype(np.uint8), there, xy
+
+
+def bent_back(
+    xy: Float[np.ndarray, "N 2"], similarity: Map, deformation: Float[np.ndarray, "W W 2"], b_to_check: Map
+) -> Float[np.ndarray, "N 2"]:
+    """Points of b's frame in a's, by a similarity from a to b and a deformation, px at CHECK_PPI of b's window."""
+    q = mapped(b_to_check, xy)
+    row_column = ((q + 0.5) / CELL - 1)[:, ::-1].T  # among the windows' centres
+    bend = [map_coordinates(deformation[..., k], row_column, order=1, mode="nearest") for k in (0, 1)]
+    bent = mapped(np.linalg.inv(b_to_check), q + np.stack(bend, -1))
+    return mapped(np.linalg.inv(similarity), bent)
 
 
 def fit(found: CheckedRegistration, placement_a: Placement, placement_b: Placement, config: Settings) -> Fit:

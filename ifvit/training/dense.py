@@ -1,6 +1,7 @@
 """Module 1 as a task of the loop."""
 
 import functools
+import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from ifvit.scoring.known_warps import dense_eval
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_step
 from ifvit.training.task import Task
+from ifvit.training.teacher import taught
 
 VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
 
@@ -97,7 +99,7 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
         "dense_reg",
         config,
         steps,
-        train.digest(),
+        data_digest(train, impressions),
         program.init,
         program.step,
         learning_rates(config, steps * config.num_epochs),
@@ -126,14 +128,22 @@ def mapped_impressions(config: DenseConfig, train: PrintSet) -> Impressions | No
     """What is known of two impressions of a finger, where pairs are made of such; UserError where that is nothing."""
     if not config.impression_share:
         return None
-    found = Impressions(train.prints, config.canvas_size)
+    found = Impressions(train.prints, config.canvas_size, taught(config, train) if config.teacher else None)
     if not found.known:
         raise UserError(
             f"impression_share is {config.impression_share:g}, and of no finger are there two impressions of which is "
-            "known what skin lies where: that is known of generated prints. Give them a share (--set "
-            "synthetic_share=0.25) and two impressions, or leave impression_share out."
+            "known what skin lies where: that is known of generated prints, and of those that a teacher registers. "
+            "Give generated ones a share (--set synthetic_share=0.25) and two impressions, or a teacher (--set "
+            "teacher=CHECKPOINT) that registers these prints, or leave impression_share out."
         )
     return found
+
+
+def data_digest(train: PrintSet, impressions: Impressions | None) -> str:
+    """Of the prints, and of what a teacher tells of them."""
+    if not (impressions and impressions.taught):
+        return train.digest()
+    return f"{train.digest()} {hashlib.sha256(b''.join(x.tobytes() for x in impressions.taught)).hexdigest()[:16]}"
 
 
 def with_scale(params: dict, config: Config) -> dict:

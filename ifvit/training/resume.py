@@ -224,7 +224,7 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
         )
     if metadata["data"] != task.data_digest:
         raise UserError(
-            f"{path} was trained on other prints than this run has; give the same --dataset_root, or "
+            f"{path} was trained on other prints, or on another teacher's pairs; give the same --dataset_root, or "
             "--resume never, or another checkpoint directory."
         )
     aligner = checkpoint.leaves({"aligner": task.aligner}) if task.aligner else {}
