@@ -186,7 +186,7 @@ def evaluate(
         if protocol == "all" and "impostors_in_all" not in rows[name]:
             first = _of_first_impressions(pairs, name, prints.prints)
             rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[first])
-        curves[name] = rates.thinned(*rates.det_curve(genuine, impostor)[1:])
+        curves[name] = rates.det_curve(genuine, impostor, rates.POINTS)[1:]
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
     if all("eer_fvc" in row for row in rows.values()):
         macro["eer_fvc"] = float(np.mean([row["eer_fvc"] for row in rows.values()]))
