@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("ifvit")
 DRAW_SEED = 6000  # the same impostor pairs whenever a database is evaluated with the same --max_pairs
+MOST_IMPOSTORS = 1_000_000  # pairs of a database that are compared without --max_pairs
 MANY = 100_000  # pairs: more than an hour on two cores
 PAIRS_PER_SECOND = 20  # on two cores, about
 
@@ -42,7 +43,8 @@ class Args:
     protocol: Literal["fvc", "all"] = "fvc"
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
     max_pairs: int | None = None
-    """of a database: all genuine pairs, and a fixed draw of its impostor pairs that fills them up; left out, all"""
+    """of a database: all genuine pairs, and a fixed draw of its impostor pairs that fills them up; 0: all; left out,
+    at most 1,000,000 impostor pairs"""
     against: str = ""
     """scores.csv of the same pairs: the differences to it with intervals; without --checkpoint, of --out's"""
     batch_size: int = 16
@@ -71,8 +73,8 @@ class Args:
             )
         if self.batch_size < 1:
             raise UserError(f"--batch_size is {self.batch_size}; give at least 1.")
-        if self.max_pairs is not None and self.max_pairs < 2:
-            raise UserError(f"--max_pairs is {self.max_pairs}; give at least 2.")
+        if self.max_pairs not in (None, 0) and self.max_pairs < 2:
+            raise UserError(f"--max_pairs is {self.max_pairs}; give at least 2, or 0 for all.")
         check_ppi(self.ppi)
         if self.against:
             from ifvit.checkpoint.places import as_path
@@ -157,8 +159,9 @@ def evaluate(
 ) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 
-    `max_pairs`: of a database; as many of its impostor pairs are drawn as fill its genuine ones up. Databases without
-    genuine or without impostor pairs are left out, and named in the log; UserError when none is left.
+    `max_pairs`: of a database; as many of its impostor pairs are drawn as fill its genuine ones up; None: at most
+    MOST_IMPOSTORS, 0: all. Databases without genuine or without impostor pairs are left out, and named in the log;
+    UserError when none is left.
     """
     import jax
 
@@ -172,7 +175,8 @@ def evaluate(
             out.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{out} is no folder, and a file is in the way; give another --out.") from None
-    scores = scorer.score(prints, pairs, batch_size)
+    # What is not written is let go: of 18 million pairs 72 MB each.
+    scores = {k: v for k, v in scorer.score(prints, pairs, batch_size).items() if k in scores_csv.COLUMNS}
     finger = _numbered_fingers(prints.prints)
     rows, drawn, curves = {}, {}, {}
     for database in sorted(pairs.databases, key=lambda d: d.database):
@@ -181,12 +185,14 @@ def evaluate(
         rows[name] = rates.summary(genuine, impostor)
         if len(database.impostor) < database.impostors_in_all:
             rows[name]["impostors_in_all"] = database.impostors_in_all
-        drawn[name] = intervals.bootstrap(genuine, impostor, *_fingers(pairs, name, finger))
+        drawn[name] = intervals.bootstrap(
+            genuine, impostor, finger[database.genuine[:, 0]], intervals.Fingers(finger, database.impostor)
+        )
         rows[name] |= intervals.of(drawn[name])
         if protocol == "all" and "impostors_in_all" not in rows[name]:
             first = _of_first_impressions(pairs, name, prints.prints)
             rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[first])
-        curves[name] = rates.thinned(*rates.det_curve(genuine, impostor)[1:])
+        curves[name] = rates.det_curve(genuine, impostor, rates.POINTS)[1:]
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
     if all("eer_fvc" in row for row in rows.values()):
         macro["eer_fvc"] = float(np.mean([row["eer_fvc"] for row in rows.values()]))
@@ -231,20 +237,20 @@ def _usable(databases: list) -> list:
 
 
 def _limited(databases: list, max_pairs: int | None) -> tuple:
-    """With a draw of the impostor pairs where there are more than `max_pairs` pairs."""
-    if max_pairs is None:
+    """With a draw of the impostor pairs where there are more than `max_pairs` pairs, or MOST_IMPOSTORS of them."""
+    if max_pairs == 0:
         return tuple(databases)
     fullest = max(databases, key=lambda d: len(d.genuine))
-    if len(fullest.genuine) >= max_pairs:
+    if max_pairs and len(fullest.genuine) >= max_pairs:
         raise UserError(
             f"--max_pairs is {max_pairs}, and {fullest.database} alone has {len(fullest.genuine)} genuine "
             "pairs, which are all compared; give more than that."
         )
-    limited = tuple(d.at_most(max_pairs, DRAW_SEED) for d in databases)
+    limited = tuple(d.at_most(max_pairs or len(d.genuine) + MOST_IMPOSTORS, DRAW_SEED) for d in databases)
     for d in limited:
         if len(d.impostor) < d.impostors_in_all:
             log.info(
-                "%s: %s of %s impostor pairs are compared, a fixed draw",
+                "%s: %s of %s impostor pairs are compared, a fixed draw; --max_pairs 0 compares all",
                 d.database,
                 f"{len(d.impostor):,}",
                 f"{d.impostors_in_all:,}",
@@ -271,14 +277,6 @@ def _numbered_fingers(prints) -> np.ndarray:
     """The number of each print's finger."""
     numbers: dict[tuple, int] = {}
     return np.array([numbers.setdefault(p.identity, len(numbers)) for p in prints], np.int32)
-
-
-def _fingers(pairs, database: str, finger: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Of a database's genuine pairs (n,), and of its impostor pairs (n, 2)."""
-    genuine, impostor = (
-        np.concatenate([finger[ij] for _, ij in pairs.blocks(pairs.of(database, kind))]) for kind in (True, False)
-    )
-    return genuine[:, 0], impostor
 
 
 def _of_first_impressions(pairs, database: str, prints) -> np.ndarray:

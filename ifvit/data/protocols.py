@@ -123,11 +123,13 @@ class Pairs(Sequence[Pair]):
         return slice(int(self._starts[kind]), int(self._starts[kind + 1]))
 
     def blocks(self, numbers: slice) -> Iterator[tuple[slice, Int[np.ndarray, "n 2"]]]:
-        """Both prints of each pair, some numbers after the other."""
+        """Both prints of each pair, some numbers after the other, of one database and one kind at once."""
         first, last, _ = numbers.indices(len(self))
-        for start in range(first, last, BLOCK):
-            block = slice(start, min(start + BLOCK, last))
-            yield block, take(self._kinds, np.arange(block.start, block.stop))
+        starts = self._starts.tolist()
+        for kind, start, stop in zip(self._kinds, starts, starts[1:]):
+            for at in range(max(first, start), min(last, stop), BLOCK):
+                block = slice(at, min(at + BLOCK, last, stop))
+                yield block, kind[np.arange(block.start - start, block.stop - start)]
 
     def _listed(self, numbers: Int[np.ndarray, " n"]) -> list[Pair]:
         genuine = np.searchsorted(self._starts, numbers, "right") % 2 == 1

@@ -7,11 +7,15 @@ the product of their weights. A database without an error has none in any draw: 
 nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 from jaxtyping import Float, Int, Num
+from scipy.sparse import csr_array
 
+from ifvit.data.protocols import EveryTwo
 from ifvit.scoring.rates import FALSE_MATCH_RATES, RATES
 
 SEED = 20020
@@ -19,14 +23,30 @@ DRAWS = 1000
 DRAWS_OF_MANY = 200  # where a database has more than `MANY` pairs: seconds, not minutes
 MANY = 2_000_000
 THRESHOLDS = 8192  # at most; of more scores a sample serves
-AT_ONCE = 1 << 22  # weights of pairs in memory
+DRAWS_AT_ONCE = 200
+BLOCK = 1 << 18  # pairs that are sorted and looked up at once
+ROWS = 4096  # pairs that are weighed at once, so few that they stay in a core's cache, and 32 bits hold their sum
+
+
+@dataclass(frozen=True, eq=False)
+class Fingers:
+    """Whose impostor pairs are, looked up as they are asked for: `fingers[numbers]`, as of an array of them."""
+
+    finger: Int[np.ndarray, " prints"]  # its number, of each print
+    pairs: EveryTwo | Int[np.ndarray, "i 2"]
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, numbers: Int[np.ndarray, " n"]) -> Int[np.ndarray, "n 2"]:
+        return self.finger[self.pairs[numbers]]
 
 
 def bootstrap(
     genuine: Num[np.ndarray, " g"],
     impostor: Num[np.ndarray, " i"],
     genuine_fingers: Int[np.ndarray, " g"],
-    impostor_fingers: Int[np.ndarray, "i 2"],
+    impostor_fingers: Int[np.ndarray, "i 2"] | Fingers,
 ) -> dict[str, Float[np.ndarray, " draws"]]:
     """Each of RATES in every draw; fingers are told by numbers.
 
@@ -34,12 +54,15 @@ def bootstrap(
     Draws that leave no genuine or no impostor pair are made again.
     """
     rng = np.random.default_rng(SEED)
-    there = np.zeros(1 + max(genuine_fingers.max(), impostor_fingers.max()), bool)
-    there[genuine_fingers] = there[impostor_fingers] = True
-    number, count = np.cumsum(there, dtype=np.int32) - 1, np.count_nonzero(there)
+    there = reduce(np.union1d, (f[n] for f in (genuine_fingers, impostor_fingers) for n in _blocks(len(f))))
+
+    def weights(n):
+        of_all = np.zeros((n, there[-1] + 1), np.int32)
+        of_all[:, there] = rng.multinomial(len(there), np.full(len(there), 1 / len(there)), size=n)
+        return of_all
+
     draws = DRAWS if len(genuine) + len(impostor) <= MANY else DRAWS_OF_MANY
-    weights = lambda n: rng.multinomial(count, np.full(count, 1 / count), size=n).astype(np.int32)
-    rate = _Rates(genuine, impostor, number[genuine_fingers], number[impostor_fingers])
+    rate = _Rates(genuine, impostor, genuine_fingers, impostor_fingers)
     drawn = rate.of(weights(draws))
     while len(again := np.flatnonzero(np.isnan(drawn["eer"]))):
         for name, values in rate.of(weights(len(again))).items():
@@ -75,25 +98,16 @@ class _Rates:
     """RATES of weighted pairs. With equal weights they are those of `rates.summary`, but for very many scores."""
 
     def __init__(self, genuine, impostor, genuine_fingers, impostor_fingers):
-        order_g, order_i = np.argsort(genuine), np.argsort(impostor)
-        genuine, impostor = genuine[order_g], impostor[order_i]
-        self.genuine_fingers = genuine_fingers[order_g]
-        self.impostor_fingers = impostor_fingers[order_i]
-        thresholds = _thresholds(genuine, impostor)
-        # How many scores lie below each threshold; the last one refuses all.
-        self.genuine_below = np.append(np.searchsorted(genuine, thresholds, "left"), len(genuine))
-        self.impostor_below = np.append(np.searchsorted(impostor, thresholds, "left"), len(impostor))
+        self.kinds = (genuine, genuine_fingers), (impostor, impostor_fingers)
+        self.thresholds = _thresholds(np.sort(genuine), np.sort(impostor))
 
     def of(self, weights: Int[np.ndarray, "n fingers"]) -> dict[str, Float[np.ndarray, " n"]]:
         """NaN where no genuine or no impostor pair has a weight."""
-        step = max(1, AT_ONCE // (len(self.genuine_fingers) + len(self.impostor_fingers)))
-        parts = [self._of(weights[at : at + step]) for at in range(0, len(weights), step)]
+        parts = [self._of(weights[at : at + DRAWS_AT_ONCE]) for at in range(0, len(weights), DRAWS_AT_ONCE)]
         return {name: np.concatenate([p[name] for p in parts]) for name in RATES}
 
     def _of(self, weights):
-        a, b = self.impostor_fingers.T
-        genuine = _sums_below(np.take(weights, self.genuine_fingers, axis=1), self.genuine_below)
-        impostor = _sums_below(np.take(weights, a, axis=1) * np.take(weights, b, axis=1), self.impostor_below)
+        genuine, impostor = (_sums_below(self.thresholds, *kind, weights) for kind in self.kinds)
         genuine_total, impostor_total = (np.where(s[:, -1:] > 0, s[:, -1:], np.nan) for s in (genuine, impostor))
         fnmr, fmr = genuine / genuine_total, (impostor_total - impostor) / impostor_total
         either = (fnmr + fmr) / 2
@@ -109,22 +123,42 @@ class _Rates:
         return rates
 
 
-def _sums_below(weights: Int[np.ndarray, "n pairs"], below: Int[np.ndarray, " t"]) -> Int[np.ndarray, "n t"]:
-    """The sums of the first `below[t]` weights of each row."""
-    starts = np.unique(below[below < weights.shape[1]])  # reduceat wants none twice, nor the end
-    sums = np.zeros((len(weights), len(starts) + 1), np.int64)
-    np.cumsum(np.add.reduceat(weights, starts, axis=1, dtype=np.int64), axis=1, out=sums[:, 1:])
-    return sums[:, np.searchsorted(starts, below, "left")]
+def _sums_below(thresholds, scores, fingers, weights: Int[np.ndarray, "n fingers"]) -> Int[np.ndarray, "n t"]:
+    """In each draw the weight of all pairs with scores below each threshold, and at last of all pairs."""
+    of_finger = np.ascontiguousarray(weights.T)
+    sums = np.zeros((len(thresholds) + 1, len(weights)), np.int64)
+    for numbers in _blocks(len(scores)):
+        part = scores[numbers[0] : numbers[-1] + 1]
+        order = np.argsort(part)
+        whose = fingers[numbers].reshape(len(numbers), -1)[order].T  # a row of genuine pairs, two of impostor pairs
+        below = np.searchsorted(part[order], thresholds, "left")
+        for start in range(0, len(numbers), ROWS):
+            weight, *other = (of_finger[f[start : start + ROWS]] for f in whose)
+            for o in other:
+                weight *= o
+            # What lies from one threshold to the next is summed; `first` and `last` count the thresholds below.
+            stop = start + len(weight)
+            first, last = np.searchsorted(below, (start, stop - 1), "right")
+            ends = np.concatenate([[start], below[first:last], [stop]]) - start
+            side_by_side = np.ones(len(weight), np.int32), np.arange(len(weight)), ends
+            sums[first : last + 1] += csr_array(side_by_side, (len(ends) - 1, len(weight))) @ weight
+    return sums.cumsum(axis=0).T
+
+
+def _blocks(count: int) -> Iterator[Int[np.ndarray, " n"]]:
+    """The numbers below `count`, some after the other."""
+    return (np.arange(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
 
 
 def _thresholds(genuine: Num[np.ndarray, " g"], impostor: Num[np.ndarray, " i"]) -> Num[np.ndarray, " t"]:
     """Every score; of more than THRESHOLDS the highest impostors', which FMR1000 and ZeroFMR hang on, and a sample of
     both kinds. Both ascend.
     """
-    every = np.unique(np.concatenate([genuine, impostor]))
-    if len(every) <= THRESHOLDS:
-        return every
+    if max(1 + np.count_nonzero(scores[1:] != scores[:-1]) for scores in (genuine, impostor)) <= THRESHOLDS:
+        every = np.union1d(genuine, impostor)
+        if len(every) <= THRESHOLDS:
+            return every
     third = THRESHOLDS // 3
     sample = [scores[np.linspace(0, len(scores) - 1, third).astype(int)] for scores in (genuine, impostor)]
-    above = np.nextafter(impostor[-1], np.inf)  # no impostor passes
-    return np.unique(np.concatenate([*sample, impostor[-third:], [above], every[:1]]))
+    lowest, above = min(genuine[0], impostor[0]), np.nextafter(impostor[-1], np.inf)  # above it no impostor passes
+    return np.unique(np.concatenate([*sample, impostor[-third:], [lowest, above]]))

@@ -61,15 +61,15 @@ def histogram(path: str | os.PathLike, genuine: ArrayLike, impostor: ArrayLike, 
 
     Raises UserError when there is no score at all.
     """
-    both = np.concatenate([np.asarray(genuine, np.float64), np.asarray(impostor, np.float64)])
-    if both.size == 0:
+    ends = [end(kind) for kind in (genuine, impostor) if len(kind) for end in (np.min, np.max)]
+    if not ends:
         raise UserError("There are no scores to draw. Give prints of which pairs can be made.")
-    edges = np.histogram_bin_edges(both, bins=40)
+    edges = np.histogram_bin_edges(np.array(ends, np.float64), bins=40)
     figure = _figure(7, 4)
     axes = figure.add_subplot(xlabel="score", ylabel="share of the kind (%)")
     for kind, scores, color in (("impostor", impostor, _IMPOSTOR), ("genuine", genuine, _GENUINE)):
-        share = np.full(len(scores), 100 / max(len(scores), 1))
-        axes.hist(scores, edges, weights=share, color=color, alpha=0.6, label=f"{kind} ({len(scores)})")
+        share = 100 * np.histogram(scores, edges)[0] / max(len(scores), 1)
+        axes.hist(edges[:-1], edges, weights=share, color=color, alpha=0.6, label=f"{kind} ({len(scores)})")
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
     axes.legend()

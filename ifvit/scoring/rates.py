@@ -8,6 +8,7 @@ fractions, not per cent.
 Wherever scores are taken: 1-D array-likes, at least one score, each finite, else UserError.
 """
 
+from bisect import bisect_left
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,11 +19,12 @@ from ifvit.errors import UserError
 
 FALSE_MATCH_RATES = {"fmr100": 0.01, "fmr1000": 0.001, "zerofmr": 0.0}  # at which the FNMR is given
 RATES = ("eer", *FALSE_MATCH_RATES, "auc")
+POINTS = 4000  # of a curve for a picture
 
 
 def summary(genuine: ArrayLike, impostor: ArrayLike) -> dict[str, float | int]:
     """One database's results: RATES; `genuine`, `impostor` (counts)."""
-    _, fmr, fnmr = det_curve(genuine, impostor)
+    _, fmr, fnmr = det_curve(genuine, impostor, POINTS)
     return {
         "eer": eer_of_curve(fmr, fnmr),
         **{name: float(fnmr[fmr <= at][0]) for name, at in FALSE_MATCH_RATES.items()},
@@ -43,25 +45,53 @@ def macro(databases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 
 def det_curve(
-    genuine: ArrayLike, impostor: ArrayLike
+    genuine: ArrayLike, impostor: ArrayLike, points: int | None = None
 ) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:
     """(thresholds, FMR, FNMR): thresholds ascend, so FMR falls and FNMR rises.
 
     The thresholds are every distinct score, and the next number above the highest, which refuses
-    everything. No other threshold gives other rates.
+    everything. No other threshold gives other rates. With `points` they are about so many of these where
+    there are more, even on logarithmic axes; the EER, and the FNMR at FALSE_MATCH_RATES, are the same.
     """
-    genuine, impostor = _scores(genuine, "genuine"), _scores(impostor, "impostor")
-    scores = np.unique(np.concatenate([genuine, impostor]))
+    genuine, impostor = np.sort(_scores(genuine, "genuine")), np.sort(_scores(impostor, "impostor"))
+    if points is None or len(genuine) + len(impostor) <= points:
+        scores = np.union1d(genuine, impostor)
+    else:
+        scores = _telling(genuine, impostor, points)
     thresholds = np.append(scores, np.nextafter(scores[-1], np.inf))
+    return thresholds, _fmr(impostor, thresholds), _fnmr(genuine, thresholds)
+
+
+def _fmr(impostor, thresholds):
     # Counts are subtracted before the division: 1 - 99/100 would come out above 0.01.
-    fmr = (len(impostor) - np.searchsorted(np.sort(impostor), thresholds, "left")) / len(impostor)
-    fnmr = np.searchsorted(np.sort(genuine), thresholds, "left") / len(genuine)
-    return thresholds, fmr, fnmr
+    return (len(impostor) - np.searchsorted(impostor, thresholds, "left")) / len(impostor)
+
+
+def _fnmr(genuine, thresholds):
+    return np.searchsorted(genuine, thresholds, "left") / len(genuine)
+
+
+def _telling(
+    genuine: Float[np.ndarray, " g"], impostor: Float[np.ndarray, " i"], points: int
+) -> Float[np.ndarray, " p"]:
+    """Of ascending scores about `points`, and those where the rates cross or fall to FALSE_MATCH_RATES, ascending."""
+    shares = np.geomspace(1e-9, 1, points // 2)
+    telling = [kind[(shares * (len(kind) - 1)).astype(int)] for kind in (genuine, impostor[::-1])]
+    meet = (
+        lambda t: _fnmr(genuine, t) >= _fmr(impostor, t),
+        lambda t: _fnmr(genuine, t) > _fmr(impostor, t),
+        *(lambda t, rate=rate: _fmr(impostor, t) <= rate for rate in FALSE_MATCH_RATES.values()),
+    )
+    for holds in meet:  # from some score on
+        for kind in (genuine, impostor):
+            first = bisect_left(kind, True, key=holds)
+            telling.append(kind[max(first - 1, 0) : first + 1])
+    return np.unique(np.concatenate(telling))
 
 
 def equal_error_rate(genuine: ArrayLike, impostor: ArrayLike) -> float:
     """The rate at which FMR = FNMR, as `eer_of_curve` finds it."""
-    _, fmr, fnmr = det_curve(genuine, impostor)
+    _, fmr, fnmr = det_curve(genuine, impostor, POINTS)
     return eer_of_curve(fmr, fnmr)
 
 
@@ -84,26 +114,6 @@ def eer_of_curve(fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"]) ->
     t1 = np.flatnonzero(fnmr <= fmr)[-1]
     t2 = np.flatnonzero(fnmr >= fmr)[0]
     return float(min(fnmr[t1] + fmr[t1], fnmr[t2] + fmr[t2]) / 2)
-
-
-def thinned(
-    fmr: Float[np.ndarray, " t"], fnmr: Float[np.ndarray, " t"], points: int = 4000
-) -> tuple[Float[np.ndarray, " p"], Float[np.ndarray, " p"]]:
-    """About so many points of a DET curve, for a picture: even on the logarithmic axes, and the EER is the same."""
-    if len(fmr) <= points:
-        return fmr, fnmr
-    targets = np.geomspace(1e-9, 1, points // 2)
-    keep = np.concatenate(
-        [
-            np.searchsorted(-fmr, -targets),
-            np.searchsorted(fnmr, targets),
-            [0, len(fmr) - 1],
-            np.flatnonzero(fnmr <= fmr)[-1:],
-            np.flatnonzero(fnmr >= fmr)[:1],
-        ]
-    )
-    keep = np.unique(np.minimum(keep, len(fmr) - 1))
-    return fmr[keep], fnmr[keep]
 
 
 def fnmr_at_fmr(genuine: ArrayLike, impostor: ArrayLike, fmr: float) -> float:

@@ -91,9 +91,11 @@ class Fusion:
     def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, " N"]:
         """Probability that a pair is genuine, were genuine and impostor pairs equally many."""
         count = len(scores["matches"])
-        parts = ({k: v[at : at + AT_ONCE] for k, v in scores.items()} for at in range(0, max(count, 1), AT_ONCE))
-        logits = np.concatenate([features(part) @ np.asarray(self.weights) + self.bias for part in parts])
-        return 1 / (1 + np.exp(-logits))
+        fused = np.empty(count)
+        for at in range(0, count, AT_ONCE):
+            logits = features({k: v[at : at + AT_ONCE] for k, v in scores.items()}) @ np.asarray(self.weights)
+            fused[at : at + AT_ONCE] = 1 / (1 + np.exp(-(logits + self.bias)))
+        return fused
 
     def threshold(self, fmr: float) -> float:
         """The lowest score that at most a share `fmr` of the impostors reaches: `score >= threshold` is a match.

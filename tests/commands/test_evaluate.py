@@ -212,7 +212,8 @@ def test_a_limit_compares_all_genuine_pairs_and_a_draw_of_impostors_and_says_so(
     "words, told",
     [
         (("--max_pairs", 9), "--max_pairs is 9, and DB1 alone has 9 genuine pairs"),
-        (("--max_pairs", 0), "--max_pairs is 0"),
+        (("--max_pairs", 1), "--max_pairs is 1"),
+        (("--max_pairs", -1), "--max_pairs is -1"),
         (("--against", "nowhere"), "There are no scores at nowhere"),
         (("--against", "OUT"), "lies in --out itself"),
     ],
@@ -276,6 +277,44 @@ def test_six_thousand_fingers_of_one_impression_are_refused_without_a_list_of_th
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6  # bytes, what is imported included; the list takes two thousand million
+
+
+@pytest.fixture
+def random_scorer():
+    def score(_, pairs, batch_size):
+        return {"score": np.random.default_rng(0).random(len(pairs)), "matches": np.zeros(len(pairs))}
+
+    return Mock(Scorer, score=score, picture=lambda *_: None)
+
+
+@pytest.mark.parametrize("max_pairs, impostors", [(None, 11), (0, 27), (20, 11), (36, 27)])
+def test_of_very_many_impostors_a_draw_is_compared_unless_all_are_asked_for(
+    random_scorer, tmp_path, monkeypatch, caplog, max_pairs, impostors
+):
+    monkeypatch.setattr("ifvit.evaluate.MOST_IMPOSTORS", 11)
+    caplog.set_level(logging.INFO, "ifvit")
+    found = evaluate(random_scorer, of_fingers(3, 3), tmp_path, "all", max_pairs=max_pairs)  # 9 · 8 / 2 pairs
+    row = json.loads((tmp_path / "metrics.json").read_text())["databases"]["DB"]
+    assert row == found["databases"]["DB"] and (row["genuine"], row["impostor"]) == (9, impostors)
+    told = [line for line in caplog.messages if "a fixed draw" in line]
+    if impostors == 27:
+        assert not told and "impostors_in_all" not in row
+    else:
+        assert row["impostors_in_all"] == 27
+        assert told == ["DB: 11 of 27 impostor pairs are compared, a fixed draw; --max_pairs 0 compares all"]
+
+
+def test_pairs_are_drawn_and_not_listed(random_scorer, tmp_path, monkeypatch):
+    monkeypatch.setattr("ifvit.evaluate.MOST_IMPOSTORS", 10_000)
+    monkeypatch.setattr("ifvit.scoring.intervals.DRAWS", 4)
+    monkeypatch.setattr("ifvit.scoring.plots.det", lambda *_: None)
+    prints = of_fingers(600, 10)
+    tracemalloc.start()
+    found = evaluate(random_scorer, prints, tmp_path, "all")["databases"]["DB"]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found["impostor"], found["impostors_in_all"]) == (10_000, 6000 * 5999 // 2 - 600 * 45)
+    assert peak < 100e6  # bytes; a number for each of the eighteen million takes 144
 
 
 def test_scores_of_a_large_database_are_written_in_order(tmp_path):
@@ -409,6 +448,15 @@ def test_no_more_impostors_match_than_the_rate_says(fmr):
     impostor = np.sort(np.random.default_rng(0).random(500))[::-1]
     threshold = Fusion((1.0, 1.0, 1.0, 1.0), 0.0, tuple(impostor)).threshold(fmr)
     assert fmr - 1 / 500 <= (impostor >= threshold).mean() <= fmr
+
+
+def test_scores_are_fused_some_after_the_other(monkeypatch):
+    rng = np.random.default_rng(0)
+    scores = {k: rng.random(10).astype(np.float32) for k in ("global", "local", "agreement", "matches")}
+    logits = 3 * scores["global"] + np.log1p(scores["matches"].astype(np.float64)) - 2
+    monkeypatch.setattr("ifvit.scoring.scores.AT_ONCE", 4)
+    found = Fusion((3.0, 0.0, 0.0, 1.0), -2.0, ()).score(scores)
+    np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), rtol=1e-6)
 
 
 @pytest.mark.parametrize(

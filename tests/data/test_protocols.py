@@ -99,6 +99,17 @@ def test_pairs_are_a_sequence_like_the_list_of_them(protocol):
     assert sum(len(pairs[pairs.of(d.database, kind)]) for d in pairs.databases for kind in (True, False)) == len(plain)
 
 
+@pytest.mark.parametrize("numbers", [slice(None), slice(40, 200), slice(3, 3), slice(90, 10**6)])
+def test_blocks_are_the_pairs_in_order_each_of_one_database_and_one_kind(monkeypatch, numbers):
+    monkeypatch.setattr("ifvit.data.protocols.BLOCK", 7)
+    pairs = Pairs(tuple(pairs_all(mixed_prints(7))))
+    plain, found = list(pairs), []
+    for block, ij in pairs.blocks(numbers):
+        assert plain[block] == [Pair(i, j, plain[block.start].genuine) for i, j in ij.tolist()] and len(ij) <= 7
+        found += range(block.start, block.stop)
+    assert found == list(range(*numbers.indices(len(pairs))))
+
+
 @pytest.mark.parametrize(
     "fingers, impressions, protocol, genuine, impostor",
     [

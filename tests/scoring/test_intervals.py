@@ -1,10 +1,13 @@
 """Intervals by bootstrap over fingers, against pairs that are really repeated, and against chance itself."""
 
 import csv
+import tracemalloc
 
 import numpy as np
 import pytest
 
+from ifvit.data.protocols import pairs_all
+from ifvit.data.sources import Print
 from ifvit.errors import UserError
 from ifvit.scoring import comparison, intervals, rates
 from ifvit.scoring.scores_csv import scores_in
@@ -39,6 +42,48 @@ def test_the_rates_of_weighted_pairs_are_those_of_repeated_pairs(decimals):
     for n, w in enumerate(weights):
         wanted = rates.summary(*repeated(w, *data))
         assert {k: found[k][n] for k in rates.RATES} == pytest.approx({k: wanted[k] for k in rates.RATES}, abs=1e-12)
+
+
+def test_pairs_are_weighed_some_after_the_other(monkeypatch):
+    """Of blocks and rows that end anywhere nothing is lost, nor counted twice."""
+    data, weights = database(), np.random.default_rng(1).multinomial(8, np.full(8, 1 / 8), size=50).astype(np.int32)
+    wanted = intervals._Rates(*data).of(weights)
+    for name, value in {"BLOCK": 31, "ROWS": 7, "DRAWS_AT_ONCE": 11}.items():
+        monkeypatch.setattr(intervals, name, value)
+    found = intervals._Rates(*data).of(weights)
+    for name in rates.RATES:
+        np.testing.assert_allclose(found[name], wanted[name], rtol=0, atol=1e-12)
+
+
+def test_fingers_may_be_looked_up_as_they_are_needed():
+    prints = [Print(f"{f}_{i}", "DB", str(f), str(i), 500.0) for f in range(6) for i in range(3)]
+    (pairs,) = pairs_all(prints)
+    finger = np.repeat(np.arange(6) * 2 + 1, 3)  # 1, 3, ... 11
+    impostor = pairs.impostor[np.arange(len(pairs.impostor))]
+    rng = np.random.default_rng(0)
+    scores = rng.normal(1, 1, len(pairs.genuine)), rng.normal(0, 1, len(impostor))
+    genuine_fingers = finger[pairs.genuine[:, 0]]
+    listed = intervals.bootstrap(*scores, genuine_fingers, finger[impostor])
+    looked_up = intervals.bootstrap(*scores, genuine_fingers, intervals.Fingers(finger, pairs.impostor))
+    for name in rates.RATES:
+        np.testing.assert_array_equal(looked_up[name], listed[name])
+
+
+def test_of_millions_of_pairs_little_more_is_in_memory_than_their_scores(monkeypatch):
+    for name, value in {"THRESHOLDS": 90, "DRAWS": 4, "BLOCK": 1 << 14}.items():
+        monkeypatch.setattr(intervals, name, value)
+    prints = [Print(f"{f}_{i}", "DB", str(f), str(i), 500.0) for f in range(200) for i in range(10)]
+    (pairs,) = pairs_all(prints)
+    finger = np.repeat(np.arange(200), 10)
+    rng = np.random.default_rng(0)
+    scores = rng.random(len(pairs.genuine)), rng.random(len(pairs.impostor))
+    tracemalloc.start()
+    intervals.bootstrap(*scores, finger[pairs.genuine[:, 0]], intervals.Fingers(finger, pairs.impostor))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (
+        len(pairs.impostor) == 1_990_000 and peak < 30e6
+    )  # bytes: once the scores take 16, once two fingers a pair 32
 
 
 def test_each_finger_once_gives_the_rates_themselves():

@@ -147,9 +147,27 @@ def test_zerofmr_lets_no_impostor_pass_where_fmr1000_lets_one_of_a_thousand():
 
 def test_a_thinned_curve_for_a_picture_has_the_same_eer_and_low_false_match_rates_of_its_own():
     rng = np.random.default_rng(0)
-    _, fmr, fnmr = rates.det_curve(rng.normal(2, 1, 20_000), rng.normal(0, 1, 80_000))
-    thin_fmr, thin_fnmr = rates.thinned(fmr, fnmr)
+    scores = rng.normal(2, 1, 20_000), rng.normal(0, 1, 80_000)
+    _, fmr, fnmr = rates.det_curve(*scores)
+    _, thin_fmr, thin_fnmr = rates.det_curve(*scores, rates.POINTS)
     assert len(thin_fmr) < 5000 < len(fmr) == 100_001
     assert rates.eer_of_curve(thin_fmr, thin_fnmr) == rates.eer_of_curve(fmr, fnmr)
     for rate in (1e-4, 1e-3, 1e-2):
         assert thin_fnmr[thin_fmr <= rate][0] == pytest.approx(fnmr[fmr <= rate][0], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("apart", [-9, 0, 1, 2, 9])  # reversed, alike, ..., separable
+@pytest.mark.parametrize("decimals", [0, 1, 9])  # many ties, some, none
+@pytest.mark.parametrize("points", [4, 20])
+def test_a_few_points_of_a_curve_give_the_very_rates_of_all(points, decimals, apart, dtype):
+    rng = np.random.default_rng(points)
+    for genuine, impostor in ((1, 500), (500, 1), (70, 3000)):
+        scores = [
+            np.round(rng.normal(mean, 1, n), decimals).astype(dtype) for mean, n in ((apart, genuine), (0, impostor))
+        ]
+        found, wanted = rates.det_curve(*scores, points), rates.det_curve(*scores)
+        assert {*zip(*found)} <= {*zip(*wanted)} and found[0][-1] == wanted[0][-1]
+        assert rates.eer_of_curve(*found[1:]) == rates.eer_of_curve(*wanted[1:])
+        for rate in rates.FALSE_MATCH_RATES.values():
+            assert found[2][found[1] <= rate][0] == wanted[2][wanted[1] <= rate][0]
