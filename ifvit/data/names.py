@@ -1,7 +1,7 @@
 """What a print's file name says in the known sets: the finger, the impression, the ppi.
 
-FVC, CrossMatch, PolyU HRF, CASIA, SOCOFing, RidgeBase, NIST SD4, SD14, SD27, SD300, SD301 and SD302; and names
-that tell hand and finger in words. Which database a print is of, its folders say (`ifvit.data.places`).
+The sets are those of `_PATTERNS`; names that tell hand and finger in words are read too.
+Which database a print is of, its folders say (`ifvit.data.places`).
 """
 
 import functools
