@@ -1,6 +1,7 @@
 """The floors of the house: what a module may import (docs/changing.md)."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,13 @@ def floor(module: str) -> int:
 def test_a_module_imports_nothing_from_a_floor_above(module):
     above = {m for m in imports(MODULES[module]) if not m.startswith("cluster") and floor(m) > floor(module)}
     assert not above, f"{module} imports {', '.join(sorted(above))}"
+
+
+def test_the_page_for_who_changes_the_code_has_the_floors_as_they_are():
+    page = (ROOT / "docs/changing.md").read_text(encoding="utf-8").partition("## The floors")[2].partition("\n## ")[0]
+    *rooms, lowest = re.findall(r"^ {4}(\w+) {2,}", page, re.MULTILINE)
+    told = [FLOOR.get(room, FLOOR.get(f"ifvit.{room}")) for room in rooms]
+    assert told == list(range(len(FLOORS) - 1, 0, -1)) and lowest == "facts"
 
 
 @pytest.mark.parametrize("module", sorted(m for m in MODULES if m.startswith("cluster")))

@@ -5,6 +5,7 @@ python -m tune --module both --num_samples 24 --dataset_root DIR
 
 import math
 import os
+import re
 import sys
 import threading
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from tune.folder import PARENT, alone_in, check_same_sweep, end_with, move_away,
 from tune.space import RUNS, Choice
 
 METRICS = {"dense": ("accuracy", True), "match": ("eer", False)}  # the default metric, and whether more is better
-LESS_IS_BETTER = ("eer", "loss", "l_d", "l_e", "l_a", "impostor", "seconds")  # parts of such metrics' names
+LESS_IS_BETTER = re.compile("eer|loss|^l_|impostor|seconds")  # what such metrics' names have
 
 
 @dataclass(frozen=True)
@@ -222,7 +223,7 @@ class Args(ConfigArgs):
         metric, higher = METRICS[name]
         if self.metric:
             metric = self.metric[-1 if name == "match" else 0]
-            higher = not any(part in metric for part in LESS_IS_BETTER)
+            higher = not LESS_IS_BETTER.search(metric)
         epochs = min(self.trial_epochs or full.num_epochs, full.num_epochs)
         pbt = self.scheduler == "pbt"
         base = full.replace(num_epochs=epochs, keep_best=1, save_every=1 if pbt else 10**6)

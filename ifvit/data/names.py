@@ -1,7 +1,7 @@
 """What a print's file name says in the known sets: the finger, the impression, the ppi.
 
-FVC, CrossMatch, PolyU HRF, CASIA, SOCOFing, RidgeBase, NIST SD4, SD14, SD27, SD300, SD301 and SD302; and names
-that tell hand and finger in words. Which database a print is of, its folders say (`ifvit.data.places`).
+The sets are those of `_PATTERNS`; names that tell hand and finger in words are read too.
+Which database a print is of, its folders say (`ifvit.data.places`).
 """
 
 import functools
@@ -29,8 +29,14 @@ class Name:
 
 
 _CAPTURES = "roll|plain|slap-segmented|[a-z-]*slap[a-z-]*|[a-z-]*palm[a-z-]*"
+# The first that fits counts. A pattern with a / is of the path's end, any other of the file's name; neither has the
+# extension. A layout that `read_name` does not treat apart has the groups finger and impression. A session becomes part
+# of the impression. Folders may be called as the finger, and as subject and position where the pattern has these.
 _PATTERNS = {
     "FVC": r"(?!(?:19|20)\d{6}_\d{6}$)(?P<finger>\d+)_(?P<impression>\d+)",  # and no date and time
+    # High-resolution prints, of pores, under DBI and DBII: one finger a number.
+    "PolyU HRF": r"(?:[^/]*polyu[^/]*hrf[^/]*|hrf|dbii?(?:[-_ ][^/]*)?)/(?:.*/)?"
+    r"(?P<finger>\d+)_(?P<session>\d+)_(?P<impression>\d+)",
     "CrossMatch": r"(?P<finger>(?P<subject>\d+)_(?P<position>\d+))_(?P<impression>\d+)",
     "CASIA": r"(?P<finger>(?P<subject>\d+)_[LR]\d)_(?P<impression>\d+)",
     "SOCOFing": r"(?P<finger>(?P<subject>\d+)__[MF]_(?:Left|Right)_[a-z]+)_finger(?:_(?P<change>CR|Obl|Zcut))?",
@@ -48,7 +54,10 @@ _PATTERNS = {
     rf"(?P<capture>{_CAPTURES})_(?P<frgp>\d\d)",
     "latent": r"\d+_\w+_\d+PPI_\d+BPC_\d+CH_\w+",  # of SD301 and SD302: of which finger, the name does not tell
 }
-_PATTERNS = {layout: re.compile(p, re.IGNORECASE) for layout, p in _PATTERNS.items()}
+_PATTERNS = {
+    layout: re.compile(f".*/{p}" if "/" in p else p, re.IGNORECASE | re.DOTALL) for layout, p in _PATTERNS.items()
+}
+_PPI = {"PolyU HRF": 1200.0}  # of sets that were not taken at 500 ppi, where neither name nor folder tells it
 
 SLAP, LATENT = "a slap or a palm", "a latent whose finger its name does not tell"
 
@@ -61,22 +70,12 @@ def nfc(text: str) -> str:
 def read_name(path: Path) -> Name | None:
     """What the absolute path of a file says, None where no known set's name looks so."""
     stem, folder = nfc(path.stem), path.parent
-    matches = ((layout, p.fullmatch(stem)) for layout, p in _PATTERNS.items())
+    end = f"{nfc(folder.as_posix())}/{stem}"
+    matches = ((layout, p.fullmatch(end if "/" in p.pattern else stem)) for layout, p in _PATTERNS.items())
     layout, m = next(((layout, m) for layout, m in matches if m), (None, None))
     if m is None:
         return None
     said = m.groupdict()
-    if layout == "CrossMatch" and any(_POLYU_HRF.fullmatch(part) for part in folder.parts):
-        finger, session, impression = stem.split("_")
-        return Name("PolyU HRF", finger, f"{session}_{impression}", 1200.0, ids=(finger,))
-    if layout == "FVC":
-        return Name(layout, m["finger"], m["impression"], fvc_ppi(folder), ids=(m["finger"],))
-    if layout == "CrossMatch":
-        return Name(
-            layout, m["finger"], m["impression"], fvc_ppi(folder), ids=(m["finger"], m["subject"], m["position"])
-        )
-    if layout == "CASIA":
-        return Name(layout, m["finger"].upper(), m["impression"], ids=(m["finger"], m["subject"]))
     if layout == "SOCOFing":
         finger = re.sub("__[mf]", "", m["finger"].lower())
         impression = f"{folder.name}_{m['change']}".lower() if m["change"] else "real"
@@ -85,8 +84,14 @@ def read_name(path: Path) -> Name | None:
         return _ridgebase(layout, said)
     if layout == "latent":
         return Name(layout, None, why=LATENT)
-    if layout in ("SD4", "SD14", "SD27"):
-        return Name(layout, m["finger"].upper(), m["impression"].lower(), ids=(m["finger"],))
+    if "frgp" not in said:
+        return Name(
+            layout,
+            m["finger"].upper(),
+            "_".join(said[k] for k in ("session", "impression") if k in said).lower(),
+            fvc_ppi(folder) if layout in ("FVC", "CrossMatch") else _PPI.get(layout),
+            ids=tuple(said[k] for k in ("finger", "subject", "position") if k in said),
+        )
     frgp = {11: 1, 12: 6}.get(int(m["frgp"]), int(m["frgp"]))
     if not 1 <= frgp <= 10 or m["capture"].lower() not in ("roll", "plain", "slap-segmented"):
         return Name(layout, None, why=SLAP)
@@ -164,8 +169,6 @@ def in_words(stem: str) -> Name | None:
 
 # By the competitions' tables of sensors; the others were taken at 500 ppi.
 _FVC_PPI = {("fvc2002", "db2"): 569.0, ("fvc2004", "db3"): 512.0, ("fvc2006", "db1"): 250.0, ("fvc2006", "db2"): 569.0}
-# PolyU's high-resolution prints, of pores: SUBJECT_SESSION_IMPRESSION under DBI and DBII, one finger a number.
-_POLYU_HRF = re.compile(r".*polyu.*hrf.*|hrf|dbii?([-_ ].*)?", re.IGNORECASE)
 
 
 @functools.lru_cache(maxsize=4096)

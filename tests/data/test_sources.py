@@ -53,6 +53,7 @@ def only(prints: list[Print]) -> Print:
         ("FVC2004/DB3_A_png/1_8.png", "DB3_A_png", "1", "8", 512),
         ("FVC2002/DB2_A_500ppi/1_8.png", "DB2_A_500ppi", "1", "8", None),
         ("PolyU_HRF/DBII/7_2_5.jpg", "DBII", "7", "2_5", 1200),
+        ("my polyu-hrf set/some/7_2_5.jpg", "some", "7", "2_5", 1200),
         ("CASIA-FingerprintV5/007/L/007_L3_4.bmp", "CASIA-FingerprintV5", "007_L3", "4", None),
         ("cross/first_session/7_1.jpg", "cross", "7", "first_session_1", None),
         ("CrossMatch/012_3_4.TIFF", "CrossMatch", "012_3", "4", None),

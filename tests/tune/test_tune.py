@@ -18,10 +18,10 @@ from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
 from ifvit.config import DenseConfig, MatchConfig, Traced, keys_with, preset
 from ifvit.errors import Failure, Interrupted, UserError
-from ifvit.fields import HOST, OWN, PROGRAM, SCALAR, use_of
+from ifvit.fields import COMMON, HOST, OWN, PROGRAM, SCALAR, SWEEP, use_of
 from ifvit.training.dense import dense_program
 from tune import record, results, space, sweep, trial
-from tune.__main__ import Args
+from tune.__main__ import LESS_IS_BETTER, Args
 from tune.campaign import with_module1
 from tune.samples import Optuna, Random, Samples
 from tune.space import Choice, Range
@@ -76,7 +76,25 @@ def test_a_compiled_program_cannot_see_what_is_the_hosts():
                 getattr(seen, f.name)
 
 
+# ---- the metric
+
+
+@pytest.mark.parametrize("metric", ["eer", "eer_local", "loss", "l_d", "l_of_a_new_loss", "input_seconds"])
+def test_of_errors_losses_and_times_less_is_better(metric):
+    assert LESS_IS_BETTER.search(metric)
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "d_prime", "aligned", "goodput", "genuine", "global_l_score"])
+def test_of_all_else_more_is_better(metric):
+    assert not LESS_IS_BETTER.search(metric)
+
+
 # ---- the space
+
+
+@pytest.mark.parametrize("name, roles", [("dense", (OWN, SWEEP)), ("match", (OWN, SWEEP, COMMON))])
+def test_nothing_is_searched_that_trials_or_modules_have_to_share(name, roles):
+    assert not space.SPACES[name].keys() & {key for role in roles for key in keys_with(role)}
 
 
 @pytest.mark.parametrize("size", ["paper", "cpu", "quick", "smoke"])
