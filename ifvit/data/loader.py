@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Int
 
 from ifvit.data.impressions import Impressions
 from ifvit.data.pairs import Pair
@@ -75,3 +76,9 @@ def fixed_batches(
         part = pairs[at : at + batch_size]
         rows = [example(prints, p, {}) for p in part + [part[-1]] * (batch_size - len(part))]
         yield {k: np.stack([r[k] for r in rows]) for k in rows[0]}, len(part)
+
+
+def print_rows(prints: Prints, numbers: Int[np.ndarray, " N"]) -> dict[str, np.ndarray]:
+    """`canvas` (N C C) uint8 and `mask` (N C/8 C/8) bool of prints by their numbers."""
+    canvases, masks = zip(*(prints.canvas(int(i)) for i in numbers))
+    return {"canvas": np.stack(canvases), "mask": np.stack(masks)}

@@ -45,10 +45,27 @@ class DenseRegistration(nnx.Module):
         """
         batch = image0.shape[0]
         # interleaved, not one after the other: a batch split over devices needs no exchange
-        x = self.resnet(jnp.stack([image0, image1], axis=1).reshape(2 * batch, *image0.shape[1:]), train)
+        both = jnp.stack([image0, image1], axis=1).reshape(2 * batch, *image0.shape[1:])
+        f = self.features(both, train)
+        f = f.reshape(batch, 2, *f.shape[1:])
+        return self.match(f[:, 0], f[:, 1], mask0, mask1, train)
+
+    def features(self, images: Float[Array, "N H W 1"], train: bool) -> Float[Array, "N L D"]:
+        """Of each print alone: the ResNet's features, with their positions."""
+        x = self.resnet(images, train)
         x = x + position_encoding(*x.shape[1:], self.temp_bug_fix)
-        x = x.reshape(batch, 2, -1, x.shape[-1])
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+    def match(
+        self,
+        f0: Float[Array, "B L D"],
+        f1: Float[Array, "B L D"],
+        mask0: Bool[Array, "B H W"],
+        mask1: Bool[Array, "B H W"],
+        train: bool,
+    ) -> Float[Array, "B L L"]:
+        """`features` of both prints -> log confidence."""
         m0, m1 = cell_mask(mask0), cell_mask(mask1)
-        f0, f1 = getattr(self, self.transformer_name)(x[:, 0], x[:, 1], m0, m1)
+        f0, f1 = getattr(self, self.transformer_name)(f0, f1, m0, m1)
         scale = None if self.log_scale is None else self.log_scale[...]
         return log_dual_softmax(similarity(f0, f1, scale, self.temperature), m0, m1)

@@ -12,7 +12,10 @@ from ifvit.models.matcher import Matcher
 
 
 class Network(NamedTuple):
-    """A model as data: `apply(params, batch_stats, *inputs, train)` -> (output, new batch_stats)."""
+    """A model as data: `apply(params, batch_stats, *inputs, train)` -> (output, new batch_stats).
+
+    With `method` it calls another method of the model than `__call__`.
+    """
 
     init: Callable[[jax.Array], tuple[dict, dict]]
     apply: Callable
@@ -27,12 +30,12 @@ def network(make: Callable[[nnx.Rngs], nnx.Module]) -> Network:
         _, params, stats = nnx.split(make(nnx.Rngs(key)), nnx.Param, nnx.BatchStat)
         return nnx.to_pure_dict(params), nnx.to_pure_dict(stats)
 
-    def apply(params, batch_stats, *inputs, train: bool):
+    def apply(params, batch_stats, *inputs, train: bool, method: str = "__call__"):
         spec_p, spec_s = jax.tree.map(lambda x: x, params_spec), jax.tree.map(lambda x: x, stats_spec)
         nnx.replace_by_pure_dict(spec_p, params)
         nnx.replace_by_pure_dict(spec_s, batch_stats)
         model = nnx.merge(graphdef, spec_p, spec_s, copy=True)
-        out = model(*inputs, train=train)
+        out = getattr(model, method)(*inputs, train=train)
         return out, nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
 
     return Network(init, apply)

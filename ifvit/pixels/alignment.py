@@ -81,10 +81,14 @@ def aligned_pair(
     aligner_state: tuple,
     views: Views,
     config: Settings,
+    batch: dict | None = None,
 ) -> tuple[Aligned, Bool[Array, " B"], Int[Array, " B"]]:
-    """Views -> inputs of Module 2, which pairs are aligned, and their registered matches."""
+    """Views -> inputs of Module 2, which pairs are aligned, and their registered matches.
+
+    `batch` is that of `registration`.
+    """
     image0, mask0, image1, mask1 = views
-    found = registration(aligner, aligner_state, views, config)
+    found = registration(aligner, aligner_state, views, config, batch)
     if found is None:
         batch = image0.shape[0]
         none = jnp.zeros(batch, jnp.int32)

@@ -23,7 +23,7 @@ from ifvit.pixels.agreement import (
     same_ridges,
 )
 from ifvit.pixels.geometry import IDENTITY, RobustFit, apply_similarity, cell_centres, robust_modes, robust_similarity
-from ifvit.pixels.views import Views, normalise, plain_views
+from ifvit.pixels.views import Views, normalise, plain_prints, plain_views
 
 
 class Registration(NamedTuple):
@@ -52,15 +52,55 @@ def register(log_conf: Float[Array, "B L L"], image_size: int, config: Settings)
     return Registration(similarity, aligned, fit.count, matches, fit.inliers, p0, p1)
 
 
-def registration(aligner: Network | None, aligner_state: tuple, views: Views, config: Settings) -> Registration | None:
-    """Module 1, frozen, on a batch of views; None (no aligner) where Module 2 runs unaligned."""
+def prepared(
+    aligner: Network | None, aligner_state: tuple, prints: dict, config: Settings, check: bool = False
+) -> dict[str, Array]:
+    """What of prints is the same whatever they are compared with, N rows; `prints` has `canvas` and `mask`.
+
+    `image` and `inside` are the windows (`views.plain_prints`), `features` Module 1's (`DenseRegistration.features`).
+    With `check` there are `ridges` and `ridges_inside` at CHECK_PPI too.
+    """
+    image, inside = plain_prints(prints["canvas"], prints["mask"], config)
+    found = {"image": image, "inside": inside}
+    if aligner is not None:
+        params, stats = aligner_state
+        normal = normalise(image, inside, config)
+        found["features"], _ = aligner.apply(params, stats, normal, train=False, method="features")
+    if check:
+        fine = checked_config(config)
+        x, found["ridges_inside"] = plain_prints(prints["canvas"], prints["mask"], fine)
+        found["ridges"] = normalise(x, found["ridges_inside"], fine)[..., 0]
+    return found
+
+
+def paired(one: dict[str, Array], other: dict[str, Array]) -> dict[str, Array]:
+    """Rows of `prepared`, of the first and of the second prints of pairs, as one batch: names end in 0 and 1."""
+    return {f"{k}{n}": v for n, rows in enumerate((one, other)) for k, v in rows.items()}
+
+
+def views_of(batch: dict, config: Settings) -> Views:
+    """Both windows of each pair, of a batch of `paired` or of canvases."""
+    if "image0" not in batch:
+        return plain_views(batch, config)
+    return Views(*(batch[k] for k in ("image0", "inside0", "image1", "inside1")))
+
+
+def registration(
+    aligner: Network | None, aligner_state: tuple, views: Views, config: Settings, batch: dict | None = None
+) -> Registration | None:
+    """Module 1, frozen, on a batch of views; None (no aligner) where Module 2 runs unaligned.
+
+    A batch of `paired` spares it the features of each print.
+    """
     if aligner is None:
         return None
     image0, mask0, image1, mask1 = views
     params, stats = jax.lax.stop_gradient(aligner_state)
-    log_conf, _ = aligner.apply(
-        params, stats, normalise(image0, mask0, config), normalise(image1, mask1, config), mask0, mask1, train=False
-    )
+    if batch and "features0" in batch:
+        inputs, method = (batch["features0"], batch["features1"]), "match"
+    else:
+        inputs, method = (normalise(image0, mask0, config), normalise(image1, mask1, config)), "__call__"
+    log_conf, _ = aligner.apply(params, stats, *inputs, mask0, mask1, train=False, method=method)
     return register(log_conf, config.image_size, config)
 
 
@@ -91,9 +131,11 @@ class CheckedRegistration(NamedTuple):
 def checked_registration(
     aligner: Network, aligner_state: tuple, batch: dict, config: Settings
 ) -> tuple[CheckedRegistration, Registration]:
-    """Module 1 on a batch of canvases, checked by the ridges at CHECK_PPI; and the registration by matches alone."""
-    views = plain_views(batch, config)
-    found = registration(aligner, aligner_state, views, config)
+    """Module 1 on pairs, checked by the ridges at CHECK_PPI; and the registration by matches alone.
+
+    `batch` is one of canvases, or one of `paired` with what the check needs.
+    """
+    found = registration(aligner, aligner_state, views_of(batch, config), config, batch)
     modes = robust_modes(
         found.points0,
         found.points1,
@@ -104,8 +146,11 @@ def checked_registration(
         APART * RIDGE * config.input_ppi / CANVAS_PPI,
     )
     fine = checked_config(config)
-    image0, mask0, image1, mask1 = plain_views(batch, fine)
-    ridges0, ridges1 = (normalise(i, m, fine)[..., 0] for i, m in ((image0, mask0), (image1, mask1)))
+    if "ridges0" in batch:
+        ridges0, mask0, ridges1, mask1 = (batch[f"{k}{n}"] for n in (0, 1) for k in ("ridges", "ridges_inside"))
+    else:
+        image0, mask0, image1, mask1 = plain_views(batch, fine)
+        ridges0, ridges1 = (normalise(i, m, fine)[..., 0] for i, m in ((image0, mask0), (image1, mask1)))
     similarities = at_ppi(modes.similarity, config, fine)
     p0, p1 = (points_at_ppi(p, config, fine) for p in (found.points0, found.points1))
     starts = jax.vmap(jax.vmap(from_residuals, (0, None, None, 0, None)), (0, 0, 0, 0, None))(

@@ -242,9 +242,17 @@ def _each_print(seen, *prints):
 
 def plain_views(batch: dict, config: Settings) -> Views:
     """Both prints of each pair as they are."""
-    view = plain_view(config)
-    x, m = jax.vmap(jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config)))(*_stacked(batch))
+    canvases, masks = _stacked(batch)
+    x, m = jax.vmap(lambda canvas, mask: plain_prints(canvas, mask, config))(canvases, masks)
     return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
+
+
+def plain_prints(
+    canvases: UInt8[Array, "N C C"], masks: Bool[Array, "N C/8 C/8"], config: Settings
+) -> tuple[Float[Array, "N S S"], Bool[Array, "N S S"]]:
+    """Prints as they are: their windows, before normalisation, and their foreground."""
+    view = plain_view(config)
+    return jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config))(canvases, masks)
 
 
 def _stacked(batch: dict):

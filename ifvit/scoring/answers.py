@@ -1,20 +1,17 @@
 """All that is told of a pair: how print 0 lies on print 1, and the scores."""
 
-from collections.abc import Callable
-
 import jax.numpy as jnp
 
 from ifvit.config import Settings
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import align
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import registration
-from ifvit.pixels.views import plain_views
-from ifvit.scoring.scores import match_scores
+from ifvit.pixels.registration import registration, views_of
+from ifvit.scoring.scores import PairScore, match_scores, prepares
 
 
-def registrations(aligner: Network, config: Settings) -> Callable:
-    """(aligner_state, batch) -> what Module 1 tells, in px of the window.
+def registrations(aligner: Network, config: Settings) -> PairScore:
+    """What Module 1 tells, its state (aligner_state,), in px of the window.
 
     `similarity` (B, 4) whether it stands (`aligned`); up to K matches: `points0`, `points1` (B, K, 2), `confidence`,
     and whether they agree with it (`inliers`); `overlap`, the share of the smaller print's foreground that both show.
@@ -22,8 +19,8 @@ def registrations(aligner: Network, config: Settings) -> Callable:
 
     @exact
     def register(aligner_state, batch):
-        views = plain_views(batch, config)
-        found = registration(aligner, aligner_state, views, config)
+        views = views_of(batch, config)
+        found = registration(aligner, aligner_state, views, config, batch)
         image0, mask0, image1, mask1 = views
         both = align(image0, image1, mask0, mask1, found.similarity, config).overlap
         stretch = (found.similarity[:, :2] ** 2).sum(1)  # of areas of print 0 in the frame of print 1
@@ -38,18 +35,18 @@ def registrations(aligner: Network, config: Settings) -> Callable:
             "overlap": jnp.minimum(both.sum((1, 2)) / smaller, 1),
         }
 
-    return register
+    return PairScore(prepares(aligner, config), register)
 
 
-def answers(net: Network, aligner: Network | None, config: Settings) -> Callable:
-    """(params, batch_stats, aligner_state, batch) -> what `match_scores` and, with an aligner, `registrations` tell.
+def answers(net: Network, aligner: Network | None, config: Settings) -> PairScore:
+    """What `match_scores` and, with an aligner, `registrations` tell; its state is that of `match_scores`.
 
     Both ask Module 1 for the same; XLA computes it once.
     """
     scores = match_scores(net, aligner, config)
-    register = registrations(aligner, config) if aligner else lambda *_: {}
+    register = registrations(aligner, config).score if aligner else lambda *_: {}
 
     def answer(params, batch_stats, aligner_state, batch):
-        return scores(params, batch_stats, aligner_state, batch) | register(aligner_state, batch)
+        return scores.score(params, batch_stats, aligner_state, batch) | register(aligner_state, batch)
 
-    return answer
+    return PairScore(scores.prepare, answer)

@@ -83,9 +83,9 @@ class Scorer:
     @cached_property
     def _score(self):
         if self.module == "dense_reg":
-            return jax.jit(dense_scores(dense_network(self.config), self.config))
+            return dense_scores(dense_network(self.config), self.config).jitted()
         net = match_network(self.config, self.num_classes)
-        return jax.jit(match_scores(net, self._aligner_network, self.config))
+        return match_scores(net, self._aligner_network, self.config).jitted()
 
     def score(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and what it is made of, one value a pair; higher is more alike."""
@@ -154,11 +154,11 @@ class Scorer:
 
     @cached_property
     def _answer(self):
-        return jax.jit(answers(match_network(self.config, self.num_classes), self._aligner_network, self.config))
+        return answers(match_network(self.config, self.num_classes), self._aligner_network, self.config).jitted()
 
     @cached_property
     def _registrations(self):
-        return jax.jit(registrations(self._aligner_network, self.config))
+        return registrations(self._aligner_network, self.config).jitted()
 
     def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """Of Module 2 with its fusion: `score` and all that `scoring.answers` tells, a row a pair."""

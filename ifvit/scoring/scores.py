@@ -1,40 +1,66 @@
 """Scores of pairs, by either module, and the fusion of Module 2's into one calibrated score."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jax.sharding import NamedSharding
+from jaxtyping import Float, Int
 
 from ifvit.bar import bar
 from ifvit.config import Settings
-from ifvit.data.loader import fixed_batches
+from ifvit.data.loader import print_rows
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
-from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
+from ifvit.devices.sharding import batch_spec, fetch, make_mesh, put_whole_batch, replicated
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import checked_registration
-from ifvit.pixels.views import plain_views
+from ifvit.pixels.registration import checked_registration, paired, prepared, views_of
 from ifvit.scoring.rates import threshold_at_fmr
 
 
-def dense_scores(net: Network, config: Settings) -> Callable:
-    """Module 1: (params, batch_stats, batch) -> `ridges`, how well they agree, and `matches`, the inliers."""
+class PairScore(NamedTuple):
+    """How pairs are scored, both parts jitted or to be: what is done once a print, and what is done for each pair.
+
+    `prepare(*state, prints)` -> rows of prints (`registration.prepared`), `score(*state, batch)` -> name: (B, …), where
+    the batch is `registration.paired` of such rows, or one of canvases.
+    """
+
+    prepare: Callable
+    score: Callable
+
+    def jitted(self) -> "PairScore":
+        return PairScore(jax.jit(self.prepare), jax.jit(self.score))
+
+
+def prepares(aligner: Network | None, config: Settings, check: bool = False) -> Callable:
+    """(aligner_state, prints) -> `registration.prepared`."""
+
+    @exact
+    def prepare(aligner_state, prints):
+        return prepared(aligner, aligner_state, prints, config, check)
+
+    return prepare
+
+
+def dense_scores(net: Network, config: Settings) -> PairScore:
+    """Module 1, its state (params, batch_stats) -> `ridges`, how well they agree, and `matches`, the inliers."""
+    prepare = prepares(net, config, check=True)
 
     @exact
     def score(params, batch_stats, batch):
         found, by_matches = checked_registration(net, (params, batch_stats), batch, config)
         return {"ridges": found.agreement, "matches": by_matches.count}
 
-    return score
+    return PairScore(lambda params, batch_stats, prints: prepare((params, batch_stats), prints), score)
 
 
-def match_scores(net: Network, aligner: Network | None, config: Settings) -> Callable:
-    """Module 2: (params, batch_stats, aligner_state, batch) -> cosines `global` and `local`, `agreement`, `matches`.
+def match_scores(net: Network, aligner: Network | None, config: Settings) -> PairScore:
+    """Module 2, its state (params, batch_stats, aligner_state) -> cosines `global` and `local`, `agreement`, `matches`.
 
     `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
     in the common frame of a genuine pair a cell is its own match.
@@ -42,7 +68,7 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
 
     @exact
     def score(params, batch_stats, aligner_state, batch):
-        pair, _, count = aligned_pair(aligner, aligner_state, plain_views(batch, config), config)
+        pair, _, count = aligned_pair(aligner, aligner_state, views_of(batch, config), config, batch)
         e, _ = net.apply(params, batch_stats, pair, train=False)
         itself = jnp.exp(jnp.diagonal(e.log_conf, axis1=1, axis2=2)) * e.cells
         return {
@@ -52,28 +78,71 @@ def match_scores(net: Network, aligner: Network | None, config: Settings) -> Cal
             "matches": count,
         }
 
-    return score
+    prepare = prepares(aligner, config)
+    return PairScore(lambda params, batch_stats, aligner_state, prints: prepare(aligner_state, prints), score)
+
+
+PREPARED_BYTES = 512 << 20  # of prints, that are kept ready at once
 
 
 def score_pairs(
-    score: Callable, state: tuple, prints: Prints, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
+    how: PairScore, state: tuple, prints: Prints, pairs: Sequence[Pair], batch_size: int, model_parallel: int = 1
 ) -> dict[str, np.ndarray]:
-    """`score(*state, batch)` over all pairs, split over the devices: name -> (pairs, …) array, in order.
+    """`how.score` of all pairs, split over the devices: name -> (pairs, …) array, in order.
 
-    A batch that does not divide among accelerators or processes is made as much larger.
+    A print passes the backbone once, however many pairs it is in, as long as PREPARED_BYTES suffice; else once for
+    each block of pairs. A batch that does not divide among accelerators or processes is made as much larger.
     """
     if jax.process_count() > 1 or jax.default_backend() != "cpu":
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     mesh = make_mesh(batch_size, model_parallel)
+    whole = jax.jit(lambda rows: rows, out_shardings=replicated(mesh))
+    put = jax.jit(_put, donate_argnums=0)
+    take = jax.jit(_take, out_shardings=NamedSharding(mesh, batch_spec()))
     found: dict[str, np.ndarray] = {}
-    done = 0
+    numbers = np.array([pair[:2] for pair in pairs], np.int32).reshape(-1, 2)
+    of_batch = lambda some: np.concatenate([some, np.repeat(some[-1:], batch_size - len(some), axis=0)])
+    size = jax.eval_shape(how.prepare, *state, print_rows(prints, numbers[:1, 0])) if len(numbers) else {}
+    room = PREPARED_BYTES // max(1, sum(x.size * x.dtype.itemsize for x in size.values()))
+    room = max(room // batch_size, 2) * batch_size
     with bar("scoring", len(pairs), "pair") as shown:
-        for batch, count in fixed_batches(prints, pairs, batch_size):
-            for k, v in fetch(score(*state, put_whole_batch(batch, mesh))).items():
-                found.setdefault(k, np.empty((len(pairs), *v.shape[1:]), v.dtype))[done : done + count] = v[:count]
-            done += count
-            shown.update(count)
+        for block in blocks(numbers, room):
+            needed = np.unique(numbers[block])
+            places = -(-len(needed) // batch_size) * batch_size
+            store = {
+                k: jax.device_put(np.zeros((places, *x.shape[1:]), x.dtype), replicated(mesh)) for k, x in size.items()
+            }
+            for at in range(0, len(needed), batch_size):
+                rows = put_whole_batch(print_rows(prints, of_batch(needed[at : at + batch_size])), mesh)
+                store = put(store, whole(how.prepare(*state, rows)), at)
+            for at in range(0, len(block), batch_size):
+                which = block[at : at + batch_size]
+                rows = put_whole_batch({"at": np.searchsorted(needed, of_batch(numbers[which]))}, mesh)["at"]
+                for k, v in fetch(how.score(*state, take(store, rows))).items():
+                    found.setdefault(k, np.empty((len(pairs), *v.shape[1:]), v.dtype))[which] = v[: len(which)]
+                shown.update(len(which))
     return found
+
+
+def _put(store: dict, rows: dict, at) -> dict:
+    return {k: jax.lax.dynamic_update_slice_in_dim(store[k], rows[k], at, 0) for k in store}
+
+
+def _take(store: dict, rows) -> dict:
+    return paired(*({k: v[rows[:, n]] for k, v in store.items()} for n in (0, 1)))
+
+
+def blocks(numbers: Int[np.ndarray, "N 2"], room: int) -> Iterator[Int[np.ndarray, " M"]]:
+    """All pairs, parted so that each part has at most `room` prints; prints that meet often are in one part."""
+    if len(np.unique(numbers)) <= room:
+        tiles = np.zeros(len(numbers), np.int64)
+    else:
+        side = room // 2
+        low, high = np.sort(numbers, axis=1).T // side
+        tiles = low.astype(np.int64) * (numbers.max() // side + 1) + high
+    order = np.argsort(tiles, kind="stable")
+    edges = np.flatnonzero(np.diff(tiles[order])) + 1
+    yield from (part for part in np.split(order, edges) if len(part))
 
 
 FEATURES = ("global", "local", "agreement", "matches")

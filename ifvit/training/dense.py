@@ -19,6 +19,7 @@ from ifvit.errors import UserError
 from ifvit.models.networks import Network, dense_network
 from ifvit.paths import resolve
 from ifvit.scoring.known_warps import dense_eval
+from ifvit.scoring.scores import PairScore
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_step
 from ifvit.training.task import Task
@@ -36,7 +37,7 @@ class Program(NamedTuple):
     net: Network
     init: Callable  # (seed) -> state
     step: Callable  # as of `training.step.train_step`, with (learning rate, scalars) before the constants
-    evaluate: Callable  # jitted; the scalars come after the state
+    evaluate: Callable | PairScore  # jitted; the scalars come after the state
 
 
 @functools.lru_cache(maxsize=8)

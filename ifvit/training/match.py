@@ -21,7 +21,7 @@ from ifvit.fields import COMMON
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
 from ifvit.models.networks import dense_network, match_network
 from ifvit.scoring import rates
-from ifvit.scoring.scores import fit_fusion, match_scores, score_pairs
+from ifvit.scoring.scores import PairScore, fit_fusion, match_scores, score_pairs
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import match_step
@@ -41,10 +41,14 @@ def match_program(config: MatchConfig, aligner_config: DenseConfig | None, num_c
     def step(state, batch, rate, scalars, aligner_state):
         return match_step(net, aligner, Traced(config, scalars))(state, batch, rate, aligner_state)
 
-    def score(params, batch_stats, aligner_state, scalars, batch):
-        return match_scores(net, aligner, Traced(config, scalars))(params, batch_stats, aligner_state, batch)
+    def prepare(params, batch_stats, aligner_state, scalars, prints):
+        return match_scores(net, aligner, Traced(config, scalars)).prepare(params, batch_stats, aligner_state, prints)
 
-    return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, jax.jit(score))
+    def score(params, batch_stats, aligner_state, scalars, batch):
+        return match_scores(net, aligner, Traced(config, scalars)).score(params, batch_stats, aligner_state, batch)
+
+    evaluate = PairScore(prepare, score).jitted()
+    return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, evaluate)
 
 
 def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task:

@@ -12,7 +12,6 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float
@@ -35,7 +34,7 @@ from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import checked_registration
 from ifvit.scoring.fit import bent_back
 from ifvit.scoring.scorer import Scorer
-from ifvit.scoring.scores import score_pairs
+from ifvit.scoring.scores import PairScore, prepares, score_pairs
 from ifvit.training import run_folder
 
 FILE = "pairs.npz"
@@ -64,13 +63,13 @@ def taught(config: DenseConfig, train: PrintSet) -> Taught:
         )
     seen = teacher.config.replace(canvas_size=config.canvas_size)
 
-    @jax.jit
     @exact
     def register(state, batch):
         checked, _ = checked_registration(net, state, batch, seen)
         return {k: getattr(checked, k) for k in ("similarity", "deformation", "registered", "confidence")}
 
-    rows = score_pairs(register, (state,), train, pairs, config.micro_batch, config.model_parallel)
+    how = PairScore(prepares(net, seen, check=True), register).jitted()
+    rows = score_pairs(how, (state,), train, pairs, config.micro_batch, config.model_parallel)
     sure = np.flatnonzero(rows["registered"] & (rows["confidence"] > SURE))
     log.info("The teacher %s registers %d of %d pairs of impressions", config.teacher, len(sure), len(pairs))
     maps = [maps_of(rows["similarity"][n], rows["deformation"][n], seen) for n in sure]

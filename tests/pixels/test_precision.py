@@ -31,6 +31,10 @@ def batch() -> dict:
     return {"canvas0": canvas, "canvas1": canvas, "mask0": mask, "mask1": mask, "genuine": flags, "counts": flags}
 
 
+def one_print():
+    return {k: batch()[f"{k}0"] for k in ("canvas", "mask")}
+
+
 def keys():
     return jax.eval_shape(lambda: pair_keys(0, 0, (PAIRS,)))
 
@@ -65,8 +69,9 @@ def programs() -> dict:
         "Module 1's pairs and their truth": (lambda k, b: dense_pair(k, b, DENSE), keys(), batch()),
         "Module 2's views": (lambda k, b: match_views(k, b, MATCH), keys(), batch()),
         "the alignment": (aligned, views, jax.ShapeDtypeStruct((PAIRS, cells, cells), jnp.float32)),
-        "Module 1's score": (dense_scores(dense, DENSE), *weights(dense), batch()),
-        "Module 2's score": (match_scores(match, dense, MATCH), *weights(match), weights(dense), batch()),
+        "what is done once a print": (dense_scores(dense, DENSE).prepare, *weights(dense), one_print()),
+        "Module 1's score": (dense_scores(dense, DENSE).score, *weights(dense), batch()),
+        "Module 2's score": (match_scores(match, dense, MATCH).score, *weights(match), weights(dense), batch()),
         "Module 1's validation": (dense_eval(dense, DENSE), *weights(dense), batch(), keys()),
     }
 
@@ -77,6 +82,7 @@ def programs() -> dict:
         "Module 1's pairs and their truth",
         "Module 2's views",
         "the alignment",
+        "what is done once a print",
         "Module 1's score",
         "Module 2's score",
         "Module 1's validation",
