@@ -11,7 +11,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 PARITY := $(VENV)-parity
 TORCH := $(shell grep '^torch==' constraints-3.11.txt)
 
-.PHONY: train check test test-all parity torch faults starts clean
+.PHONY: train check runs test test-all parity torch faults starts clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
@@ -21,6 +21,10 @@ TESTS := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-re
 check: $(VENV)/ready
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
+	$(PY) $(TESTS) -m "not slow and not process and not run"
+
+# The tests of this process alone, those that train among them.
+runs: $(VENV)/ready
 	$(PY) $(TESTS) -m "not slow and not process"
 
 test: $(VENV)/ready

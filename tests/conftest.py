@@ -54,12 +54,18 @@ class Said(NamedTuple):
 # Fixtures that start other processes: what uses them is marked `process`. And those that take minutes: `slow`.
 STARTING = {"process", "begun", "bed", "machine", "one_worker"}
 LASTING = {"bed", "machine"}  # a cluster of two hosts; Kaggle's machine, with an installation of its own
+# And those that train: what uses them, and what the files of TRAINING hold, is marked `run`.
+TRAINED = {"module1", "module2", "pipeline"}
+TRAINING = [
+    f"test_{name}.py"
+    for name in "runs gs_runs impression_runs step layouts meter guide profile python_page mistakes teacher".split()
+]
 
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        for mark, fixtures in (("process", STARTING), ("slow", LASTING)):
-            if fixtures & set(item.fixturenames):
+        for mark, fixtures in (("process", STARTING), ("slow", LASTING), ("run", TRAINED)):
+            if fixtures & set(item.fixturenames) or mark == "run" and item.path.name in TRAINING:
                 item.add_marker(mark)
     names = [f"test_{name}.py" for name in LONG]
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))

@@ -4,7 +4,7 @@ import io
 import logging
 
 import pytest
-from scoring.test_scores import NUMBERED, Numbers
+from numbered_prints import NUMBERED, Numbers
 
 from ifvit import bar as bars
 from ifvit.data.pairs import Pair

@@ -3,33 +3,15 @@
 import jax
 import numpy as np
 import pytest
+from numbered_prints import NUMBERED, Numbers
 
 from ifvit.config import DenseConfig
 from ifvit.data.pairs import Pair
 from ifvit.models.networks import dense_network
 from ifvit.presets import PRESETS
 from ifvit.scoring import scores
-from ifvit.scoring.scores import PairScore, blocks, dense_scores, score_pairs
+from ifvit.scoring.scores import blocks, dense_scores, score_pairs
 
-
-class Numbers:
-    """Prints that show their number."""
-
-    prints = ()
-
-    def __init__(self):
-        self.asked = []
-
-    def canvas(self, i):
-        self.asked.append(i)
-        return np.full((8, 8), i, np.uint8), np.ones((1, 1), bool)
-
-
-# The score is an order of the two prints: 100 · first + second.
-NUMBERED = PairScore(
-    lambda prints: {"number": prints["canvas"][:, 0, 0].astype(np.float32)},
-    lambda batch: {"score": 100 * batch["number0"] + batch["number1"], "matches": batch["number1"].astype(np.int32)},
-).jitted()
 PAIRS = [Pair(i, j, False) for i in range(9) for j in range(11, 18)][::-1]
 
 
