@@ -203,6 +203,7 @@ class DenseConfig(Config):
     teacher: str = place("", roles={FREE, OWN})  # a trained Module 1 that tells it of real prints ('' for none)
     teacher_pairs: int = number(2000, 1, use=HOST)  # pairs of impressions that it looks at, at most
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
+    init: str = place("", roles={OWN})  # a Module 1 that it starts from; `pretrained`: the package's ('' for none)
 
     def __post_init__(self):
         super().__post_init__()

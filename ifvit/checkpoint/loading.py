@@ -8,7 +8,7 @@ from etils import epath
 
 from ifvit import legacy
 from ifvit.checkpoint.metadata import check_module, read_metadata, sound
-from ifvit.checkpoint.places import locate
+from ifvit.checkpoint.places import is_pickle, locate
 from ifvit.checkpoint.reading import read_leaves
 from ifvit.checkpoint.tree import leaves, nested
 from ifvit.errors import UserError
@@ -30,13 +30,14 @@ class Checkpoint:
 
 
 def load(path: str | os.PathLike, module: str | None = None, parts: tuple[str, ...] = ("",)) -> Checkpoint:
-    """The checkpoint, or an existing `.pkl` file, as numpy arrays on this host. Every leaf is checked.
+    """The checkpoint, or an existing `.pkl` or packed file, as numpy arrays on this host. Every leaf is checked.
 
+    `path` may be `pretrained`, the weights of the package, which have no optimiser's state and no step.
     `parts`: only leaves whose names begin so are read, e.g. NETWORK. UserError when the checkpoint is missing,
     half-written, damaged, of another module than `module`, or not a checkpoint of IFViT.
     """
     folder = locate(path)
-    if not folder.is_dir():
+    if is_pickle(folder):
         found = from_legacy(folder)
         check_module(folder, found.metadata, module)
         return found
