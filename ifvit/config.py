@@ -212,6 +212,8 @@ class DenseConfig(Config):
                 "teacher names a checkpoint, and no pair would be made by it: impression_share is 0. Give it a share "
                 "(--set impression_share=0.5), or leave the teacher out."
             )
+        if self.init and self.loftr_ckpt:
+            raise UserError("init and loftr_ckpt both start the transformer; leave one of them out.")
 
 
 @dataclass(frozen=True)

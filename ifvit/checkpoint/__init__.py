@@ -14,7 +14,7 @@ digest has been compared.
 """
 
 from ifvit.checkpoint.agreement import BARRIER_MS
-from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, restore
+from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, or_packaged, restore
 from ifvit.checkpoint.metadata import (
     Damaged,
     check_module,
@@ -66,6 +66,7 @@ __all__ = [
     "load",
     "locate",
     "nested",
+    "or_packaged",
     "packaged",
     "read_leaves",
     "read_metadata",

@@ -1,5 +1,6 @@
 """Reads a checkpoint into memory or onto devices. Every leaf is checked against its digest first."""
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -8,12 +9,16 @@ from etils import epath
 
 from ifvit import legacy
 from ifvit.checkpoint.metadata import check_module, read_metadata, sound
+from ifvit.checkpoint.packed import PRETRAINED, packaged
 from ifvit.checkpoint.places import is_pickle, locate
 from ifvit.checkpoint.reading import read_leaves
 from ifvit.checkpoint.tree import leaves, nested
-from ifvit.errors import UserError
+from ifvit.errors import CheckpointNotFound, UserError
+from ifvit.paths import resolve
 
 NETWORK = ("state/params", "state/batch_stats", "aligner")  # the parts that a trained network needs to run
+
+log = logging.getLogger("ifvit")
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,24 @@ def load(path: str | os.PathLike, module: str | None = None, parts: tuple[str, .
     return _as_checkpoint(
         folder, metadata, read_leaves(folder, metadata, {n: None for n in metadata["digests"] if n.startswith(parts)})
     )
+
+
+def or_packaged(path: str | os.PathLike | None, default: str) -> str:
+    """The path that was given. Left out, it is `default`, or PRETRAINED where nothing lies there and weights came with
+    the package; that is said."""
+    if path is not None:
+        return os.fspath(path)
+    try:
+        locate(default)
+    except CheckpointNotFound:
+        if packaged().is_file():
+            log.warning(
+                "⚠ No checkpoint is given, and none lies at %s: the packaged weights are used, a Module 1 that was "
+                "trained on generated prints alone.",
+                resolve(default),
+            )
+            return PRETRAINED
+    return default
 
 
 def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:

@@ -8,7 +8,7 @@ from ifvit.config import Settings
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import align
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import registration
+from ifvit.pixels.registration import checked_registration, registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.scores import match_scores
 
@@ -39,6 +39,31 @@ def registrations(aligner: Network, config: Settings) -> Callable:
         }
 
     return register
+
+
+def dense_answers(net: Network, config: Settings) -> Callable:
+    """Module 1 alone: (params, batch_stats, batch) -> `score`, its `probability`, and what `registrations` tells.
+
+    Those of the registration that the ridges have confirmed: `aligned` is `registered`, and the score how well they
+    agree.
+    """
+
+    @exact
+    def answer(params, batch_stats, batch):
+        found, _ = checked_registration(net, (params, batch_stats), batch, config)
+        return {
+            "score": found.agreement,
+            "probability": found.confidence,
+            "similarity": found.similarity,
+            "aligned": found.registered,
+            "points0": found.points0,
+            "points1": found.points1,
+            "confidence": found.matches.confidence,
+            "inliers": found.inliers,
+            "overlap": found.overlap,
+        }
+
+    return answer
 
 
 def answers(net: Network, aligner: Network | None, config: Settings) -> Callable:
