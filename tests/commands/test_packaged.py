@@ -2,9 +2,13 @@
 
 import json
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from ifvit import weights
 from ifvit.config import DenseConfig, preset
+from ifvit.data import synthetic
 from ifvit.pixels.agreement import REGISTERED
 from ifvit.scoring.scorer import Scorer
 
@@ -134,3 +138,33 @@ def test_a_configuration_from_before_init_is_one_without(tmp_path):
     saved = preset("smoke", DenseConfig).to_dict()
     del saved["init"]
     assert completed(DenseConfig, saved)["init"] == ""
+
+
+# ---- the weights and prints that this package has
+
+
+PRINTS = weights.FOLDER / "prints"
+HERE = pytest.mark.skipif(not (weights.FOLDER / weights.FILE).is_file(), reason="no weights have been packed")
+
+
+@HERE
+@pytest.mark.parametrize("other, decision", [("1_2.png", "match"), ("2_1.png", "no match")])
+def test_the_packages_own_weights_tell_its_prints_apart(command, tmp_path, other, decision):
+    said = command("verify", PRINTS / "1_1.png", PRINTS / other, "--json", "--checkpoint", "pretrained", cwd=tmp_path)
+    assert said.code == 0 and json.loads(said.out)["decision"] == decision, said
+
+
+@HERE
+def test_the_packages_own_card_is_of_its_weights():
+    from ifvit import checkpoint
+
+    assert checkpoint.load("pretrained").metadata["digest"] in (weights.FOLDER / weights.CARD).read_text()
+
+
+def test_the_packages_prints_are_small_and_generated():
+    files = sorted(PRINTS.iterdir())
+    assert [f.name for f in files] == ["1_1.png", "1_2.png", "2_1.png"] and sum(f.stat().st_size for f in files) < 300e3
+    for file, (finger, impression) in zip(files, ((2, 2), (2, 3), (1, 3))):
+        drawn = synthetic.impression(synthetic.master_finger(2026, finger), 2026, finger, impression)
+        with Image.open(file) as picture:
+            assert np.abs(np.asarray(picture).astype(int) - drawn).mean() < 0.1  # another CPU rounds otherwise
