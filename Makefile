@@ -11,10 +11,15 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 PARITY := $(VENV)-parity
 TORCH := $(shell grep '^torch==' constraints-3.11.txt)
 
-.PHONY: train check runs test test-all parity torch faults starts clean
+.PHONY: train weights check runs test test-all parity torch faults starts clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
+
+weights: $(VENV)/ready
+	$(PY) -m ifvit.train_dense --preset cpu --dataset_root synthetic --config ifvit/weights/recipe.toml \
+		--checkpoint_dir checkpoints/weights
+	$(PY) -m ifvit.weights pack checkpoints/weights/dense_reg_ckpt
 
 TESTS := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

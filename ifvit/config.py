@@ -203,6 +203,7 @@ class DenseConfig(Config):
     teacher: str = place("", roles={FREE, OWN})  # a trained Module 1 that tells it of real prints ('' for none)
     teacher_pairs: int = number(2000, 1, use=HOST)  # pairs of impressions that it looks at, at most
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
+    init: str = place("", roles={OWN})  # a Module 1 that it starts from; `pretrained`: the package's ('' for none)
 
     def __post_init__(self):
         super().__post_init__()
@@ -211,6 +212,8 @@ class DenseConfig(Config):
                 "teacher names a checkpoint, and no pair would be made by it: impression_share is 0. Give it a share "
                 "(--set impression_share=0.5), or leave the teacher out."
             )
+        if self.init and self.loftr_ckpt:
+            raise UserError("init and loftr_ckpt both start the transformer; leave one of them out.")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +17,7 @@ import numpy as np
 from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.files import whole, write_whole
+from ifvit.matcher import DEFAULT
 from ifvit.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -35,7 +36,8 @@ class Args:
     """Evaluates a checkpoint of either module on folders of prints."""
 
     checkpoint: str = ""
-    """of Module 2 (fused score), or of Module 1 (the score says how well the ridges agree once registered)"""
+    """of Module 2 (fused score), or of Module 1 (the score says how well the ridges agree once registered); left out,
+    `pretrained`, the package's Module 1, unless ./checkpoints/matcher/matcher_ckpt is there"""
     dataset_root: tuple[str, ...] = ()
     """folders of prints; every database in them is evaluated on its own"""
     out: str = "./evaluation"
@@ -57,12 +59,23 @@ class Args:
     """how to read paths below the folder, without extension: '{database}/{finger}_{impression}' [known sets' names]"""
 
     def run(self) -> int:
+        args = self.or_packaged()
+        if args is not self:
+            return args.run()
         self.check()
         if self.checkpoint:
             self.score()
         if self.against:
             self.compare()
         return 0
+
+    def or_packaged(self) -> "Args":
+        """These flags; with the packaged weights where prints are given, and no checkpoint is given or was trained."""
+        from ifvit.checkpoint import PRETRAINED, or_packaged
+
+        if self.checkpoint or not self.dataset_root or or_packaged(None, DEFAULT) != PRETRAINED:
+            return self
+        return replace(self, checkpoint=PRETRAINED)
 
     def check(self) -> None:
         """UserError for flags that do not fit; before anything is read."""

@@ -102,7 +102,7 @@ class _Module1:
                 f"Module 1 checkpoint not found: {path}; train Module 1 first, or give its path with --pretrained_ckpt."
             ) from None
         self.notes: list[str] = []
-        if not self.folder.is_dir():
+        if checkpoint.is_pickle(self.folder):
             self._of_legacy()
             return
         self.metadata = checkpoint.read_metadata(self.folder)

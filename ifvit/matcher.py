@@ -55,15 +55,18 @@ class Registration:
 class Comparison(Registration):
     """Whether prints a and b are of one finger."""
 
-    score: float  # probability that they are, were genuine and impostor pairs equally many
-    threshold: float  # of the score, at the false match rate that was asked for
-    decision: Literal["match", "no match"]  # whether the score reaches it
+    score: float  # of Module 2 the probability; of Module 1 how well the ridges agree, 0 … 1
+    threshold: float  # of the score, at the false match rate that was asked for; of Module 1 a fixed one
+    decision: Literal["match", "no match"]  # whether the score reaches it; of Module 1: whether they register
+    probability: float  # that they are, were genuine and impostor pairs equally many
 
 
 @dataclass(frozen=True, eq=False)
 class Matcher:
-    """Module 2 with its calibration, and the Module 1 that aligns its pairs.
+    """Module 2 with its calibration, and the Module 1 that aligns its pairs; or a Module 1 alone.
 
+    Module 1 compares the ridges of prints once they are laid on each other; its score is not calibrated, and `fmr` says
+    nothing to it.
     Prints are paths, pictures of Pillow's, `Picture`s (an array needs one, for its ppi), or what `read` has returned.
     """
 
@@ -72,19 +75,21 @@ class Matcher:
 
     @classmethod
     def load(cls, checkpoint: str | os.PathLike | None = None) -> Matcher:
-        """The matcher of a checkpoint; left out, of the one that training leaves below the current folder.
+        """The matcher of a checkpoint; left out, of the one that training leaves below the current folder, else of the
+        package's weights.
 
-        UserError where there is none, or one that is damaged or without a calibrated score.
+        UserError where there is none, or one that is damaged, or of Module 2 without a calibrated score.
         """
         import jax
 
         from ifvit import cli
+        from ifvit.checkpoint import or_packaged
         from ifvit.paths import cache_dir, resolve
         from ifvit.scoring.scorer import Scorer
 
         if not jax.config.jax_compilation_cache_dir:  # the program's own choice stays
             cli.use_compilation_cache(cache_dir() / "compiled")
-        path = DEFAULT if checkpoint is None else os.fspath(checkpoint)
+        path = or_packaged(checkpoint, DEFAULT)
         try:
             scorer = Scorer.from_checkpoint(path)
         except CheckpointNotFound:
@@ -94,9 +99,14 @@ class Matcher:
                 f"There is no trained matcher at {resolve(DEFAULT)}; train one with python -m ifvit.train_all, or give "
                 "the path of one to Matcher.load."
             ) from None
-        if scorer.module != "matcher" or scorer.fusion is None:
+        if scorer.module == "matcher" and scorer.fusion is None:
             raise UserError(f"{path} has no calibrated score; give Module 2's final checkpoint (matcher_ckpt).")
         return cls(path, scorer)
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its thresholds stand for false match rates, as Module 2's do."""
+        return self.scorer.fusion is not None
 
     def read(self, image: Any) -> OnCanvas:
         """A print, decoded once for several comparisons. UserError for a picture that shows none."""
@@ -117,20 +127,23 @@ class Matcher:
         """Pairs (a, b), so many at once; in their order."""
         if not 0 < fmr < 1:
             raise UserError(f"fmr is {fmr}; give a rate between 0 and 1, such as 0.001.")
-        threshold = self.scorer.fusion.threshold(fmr)
+        from ifvit.pixels.agreement import REGISTERED
+
+        threshold = self.scorer.fusion.threshold(fmr) if self.calibrated else REGISTERED
         return [
             Comparison(
                 **_registration(row, a, b, self.scorer.config),
                 score=float(row["score"]),
                 threshold=threshold,
                 decision="match" if row["score"] >= threshold else "no match",
+                probability=float(row.get("probability", row["score"])),
             )
             for a, b, row in self._rows(self.scorer.answers, pairs, batch_size)
         ]
 
     def register(self, a: Any, b: Any) -> Registration:
         """One pair by Module 1 alone. UserError for a matcher that was trained without it."""
-        if not self.scorer.aligner:
+        if self.calibrated and not self.scorer.aligner:
             raise UserError("This matcher was trained without Module 1 and registers nothing; compare still works.")
         ((a, b, row),) = self._rows(self.scorer.registrations, [(a, b)], 1)
         return Registration(**_registration(row, a, b, self.scorer.config))

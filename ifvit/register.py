@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ifvit.scoring.fit import Fit
     from ifvit.scoring.scorer import Scorer
 
+DEFAULT = "./checkpoints/dense_reg/dense_reg_ckpt"
 NOT_REGISTERED = 3  # exit code
 WIDER = (
     1.5  # fingers whose ridges differ by more in width, at one resolution, are none that could be laid on each other
@@ -44,8 +45,9 @@ class Args:
     """the print that is moved"""
     b: Annotated[str, tyro.conf.Positional] = ""
     """the print that it is laid on"""
-    checkpoint: str = "./checkpoints/dense_reg/dense_reg_ckpt"
-    """of Module 1, or of Module 2, whose own Module 1 is taken"""
+    checkpoint: str | None = None
+    """of Module 1, or of Module 2, whose own Module 1 is taken [./checkpoints/dense_reg/dense_reg_ckpt, else
+    `pretrained`, the package's]"""
     out: str = "./registration"
     """folder for warped.png, grid.png, overlay.png, matches.csv, transform.json"""
     pairs: str = ""
@@ -56,6 +58,7 @@ class Args:
     """in the images; `light` of sensors that show them white on black"""
 
     def run(self) -> int:
+        from ifvit.checkpoint import or_packaged
         from ifvit.devices.sharding import use_cpu_cores
         from ifvit.scoring.scorer import Scorer
 
@@ -69,7 +72,7 @@ class Args:
                     raise UserError(f"{where}{path} is not there; check the path.")
         use_cpu_cores()
         cli.use_compilation_cache(cache_dir() / "compiled")
-        scorer = Scorer.from_checkpoint(self.checkpoint)
+        scorer = Scorer.from_checkpoint(or_packaged(self.checkpoint, DEFAULT))
         scorer.registers  # noqa: B018 (refused before anything is written)
         out = _folder(self.out)
         if not self.pairs:

@@ -20,7 +20,7 @@ from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.evaluate import check_ppi
 from ifvit.files import whole
-from ifvit.matcher import DEFAULT, Matcher, Picture
+from ifvit.matcher import Comparison, Matcher, Picture
 from ifvit.paths import cache_dir, resolve, resolve_data
 
 COLUMNS = ("a", "b", "score", "decision", "matches", "reason")
@@ -36,14 +36,15 @@ class Args:
     """one print"""
     b: Annotated[str, tyro.conf.Positional] = ""
     """the other"""
-    checkpoint: str = DEFAULT
-    """Module 2's final checkpoint"""
+    checkpoint: str | None = None
+    """Module 2's final checkpoint, or one of Module 1 [./checkpoints/matcher/matcher_ckpt, else `pretrained`, the
+    package's Module 1]"""
     fmr: float = 0.001
-    """false match rate to decide at, by the checkpoint's calibration"""
+    """false match rate to decide at, by the checkpoint's calibration; Module 1 has none"""
     picture: str = ""
     """PNG of both prints with their matches as lines"""
     json: bool = False
-    """print {"score", "decision", "matches"} as JSON"""
+    """print {"score", "decision", "matches", "threshold", "probability"} as JSON"""
     ppi: float | Literal["auto"] | None = None
     """resolution of both prints, whatever files and sets tell; `auto`: what they tell, unless the ridges differ"""
     ridges: Literal["dark", "light"] = "dark"
@@ -55,6 +56,8 @@ class Args:
 
     def run(self) -> int:
         self.check()
+        if self.json:
+            cli.log_to_stderr()
         if self.pairs:
             return self.compare_list()
         from ifvit.data.pairs import Pair
@@ -64,14 +67,24 @@ class Args:
         matcher = Matcher.load(self.checkpoint)
         a, b = (matcher.read(Picture(path, self.ppi, self.ridges)) for path in (self.a, self.b))
         found = matcher.compare(a, b, self.fmr)
-        score, threshold, decision, matches = found.score, found.threshold, found.decision, len(found.matches)
         if self.picture:
             matcher.scorer.picture(Canvases([a, b]), Pair(0, 1, False), resolve(self.picture))
         if self.json:
-            print(json.dumps({"score": score, "decision": decision, "matches": matches, "threshold": threshold}))
+            told = {k: getattr(found, k) for k in ("score", "decision", "threshold", "probability")}
+            print(json.dumps(told | {"matches": len(found.matches)}))
         else:
-            print(f"score {score:.4f}, {decision} (threshold {threshold:.4f} at FMR {self.fmr:g}), {matches} matches")
+            print(f"score {found.score:.4f}, {self.decided(matcher, found)}, {len(found.matches)} matches")
         return 0
+
+    def decided(self, matcher: Matcher, found: Comparison) -> str:
+        """The decision on a pair, and what it is made by."""
+        if matcher.calibrated:
+            return f"{found.decision} (threshold {found.threshold:.4f} at FMR {self.fmr:g})"
+        registered = "registered" if found.decision == "match" else "not registered"
+        return (
+            f"{found.decision}: {registered} by Module 1 (threshold {found.threshold:.4f}, no calibrated rate), "
+            f"confidence {found.probability:.2f}"
+        )
 
     def check(self) -> None:
         """UserError for flags that do not fit; before anything is read."""
@@ -140,7 +153,8 @@ class Args:
                     refused += [answer[3]] if answer[3] else []
                 shown.update(len(some))
         compared = len(rows) - len(refused)
-        print(f"{compared} of {len(rows)} pairs compared, {matching} match at FMR {self.fmr:g}; scores: {self.out}")
+        how = f"at FMR {self.fmr:g}" if matcher.calibrated else "by Module 1"
+        print(f"{compared} of {len(rows)} pairs compared, {matching} match {how}; scores: {self.out}")
         if refused:
             raise UserError(
                 f"{len(refused)} of {len(rows)} pairs were not compared; the first, {refused[0]} The column reason of "

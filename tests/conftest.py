@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook
 
 # Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
 # Not where files of other software are read byte by byte: there are no shapes, and a check at each call takes minutes.
-CHECKED = "checkpoint data devices models pixels scoring training commands evaluate verify".split()
+CHECKED = "checkpoint data devices models pixels scoring training commands evaluate verify weights".split()
 install_import_hook([f"ifvit.{room}" for room in CHECKED], "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
@@ -90,7 +90,7 @@ def command():
     def call(name: str, *words, cwd) -> Said:
         from ifvit import cli
 
-        module = importlib.import_module(f"ifvit.{'checkpoint.__main__' if name == 'checkpoint' else name}")
+        module = importlib.import_module(f"ifvit.{name}{'.__main__' if name in ('checkpoint', 'weights') else ''}")
         words = [str(w) for w in words]
         out, err = io.StringIO(), io.StringIO()
         log = logging.StreamHandler(out)  # pytest's own handler keeps the command from making one
@@ -128,6 +128,43 @@ def process():
         return Said(ended.returncode, ended.stdout, ended.stderr)
 
     return call
+
+
+@pytest.fixture
+def no_weights(tmp_path, monkeypatch):
+    """An installation without packaged weights; the folder that has none."""
+    folder = tmp_path / "no weights"
+    folder.mkdir()
+    monkeypatch.setattr("ifvit.weights.FOLDER", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def untrained(tmp_path_factory):
+    """A checkpoint of a smoke Module 1 as it is before its first step, as if generated prints had trained it."""
+    import jax
+    import numpy as np
+
+    from ifvit import checkpoint
+    from ifvit.config import DenseConfig, preset
+    from ifvit.models.networks import dense_network
+
+    path = tmp_path_factory.mktemp("untrained") / "dense_reg_ckpt"
+    config = preset("smoke", DenseConfig).replace(checkpoint_dir=str(path.parent))
+    params, stats = jax.jit(dense_network(config).init)(jax.random.key(7))
+    state = {"params": params, "batch_stats": stats, "opt_state": {"count": np.int32(4)}, "step": np.int32(4)}
+    told = {"epoch": 2, "step": 4, "finished": True, "best": None, "value": 0.5, "data": "", "history": []}
+    checkpoint.save(path, "dense_reg", state, told | {"config": config.to_dict(), "sample": ["of prints"]})
+    return path
+
+
+@pytest.fixture
+def packed(command, untrained, no_weights):
+    """An installation whose packaged weights are those of `untrained`; the folder that has them."""
+    shutil.copy(Path(__file__).parents[1] / "ifvit/weights/recipe.toml", no_weights)
+    said = command("weights", "pack", untrained, cwd=no_weights)
+    assert said.code == 0, said
+    return no_weights
 
 
 @pytest.fixture(scope="session")

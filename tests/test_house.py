@@ -38,6 +38,7 @@ FLOORS = [
     {
         "ifvit.commands",
         "ifvit.checkpoint.__main__",
+        "ifvit.weights.__main__",
         "ifvit.evaluate",
         "ifvit.register",
         "ifvit.verify",

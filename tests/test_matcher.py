@@ -125,7 +125,7 @@ def test_a_resolution_or_ridges_that_no_print_has_are_refused(how):
         Picture("a.png", **how)
 
 
-def test_without_a_checkpoint_a_sentence_says_how_to_get_one(tmp_path, monkeypatch):
+def test_without_a_checkpoint_a_sentence_says_how_to_get_one(no_weights, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="no trained matcher at ./checkpoints/matcher/matcher_ckpt; train one"):
         Matcher.load()
@@ -133,15 +133,37 @@ def test_without_a_checkpoint_a_sentence_says_how_to_get_one(tmp_path, monkeypat
         Matcher.load("elsewhere")
 
 
-def test_on_kaggle_the_default_lies_below_its_working_folder(tmp_path, monkeypatch):
+def test_on_kaggle_the_default_lies_below_its_working_folder(no_weights, tmp_path, monkeypatch):
     monkeypatch.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
     with pytest.raises(UserError, match="at /kaggle/working/IFViT/checkpoints/matcher/matcher_ckpt"):
         Matcher.load()
 
 
-def test_module_1_alone_has_no_calibrated_score(pipeline):
+def test_before_the_end_of_training_there_is_no_calibrated_score(pipeline):
     with pytest.raises(UserError, match="no calibrated score"):
-        Matcher.load(pipeline.module1)
+        Matcher.load(pipeline.folder / "matcher/matcher_epoch_1")
+
+
+def test_the_package_compares_where_nothing_was_trained(packed, generated, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    found = Matcher.load()
+    (said,) = caplog.messages
+    assert "none lies at ./checkpoints/matcher/matcher_ckpt: the packaged weights are used" in said
+    assert not found.calibrated
+    compared = found.compare(generated[1, 1], generated[1, 1])
+    assert 0 <= compared.score <= 1 and 0 <= compared.probability <= 1
+    assert compared.decision == ("match" if compared.score >= compared.threshold else "no match")
+    assert (compared.decision == "match") == (compared.transform is not None)
+    np.testing.assert_array_equal(found.register(generated[1, 1], generated[1, 1]).matches, compared.matches)
+
+
+def test_what_was_trained_goes_before_the_package(packed, untrained, tmp_path, monkeypatch, caplog):
+    from ifvit.checkpoint import or_packaged
+
+    monkeypatch.chdir(untrained.parent)
+    assert or_packaged(None, "./dense_reg_ckpt") == "./dense_reg_ckpt" and not caplog.messages
+    assert or_packaged("elsewhere", "./nowhere") == "elsewhere" and not caplog.messages
+    assert or_packaged(None, "./nowhere") == "pretrained" and len(caplog.messages) == 1
 
 
 def test_importing_the_matcher_starts_neither_jax_nor_a_command(process, tmp_path):

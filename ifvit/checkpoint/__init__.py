@@ -14,7 +14,7 @@ digest has been compared.
 """
 
 from ifvit.checkpoint.agreement import BARRIER_MS
-from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, restore
+from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, or_packaged, restore
 from ifvit.checkpoint.metadata import (
     Damaged,
     check_module,
@@ -25,6 +25,7 @@ from ifvit.checkpoint.metadata import (
     sound,
     versions,
 )
+from ifvit.checkpoint.packed import PRETRAINED, is_packed, packaged
 from ifvit.checkpoint.places import (
     OLD,
     UNFINISHED,
@@ -33,6 +34,7 @@ from ifvit.checkpoint.places import (
     discard_unfinished,
     has_name,
     is_local,
+    is_pickle,
     locate,
 )
 from ifvit.checkpoint.reading import read_leaves, shapes
@@ -43,6 +45,7 @@ __all__ = [
     "BARRIER_MS",
     "NETWORK",
     "OLD",
+    "PRETRAINED",
     "UNFINISHED",
     "Checkpoint",
     "Damaged",
@@ -56,11 +59,15 @@ __all__ = [
     "from_legacy",
     "has_name",
     "is_local",
+    "is_packed",
+    "is_pickle",
     "kind",
     "leaves",
     "load",
     "locate",
     "nested",
+    "or_packaged",
+    "packaged",
     "read_leaves",
     "read_metadata",
     "reason",

@@ -1,5 +1,6 @@
 """Reads a checkpoint into memory or onto devices. Every leaf is checked against its digest first."""
 
+import logging
 import os
 from dataclasses import dataclass
 
@@ -8,12 +9,16 @@ from etils import epath
 
 from ifvit import legacy
 from ifvit.checkpoint.metadata import check_module, read_metadata, sound
-from ifvit.checkpoint.places import locate
+from ifvit.checkpoint.packed import PRETRAINED, packaged
+from ifvit.checkpoint.places import is_pickle, locate
 from ifvit.checkpoint.reading import read_leaves
 from ifvit.checkpoint.tree import leaves, nested
-from ifvit.errors import UserError
+from ifvit.errors import CheckpointNotFound, UserError
+from ifvit.paths import resolve
 
 NETWORK = ("state/params", "state/batch_stats", "aligner")  # the parts that a trained network needs to run
+
+log = logging.getLogger("ifvit")
 
 
 @dataclass(frozen=True)
@@ -30,13 +35,14 @@ class Checkpoint:
 
 
 def load(path: str | os.PathLike, module: str | None = None, parts: tuple[str, ...] = ("",)) -> Checkpoint:
-    """The checkpoint, or an existing `.pkl` file, as numpy arrays on this host. Every leaf is checked.
+    """The checkpoint, or an existing `.pkl` or packed file, as numpy arrays on this host. Every leaf is checked.
 
+    `path` may be `pretrained`, the weights of the package, which have no optimiser's state and no step.
     `parts`: only leaves whose names begin so are read, e.g. NETWORK. UserError when the checkpoint is missing,
     half-written, damaged, of another module than `module`, or not a checkpoint of IFViT.
     """
     folder = locate(path)
-    if not folder.is_dir():
+    if is_pickle(folder):
         found = from_legacy(folder)
         check_module(folder, found.metadata, module)
         return found
@@ -45,6 +51,24 @@ def load(path: str | os.PathLike, module: str | None = None, parts: tuple[str, .
     return _as_checkpoint(
         folder, metadata, read_leaves(folder, metadata, {n: None for n in metadata["digests"] if n.startswith(parts)})
     )
+
+
+def or_packaged(path: str | os.PathLike | None, default: str) -> str:
+    """The path that was given. Left out, it is `default`, or PRETRAINED where nothing lies there and weights came with
+    the package; that is said."""
+    if path is not None:
+        return os.fspath(path)
+    try:
+        locate(default)
+    except CheckpointNotFound:
+        if packaged().is_file():
+            log.warning(
+                "⚠ No checkpoint is given, and none lies at %s: the packaged weights are used, a Module 1 that was "
+                "trained on generated prints alone.",
+                resolve(default),
+            )
+            return PRETRAINED
+    return default
 
 
 def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:

@@ -10,6 +10,7 @@ from importlib import metadata as packages
 from etils import epath
 
 from ifvit import gcs
+from ifvit.checkpoint import packed
 from ifvit.errors import UserError
 
 FORBIDDEN = "may not be read"
@@ -21,9 +22,14 @@ class Damaged(UserError):
 
 def read_metadata(folder: epath.Path) -> dict:
     """The JSON metadata; UserError where there is none, as in a half-written checkpoint."""
+    is_packed = packed.is_packed(folder)
     try:
-        metadata = json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
-        if not (folder / "state").is_dir() or not {"config"} <= set(metadata):
+        metadata = (
+            packed.read_header(folder)
+            if is_packed
+            else json.loads((folder / "metadata" / "metadata").read_text(encoding="utf-8"))
+        )
+        if not (is_packed or (folder / "state").is_dir()) or not {"config"} <= set(metadata):
             raise KeyError("state or config")
         if "digest" not in metadata and "digests" not in metadata:
             metadata = _of_other_software(folder, metadata)
@@ -31,8 +37,9 @@ def read_metadata(folder: epath.Path) -> dict:
             raise ValueError("its metadata do not have their digest")
     except Exception as e:
         check_access(folder, e)
+        where = "its header" if is_packed else "metadata/metadata"
         raise Damaged(
-            f"{folder} is not a whole checkpoint (metadata/metadata: {first_line(e)}); it is half-written or something "
+            f"{folder} is not a whole checkpoint ({where}: {first_line(e)}); it is half-written or something "
             "else: use another one."
         ) from e
     return metadata

@@ -15,6 +15,7 @@ from pathlib import Path
 from etils import epath
 
 from ifvit import gcs
+from ifvit.checkpoint import packed
 from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.files import to_disk
 from ifvit.paths import resolve
@@ -55,10 +56,20 @@ def kvstore_of(folder: epath.Path, key: str = "") -> dict:
 def locate(path: str | os.PathLike) -> epath.Path:
     """The folder that a checkpoint's path means: relative to Kaggle's base on Kaggle, and without `.pkl`.
 
-    Where a replacement was interrupted it is the old checkpoint. A path to an existing `.pkl` file is returned as it
-    is. UserError when nothing is there, and for URLs of other stores than `gs://`.
+    Where a replacement was interrupted it is the old checkpoint. A path to an existing `.pkl` or packed file is
+    returned as it is, and `pretrained` is the package's. UserError when nothing is there, and for URLs of other stores
+    than `gs://`.
     """
+    if os.fspath(path) == packed.PRETRAINED:
+        if not packed.packaged().is_file():
+            raise CheckpointNotFound(
+                f"This installation has no packaged weights ({packed.packaged()} is missing); install the package "
+                "anew, or give the path of a checkpoint."
+            )
+        return packed.packaged()
     folder = as_path(path)
+    if is_local(folder) and folder.suffix == packed.SUFFIX and folder.is_file():
+        return folder
     if folder.suffix == ".pkl":
         if folder.exists() and not folder.is_dir():
             return folder
@@ -69,6 +80,11 @@ def locate(path: str | os.PathLike) -> epath.Path:
     if not there:
         raise CheckpointNotFound(f"Checkpoint not found: {path}; give the path of a checkpoint directory.")
     return folder
+
+
+def is_pickle(path: epath.Path) -> bool:
+    """Whether a path that `locate` has found is a pickle of the legacy format."""
+    return not (path.is_dir() or packed.is_packed(path))
 
 
 def has_name(path: epath.Path) -> bool:

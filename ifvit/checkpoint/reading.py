@@ -8,7 +8,7 @@ import tensorstore as ts
 from etils import epath
 
 from ifvit import gcs
-from ifvit.checkpoint import digest
+from ifvit.checkpoint import digest, packed
 from ifvit.checkpoint.metadata import FORBIDDEN, Damaged, check_access, first_line, is_forbidden
 from ifvit.checkpoint.places import kvstore_of
 from ifvit.devices.cores import cores
@@ -23,7 +23,7 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
 
     `wanted`: name -> None for a numpy array, a Sharding for a JAX array. UserError names what is damaged.
     """
-    reader = _Reader(folder)
+    reader = _PackedReader(folder) if packed.is_packed(folder) else _Reader(folder)
     wrong: dict[str, str] = {}
     errors: list[Exception] = []
     out, sums = {}, {}
@@ -61,8 +61,10 @@ def read_leaves(folder: epath.Path, metadata: dict, wanted: dict) -> dict:
 
 def shapes(folder: epath.Path, names: list[str]) -> dict[str, tuple[int, ...]]:
     """The leaves' shapes as they are stored; no array is read. Damaged where a leaf is missing."""
-    reader = _Reader(folder)
     try:
+        if packed.is_packed(folder):
+            return packed.read_shapes(folder, names)
+        reader = _Reader(folder)
         return {n: tuple(reader.open(n).shape) for n in names}
     except Exception as e:
         check_access(folder, e)
@@ -123,6 +125,23 @@ class _Reader:
         )
         on_devices = [jax.device_put(parts[box], device) for device, box in mine.items()]
         return jax.make_array_from_single_device_arrays(store.shape, sharding, on_devices), sums
+
+
+class _PackedReader:
+    """Reads leaves of one packed file. They are small: every process reads and checks them whole."""
+
+    def __init__(self, file: epath.Path):
+        self._file = file
+
+    def read(self, name: str, sharding, checked: bool) -> tuple["np.ndarray | jax.Array", digest.Sums]:
+        """The leaf, and the sums over it, which of a leaf that is spread the first process alone tells."""
+        whole = packed.read_arrays(self._file, [name])[name]
+        sums = digest.partial(whole, (0,) * whole.ndim)
+        if sharding is None:
+            return whole, sums
+        import jax
+
+        return jax.device_put(whole, sharding), sums if jax.process_index() == 0 else (0, 0)
 
 
 def _into_memory(store: ts.TensorStore) -> tuple[np.ndarray, ts.WriteFutures]:

@@ -6,8 +6,8 @@ from ifvit.config import Settings
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import align
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import registration, views_of
-from ifvit.scoring.scores import PairScore, match_scores, prepares
+from ifvit.pixels.registration import checked_registration, registration, views_of
+from ifvit.scoring.scores import PairScore, dense_scores, match_scores, prepares
 
 
 def registrations(aligner: Network, config: Settings) -> PairScore:
@@ -36,6 +36,31 @@ def registrations(aligner: Network, config: Settings) -> PairScore:
         }
 
     return PairScore(prepares(aligner, config), register)
+
+
+def dense_answers(net: Network, config: Settings) -> PairScore:
+    """Module 1 alone, its state (params, batch_stats): `score`, its `probability`, and what `registrations` tells.
+
+    Those of the registration that the ridges have confirmed: `aligned` is `registered`, and the score how well they
+    agree.
+    """
+
+    @exact
+    def answer(params, batch_stats, batch):
+        found, _ = checked_registration(net, (params, batch_stats), batch, config)
+        return {
+            "score": found.agreement,
+            "probability": found.confidence,
+            "similarity": found.similarity,
+            "aligned": found.registered,
+            "points0": found.points0,
+            "points1": found.points1,
+            "confidence": found.matches.confidence,
+            "inliers": found.inliers,
+            "overlap": found.overlap,
+        }
+
+    return PairScore(dense_scores(net, config).prepare, answer)
 
 
 def answers(net: Network, aligner: Network | None, config: Settings) -> PairScore:

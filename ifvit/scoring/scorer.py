@@ -19,7 +19,7 @@ from ifvit.models.networks import Network, dense_network, match_network
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import CheckedRegistration, checked_registration
 from ifvit.pixels.views import plain_views
-from ifvit.scoring.answers import answers, registrations
+from ifvit.scoring.answers import answers, dense_answers, registrations
 from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
 
 
@@ -154,6 +154,8 @@ class Scorer:
 
     @cached_property
     def _answer(self):
+        if self.module == "dense_reg":
+            return dense_answers(dense_network(self.config), self.config).jitted()
         return answers(match_network(self.config, self.num_classes), self._aligner_network, self.config).jitted()
 
     @cached_property
@@ -161,11 +163,15 @@ class Scorer:
         return registrations(self._aligner_network, self.config).jitted()
 
     def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
-        """Of Module 2 with its fusion: `score` and all that `scoring.answers` tells, a row a pair."""
+        """`score` and all that `scoring.answers` tells, a row a pair; of Module 1, or of Module 2 with its fusion."""
+        if self.module == "dense_reg":
+            return score_pairs(self._answer, self.registers[1], prints, pairs, batch_size)
         state = (self.params, self.batch_stats, self.aligner or ({}, {}))
         found = score_pairs(self._answer, state, prints, pairs, batch_size)
         return found | {"score": self.fusion.score(found)}
 
     def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
-        """What the Module 1 of a Module 2 tells of each pair, by matches alone; a row a pair."""
+        """What the Module 1 of a Module 2 tells of each pair, by matches alone; a row a pair. Of Module 1 `answers`."""
+        if self.module == "dense_reg":
+            return self.answers(prints, pairs, batch_size)
         return score_pairs(self._registrations, (self.aligner,), prints, pairs, batch_size)

@@ -8,14 +8,15 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from ifvit import loftr
-from ifvit.config import Config, DenseConfig, Traced
+from ifvit import checkpoint, loftr
+from ifvit.config import Config, DenseConfig, Traced, completed, keys_with
 from ifvit.data.impressions import Impressions
 from ifvit.data.loader import PairSource, batches, fixed_batches
 from ifvit.data.pairs import DensePairs
 from ifvit.data.prepare import PrintSet
 from ifvit.devices.sharding import fetch, make_mesh, put_whole_batch
 from ifvit.errors import UserError
+from ifvit.fields import COMMON
 from ifvit.models.networks import Network, dense_network
 from ifvit.paths import resolve
 from ifvit.scoring.known_warps import dense_eval
@@ -110,7 +111,7 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
         "accuracy",
         True,
         {"sample": train.sample()},
-        seed_from=lambda params, stats: (with_loftr(with_scale(params, config), config), stats),
+        seed_from=lambda params, stats: with_init(with_loftr(with_scale(params, config), config), stats, config),
     )
 
 
@@ -166,6 +167,35 @@ def with_loftr(params: dict, config: DenseConfig) -> dict:
         )
     print(f"LoFTR's transformer loaded from {path}: {sum(x.size for x in jax.tree.leaves(loaded)):,} parameters")
     return {**params, name: loaded}
+
+
+def with_init(params: dict, stats: dict, config: DenseConfig) -> tuple[dict, dict]:
+    """Parameters and BatchNorm's statistics; where `init` names a trained Module 1, its own, all of them.
+
+    UserError where its network is another one: what of the configurations differs is named, else the first array.
+    """
+    if not config.init:
+        return params, stats
+    found = checkpoint.load(config.init, "dense_reg", checkpoint.NETWORK)
+    checkpoint.check_ours(found.path, found.metadata)
+    theirs, ours = completed(DenseConfig, found.metadata["config"]), config.to_dict()
+    want, have = (
+        {n: checkpoint.kind(x.dtype, x.shape) for n, x in checkpoint.leaves(tree).items()}
+        for tree in ({"params": params, "batch_stats": stats}, {k: found.state[k] for k in ("params", "batch_stats")})
+    )
+    wrong = [f"{k} is {theirs[k]} there and {ours[k]} here" for k in keys_with(COMMON) if theirs[k] != ours[k]]
+    wrong += [
+        f"{n} is {have.get(n, 'missing')} there and {want.get(n, 'missing')} here"
+        for n in sorted(want.keys() | have.keys())
+        if want.get(n) != have.get(n)
+    ][: not wrong]
+    if wrong:
+        raise UserError(
+            f"The Module 1 in {found.path}, which init names, is another network than this run's: {'; '.join(wrong)}. "
+            "Give the same settings, or leave init out."
+        )
+    print(f"Module 1 starts from {found.path}: {sum(x.size for x in jax.tree.leaves(params)):,} parameters", flush=True)
+    return found.state["params"], found.state["batch_stats"]
 
 
 def warp_metrics(

@@ -228,7 +228,7 @@ def like_module1(config: MatchConfig) -> MatchConfig:
 
     It stays as it is where there is no Module 1, or where that is a pickle.
     """
-    if not config.dense_reg_ckpt or not (folder := module1_folder(config)).is_dir():
+    if not config.dense_reg_ckpt or checkpoint.is_pickle(folder := module1_folder(config)):
         return config
     theirs = checkpoint.read_metadata(folder)["config"]
     return with_changes(config, {k: theirs[k] for k in keys_with(COMMON) if k in theirs})

@@ -154,7 +154,12 @@ def find_resume(
         return None, []
     if again and not exchange("named", "there" if _is_there(resume) else "")[0]:
         resume = "auto"  # a checkpoint that this command wrote later has replaced it
-    if resume != "auto" and not checkpoint.locate(resume).is_dir():
+    if resume != "auto" and checkpoint.is_packed(checkpoint.locate(resume)):
+        raise UserError(
+            f"{resume} has weights without an optimiser's state, so no run goes on from it; begin one from it: "
+            f"--set init={resume}."
+        )
+    if resume != "auto" and checkpoint.is_pickle(checkpoint.locate(resume)):
         raise UserError(
             f"{resume} is a pickle; make a checkpoint of it first: python -m ifvit.checkpoint import {resume} DIR."
         )

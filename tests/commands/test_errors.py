@@ -332,8 +332,23 @@ def test_a_matcher_where_module_1_belongs(fails, module2, prints):
     )
 
 
-def test_module_1_where_the_matcher_belongs(fails, module1, generated):
-    fails(["Module 2's final checkpoint"], "verify", generated[1, 1], generated[1, 2], "--checkpoint", module1.path)
+def test_a_matcher_before_the_end_of_its_training(fails, module2, generated):
+    early = module2.folder / "matcher_epoch_1"
+    fails(["Module 2's final checkpoint"], "verify", generated[1, 1], generated[1, 2], "--checkpoint", early)
+
+
+@pytest.mark.parametrize(
+    "name, words, told",
+    [
+        ("verify", ["A", "B"], ["no trained matcher at ./checkpoints/matcher/matcher_ckpt"]),
+        ("register", ["A", "B"], ["Checkpoint not found: ./checkpoints/dense_reg/dense_reg_ckpt"]),
+        ("evaluate", ["--dataset_root", "x"], ["--checkpoint and --dataset_root are both needed"]),
+        ("verify", ["A", "B", "--checkpoint", "pretrained"], ["This installation has no packaged weights"]),
+    ],
+)
+def test_nothing_was_trained_and_nothing_came_with_the_package(fails, no_weights, generated, name, words, told):
+    prints = {"A": generated[1, 1], "B": generated[1, 2]}
+    fails(told, name, *(prints.get(word, word) for word in words))
 
 
 def test_a_module_1_without_a_transformer(fails, module1, prints, tmp_path):

@@ -12,6 +12,7 @@ COMMANDS = [
     *(f"ifvit.{name}" for name in "train_dense train_match train_all evaluate verify prints tune".split()),
     *("ifvit.load_module1_weights", "ifvit.loftr", "ifvit.loftr export", "ifvit.checkpoint", "tune"),
     *(f"ifvit.checkpoint {word}" for word in "verify inspect diff import export".split()),
+    *("ifvit.weights", "ifvit.weights pack"),
 ]
 
 
