@@ -55,6 +55,19 @@ def test_a_scorer_is_made_of_the_package_as_of_the_checkpoint(packed, untrained)
     assert ours.config == theirs.config.replace(checkpoint_dir=ours.config.checkpoint_dir)
 
 
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("verify", "pretrained"), "good  "),
+        (("inspect", "pretrained"), "state/params/resnet/stem/conv/kernel"),
+        (("export", "pretrained", "out.pkl"), "out.pkl: "),
+    ],
+)
+def test_commands_on_checkpoints_know_the_package(command, packed, tmp_path, words, told):
+    said = command("checkpoint", *words, cwd=tmp_path)
+    assert said.code == 0 and told in said.out, said
+
+
 def test_module_2_takes_its_transformer_from_the_package(packed, untrained, capsys):
     transformer = checkpoint.load(untrained).state["params"]["loftr_transformer"]
     found = load_module1_transformer_weights("pretrained", dict.fromkeys(BRANCHES, transformer))
