@@ -57,7 +57,7 @@ class Comparison(Registration):
 
     score: float  # of Module 2 the probability; of Module 1 how well the ridges agree, 0 … 1
     threshold: float  # of the score, at the false match rate that was asked for; of Module 1 a fixed one
-    decision: Literal["match", "no match"]  # whether the score reaches it; of Module 1: whether they register
+    decision: Literal["match", "no match"]  # whether the score reaches it
     probability: float  # that they are, were genuine and impostor pairs equally many
 
 
@@ -65,8 +65,8 @@ class Comparison(Registration):
 class Matcher:
     """Module 2 with its calibration, and the Module 1 that aligns its pairs; or a Module 1 alone.
 
-    Module 1 compares the ridges of prints once they are laid on each other; its score is not calibrated, and `fmr` says
-    nothing to it.
+    Module 1 compares the ridges of prints once they are laid on each other. Its threshold for a false match rate is
+    that of the packaged weights (`pixels.agreement.threshold`).
     Prints are paths, pictures of Pillow's, `Picture`s (an array needs one, for its ppi), or what `read` has returned.
     """
 
@@ -103,11 +103,6 @@ class Matcher:
             raise UserError(f"{path} has no calibrated score; give Module 2's final checkpoint (matcher_ckpt).")
         return cls(path, scorer)
 
-    @property
-    def calibrated(self) -> bool:
-        """Whether its thresholds stand for false match rates, as Module 2's do."""
-        return self.scorer.fusion is not None
-
     def read(self, image: Any) -> OnCanvas:
         """A print, decoded once for several comparisons. UserError for a picture that shows none."""
         from ifvit.data.single import OnCanvas, on_canvas
@@ -127,9 +122,9 @@ class Matcher:
         """Pairs (a, b), so many at once; in their order."""
         if not 0 < fmr < 1:
             raise UserError(f"fmr is {fmr}; give a rate between 0 and 1, such as 0.001.")
-        from ifvit.pixels.agreement import REGISTERED
+        from ifvit.pixels import agreement
 
-        threshold = self.scorer.fusion.threshold(fmr) if self.calibrated else REGISTERED
+        threshold = (self.scorer.fusion or agreement).threshold(fmr)
         return [
             Comparison(
                 **_registration(row, a, b, self.scorer.config),
@@ -143,7 +138,7 @@ class Matcher:
 
     def register(self, a: Any, b: Any) -> Registration:
         """One pair by Module 1 alone. UserError for a matcher that was trained without it."""
-        if self.calibrated and not self.scorer.aligner:
+        if self.scorer.fusion and not self.scorer.aligner:
             raise UserError("This matcher was trained without Module 1 and registers nothing; compare still works.")
         ((a, b, row),) = self._rows(self.scorer.registrations, [(a, b)], 1)
         return Registration(**_registration(row, a, b, self.scorer.config))
@@ -156,8 +151,9 @@ class Matcher:
         read = [(self.read(a), self.read(b)) for a, b in pairs]
         if not read:
             return []
-        prints = Canvases([p for pair in read for p in pair])
-        found = ask(prints, [Pair(2 * i, 2 * i + 1, False) for i in range(len(read))], batch_size)
+        prints = list({id(p): p for pair in read for p in pair}.values())
+        number = {id(p): n for n, p in enumerate(prints)}
+        found = ask(Canvases(prints), [Pair(number[id(a)], number[id(b)], False) for a, b in read], batch_size)
         return [(a, b, {k: v[i] for k, v in found.items()}) for i, (a, b) in enumerate(read)]
 
 

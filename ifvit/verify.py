@@ -20,7 +20,7 @@ from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.evaluate import check_ppi
 from ifvit.files import whole
-from ifvit.matcher import Comparison, Matcher, Picture
+from ifvit.matcher import Matcher, Picture
 from ifvit.paths import cache_dir, resolve, resolve_data
 
 COLUMNS = ("a", "b", "score", "decision", "matches", "reason")
@@ -40,7 +40,7 @@ class Args:
     """Module 2's final checkpoint, or one of Module 1 [./checkpoints/matcher/matcher_ckpt, else `pretrained`, the
     package's Module 1]"""
     fmr: float = 0.001
-    """false match rate to decide at, by the checkpoint's calibration; Module 1 has none"""
+    """false match rate to decide at, by the checkpoint's calibration; Module 1 has that of the packaged weights"""
     picture: str = ""
     """PNG of both prints with their matches as lines"""
     json: bool = False
@@ -73,18 +73,11 @@ class Args:
             told = {k: getattr(found, k) for k in ("score", "decision", "threshold", "probability")}
             print(json.dumps(told | {"matches": len(found.matches)}))
         else:
-            print(f"score {found.score:.4f}, {self.decided(matcher, found)}, {len(found.matches)} matches")
+            print(
+                f"score {found.score:.4f}, {found.decision} (threshold {found.threshold:.4f} at FMR {self.fmr:g}), "
+                f"{len(found.matches)} matches"
+            )
         return 0
-
-    def decided(self, matcher: Matcher, found: Comparison) -> str:
-        """The decision on a pair, and what it is made by."""
-        if matcher.calibrated:
-            return f"{found.decision} (threshold {found.threshold:.4f} at FMR {self.fmr:g})"
-        registered = "registered" if found.decision == "match" else "not registered"
-        return (
-            f"{found.decision}: {registered} by Module 1 (threshold {found.threshold:.4f}, no calibrated rate), "
-            f"confidence {found.probability:.2f}"
-        )
 
     def check(self) -> None:
         """UserError for flags that do not fit; before anything is read."""
@@ -153,8 +146,7 @@ class Args:
                     refused += [answer[3]] if answer[3] else []
                 shown.update(len(some))
         compared = len(rows) - len(refused)
-        how = f"at FMR {self.fmr:g}" if matcher.calibrated else "by Module 1"
-        print(f"{compared} of {len(rows)} pairs compared, {matching} match {how}; scores: {self.out}")
+        print(f"{compared} of {len(rows)} pairs compared, {matching} match at FMR {self.fmr:g}; scores: {self.out}")
         if refused:
             raise UserError(
                 f"{len(refused)} of {len(rows)} pairs were not compared; the first, {refused[0]} The column reason of "

@@ -149,11 +149,10 @@ def test_the_package_compares_where_nothing_was_trained(packed, generated, tmp_p
     found = Matcher.load()
     (said,) = caplog.messages
     assert "none lies at ./checkpoints/matcher/matcher_ckpt: the packaged weights are used" in said
-    assert not found.calibrated
     compared = found.compare(generated[1, 1], generated[1, 1])
     assert 0 <= compared.score <= 1 and 0 <= compared.probability <= 1
     assert compared.decision == ("match" if compared.score >= compared.threshold else "no match")
-    assert (compared.decision == "match") == (compared.transform is not None)
+    assert compared.decision == "no match" or compared.transform is not None
     np.testing.assert_array_equal(found.register(generated[1, 1], generated[1, 1]).matches, compared.matches)
 
 

@@ -30,6 +30,10 @@ REGISTERED = 0.04  # score; tests/bench/agreement.py tells who passes
 LOGISTIC = (4.62, -4.42, 18.8)  # of log(score + 0.01), of the overlap, and the bias, fitted there
 
 
+# (false match rate, score that so many impostors reach): of the packaged weights, on sensors that they have not seen
+REACHED = ((0.01, 0.04), (0.003, 0.05), (0.001, 0.06))
+
+
 def same_ridges(
     correlated: Float[Array, " B"], near: Int[Array, " B"], windows: Int[Array, " B"], ppi: float
 ) -> Float[Array, " B"]:
@@ -45,6 +49,17 @@ def same_ridges(
 def registered(score: Float[Array, " B"]) -> Bool[Array, " B"]:
     """Whether the ridges are taken for the same: hardly one in a hundred pairs of different fingers passes."""
     return score > REGISTERED
+
+
+def threshold(fmr: float) -> float:
+    """The score that a share `fmr` of the impostors reaches: linear in log fmr between and beyond the rates of REACHED.
+
+    Below the last rate it is an estimate, no measurement. Another Module 1 than the packaged one differs a little.
+    """
+    logs, scores = np.log([rate for rate, _ in REACHED]), np.array([score for _, score in REACHED])
+    n = int(np.clip(np.searchsorted(-logs, -np.log(fmr)), 1, len(logs) - 1))
+    slope = (scores[n] - scores[n - 1]) / (logs[n] - logs[n - 1])
+    return float(np.clip(scores[n] + slope * (np.log(fmr) - logs[n]), 0.0, 1.0))
 
 
 def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[Array, " B"]:

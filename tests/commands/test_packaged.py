@@ -9,7 +9,7 @@ from PIL import Image
 from ifvit import weights
 from ifvit.config import DenseConfig, preset
 from ifvit.data import synthetic
-from ifvit.pixels.agreement import REGISTERED
+from ifvit.pixels.agreement import threshold
 from ifvit.scoring.scorer import Scorer
 
 USED = "the packaged weights are used, a Module 1 that was trained on generated prints alone"
@@ -33,7 +33,7 @@ def test_verify_takes_the_package_and_says_so(command, packed, generated, tmp_pa
     assert said.code == 0 and said.out.count("\n") == 2, said
     warning, answer = said.out.splitlines()
     assert USED in warning and "none lies at ./checkpoints/matcher/matcher_ckpt" in warning
-    assert answer.startswith("score 0.") and "registered by Module 1 (threshold 0.0400" in answer
+    assert answer.startswith("score 0.") and f"(threshold {threshold(0.001):.4f} at FMR 0.001)" in answer
 
 
 def test_the_packages_name_is_a_checkpoint_like_another(command, packed, untrained, generated, tmp_path):
@@ -51,20 +51,19 @@ def test_json_stays_json_where_the_package_is_taken(command, packed, generated, 
     assert said.code == 0 and json.loads(said.out) and USED in said.err
 
 
-@pytest.mark.parametrize(
-    "score, decision, text",
-    [(0.5, "match", ": registered by"), (REGISTERED - 0.01, "no match", ": not registered by")],
-)
-def test_module_1_decides_by_the_ridges(command, packed, generated, tmp_path, told, score, decision, text):
+@pytest.mark.parametrize("fmr, decision", [(0.1, "match"), (0.0001, "no match")])
+def test_module_1_decides_at_the_rate_that_is_asked_for(command, packed, generated, tmp_path, told, fmr, decision):
+    score = threshold(0.003)
     told(score=score, probability=0.75)
-    said = command("verify", generated[1, 1], generated[1, 2], "--checkpoint", "pretrained", cwd=tmp_path)
-    assert f"score {score:.4f}, {decision}{text} Module 1" in said.out and "confidence 0.75" in said.out, said
+    words = (generated[1, 1], generated[1, 2], "--checkpoint", "pretrained", "--fmr", fmr)
+    said = command("verify", *words, cwd=tmp_path)
+    assert f"score {score:.4f}, {decision} (threshold {threshold(fmr):.4f} at FMR {fmr:g})" in said.out, said
 
 
 def test_a_list_is_compared_by_the_package(command, packed, generated, tmp_path):
     (tmp_path / "pairs.csv").write_text(f"a,b\n{generated[1, 1]},{generated[1, 2]}\n")
     said = command("verify", "--pairs", "pairs.csv", "--out", "scores.csv", cwd=tmp_path)
-    assert said.code == 0 and USED in said.out and " match by Module 1; scores: scores.csv" in said.out, said
+    assert said.code == 0 and USED in said.out and " match at FMR 0.001; scores: scores.csv" in said.out, said
 
 
 def test_register_takes_the_package(command, packed, generated, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from ifvit.config import PRESETS, DenseConfig
 from ifvit.models.networks import Network
+from ifvit.pixels import agreement
 from ifvit.pixels.agreement import (
     CELL,
     at_ppi,
@@ -290,3 +291,12 @@ def test_a_registration_is_told_from_a_false_one_at_either_resolution(ppi):
     corners = np.array([[20.0, 20], [80, 20], [20, 80], [80, 80]]) * ratio * 2.5
     off = np.stack(moved(found.similarity[0], *corners.T), -1) - np.stack(moved(window, *corners.T), -1)
     assert np.abs(off).max() < 2.5
+
+
+def test_the_threshold_is_the_higher_the_fewer_false_matches_are_asked_for():
+    for rate, score in agreement.REACHED:
+        assert agreement.threshold(rate) == pytest.approx(score)
+    found = [agreement.threshold(rate) for rate in (0.9, 0.1, 0.01, 0.005, 0.001, 1e-4, 1e-6)]
+    assert found == sorted(found) and found[0] >= 0 and found[-1] <= 1
+    (a, low), (b, high), *_ = agreement.REACHED
+    assert agreement.threshold((a * b) ** 0.5) == pytest.approx((low + high) / 2)
