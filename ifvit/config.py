@@ -207,11 +207,6 @@ class DenseConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.teacher and not self.impression_share:
-            raise UserError(
-                "teacher names a checkpoint, and no pair would be made by it: impression_share is 0. Give it a share "
-                "(--set impression_share=0.5), or leave the teacher out."
-            )
         if self.init and self.loftr_ckpt:
             raise UserError("init and loftr_ckpt both start the transformer; leave one of them out.")
 

@@ -56,7 +56,7 @@ class Comparison(Registration):
     """Whether prints a and b are of one finger."""
 
     score: float  # of Module 2 the probability; of Module 1 how well the ridges agree, 0 … 1
-    threshold: float  # of the score, at the false match rate that was asked for; of Module 1 a fixed one
+    threshold: float  # of the score, at the false match rate that was asked for
     decision: Literal["match", "no match"]  # whether the score reaches it
     probability: float  # that they are, were genuine and impostor pairs equally many
 

@@ -61,7 +61,8 @@ def _require_same_pairs(mine: str, here: Scores, other: str, there: Scores) -> N
         common = len(set(map(tuple, here.pairs.tolist())) & set(map(tuple, there.pairs.tolist())))
         raise UserError(
             f"{mine} has {len(here.pairs)} pairs and {other} {len(there.pairs)}, of which {common} are the "
-            "same. Evaluate both on the same prints, with the same --protocol and --max_pairs."
+            "same. Evaluate both on the same prints, with the same --protocol and --max_pairs "
+            "(0 for scores of all pairs)."
         )
     if n := np.count_nonzero(here.genuine != there.genuine):
         raise UserError(

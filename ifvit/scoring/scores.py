@@ -1,5 +1,6 @@
 """Scores of pairs, by either module, and the fusion of Module 2's into one calibrated score."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -7,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Float, Int
 
 from ifvit.bar import bar
@@ -96,25 +97,24 @@ def score_pairs(
     if jax.process_count() > 1 or jax.default_backend() != "cpu":
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     mesh = make_mesh(batch_size, model_parallel)
-    whole = jax.jit(lambda rows: rows, out_shardings=replicated(mesh))
-    put = jax.jit(_put, donate_argnums=0)
-    take = jax.jit(_take, out_shardings=NamedSharding(mesh, batch_spec()))
+    empty, put, take = _programs(mesh)
     found: dict[str, np.ndarray] = {}
-    numbers = np.array([pair[:2] for pair in pairs], np.int32).reshape(-1, 2)
+    numbers = np.fromiter((n for pair in pairs for n in pair[:2]), np.int32, 2 * len(pairs)).reshape(-1, 2)
     of_batch = lambda some: np.concatenate([some, np.repeat(some[-1:], batch_size - len(some), axis=0)])
-    size = jax.eval_shape(how.prepare, *state, print_rows(prints, numbers[:1, 0])) if len(numbers) else {}
-    room = PREPARED_BYTES // max(1, sum(x.size * x.dtype.itemsize for x in size.values()))
-    room = max(room // batch_size, 2) * batch_size
+    one = jax.eval_shape(how.prepare, *state, print_rows(prints, numbers[:1, 0])) if len(numbers) else {}
+    shapes = tuple((k, x.shape[1:], x.dtype) for k, x in one.items())
+    size = sum(x.size * x.dtype.itemsize for x in one.values())
+    if jax.default_backend() == "cpu":  # devices that share one memory, and each has all rows
+        size *= len(mesh.local_devices)
+    room = max(PREPARED_BYTES // max(size, 1) // batch_size, 2) * batch_size
     with bar("scoring", len(pairs), "pair") as shown:
         for block in blocks(numbers, room):
             needed = np.unique(numbers[block])
-            places = -(-len(needed) // batch_size) * batch_size
-            store = {
-                k: jax.device_put(np.zeros((places, *x.shape[1:]), x.dtype), replicated(mesh)) for k, x in size.items()
-            }
+            store = None  # the last block's goes before there is another
+            store = empty(shapes, -(-len(needed) // batch_size) * batch_size)
             for at in range(0, len(needed), batch_size):
                 rows = put_whole_batch(print_rows(prints, of_batch(needed[at : at + batch_size])), mesh)
-                store = put(store, whole(how.prepare(*state, rows)), at)
+                store = put(store, how.prepare(*state, rows), at)
             for at in range(0, len(block), batch_size):
                 which = block[at : at + batch_size]
                 rows = put_whole_batch({"at": np.searchsorted(needed, of_batch(numbers[which]))}, mesh)["at"]
@@ -124,25 +124,43 @@ def score_pairs(
     return found
 
 
-def _put(store: dict, rows: dict, at) -> dict:
-    return {k: jax.lax.dynamic_update_slice_in_dim(store[k], rows[k], at, 0) for k in store}
+@functools.lru_cache(maxsize=8)
+def _programs(mesh: Mesh) -> tuple[Callable, Callable, Callable]:
+    """Rows of prints that every device has: empty ones, with some put in, and those of a batch of pairs."""
 
+    def empty(shapes, places: int) -> dict:
+        return {k: jnp.zeros((places, *shape), dtype) for k, shape, dtype in shapes}
 
-def _take(store: dict, rows) -> dict:
-    return paired(*({k: v[rows[:, n]] for k, v in store.items()} for n in (0, 1)))
+    def put(store: dict, rows: dict, at) -> dict:
+        return {k: jax.lax.dynamic_update_slice_in_dim(store[k], rows[k], at, 0) for k in store}
+
+    def take(store: dict, rows) -> dict:
+        return paired(*({k: v[rows[:, n]] for k, v in store.items()} for n in (0, 1)))
+
+    whole, split = replicated(mesh), NamedSharding(mesh, batch_spec())
+    return (
+        jax.jit(empty, static_argnums=(0, 1), out_shardings=whole),
+        jax.jit(put, donate_argnums=0, out_shardings=whole),
+        jax.jit(take, out_shardings=split),
+    )
 
 
 def blocks(numbers: Int[np.ndarray, "N 2"], room: int) -> Iterator[Int[np.ndarray, " M"]]:
     """All pairs, parted so that each part has at most `room` prints; prints that meet often are in one part."""
-    if len(np.unique(numbers)) <= room:
-        tiles = np.zeros(len(numbers), np.int64)
-    else:
-        side = room // 2
-        low, high = np.sort(numbers, axis=1).T // side
-        tiles = low.astype(np.int64) * (numbers.max() // side + 1) + high
+    side = max(room // 2, 1)
+    low, high = np.sort(numbers, axis=1).T // side
+    tiles = low.astype(np.int64) * (numbers.max(initial=0) // side + 1) + high
     order = np.argsort(tiles, kind="stable")
-    edges = np.flatnonzero(np.diff(tiles[order])) + 1
-    yield from (part for part in np.split(order, edges) if len(part))
+    start, have = 0, np.empty(0, np.int32)
+    edges = [*(np.flatnonzero(np.diff(tiles[order])) + 1), len(order)]
+    for at, stop in zip([0, *edges], edges):
+        union = np.union1d(have, numbers[order[at:stop]])
+        if len(union) > room:
+            yield order[start:at]
+            start, union = at, np.unique(numbers[order[at:stop]])
+        have = union
+    if start < len(order):
+        yield order[start:]
 
 
 FEATURES = ("global", "local", "agreement", "matches")

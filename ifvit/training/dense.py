@@ -10,6 +10,7 @@ import numpy as np
 
 from ifvit import checkpoint, loftr
 from ifvit.config import Config, DenseConfig, Traced, completed, keys_with
+from ifvit.data.gather import overlap
 from ifvit.data.impressions import Impressions
 from ifvit.data.loader import PairSource, batches, fixed_batches
 from ifvit.data.pairs import DensePairs
@@ -61,6 +62,7 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
     `validation`: a configuration from which the validation views take their corruption [`config`]. So trials of a
     search for the corruption itself are compared on the same views.
     """
+    check_outside(config)
     program = dense_program(config.program())
     steps = steps_per_epoch(config, len(train))
     impressions = mapped_impressions(config, train)
@@ -115,6 +117,16 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
     )
 
 
+def check_outside(config: DenseConfig) -> None:
+    """UserError where the run's folder holds what the run learns from: a new run, or a resume, would not find it."""
+    for key in ("init", "teacher"):
+        if config[key] not in ("", checkpoint.PRETRAINED) and overlap((config.checkpoint_dir,), (config[key],)):
+            raise UserError(
+                f"{key} names {config[key]}, which lies in the run's own folder {config.checkpoint_dir}; give the run "
+                "another folder (--checkpoint_dir)."
+            )
+
+
 def steps_per_epoch(config: Config, prints: int) -> int:
     """The number of whole batches in an epoch. The schedule, the loop and the log all count by it."""
     wanted = config.pairs_per_epoch or 4 * prints
@@ -129,6 +141,11 @@ def steps_per_epoch(config: Config, prints: int) -> int:
 def mapped_impressions(config: DenseConfig, train: PrintSet) -> Impressions | None:
     """What is known of two impressions of a finger, where pairs are made of such; UserError where that is nothing."""
     if not config.impression_share:
+        if config.teacher:
+            raise UserError(
+                "teacher names a checkpoint, and no pair would be made by it: impression_share is 0. Give it a share "
+                "(--set impression_share=0.5), or leave the teacher out."
+            )
         return None
     found = Impressions(train.prints, config.canvas_size, taught(config, train) if config.teacher else None)
     if not found.known:

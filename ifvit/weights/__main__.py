@@ -47,7 +47,8 @@ Filled in by hand: Module 1 alone, `python -m ifvit.evaluate --checkpoint pretra
 ## Limits
 
 - It has seen no real finger. On prints of sensors that look unlike the generated ones it registers fewer pairs.
-- Its score says how well ridges agree; it is not calibrated. A matcher for your prints is trained by `ifvit.train_all`.
+- Its score says how well ridges agree; its thresholds were measured on the sets of `docs/figures.md`. A matcher for
+  your prints is trained by `ifvit.train_all`.
 - It sees {ppi:g} ppi in a window of {size} px. Prints at a wrong resolution do not register.
 - It is for research. It is no means to identify a person.
 """
@@ -66,10 +67,13 @@ class Pack:
         arrays = checkpoint.leaves({"state": {k: found.state[k] for k in ("params", "batch_stats")}})
         if wrong := sorted(n for n, x in arrays.items() if x.dtype != "float32"):
             raise UserError(f"{found.path} has {wrong[0]} as {arrays[wrong[0]].dtype}; give a checkpoint in float32.")
+        if found.metadata.get("foreign") or not all(found.metadata["digests"].get(n) for n in arrays):
+            raise UserError(f"{found.path} has no digest of every array; give the checkpoint that the training wrote.")
         metadata = told(found.metadata)
-        write_whole(weights.FOLDER / weights.FILE, packed.as_bytes(arrays, metadata))
         count = sum(x.size for n, x in arrays.items() if n.startswith("state/params/"))
-        write_whole(weights.FOLDER / weights.CARD, card(metadata, count))
+        text = card(metadata, count)
+        write_whole(weights.FOLDER / weights.FILE, packed.as_bytes(arrays, metadata))
+        write_whole(weights.FOLDER / weights.CARD, text)
         size = (weights.FOLDER / weights.FILE).stat().st_size
         print(f"{weights.FOLDER / weights.FILE}: {len(arrays)} arrays of {found.path}, {size / 1e6:.1f} MB")
         print(f"{weights.FOLDER / weights.CARD}: fill in the figures by hand.")

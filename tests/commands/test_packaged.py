@@ -109,6 +109,13 @@ def test_a_run_starts_from_the_package(started, packed, untrained, tmp_path):
     assert said.code == 0 and checkpoint.difference(state.params, theirs["params"]) == {}
 
 
+@pytest.mark.parametrize("key", ["init", "teacher"])
+def test_a_run_does_not_learn_from_its_own_folder(started, tmp_path, key):
+    words = ("--set", f"{key}=checkpoints/dense_reg/dense_reg_ckpt", "--set", "impression_share=0.5")
+    said, *_ = started("train_dense", "--preset", "smoke", *words, "--resume", "never", cwd=tmp_path, create=False)
+    assert said.code == 2 and "lies in the run's own folder" in said.err and "--checkpoint_dir" in said.err, said
+
+
 def test_a_run_of_another_network_names_what_differs(started, packed, tmp_path):
     words = (
         "--preset",

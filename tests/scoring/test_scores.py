@@ -44,6 +44,12 @@ def test_blocks_have_all_pairs_and_few_prints(room):
     assert len(found) == 1 or room < 400
 
 
+def test_few_pairs_of_many_prints_need_few_blocks():
+    """Two thousand prints that are in a pair each, and room for two hundred."""
+    numbers = np.random.default_rng(0).permutation(2000).astype(np.int32).reshape(-1, 2)
+    assert len(list(blocks(numbers, 200))) <= 2 * 2000 // 200
+
+
 def test_prints_that_were_prepared_alone_have_the_scores_of_their_canvases():
     config = DenseConfig(**PRESETS["smoke"][0])
     rng = np.random.default_rng(0)
