@@ -194,7 +194,7 @@ def test_twice_the_area_with_twice_the_matches_is_hardly_another_score():
 
 
 def test_the_confidence_rises_with_the_score_and_is_low_where_nothing_agrees():
-    score = jnp.array([0.0, 0.02, 0.04, 0.1, 0.4])
+    score = jnp.array([0.0, 0.02, 0.04, 0.2, 0.4])
     sure = np.asarray(confidence(score, jnp.full(5, 0.8)))
     assert (np.diff(sure) > 0).all() and sure[0] < 0.05 and sure[1] < 0.5 and sure[3] > 0.9
     assert registered(score).tolist() == [False, False, False, True, True]

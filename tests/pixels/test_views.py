@@ -10,8 +10,9 @@ import pytest
 from ifvit.config import PRESETS, DenseConfig
 from ifvit.data.impressions import canvas_points
 from ifvit.models.losses import IGNORE, NO_MATCH
-from ifvit.pixels import corruption, views
+from ifvit.pixels import corruption
 from ifvit.pixels.corruption import corrupt, draws
+from ifvit.pixels.geometry import grid_points
 from ifvit.pixels.views import (
     View,
     dense_pair,
@@ -68,7 +69,7 @@ def test_a_pixel_of_a_view_shows_its_place_on_the_canvas():
     """Canvases whose grey level is x, and y: at 500 ppi the view reads its own coordinates off them."""
     y, x = np.mgrid[:256, :256].astype(np.uint8)
     view = posed(25, 10, -6, 0.9)
-    xy = np.asarray(to_canvas(view, jnp.asarray(views.grid_points(128)), 128))
+    xy = np.asarray(to_canvas(view, jnp.asarray(grid_points(128)), 128))
     for canvas, expected in ((x, xy[:, 0]), (y, xy[:, 1])):
         pixels, inside = take_view(jnp.asarray(canvas), jnp.ones((32, 32), bool), view, WIDE)
         assert inside.all()
