@@ -140,7 +140,7 @@ class OneLayer(nnx.Module):
 def match_steps(batch):
     """Module 2's state before a step, and (state, metrics) after it; Module 1 is sure that nothing moved."""
 
-    def sure(params, stats, image0, image1, mask0, mask1, train):
+    def sure(params, stats, image0, image1, mask0, mask1, train, method):
         assert not train
         return jnp.broadcast_to(jnp.where(jnp.eye(16, dtype=bool), -0.1, -9.0), (2, 16, 16)), stats
 
