@@ -58,7 +58,7 @@ LASTING = {"bed", "machine"}  # a cluster of two hosts; Kaggle's machine, with a
 TRAINED = {"module1", "module2", "pipeline"}
 TRAINING = [
     f"test_{name}.py"
-    for name in "runs gs_runs impression_runs step layouts meter guide profile python_page mistakes teacher".split()
+    for name in "runs gs_runs impression_runs step meter guide profile python_page mistakes teacher".split()
 ]
 
 
