@@ -73,9 +73,11 @@ class Args:
         """These flags; with the packaged weights where prints are given, and no checkpoint is given or was trained."""
         from ifvit.checkpoint import PRETRAINED, or_packaged
 
-        if self.checkpoint or not self.dataset_root or or_packaged(None, DEFAULT) != PRETRAINED:
+        if self.checkpoint or not self.dataset_root:
             return self
-        return replace(self, checkpoint=PRETRAINED)
+        packaged = replace(self, checkpoint=PRETRAINED)
+        packaged.check()  # before it is said what is used
+        return packaged if or_packaged(None, DEFAULT) == PRETRAINED else self
 
     def check(self) -> None:
         """UserError for flags that do not fit; before anything is read."""

@@ -85,12 +85,12 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
         if resume != "auto" and not again:
             run_folder.move_away(folder, task.name, task.steps_per_epoch, int(state.step))
     else:
+        state, best = begin(task, placement), None  # weights that are refused leave the run before as it is
         if resume == "never":
             run_folder.move_away(folder, task.name)
             run_folder.write_beside(folder / ATTEMPTS, lambda file: file.write_bytes(b""))
         elif rows:
             print(lost(rows, 0), flush=True)
-        state, best = begin(task, placement), None
     if resume != "auto":
         exchange("begun", "")  # waits until the first process has moved the old checkpoints away
         host.begun(this)
