@@ -95,6 +95,8 @@ class Config:
     thickness: float = number(1.0, 0, 5, use=SCALAR)  # dryness and over-pressure
     distortion: float = number(1.0, 0, 5, use=SCALAR)  # smooth skin distortion, 1: up to about 8 px at 500 ppi
     partial: float = number(1.0, 0, 1, use=SCALAR)  # how often only a part of the finger touches
+    # both prints of a pair enlarged or shrunk alike, by up to exp(±zoom): ridges of 7 to 12 px at 500 ppi are met
+    zoom: float = number(0.0, 0, 0.7, use=SCALAR)
     # --- training
     batch_size: int = number(128, 1)  # pairs a step, over all devices (paper)
     num_epochs: int = number(100, 1, use=HOST, roles={SWEEP})

@@ -85,6 +85,7 @@ _TRAINING: Space = {
     "thickness": Range(0.0, 1.5, why="dry and wet fingers"),
     "distortion": Range(0.0, 1.5, why="how far skin gives way"),
     "partial": Range(0.0, 1.0, why="small sensors see parts of a finger"),
+    "zoom": Range(0.0, 0.4, why="ridges lie 7 to 12 px apart, by finger and by sensor"),
 }
 
 SPACES: dict[str, Space] = {

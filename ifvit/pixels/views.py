@@ -70,6 +70,13 @@ def random_view(
 
 
 @exact
+def zoomed(key: Key[Array, ""], views: View, config: Settings) -> View:
+    """Both views of a pair, leaves (2 …), enlarged or shrunk alike by up to exp(± zoom)."""
+    by = jnp.exp(config.zoom * _uniform(jax.random.fold_in(key, 1), -1, 1))
+    return views._replace(matrix=views.matrix * by)
+
+
+@exact
 def to_canvas(view: View, q: Float[Array, "N 2"], image_size: int) -> Float[Array, "N 2"]:
     middle = (image_size - 1) / 2
     bend = jnp.sin(q @ view.frequency.T + view.phase) @ view.amplitude
@@ -190,7 +197,8 @@ def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePa
             k_view, k_corrupt = jax.random.split(key)
             return random_view(k_view, config, angle, scale, shift), draws(k_corrupt, config)
 
-        return jax.vmap(of_view)(jax.random.split(k_views), jnp.cumsum(turn), scale, shift)
+        views, noises = jax.vmap(of_view)(jax.random.split(k_views), jnp.cumsum(turn), scale, shift)
+        return zoomed(key, views, config), noises
 
     def seen(canvas, mask, view, noise, strength):
         x, m = corrupt(noise, *take_view(canvas, mask, view, config), config, strength)
@@ -223,6 +231,7 @@ def match_views(keys: Key[Array, " B"], batch: dict, config: Settings) -> Views:
         return corrupt(noise, *take_view(canvas, mask, view, config), config, 0.5)
 
     views, noises = jax.vmap(jax.vmap(drawn))(jax.vmap(jax.random.split)(keys))
+    views = jax.vmap(lambda key, pair: zoomed(key, pair, config))(keys, views)
     x, m = _each_print(seen, *_stacked(batch), views, noises)
     return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
 

@@ -25,6 +25,7 @@ from ifvit.pixels.views import (
     to_canvas,
     to_view,
     truth,
+    zoomed,
 )
 from ifvit.training.step import pair_keys
 
@@ -97,6 +98,16 @@ def test_to_view_is_the_inverse_of_to_canvas_within_a_twentieth_of_a_pixel(disto
     back, bend = quickly(jax.vmap(there_and_back))(jax.random.split(jax.random.key(0), 100))
     assert np.abs(back - q).max() < 0.05
     assert np.median(bend) > 1 and np.max(bend) < 20 * distortion  # px of the canvas: it does distort
+
+
+def test_both_views_of_a_pair_are_zoomed_alike_and_by_no_more_than_is_asked():
+    pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), posed(), posed(30, scale=1.05))
+    keys = jax.random.split(jax.random.key(0), 200)
+    views = jax.vmap(lambda key: zoomed(key, pair, WIDE.replace(zoom=0.3)))(keys)
+    by = np.sqrt(np.linalg.det(views.matrix) / np.linalg.det(pair.matrix))
+    np.testing.assert_allclose(by[:, 0], by[:, 1], rtol=1e-5)
+    assert 0.74 < by.min() < 0.78 and 1.3 < by.max() < 1.36  # exp(-0.3), exp(0.3)
+    jax.tree.map(np.testing.assert_array_equal, zoomed(keys[0], pair, WIDE), pair)
 
 
 # --- truth ----------------------------------------------------------------------------------------
