@@ -194,6 +194,13 @@ def test_a_resolution_that_the_ridges_contradict_is_said_with_the_one_that_fits(
     assert database["ppi"] == [{"ppi": 1000, "from": "the ridges", "prints": 6}] and database["fitting_ppi"] is None
 
 
+def test_it_says_what_share_of_a_print_the_window_sees(command, tmp_path):
+    for f in range(1, 5):
+        drawn(f, 480, 440, 9.0).save(tmp_path / f"{f}_1.png")
+    (database,) = read_json(command("prints", tmp_path, "--json", cwd=tmp_path))["databases"]
+    assert database["seen"] == pytest.approx(320 * 320 / (480 * 440), abs=0.03)
+
+
 # --- runs log the same
 
 
