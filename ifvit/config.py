@@ -233,7 +233,9 @@ class MatchConfig(Config):
     embedding_size: int = number(256, 2)  # of each branch (paper)
     embedding_grid: int = number(8, 1, 64)  # the head pools a branch's cells to this many a side
     embedding_channels: int = number(32, 1)  # of this many channels before the last linear map
-    # of the fused cosine; the local branch has the rest (paper)
+    # the score of a pair: of ridges and cosines, by weights that held-out fingers tell; or the paper's sum of cosines
+    fusion: str = choice("fitted", "fitted", "paper", use=HOST, roles={LIVE})
+    # of the paper's sum; the local branch has the rest (paper)
     global_weight: float = number(0.6, 0, 1, use=HOST, roles={LIVE})
     calibration_pairs: int = number(4000, 4, use=HOST)  # of held-out fingers, to fit the fused score and its thresholds
     # --- losses

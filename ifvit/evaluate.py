@@ -191,13 +191,17 @@ def evaluate(
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"{out} is no folder, and a file is in the way; give another --out.") from None
     # What is not written is let go: of 18 million pairs 72 MB each.
-    scores = {k: v for k, v in scorer.score(prints, pairs, batch_size).items() if k in scores_csv.COLUMNS}
+    found = scorer.score(prints, pairs, batch_size)
+    scores = {k: v for k, v in found.items() if k in (*scores_csv.COLUMNS, "log_odds")}
     finger = _numbered_fingers(prints.prints)
     rows, drawn, curves = {}, {}, {}
     for database in sorted(pairs.databases, key=lambda d: d.database):
         name = database.database
         genuine, impostor = (scores["score"][pairs.of(name, kind)] for kind in (True, False))
         rows[name] = rates.summary(genuine, impostor)
+        if "log_odds" in scores:
+            odds = [scores["log_odds"][pairs.of(name, kind)] for kind in (True, False)]
+            rows[name] |= {"cllr": rates.cllr(*odds), "min_cllr": rates.min_cllr(*odds)}
         if len(database.impostor) < database.impostors_in_all:
             rows[name]["impostors_in_all"] = database.impostors_in_all
         drawn[name] = intervals.bootstrap(
@@ -211,6 +215,9 @@ def evaluate(
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
     if all("eer_fvc" in row for row in rows.values()):
         macro["eer_fvc"] = float(np.mean([row["eer_fvc"] for row in rows.values()]))
+    for cost in ("cllr", "min_cllr"):
+        if all(cost in row for row in rows.values()):
+            macro[cost] = float(np.mean([row[cost] for row in rows.values()]))
     result = {"macro": macro, "databases": rows, "protocol": protocol}
     if jax.process_index() > 0:
         return result
@@ -318,6 +325,8 @@ def print_table(result: dict) -> None:
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
         counts += f" {row['eer_fvc']:9.2%}" if both else ""
         print((f"{name:20s}" + "".join(f"{cell:>23s}" for cell in cells) + f" {row['auc']:7.4f} {counts}").rstrip())
+    if "cllr" in result["macro"]:
+        print("Cllr {cllr:.3f} bits, {min_cllr:.3f} if calibrated on these prints; macro".format(**result["macro"]))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ifvit.data.single import OnCanvas
     from ifvit.scoring.scorer import Scorer
 
+LEAST_MM2 = 12.0  # of skin, about 68 × 68 px at 500 ppi: of less, ridges that differ or are not found tell nothing
 DEFAULT = "./checkpoints/matcher/matcher_ckpt"
 
 
@@ -57,8 +58,9 @@ class Comparison(Registration):
 
     score: float  # of Module 2 the probability; of Module 1 how well the ridges agree, 0 … 1
     threshold: float  # of the score, at the false match rate that was asked for
-    decision: Literal["match", "no match"]  # whether the score reaches it
+    decision: Literal["match", "no match", "cannot decide"]  # whether it is reached; the last where little is seen
     probability: float  # that they are, were genuine and impostor pairs equally many
+    llr: float  # log10 of the likelihood ratio: 2, a hundred times as likely of one finger as of two; −2, the reverse
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,16 +127,26 @@ class Matcher:
         from ifvit.pixels import agreement
 
         threshold = (self.scorer.fusion or agreement).threshold(fmr)
-        return [
-            Comparison(
-                **_registration(row, a, b, self.scorer.config),
+
+        def comparison(a: OnCanvas, b: OnCanvas, row: dict[str, Any]) -> Comparison:
+            laid = _registration(row, a, b, self.scorer.config)
+            return Comparison(
+                **laid,
                 score=float(row["score"]),
                 threshold=threshold,
-                decision="match" if row["score"] >= threshold else "no match",
+                decision="match" if row["score"] >= threshold else _no_match(a, b, laid),
                 probability=float(row.get("probability", row["score"])),
+                llr=float(row["log_odds"] / np.log(10)),
             )
-            for a, b, row in self._rows(self.scorer.answers, pairs, batch_size)
-        ]
+
+        return [comparison(*found) for found in self._rows(self.scorer.answers, pairs, batch_size)]
+
+    @property
+    def least_fmr(self) -> float:
+        """The lowest false match rate that the calibration can show; a threshold for less is an estimate."""
+        from ifvit.pixels import agreement
+
+        return self.scorer.fusion.least_fmr if self.scorer.fusion else agreement.LEAST_FMR
 
     def register(self, a: Any, b: Any) -> Registration:
         """One pair by Module 1 alone. UserError for a matcher that was trained without it."""
@@ -155,6 +167,14 @@ class Matcher:
         number = {id(p): n for n, p in enumerate(prints)}
         found = ask(Canvases(prints), [Pair(number[id(a)], number[id(b)], False) for a, b in read], batch_size)
         return [(a, b, {k: v[i] for k, v in found.items()}) for i, (a, b) in enumerate(read)]
+
+
+def _no_match(a: OnCanvas, b: OnCanvas, laid: dict[str, Any]) -> Literal["no match", "cannot decide"]:
+    """What a score below the threshold means: nothing, where a print or what both show is less than LEAST_MM2."""
+    seen = min(a.mm2, b.mm2)
+    if laid["transform"] is not None:
+        seen *= laid["overlap"]
+    return "cannot decide" if seen < LEAST_MM2 else "no match"
 
 
 def _registration(row: dict[str, Any], a: OnCanvas, b: OnCanvas, config) -> dict[str, Any]:

@@ -7,6 +7,7 @@ python -m ifvit.verify --pairs FILE.csv --out scores.csv    # many pairs in one 
 import csv
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from ifvit.files import whole
 from ifvit.matcher import Matcher, Picture
 from ifvit.paths import cache_dir, resolve, resolve_data
 
+log = logging.getLogger("ifvit")
 COLUMNS = ("a", "b", "score", "decision", "matches", "reason")
 AT_ONCE = 16  # pairs
 KEPT = 256  # decoded prints in memory: one that is compared with many is decoded once
@@ -40,11 +42,12 @@ class Args:
     """Module 2's final checkpoint, or one of Module 1 [./checkpoints/matcher/matcher_ckpt, else `pretrained`, the
     package's Module 1]"""
     fmr: float = 0.001
-    """false match rate to decide at, by the checkpoint's calibration; Module 1 has that of the packaged weights"""
+    """false match rate to decide at, by the checkpoint's calibration; Module 1 has that of the packaged weights. Below
+    three in the number of the calibration's impostor pairs it is an estimate"""
     picture: str = ""
     """PNG of both prints with their matches as lines"""
     json: bool = False
-    """print {"score", "decision", "matches", "threshold", "probability"} as JSON"""
+    """print {"score", "decision", "matches", "threshold", "probability", "llr", "least_fmr"} as JSON"""
     ppi: float | Literal["auto"] | None = None
     """resolution of both prints, whatever files and sets tell; `auto`: what they tell, unless the ridges differ"""
     ridges: Literal["dark", "light"] = "dark"
@@ -70,13 +73,19 @@ class Args:
         if self.picture:
             matcher.scorer.picture(Canvases([a, b]), Pair(0, 1, False), resolve(self.picture))
         if self.json:
-            told = {k: getattr(found, k) for k in ("score", "decision", "threshold", "probability")}
-            print(json.dumps(told | {"matches": len(found.matches)}))
+            told = {k: getattr(found, k) for k in ("score", "decision", "threshold", "probability", "llr")}
+            print(json.dumps(told | {"matches": len(found.matches), "least_fmr": matcher.least_fmr}))
         else:
             print(
                 f"score {found.score:.4f}, {found.decision} (threshold {found.threshold:.4f} at FMR {self.fmr:g}), "
-                f"{len(found.matches)} matches"
+                f"{len(found.matches)} matches, log10 of the likelihood ratio {found.llr:+.1f}"
             )
+            if self.fmr < matcher.least_fmr:
+                log.info(
+                    "The calibration shows rates from %.2g on: the threshold at FMR %g is an estimate.",
+                    matcher.least_fmr,
+                    self.fmr,
+                )
         return 0
 
     def check(self) -> None:

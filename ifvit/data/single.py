@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
+from ifvit.constants import CANVAS_PPI, MASK_CELL
 from ifvit.data import scale
 from ifvit.data.images import BrokenImage, decode, place, print_ppi
 from ifvit.data.levels import grey_levels
@@ -28,6 +29,11 @@ class OnCanvas:
     canvas: UInt8[np.ndarray, "C C"]
     mask: Bool[np.ndarray, "C/8 C/8"]
     placement: Placement
+
+    @property
+    def mm2(self) -> float:
+        """The area of skin that it shows, square millimetres."""
+        return float(self.mask.sum() * (MASK_CELL / CANVAS_PPI * 25.4) ** 2)
 
 
 class Canvases:

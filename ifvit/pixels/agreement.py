@@ -29,8 +29,8 @@ NEAR = 0.625  # cells of the network: matches that lie as near to their similari
 REGISTERED = 0.075  # score; tests/bench/agreement.py tells who passes
 LOGISTIC = (3.32, -5.78, 13.04)  # of log(score + 0.01), of the overlap, and the bias, fitted there
 
-
 # (false match rate, score that so many impostors reach): of the packaged weights, on sensors that they have not seen
+LEAST_FMR = 0.001  # three of the impostor pairs that REACHED was measured on
 REACHED = ((0.01, 0.075), (0.003, 0.091), (0.001, 0.101))
 
 
@@ -67,8 +67,13 @@ def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[
 
     The more two prints overlap, the more of their ridges should have agreed: o is negative.
     """
+    return jax.nn.sigmoid(log_odds(score, overlap))
+
+
+def log_odds(score: Float[Array | np.ndarray, " B"], overlap: Float[Array | np.ndarray, " B"]) -> Float[Array, " B"]:
+    """The natural logarithm of the odds that `confidence` gives."""
     slope, of_overlap, bias = LOGISTIC
-    return jax.nn.sigmoid(slope * jnp.log(score + 0.01) + of_overlap * overlap + bias)
+    return slope * jnp.log(score + 0.01) + of_overlap * overlap + bias
 
 
 class Agreement(NamedTuple):

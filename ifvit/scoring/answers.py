@@ -63,13 +63,19 @@ def dense_answers(net: Network, config: Settings) -> PairScore:
     return PairScore(dense_scores(net, config).prepare, answer)
 
 
-def answers(net: Network, aligner: Network | None, config: Settings) -> PairScore:
+def answers(net: Network, aligner: Network | None, config: Settings, check: bool = False) -> PairScore:
     """What `match_scores` and, with an aligner, `registrations` tell; its state is that of `match_scores`.
 
-    Both ask Module 1 for the same; XLA computes it once.
+    Both ask Module 1 for the same; XLA computes it once. With `check` it is what `dense_answers` tells of a pair.
     """
-    scores = match_scores(net, aligner, config)
-    register = registrations(aligner, config).score if aligner else lambda *_: {}
+    scores = match_scores(net, aligner, config, check)
+    register = lambda *_: {}
+    if aligner and check:
+        looked = dense_answers(aligner, config).score
+        told = lambda found: {k: v for k, v in found.items() if k not in ("score", "probability")}
+        register = lambda aligner_state, batch: told(looked(*aligner_state, batch))
+    elif aligner:
+        register = registrations(aligner, config).score
 
     def answer(params, batch_stats, aligner_state, batch):
         return scores.score(params, batch_stats, aligner_state, batch) | register(aligner_state, batch)

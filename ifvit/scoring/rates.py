@@ -44,6 +44,29 @@ def macro(databases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {rate: float(np.mean([results[rate] for results in databases.values()])) for rate in RATES}
 
 
+def cllr(genuine: Float[np.ndarray, " G"], impostor: Float[np.ndarray, " I"]) -> float:
+    """The cost of log-likelihood ratios, natural logarithms, in bits (Brümmer & du Preez 2006, eq. 8).
+
+    0 for a perfect score; 1 for one that tells nothing; above 1 it misleads.
+    """
+    return float((np.logaddexp(0, -genuine).mean() + np.logaddexp(0, impostor).mean()) / 2 / np.log(2))
+
+
+def min_cllr(genuine: Float[np.ndarray, " G"], impostor: Float[np.ndarray, " I"]) -> float:
+    """What `cllr` would be if the scores, in their order, were calibrated as well as can be (isotonic regression)."""
+    from scipy.optimize import isotonic_regression
+
+    scores = np.concatenate([genuine, impostor])
+    kind = np.concatenate([np.ones(len(genuine)), np.zeros(len(impostor))])
+    values, at = np.unique(scores, return_inverse=True)  # equal scores have one ratio
+    weights = np.where(kind > 0, 0.5 / len(genuine), 0.5 / len(impostor))
+    total = np.bincount(at, weights, len(values))
+    p = isotonic_regression(np.bincount(at, weights * kind, len(values)) / total, weights=total).x
+    with np.errstate(divide="ignore"):
+        odds = np.log(p) - np.log1p(-p)
+    return cllr(odds[at[kind > 0]], odds[at[kind == 0]])
+
+
 def det_curve(
     genuine: ArrayLike, impostor: ArrayLike, points: int | None = None
 ) -> tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"], Float[np.ndarray, " t"]]:

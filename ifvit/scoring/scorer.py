@@ -16,11 +16,13 @@ from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
 from ifvit.errors import UserError
 from ifvit.models.networks import Network, dense_network, match_network
+from ifvit.pixels import agreement
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import CheckedRegistration, checked_registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.answers import answers, dense_answers, registrations
-from ifvit.scoring.scores import Fusion, dense_scores, match_scores, score_pairs
+from ifvit.scoring.fusion import Fusion
+from ifvit.scoring.scores import dense_scores, match_scores, score_pairs
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,7 @@ class Scorer:
         params = dict(state["params"])
         if config.share_global_local:
             del params["loftr_transformer_local"]
-        fusion = meta.get("fusion") and Fusion(
-            **{k: tuple(v) if isinstance(v, list) else v for k, v in meta["fusion"].items()}
-        )
+        fusion = Fusion.of_metadata(meta["fusion"]) if meta.get("fusion") else None
         return cls(
             "matcher",
             config,
@@ -85,18 +85,27 @@ class Scorer:
         if self.module == "dense_reg":
             return dense_scores(dense_network(self.config), self.config).jitted()
         net = match_network(self.config, self.num_classes)
-        return match_scores(net, self._aligner_network, self.config).jitted()
+        return match_scores(net, self._aligner_network, self.config, self._checked).jitted()
+
+    @property
+    def _checked(self) -> bool:
+        """Whether Module 2 lays a pair as its ridges agree best; by the matches alone where the fusion is of those."""
+        return self.fusion is not None and self.fusion.checked
 
     def score(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
-        """`score` and what it is made of, one value a pair; higher is more alike."""
+        """`score` and what it is made of, one value a pair; higher is more alike.
+
+        Where it is calibrated there is `log_odds`, the natural logarithm of the likelihood ratio, too.
+        """
         state = (self.params, self.batch_stats)
         if self.module == "matcher":
             state += (self.aligner or ({}, {}),)
         found = score_pairs(self._score, state, prints, pairs, batch_size)
         if self.module == "dense_reg":
             found["score"] = found["ridges"].astype(np.float64)
+            found["log_odds"] = np.asarray(agreement.log_odds(found["ridges"], found["overlap"]))
         elif self.fusion:
-            found["score"] = self.fusion.score(found)
+            found["score"], found["log_odds"] = self.fusion.score(found), self.fusion.log_odds(found)
         else:
             weight = self.config.global_weight
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
@@ -156,7 +165,8 @@ class Scorer:
     def _answer(self):
         if self.module == "dense_reg":
             return dense_answers(dense_network(self.config), self.config).jitted()
-        return answers(match_network(self.config, self.num_classes), self._aligner_network, self.config).jitted()
+        net = match_network(self.config, self.num_classes)
+        return answers(net, self._aligner_network, self.config, self._checked).jitted()
 
     @cached_property
     def _registrations(self):
@@ -165,10 +175,11 @@ class Scorer:
     def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and all that `scoring.answers` tells, a row a pair; of Module 1, or of Module 2 with its fusion."""
         if self.module == "dense_reg":
-            return score_pairs(self._answer, self.registers[1], prints, pairs, batch_size)
+            found = score_pairs(self._answer, self.registers[1], prints, pairs, batch_size)
+            return found | {"log_odds": np.asarray(agreement.log_odds(found["score"], found["overlap"]))}
         state = (self.params, self.batch_stats, self.aligner or ({}, {}))
         found = score_pairs(self._answer, state, prints, pairs, batch_size)
-        return found | {"score": self.fusion.score(found)}
+        return found | {"score": self.fusion.score(found), "log_odds": self.fusion.log_odds(found)}
 
     def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """What the Module 1 of a Module 2 tells of each pair, by matches alone; a row a pair. Of Module 1 `answers`."""

@@ -1,15 +1,14 @@
-"""Scores of pairs, by either module, and the fusion of Module 2's into one calibrated score."""
+"""What pairs are scored by, of either module: each print prepared once, then pair by pair."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jaxtyping import Float, Int
+from jaxtyping import Int
 
 from ifvit.bar import bar
 from ifvit.config import Settings
@@ -18,10 +17,9 @@ from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
 from ifvit.devices.sharding import batch_spec, fetch, make_mesh, put_whole_batch, replicated
 from ifvit.models.networks import Network
-from ifvit.pixels.alignment import aligned_pair
+from ifvit.pixels.alignment import align, aligned_pair
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import checked_registration, paired, prepared, views_of
-from ifvit.scoring.rates import threshold_at_fmr
 
 
 class PairScore(NamedTuple):
@@ -49,37 +47,45 @@ def prepares(aligner: Network | None, config: Settings, check: bool = False) -> 
 
 
 def dense_scores(net: Network, config: Settings) -> PairScore:
-    """Module 1, its state (params, batch_stats) -> `ridges`, how well they agree, and `matches`, the inliers."""
+    """Module 1, its state (params, batch_stats) -> `ridges`, how well they agree, `overlap`, `matches`, the inliers."""
     prepare = prepares(net, config, check=True)
 
     @exact
     def score(params, batch_stats, batch):
         found, by_matches = checked_registration(net, (params, batch_stats), batch, config)
-        return {"ridges": found.agreement, "matches": by_matches.count}
+        return {"ridges": found.agreement, "overlap": found.overlap, "matches": by_matches.count}
 
     return PairScore(lambda params, batch_stats, prints: prepare((params, batch_stats), prints), score)
 
 
-def match_scores(net: Network, aligner: Network | None, config: Settings) -> PairScore:
+def match_scores(net: Network, aligner: Network | None, config: Settings, check: bool = False) -> PairScore:
     """Module 2, its state (params, batch_stats, aligner_state) -> cosines `global` and `local`, `agreement`, `matches`.
 
     `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
-    in the common frame of a genuine pair a cell is its own match.
+    in the common frame of a genuine pair a cell is its own match. With `check`, and an aligner, the pair is laid as its
+    ridges agree best, and there are `ridges`, how well they do, and `overlap` too.
     """
 
     @exact
     def score(params, batch_stats, aligner_state, batch):
-        pair, _, count = aligned_pair(aligner, aligner_state, views_of(batch, config), config, batch)
+        views, looked = views_of(batch, config), {}
+        if check and aligner is not None:
+            found, by_matches = checked_registration(aligner, aligner_state, batch, config)
+            image0, mask0, image1, mask1 = views
+            pair, count = align(image0, image1, mask0, mask1, found.similarity, config), by_matches.count
+            looked = {"ridges": found.agreement, "overlap": found.overlap}
+        else:
+            pair, _, count = aligned_pair(aligner, aligner_state, views, config, batch)
         e, _ = net.apply(params, batch_stats, pair, train=False)
         itself = jnp.exp(jnp.diagonal(e.log_conf, axis1=1, axis2=2)) * e.cells
-        return {
+        return looked | {
             "global": (e.global0 * e.global1).sum(-1),
             "local": (e.local0 * e.local1).sum(-1),
             "agreement": itself.sum(-1),
             "matches": count,
         }
 
-    prepare = prepares(aligner, config)
+    prepare = prepares(aligner, config, check and aligner is not None)
     return PairScore(lambda params, batch_stats, aligner_state, prints: prepare(aligner_state, prints), score)
 
 
@@ -161,71 +167,3 @@ def blocks(numbers: Int[np.ndarray, "N 2"], room: int) -> Iterator[Int[np.ndarra
         have = union
     if start < len(order):
         yield order[start:]
-
-
-FEATURES = ("global", "local", "agreement", "matches")
-AT_ONCE = 1 << 20  # pairs whose features are in memory together
-
-
-@dataclass(frozen=True)
-class Fusion:
-    """Logistic fusion of a pair's scores, and the impostor scores that thresholds are taken from."""
-
-    weights: tuple[float, ...]  # of FEATURES, after `features`
-    bias: float
-    impostor_scores: tuple[float, ...]  # fused, of the calibration pairs, descending
-
-    def score(self, scores: dict[str, np.ndarray]) -> Float[np.ndarray, " N"]:
-        """Probability that a pair is genuine, were genuine and impostor pairs equally many."""
-        count = len(scores["matches"])
-        fused = np.empty(count)
-        for at in range(0, count, AT_ONCE):
-            logits = features({k: v[at : at + AT_ONCE] for k, v in scores.items()}) @ np.asarray(self.weights)
-            fused[at : at + AT_ONCE] = 1 / (1 + np.exp(-(logits + self.bias)))
-        return fused
-
-    def threshold(self, fmr: float) -> float:
-        """The lowest score that at most a share `fmr` of the impostors reaches: `score >= threshold` is a match.
-
-        Below one in the number of calibration pairs the tail of the log-odds is taken as
-        exponential (fitted to its highest tenth): an estimate, no measurement.
-        """
-        scores = np.asarray(self.impostor_scores)
-        rank = fmr * len(scores)
-        if rank >= 1:
-            return threshold_at_fmr(scores, fmr)
-        odds = np.log(np.clip(scores, 1e-12, 1 - 1e-12) / (1 - np.clip(scores, 1e-12, 1 - 1e-12)))
-        tail = odds[: max(2, len(odds) // 10)]
-        spread = max(float((tail - tail[-1]).mean()), 1e-3)
-        return float(1 / (1 + np.exp(-(tail[-1] + spread * np.log(len(tail) / max(rank, 1e-9))))))
-
-
-def features(scores: dict[str, np.ndarray]) -> Float[np.ndarray, "N 4"]:
-    """FEATURES as the fusion takes them: counts enter as logarithms."""
-    return np.stack(
-        [scores["global"], scores["local"], np.log1p(scores["agreement"]), np.log1p(scores["matches"])], axis=1
-    ).astype(np.float64)
-
-
-def fit_fusion(scores: dict[str, np.ndarray], genuine: np.ndarray, ridge: float = 0.1) -> Fusion:
-    """Logistic regression with weights ≥ 0 (no score may count against a pair), both classes weighted alike."""
-    from scipy.optimize import minimize
-
-    x, y = features(scores), genuine.astype(np.float64)
-    mean, scale = x.mean(0), x.std(0) + 1e-6
-    z = (x - mean) / scale
-    w = np.where(y > 0, 0.5 / max(y.sum(), 1), 0.5 / max((1 - y).sum(), 1))
-
-    def loss(theta):
-        logit = z @ theta[:-1] + theta[-1]
-        p = 1 / (1 + np.exp(-logit))
-        value = (w * (np.logaddexp(0, logit) - y * logit)).sum() + ridge / len(y) * (theta[:-1] ** 2).sum()
-        grad = np.append(z.T @ (w * (p - y)) + 2 * ridge / len(y) * theta[:-1], (w * (p - y)).sum())
-        return value, grad
-
-    start = np.append(np.full(x.shape[1], 0.5), 0.0)
-    theta = minimize(loss, start, jac=True, bounds=[(0, None)] * x.shape[1] + [(None, None)]).x
-    weights = theta[:-1] / scale
-    fusion = Fusion(tuple(map(float, weights)), float(theta[-1] - weights @ mean), ())
-    impostors = np.sort(fusion.score({k: v[~genuine] for k, v in scores.items()}))[::-1]
-    return Fusion(fusion.weights, fusion.bias, tuple(map(float, impostors)))

@@ -71,7 +71,7 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
             "data": task.data_digest,
             "history": run.history,
             **task.metadata,
-            **(task.finish(state) if finished else {}),
+            **(task.finish(state) if finished else task.of_epoch() if what.startswith("epoch_") else {}),
         }
         saved = Saved(f"{task.name}_{what}", at, None if within else epoch, value)
         saver.start(saved, saved_tree(state, task), metadata, task.aligner)

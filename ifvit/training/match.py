@@ -21,7 +21,8 @@ from ifvit.fields import COMMON
 from ifvit.load_module1_weights import BRANCHES, check_module1, load_module1_transformer_weights
 from ifvit.models.networks import dense_network, match_network
 from ifvit.scoring import rates
-from ifvit.scoring.scores import PairScore, fit_fusion, match_scores, score_pairs
+from ifvit.scoring.fusion import evidence, fit_fusion
+from ifvit.scoring.scores import PairScore, match_scores, score_pairs
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import match_step
@@ -41,11 +42,14 @@ def match_program(config: MatchConfig, aligner_config: DenseConfig | None, num_c
     def step(state, batch, rate, scalars, aligner_state):
         return match_step(net, aligner, Traced(config, scalars))(state, batch, rate, aligner_state)
 
+    def scores(scalars):
+        return match_scores(net, aligner, Traced(config, scalars), check=True)
+
     def prepare(params, batch_stats, aligner_state, scalars, prints):
-        return match_scores(net, aligner, Traced(config, scalars)).prepare(params, batch_stats, aligner_state, prints)
+        return scores(scalars).prepare(params, batch_stats, aligner_state, prints)
 
     def score(params, batch_stats, aligner_state, scalars, batch):
-        return match_scores(net, aligner, Traced(config, scalars)).score(params, batch_stats, aligner_state, batch)
+        return scores(scalars).score(params, batch_stats, aligner_state, batch)
 
     evaluate = PairScore(prepare, score).jitted()
     return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, evaluate)
@@ -112,19 +116,29 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
             config.model_parallel,
         )
 
+    newest: dict[str, dict] = {}  # the fusion that the last validation pairs give, for the checkpoint of their epoch
+
+    def fusion_of(scores, chosen):
+        genuine = np.array([p.genuine for p in chosen], bool)
+        databases = np.array([held_out.prints[p.print0].database for p in chosen])
+        paper = config.global_weight if config.fusion == "paper" else None
+        return asdict(fit_fusion(scores, genuine, databases, paper))
+
     def validate(state, epoch):
+        newest.clear()
         chosen = balanced_pairs(held_out, config.val_pairs)
         genuine = np.array([p.genuine for p in chosen], bool)
         if not 0 < genuine.sum() < len(chosen):
             return {}
         s = scores_of(state, chosen)
-        fused = config.global_weight * s["global"] + (1 - config.global_weight) * s["local"]
+        newest["fusion"] = fusion_of(s, chosen)
+        fused = evidence(s)
         return (
             {
                 "eer": rates.equal_error_rate(fused[genuine], fused[~genuine]),
                 "d_prime": rates.d_prime(fused[genuine], fused[~genuine]),
             }
-            | {f"eer_{k}": rates.equal_error_rate(s[k][genuine], s[k][~genuine]) for k in s}
+            | {f"eer_{k}": rates.equal_error_rate(s[k][genuine], s[k][~genuine]) for k in s if k != "overlap"}
             | {
                 f"{k}_{kind}": float(s[k][which].mean())
                 for k in ("global", "local")
@@ -141,7 +155,7 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
                 "genuine" if not genuine.any() else "impostor",
             )
             return {}
-        return {"fusion": asdict(fit_fusion(scores_of(state, chosen), genuine))}
+        return {"fusion": fusion_of(scores_of(state, chosen), chosen)}
 
     tied = config.share_global_local
     return Task(
@@ -166,6 +180,7 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
         with_one if tied else lambda p: p,
         aligner_tree,
         finish,
+        lambda: dict(newest),
         seed_from_module1,
     )
 

@@ -30,4 +30,5 @@ class Task:
     from_saved: Callable[[dict], dict] = lambda tree: tree
     aligner: dict | None = None
     finish: Callable[[TrainState], dict] = lambda state: {}  # metadata of the final checkpoint only
+    of_epoch: Callable[[], dict] = lambda: {}  # metadata of an epoch's checkpoint, by the validation before it
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in

@@ -20,8 +20,8 @@ from ifvit.data.single import on_canvas
 from ifvit.data.sources import Print, read_roots
 from ifvit.errors import UserError
 from ifvit.evaluate import evaluate
+from ifvit.scoring.fusion import Fusion
 from ifvit.scoring.scorer import Scorer
-from ifvit.scoring.scores import Fusion
 
 SMOKE = ("--preset", "smoke")
 RATES = {"eer", "fmr100", "fmr1000", "zerofmr", "auc"}
@@ -454,7 +454,7 @@ def test_scores_are_fused_some_after_the_other(monkeypatch):
     rng = np.random.default_rng(0)
     scores = {k: rng.random(10).astype(np.float32) for k in ("global", "local", "agreement", "matches")}
     logits = 3 * scores["global"] + np.log1p(scores["matches"].astype(np.float64)) - 2
-    monkeypatch.setattr("ifvit.scoring.scores.AT_ONCE", 4)
+    monkeypatch.setattr("ifvit.scoring.fusion.AT_ONCE", 4)
     found = Fusion((3.0, 0.0, 0.0, 1.0), -2.0, ()).score(scores)
     np.testing.assert_allclose(found, 1 / (1 + np.exp(-logits)), rtol=1e-6)
 
