@@ -25,6 +25,7 @@ from ifvit.scoring.scorer import Scorer
 
 SMOKE = ("--preset", "smoke")
 RATES = {"eer", "fmr100", "fmr1000", "zerofmr", "auc"}
+COSTS = {"cllr", "min_cllr"}  # of the likelihood ratios
 INTERVALS = {f"{rate}_ci" for rate in RATES}
 
 
@@ -70,10 +71,11 @@ def eer(genuine: list[float], impostor: list[float]) -> float:
 def test_the_metrics_have_these_keys(evaluated):
     assert set(evaluated.metrics) == {"macro", "databases", "protocol"}
     assert evaluated.metrics["protocol"] == "fvc"
-    assert set(evaluated.metrics["macro"]) == RATES | INTERVALS
+    assert set(evaluated.metrics["macro"]) == RATES | INTERVALS | COSTS
     assert set(evaluated.metrics["databases"]) == {"DB1", "DB2"}
     for row in evaluated.metrics["databases"].values():
-        assert set(row) == RATES | INTERVALS | {"genuine", "impostor"}
+        assert set(row) == RATES | INTERVALS | COSTS | {"genuine", "impostor"}
+        assert 0 <= row["min_cllr"] <= row["cllr"]
 
 
 def test_rates_are_fractions_and_pairs_are_counted(evaluated):
