@@ -42,7 +42,7 @@ _FOUND_MATCH = dict(
     arcface_scale=18.0,
     global_weight=0.61,
 )
-# Module 2 in every preset: what the paper does not say, and what its training needs (docs/changing.md)
+# Module 2 in every preset: what the paper does not say, and what its training needs
 _SOUND = dict(masked_pooling=True)
 # quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
 _QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
@@ -124,7 +124,7 @@ PRESETS = {
             **_SOUND,
             loss_template=1.0,
             frame_shift=6,
-            label_matches=12,
+            label_matches=8,
         ),
     ),
     "smoke": (

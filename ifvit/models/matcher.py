@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -146,11 +147,13 @@ class Matcher(nnx.Module):
         x = self._features(self.resnet_global, alone.image[:, None], train)
         return self._template(x[:, 0], alone.mask)
 
-    def _template(self, x: Float[Array, "N H W C"], mask: Bool[Array, "N S S"]) -> Float[Array, "N E"]:
+    def _template(self, x: Float[Array, "N H W C"], mask: Bool[Array | np.ndarray, "N S S"]) -> Float[Array, "N E"]:
         cells = _cells(mask)
         return self.head_single(self.loftr_transformer_global.alone(self._placed(x), cells), cells)
 
-    def _features(self, resnet: ResNet18, images: Float[Array, "B P S S 1"], train: bool) -> Float[Array, "B P H W C"]:
+    def _features(
+        self, resnet: ResNet18, images: Float[Array | np.ndarray, "B P S S 1"], train: bool
+    ) -> Float[Array, "B P H W C"]:
         """Of P prints a pair, which BatchNorm sees as one batch; without their positions."""
         batch, prints, size = images.shape[:3]
         pad = -size % STRIDE
@@ -164,7 +167,7 @@ class Matcher(nnx.Module):
         return x.reshape(x.shape[0], -1, x.shape[-1])
 
 
-def _cells(mask: Bool[Array, "N S S"]) -> Bool[Array, "N L"]:
+def _cells(mask: Bool[Array | np.ndarray, "N S S"]) -> Bool[Array, "N L"]:
     """`cell_mask` of a window of any size: one of 90 px has 12 cells a side, the last of them partly empty."""
     pad = -mask.shape[1] % STRIDE
     return cell_mask(jnp.pad(mask, ((0, 0), (0, pad), (0, pad))))
