@@ -152,7 +152,7 @@ class Matcher(nnx.Module):
         return self.head_single(self.loftr_transformer_global.alone(self._placed(x), cells), cells)
 
     def _features(
-        self, resnet: ResNet18, images: Float[Array | np.ndarray, "B P S S 1"], train: bool
+        self, resnet: nnx.Module, images: Float[Array | np.ndarray, "B P S S 1"], train: bool
     ) -> Float[Array, "B P H W C"]:
         """Of P prints a pair, which BatchNorm sees as one batch; without their positions."""
         batch, prints, size = images.shape[:3]
