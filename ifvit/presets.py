@@ -42,7 +42,7 @@ _FOUND_MATCH = dict(
     arcface_scale=18.0,
     global_weight=0.61,
 )
-# Module 2 in every preset: what the paper does not say, and what its training needs
+# of Module 2 in every preset: what its heads need, of which the paper tells nothing
 _SOUND = dict(masked_pooling=True)
 # quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
 _QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
@@ -98,7 +98,7 @@ PRESETS = {
             match_threshold=0.05,
             calibration_pairs=1000,
             **_SOUND,
-            loss_template=1.0,
+            loss_template=0.2,
             frame_shift=8,
             label_matches=12,
         ),
@@ -122,7 +122,7 @@ PRESETS = {
             match_threshold=0.05,
             calibration_pairs=300,
             **_SOUND,
-            loss_template=1.0,
+            loss_template=0.2,
             frame_shift=6,
             label_matches=8,
         ),
