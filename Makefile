@@ -19,7 +19,9 @@ train: $(VENV)/ready
 weights: $(VENV)/ready
 	$(PY) -m ifvit.train_dense --preset cpu --dataset_root synthetic --config ifvit/weights/recipe.toml \
 		--checkpoint_dir checkpoints/weights
-	$(PY) -m ifvit.weights pack checkpoints/weights/dense_reg_ckpt
+	$(PY) -m ifvit.train_dense --preset cpu --dataset_root synthetic --config ifvit/weights/longer.toml \
+		--set init=checkpoints/weights/dense_reg_ckpt --checkpoint_dir checkpoints/weights_longer
+	$(PY) -m ifvit.weights pack checkpoints/weights_longer/dense_reg_ckpt
 
 TESTS := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 

@@ -6,9 +6,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ifvit.config import DenseConfig
+from ifvit.constants import CANVAS_PPI, MASK_CELL
 from ifvit.data import scale
 from ifvit.data.images import RIDGE_PERIOD
-from ifvit.data.prepare import Decoded, seem_light
+from ifvit.data.prepare import Decoded, PrintSet, seem_light
 from ifvit.data.sources import Print, Reading
 from ifvit.data.walk import LeftOut, file_digest, natural
 
@@ -33,6 +35,7 @@ class Database:
     ridges: str  # dark or light: as read
     seem: str  # dark or light: what most prints look like
     blank: int  # prints that show no ridges
+    seen: float  # share of a print's foreground that the networks' window holds, mean
     held_out: tuple[str, ...]  # fingers
 
     def counts(self) -> str:
@@ -105,6 +108,7 @@ class Summary:
             "ridge period, px": Database.distance,
             "suggests, ppi": Database.suggestion,
             "ridges": Database.colour,
+            "seen": lambda d: f"{d.seen:.0%}",
             "names": lambda d: d.layout,
             "held out": lambda d: str(len(d.held_out)),
         }
@@ -181,7 +185,15 @@ def summarise(
     layout = lambda name: reading.layouts.get(name, "generated")
     return Summary(
         tuple(
-            _database(name, layout(name), some, [record[p] for p in some], name in other, tuple(held_out[name]))
+            _database(
+                name,
+                layout(name),
+                some,
+                [record[p] for p in some],
+                name in other,
+                tuple(held_out[name]),
+                _seen(found.everything.subset(some)),
+            )
             for name, some in sorted(databases.items(), key=lambda item: natural(item[0]))
         ),
         tuple((reason, n, example[reason]) for reason, n in reasons.most_common()),
@@ -191,7 +203,13 @@ def summarise(
 
 
 def _database(
-    name: str, layout: str, prints: list[Print], records: list[dict], otherwise: bool, held_out: tuple[str, ...]
+    name: str,
+    layout: str,
+    prints: list[Print],
+    records: list[dict],
+    otherwise: bool,
+    held_out: tuple[str, ...],
+    seen: float,
 ) -> Database:
     impressions = Counter(p.finger for p in prints)
     periods = [r["period"] for r in records if r["period"]]
@@ -217,7 +235,19 @@ def _database(
         seem=colours[otherwise],
         blank=sum(r["blank"] for r in records),
         held_out=held_out,
+        seen=seen,
     )
+
+
+def _seen(prints: PrintSet) -> float:
+    """Of the foreground in the window of the presets paper and cpu, 320 px at 500 ppi; mean over the prints."""
+    window = DenseConfig.image_size * CANVAS_PPI / DenseConfig.input_ppi / MASK_CELL
+    shares = []
+    for i in range(len(prints)):
+        mask = prints.canvas(i)[1]
+        edge = round((len(mask) - window) / 2)
+        shares.append(mask[edge:-edge, edge:-edge].sum() / max(1, mask.sum()))
+    return float(np.mean(shares))
 
 
 def _some(parts: list[str], between: str) -> str:

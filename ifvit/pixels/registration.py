@@ -40,16 +40,21 @@ class Registration(NamedTuple):
 
 def register(log_conf: Float[Array, "B L L"], image_size: int, config: Settings) -> Registration:
     """Mutual matches of Module 1's confidences and the similarity that most of them agree on."""
-    side = image_size // STRIDE
-    matches = mutual_matches(
-        log_conf, config.alignment_matches, config.match_threshold, config.match_border, (side, side)
-    )
-    centres = jnp.asarray(cell_centres(image_size, STRIDE))
-    p0, p1 = centres[matches.cell0], centres[matches.cell1]
+    matches, p0, p1 = placed_matches(log_conf, image_size, config, config.match_threshold)
     fit: RobustFit = robust_similarity(p0, p1, matches.valid, config.alignment_samples, config.inlier_radius * STRIDE)
     aligned = fit.count >= config.min_matches
     similarity = jnp.where(aligned[:, None], fit.similarity, jnp.asarray(IDENTITY))
     return Registration(similarity, aligned, fit.count, matches, fit.inliers, p0, p1)
+
+
+def placed_matches(
+    log_conf: Float[Array, "B L L"], image_size: int, config: Settings, threshold: float | Float[Array, ""]
+) -> tuple[Matches, Float[Array, "B K 2"], Float[Array, "B K 2"]]:
+    """Mutual matches above a confidence, and where they lie in print 0 and in print 1, window px."""
+    side = image_size // STRIDE
+    matches = mutual_matches(log_conf, config.alignment_matches, threshold, config.match_border, (side, side))
+    centres = jnp.asarray(cell_centres(image_size, STRIDE))
+    return matches, centres[matches.cell0], centres[matches.cell1]
 
 
 def prepared(
@@ -94,6 +99,13 @@ def registration(
     """
     if aligner is None:
         return None
+    return register(log_confidence(aligner, aligner_state, views, config, batch), config.image_size, config)
+
+
+def log_confidence(
+    aligner: Network, aligner_state: tuple, views: Views, config: Settings, batch: dict | None = None
+) -> Float[Array, "B L L"]:
+    """Of every cell of print 0 with every cell of print 1, by Module 1, frozen."""
     image0, mask0, image1, mask1 = views
     params, stats = jax.lax.stop_gradient(aligner_state)
     if batch and "features0" in batch:
@@ -101,9 +113,11 @@ def registration(
     else:
         inputs, method = (normalise(image0, mask0, config), normalise(image1, mask1, config)), "__call__"
     log_conf, _ = aligner.apply(params, stats, *inputs, mask0, mask1, train=False, method=method)
-    return register(log_conf, config.image_size, config)
+    return log_conf
 
 
+# Confidence above which a mutual match may tell of a candidate: the ridges judge, so that weak matches do no harm.
+WEAK = 0.003
 CANDIDATES = 3  # similarities that the matches allow, whose ridges are looked at
 APART = 1.0  # ridges: candidates that lie nearer to one another are one
 
@@ -135,11 +149,13 @@ def checked_registration(
 
     `batch` is one of canvases, or one of `paired` with what the check needs.
     """
-    found = registration(aligner, aligner_state, views_of(batch, config), config, batch)
+    log_conf = log_confidence(aligner, aligner_state, views_of(batch, config), config, batch)
+    found = register(log_conf, config.image_size, config)
+    matches, points0, points1 = placed_matches(log_conf, config.image_size, config, WEAK)
     modes = robust_modes(
-        found.points0,
-        found.points1,
-        found.matches.valid,
+        points0,
+        points1,
+        matches.valid,
         config.alignment_samples,
         config.inlier_radius * STRIDE,
         CANDIDATES,
@@ -152,7 +168,7 @@ def checked_registration(
         image0, mask0, image1, mask1 = plain_views(batch, fine)
         ridges0, ridges1 = (normalise(i, m, fine)[..., 0] for i, m in ((image0, mask0), (image1, mask1)))
     similarities = at_ppi(modes.similarity, config, fine)
-    p0, p1 = (points_at_ppi(p, config, fine) for p in (found.points0, found.points1))
+    p0, p1 = (points_at_ppi(p, config, fine) for p in (points0, points1))
     starts = jax.vmap(jax.vmap(from_residuals, (0, None, None, 0, None)), (0, 0, 0, 0, None))(
         similarities, p0, p1, modes.inliers, fine.image_size // CELL - 1
     )
@@ -162,7 +178,7 @@ def checked_registration(
     count = of_chosen(modes.count, agreed.chosen)
     some = count >= config.min_matches
     similarity = jnp.where(some[:, None], of_chosen(modes.similarity, agreed.chosen), jnp.asarray(IDENTITY))
-    off = jnp.linalg.norm(apply_similarity(similarity, found.points0) - found.points1, axis=-1)
+    off = jnp.linalg.norm(apply_similarity(similarity, points0) - points1, axis=-1)
     near = (of_chosen(modes.inliers, agreed.chosen) & (off < NEAR * STRIDE)).sum(-1)
     score = same_ridges(agreed.score, near, agreed.windows, config.input_ppi)
     checked = CheckedRegistration(
@@ -175,9 +191,9 @@ def checked_registration(
         agreed.overlap,
         agreed.field,
         count,
-        found.matches,
+        matches,
         of_chosen(modes.inliers, agreed.chosen),
-        found.points0,
-        found.points1,
+        points0,
+        points1,
     )
     return checked, found

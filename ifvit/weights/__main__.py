@@ -16,8 +16,8 @@ from ifvit.errors import UserError
 from ifvit.fields import FREE
 from ifvit.files import write_whole
 
-RECIPE = "recipe.toml"
-OTHERS = ("loftr_ckpt", "teacher", "init")  # keys by which a run learns from more than its prints
+RECIPE, LONGER = "recipe.toml", "longer.toml"  # of a run from nothing, and of one that goes on from another's weights
+OTHERS = ("loftr_ckpt", "teacher")  # keys by which a run learns from more than its prints
 CARD = """\
 # The packaged weights of Module 1
 
@@ -81,7 +81,7 @@ class Pack:
 
 
 def check_generated(found: checkpoint.Checkpoint) -> None:
-    """UserError for a checkpoint that has learned from anything but generated prints."""
+    """UserError for a checkpoint that has learned from anything but generated prints, or began from one that has."""
     config = completed(DenseConfig, found.metadata["config"])
     if config["dataset_root"] != [SYNTHETIC]:
         raise UserError(
@@ -93,6 +93,8 @@ def check_generated(found: checkpoint.Checkpoint) -> None:
             f"{found.path} was trained with {others[0]} = {config[others[0]]}; packaged weights come from generated "
             f"prints alone, so give a checkpoint of a run without {others[0]}."
         )
+    if config["init"] not in ("", checkpoint.PRETRAINED):
+        check_generated(checkpoint.load(config["init"], "dense_reg", checkpoint.NETWORK))
 
 
 def told(metadata: dict) -> dict:
@@ -131,13 +133,14 @@ def card(metadata: dict, count: int) -> str:
 
 
 def command(config: dict) -> str:
-    """The training command of a configuration: the recipe, and what differs from it."""
-    base = with_changes(preset("cpu", DenseConfig), read_toml(str(weights.FOLDER / RECIPE))["dense"]).to_dict()
+    """The training command of a configuration: its recipe, and what differs from that."""
+    recipe = LONGER if config["init"] else RECIPE
+    base = with_changes(preset("cpu", DenseConfig), read_toml(str(weights.FOLDER / recipe))["dense"]).to_dict()
     differ = [k for k in base if k not in keys_with(FREE) and base[k] != config[k]]
     values = {k: ",".join(map(str, v)) if isinstance(v := config[k], list) else v for k in differ}
     return " ".join(
         [
-            "python -m ifvit.train_dense --preset cpu --dataset_root synthetic --config ifvit/weights/recipe.toml",
+            f"python -m ifvit.train_dense --preset cpu --dataset_root synthetic --config ifvit/weights/{recipe}",
             *(f"--set {k}={v}" for k, v in values.items()),
         ]
     )

@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import shutil
 import tomllib
 from pathlib import Path
 
@@ -107,7 +108,6 @@ def test_weights_of_other_software_are_no_checkpoint(tmp_path):
         ("dataset_root", ["prints"], "trained on prints of prints;"),
         ("dataset_root", ["synthetic", "prints"], "trained on prints of synthetic, prints;"),
         ("loftr_ckpt", "outdoor_ds.ckpt", "without loftr_ckpt"),
-        ("init", "other_ckpt", "without init"),
     ],
 )
 def test_weights_that_saw_anything_but_generated_prints_are_not_packed(
@@ -119,6 +119,23 @@ def test_weights_that_saw_anything_but_generated_prints_are_not_packed(
     said = command("weights", "pack", untrained, cwd=no_weights)
     assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
     assert not list(no_weights.iterdir())
+
+
+@pytest.mark.parametrize("root, code", [("prints", 2), ("synthetic", 0)])
+def test_weights_that_began_from_others_are_packed_where_those_saw_generated_prints_alone(
+    command, no_weights, untrained, monkeypatch, root, code
+):
+    shutil.copy(ROOT / "ifvit/weights/longer.toml", no_weights)
+    found, first = checkpoint.load(untrained), checkpoint.load(untrained)
+    found.metadata["config"]["init"], first.metadata["config"]["dataset_root"] = "first", [root]
+    monkeypatch.setattr(checkpoint, "load", lambda path, *_: first if path == "first" else found)
+    said = command("weights", "pack", untrained, cwd=no_weights)
+    assert said.code == code, said
+    if code:
+        assert "trained on prints of prints;" in said.err and not (no_weights / "CARD.md").exists()
+    else:
+        card = (no_weights / "CARD.md").read_text()
+        assert "--config ifvit/weights/longer.toml" in card and "--set init=first" in card
 
 
 def test_no_run_goes_on_from_weights_alone(command, packed, tmp_path):

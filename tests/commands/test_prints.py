@@ -194,6 +194,15 @@ def test_a_resolution_that_the_ridges_contradict_is_said_with_the_one_that_fits(
     assert database["ppi"] == [{"ppi": 1000, "from": "the ridges", "prints": 6}] and database["fitting_ppi"] is None
 
 
+def test_it_says_what_share_of_a_print_the_window_sees(command, tmp_path):
+    for f in range(1, 5):
+        drawn(f, 480, 440, 9.0).save(tmp_path / f"{f}_1.png")
+    (database,) = read_json(command("prints", tmp_path, "--json", cwd=tmp_path))["databases"]
+    y, x = np.mgrid[-240:240, -220:220]  # the outline that `drawn` gives a print, and the window of 320 px
+    inside = np.hypot(x / 440, y / 480) < 0.45  # the mask reaches a few px beyond
+    assert database["seen"] == pytest.approx(inside[80:-80, 60:-60].sum() / inside.sum(), abs=0.05)
+
+
 # --- runs log the same
 
 
