@@ -80,7 +80,8 @@ class Config:
     temp_bug_fix: bool = program(True, roles={COMMON})
     similarity: str = choice("scaled_dot", "scaled_dot", "cosine", roles={COMMON})  # cosine has a learned scale
     temperature: float = number(0.1, 1e-4, 100)  # of the dual softmax over scaled_dot (paper)
-    cosine_scale: float = number(20.0, 0.01, 1e4, use=HOST)  # where cosine's learned scale starts
+    # where cosine's learned scale starts; Module 2 begins with its Module 1's
+    cosine_scale: float = number(20.0, 0.01, 1e4, use=HOST)
     # --- matching
     match_threshold: float = number(0.2, 0, 1, use=SCALAR)  # confidence above which a mutual match counts (paper)
     match_border: int = number(2, 0, 64)  # cells at the edge of the grid whose matches are dropped (LoFTR)
@@ -233,6 +234,7 @@ class MatchConfig(Config):
     embedding_size: int = number(256, 2)  # of each branch (paper)
     embedding_grid: int = number(8, 1, 64)  # the head pools a branch's cells to this many a side
     embedding_channels: int = number(32, 1)  # of this many channels before the last linear map
+    masked_pooling: bool = program(False)  # by means over the foreground; else zeros outside it count
     # the score of a pair: of ridges and cosines, by weights that held-out fingers tell; or the paper's sum of cosines
     fusion: str = choice("fitted", "fitted", "paper", use=HOST, roles={LIVE})
     # of the paper's sum; the local branch has the rest (paper)
@@ -242,7 +244,13 @@ class MatchConfig(Config):
     loss_dense: float = number(0.5, 0, use=SCALAR)  # L_D (paper)
     loss_embedding: float = number(0.1, 0, use=SCALAR)  # L_E (paper)
     loss_arcface: float = number(1.0, 0, use=SCALAR)  # L_A (paper)
+    # of the templates of one print, L_E + L_A; 0: the network makes none (the paper's does not)
+    loss_template: float = number(0.0, 0)
     dense_loss: str = choice("focal", "focal", "nll")
+    # genuine pairs with fewer registered matches teach nothing, but for their templates: they may lie wrong
+    label_matches: int = number(0, 0, use=SCALAR)
+    # cells that print 0's positions in the global branch are moved by, at most, so that they do not give L_D away
+    frame_shift: int = number(0, 0, 64)
     embedding_margin: float = number(0.4, -1, 1, use=SCALAR)  # (paper)
     arcface_margin: float = number(0.4, 0, math.pi / 2, use=SCALAR)  # (paper)
     arcface_scale: float = number(64.0, TINY, use=SCALAR)  # (paper)

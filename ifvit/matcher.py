@@ -155,6 +155,16 @@ class Matcher:
         ((a, b, row),) = self._rows(self.scorer.registrations, [(a, b)], 1)
         return Registration(**_registration(row, a, b, self.scorer.config))
 
+    def embed(self, prints: Iterable[Any], batch_size: int = 16) -> Float[np.ndarray, "N E"]:
+        """A template of each print by itself, so many at once: unit rows, alike where their product is near 1.
+
+        UserError for a checkpoint that makes none.
+        """
+        from ifvit.data.single import Canvases
+
+        read = [self.read(p) for p in prints]
+        return self.scorer.templates(Canvases(read), batch_size)[0][:, 0]
+
     def _rows(self, ask, pairs, batch_size: int) -> list[tuple[OnCanvas, OnCanvas, dict[str, Any]]]:
         """What the scorer answers of each pair, and its prints on their canvases."""
         from ifvit.data.pairs import Pair

@@ -42,6 +42,8 @@ _FOUND_MATCH = dict(
     arcface_scale=18.0,
     global_weight=0.61,
 )
+# of Module 2 in every preset: what its heads need, of which the paper tells nothing
+_SOUND = dict(masked_pooling=True)
 # quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
 _QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
 _SMOKE_NET = dict(
@@ -69,7 +71,8 @@ _SMOKE_NET = dict(
 )
 
 PRESETS = {
-    "paper": (dict(), dict()),
+    # no template of one print: the paper has none
+    "paper": (dict(), dict(_SOUND, frame_shift=4)),
     "cpu": (
         dict(
             _SMALL_NET,
@@ -94,6 +97,10 @@ PRESETS = {
             embedding_channels=16,
             match_threshold=0.05,
             calibration_pairs=1000,
+            **_SOUND,
+            loss_template=0.2,
+            frame_shift=8,
+            label_matches=12,
         ),
     ),
     "quick": (
@@ -114,10 +121,24 @@ PRESETS = {
             embedding_channels=16,
             match_threshold=0.05,
             calibration_pairs=300,
+            **_SOUND,
+            loss_template=0.2,
+            frame_shift=6,
+            label_matches=8,
         ),
     ),
     "smoke": (
         _SMOKE_NET,
-        dict(_SMOKE_NET, seed_resnet=True, roi_size=32, embedding_size=32, embedding_channels=8, calibration_pairs=8),
+        dict(
+            _SMOKE_NET,
+            seed_resnet=True,
+            roi_size=32,
+            embedding_size=32,
+            embedding_channels=8,
+            calibration_pairs=8,
+            **_SOUND,
+            loss_template=1.0,
+            frame_shift=2,
+        ),
     ),
 }

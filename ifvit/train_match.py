@@ -21,7 +21,8 @@ class Args(TrainArgs):
     """Trains Module 2, the matcher."""
 
     pretrained_ckpt: str | None = None
-    """Module 1's checkpoint; '' for none: random start, no alignment [./checkpoints/dense_reg/dense_reg_ckpt.pkl]"""
+    """Module 1's checkpoint, or `pretrained`, the package's; '' for none: random start, no alignment
+    [./checkpoints/dense_reg/dense_reg_ckpt.pkl]"""
     checkpoint_dir: str | None = None
     """where checkpoints and metrics go [./checkpoints/matcher]"""
     num_classes: int | None = None

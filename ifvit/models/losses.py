@@ -58,11 +58,19 @@ DENSE_LOSSES = {"focal": focal_loss, "nll": nll_loss}
 
 
 def cosine_embedding_loss(
-    e0: Float[Array, "B D"], e1: Float[Array, "B D"], genuine: Bool[Array, " B"], margin: float | Float[Array, ""]
+    e0: Float[Array, "B D"],
+    e1: Float[Array, "B D"],
+    genuine: Bool[Array, " B"],
+    margin: float | Float[Array, ""],
+    counts: Bool[Array, " B"] | None = None,
 ) -> Float[Array, ""]:
-    """L_E: 1 − cos for genuine pairs, max(0, cos − margin) for impostors; unit vectors in."""
+    """L_E: 1 − cos for genuine pairs, max(0, cos − margin) for impostors; unit vectors in.
+
+    The mean over the pairs that count; left out, all do.
+    """
     cos = (e0 * e1).sum(-1)
-    return mean_where(jnp.where(genuine, 1 - cos, jnp.maximum(0.0, cos - margin)), jnp.ones_like(genuine))
+    counts = jnp.ones_like(genuine) if counts is None else counts
+    return mean_where(jnp.where(genuine, 1 - cos, jnp.maximum(0.0, cos - margin)), counts)
 
 
 def arcface_loss(

@@ -9,8 +9,9 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 
 def linear_attention(
@@ -113,16 +114,33 @@ class Transformer(nnx.Module):
             f1 = call(cross_layer, f1, f0, m1, m0)
         return f0.astype(jnp.float32), f1.astype(jnp.float32)
 
+    def alone(self, f: Float[Array, "B L C"], mask: Bool[Array, "B L"]) -> Float[Array, "B L C"]:
+        """Features of an image that has no partner: it attends to itself in the cross layers too."""
+        call = nnx.remat(EncoderLayer.__call__) if self.remat else EncoderLayer.__call__
+        f = f.astype(self.dtype or f.dtype)
+        for i in range(2 * self.pairs):
+            f = call(getattr(self, f"layer_{i}"), f, f, mask, mask)
+        return f.astype(jnp.float32)
 
-def position_encoding(height: int, width: int, channels: int, temp_bug_fix: bool = True) -> Float[Array, "H W C"]:
+
+def position_encoding(
+    height: int,
+    width: int,
+    channels: int,
+    temp_bug_fix: bool = True,
+    shift: Int[Array | np.ndarray, "*B 2"] | None = None,
+) -> Float[Array, "*B H W C"]:
     """2-D sine encoding (LoFTR's `PositionEncodingSine`): positions from 1, sin x, cos x, sin y, cos y in turn.
 
-    `temp_bug_fix=False` gives the frequencies that the published `outdoor_ds` weights were trained with.
+    `temp_bug_fix=False` gives the frequencies that the published `outdoor_ds` weights were trained with. `shift` (x, y)
+    is added to the positions.
     """
+    shift = np.zeros(2, np.int32) if shift is None else shift
     quarter = jnp.arange(0, channels // 2, 2, dtype=jnp.float32)
     rate = math.log(1e4) / (channels // 2) if temp_bug_fix else 1.0
     freq = jnp.exp(-quarter * rate)
-    x = jnp.arange(1, width + 1, dtype=jnp.float32)[None, :, None] * freq
-    y = jnp.arange(1, height + 1, dtype=jnp.float32)[:, None, None] * freq
-    x, y = jnp.broadcast_arrays(x, y)
-    return jnp.stack([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=-1).reshape(height, width, channels)
+    x = jnp.arange(1, width + 1, dtype=jnp.float32) + shift[..., :1]
+    y = jnp.arange(1, height + 1, dtype=jnp.float32) + shift[..., 1:]
+    x, y = jnp.broadcast_arrays(x[..., None, :, None] * freq, y[..., :, None, None] * freq)
+    waves = jnp.stack([jnp.sin(x), jnp.cos(x), jnp.sin(y), jnp.cos(y)], axis=-1)
+    return waves.reshape(*shift.shape[:-1], height, width, channels)

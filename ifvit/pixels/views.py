@@ -206,7 +206,7 @@ def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePa
 
     views, noises = jax.vmap(drawn)(keys)
     strengths = jnp.broadcast_to(strength, (keys.shape[0], 2))
-    image, m = _each_print(seen, *_stacked(batch), views, noises, strengths)
+    image, m = each_print(seen, *stacked(batch), views, noises, strengths)
 
     def labels(view, m, genuine, maps):
         view0, view1 = (jax.tree.map(lambda a, i=i: a[i], view) for i in (0, 1))
@@ -232,11 +232,11 @@ def match_views(keys: Key[Array, " B"], batch: dict, config: Settings) -> Views:
 
     views, noises = jax.vmap(jax.vmap(drawn))(jax.vmap(jax.random.split)(keys))
     views = jax.vmap(lambda key, pair: zoomed(key, pair, config))(keys, views)
-    x, m = _each_print(seen, *_stacked(batch), views, noises)
+    x, m = each_print(seen, *stacked(batch), views, noises)
     return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
 
 
-def _each_print(seen, *prints):
+def each_print(seen, *prints):
     """`seen` of each print, given trees whose leaves are (B 2 …).
 
     A training step on a CPU takes print by print: one print's pixels stay in the cache, and XLA, which would repeat
@@ -251,7 +251,7 @@ def _each_print(seen, *prints):
 
 def plain_views(batch: dict, config: Settings) -> Views:
     """Both prints of each pair as they are."""
-    canvases, masks = _stacked(batch)
+    canvases, masks = stacked(batch)
     x, m = jax.vmap(lambda canvas, mask: plain_prints(canvas, mask, config))(canvases, masks)
     return Views(x[:, 0], m[:, 0], x[:, 1], m[:, 1])
 
@@ -264,7 +264,7 @@ def plain_prints(
     return jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config))(canvases, masks)
 
 
-def _stacked(batch: dict):
+def stacked(batch: dict):
     """Canvases and masks (B 2 …): a pair stays together, so a batch split over devices needs no exchange."""
     return (
         jnp.stack([batch["canvas0"], batch["canvas1"]], axis=1),

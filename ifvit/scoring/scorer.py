@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from jaxtyping import Float32
 
 from ifvit import checkpoint
 from ifvit.config import DenseConfig, MatchConfig, config_of
@@ -23,6 +24,7 @@ from ifvit.pixels.views import plain_views
 from ifvit.scoring.answers import answers, dense_answers, registrations
 from ifvit.scoring.fusion import Fusion
 from ifvit.scoring.scores import dense_scores, match_scores, score_pairs
+from ifvit.scoring.template import embed_prints, template_of
 
 
 @dataclass(frozen=True)
@@ -180,6 +182,30 @@ class Scorer:
         state = (self.params, self.batch_stats, self.aligner or ({}, {}))
         found = score_pairs(self._answer, state, prints, pairs, batch_size)
         return found | {"score": self.fusion.score(found), "log_odds": self.fusion.log_odds(found)}
+
+    @cached_property
+    def _template(self):
+        return jax.jit(template_of(match_network(self.config, self.num_classes), self.config))
+
+    def templates(
+        self, prints: Prints, batch_size: int, turns: tuple[float, ...] = (0.0,)
+    ) -> tuple[Float32[np.ndarray, "N R E"], Float32[np.ndarray, " N"]]:
+        """A unit row of each print turned by each of `turns` degrees, and the share of the window that is foreground.
+
+        Two prints are compared by the product of their rows. A print without foreground has rows of 0. UserError where
+        the checkpoint makes no template.
+        """
+        if self.module != "matcher" or not self.config.loss_template:
+            what = "This Module 1" if self.module == "dense_reg" else "This checkpoint of Module 2"
+            raise UserError(
+                f"{what} makes no template of one print; train Module 2 with loss_template above 0 (--set "
+                "loss_template=1)."
+            )
+        count = len(prints.prints)
+        if not count:
+            return np.empty((0, len(turns), self.config.embedding_size), np.float32), np.empty(0, np.float32)
+        state = (self.params, self.batch_stats)
+        return embed_prints(self._template, state, prints, range(count), batch_size, turns)
 
     def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """What the Module 1 of a Module 2 tells of each pair, by matches alone; a row a pair. Of Module 1 `answers`."""

@@ -40,6 +40,7 @@ class Program(NamedTuple):
     init: Callable  # (seed) -> state
     step: Callable  # as of `training.step.train_step`, with (learning rate, scalars) before the constants
     evaluate: Callable | PairScore  # jitted; the scalars come after the state
+    template: Callable | None = None  # jitted, `scoring.template`; likewise
 
 
 @functools.lru_cache(maxsize=8)

@@ -138,6 +138,26 @@ def test_what_is_no_module_1_starts_no_run(started, no_weights, tmp_path):
         assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
 
 
+def test_module_2_starts_from_the_package(started, packed, untrained, tmp_path):
+    """Transformer, ResNets and the learned scale; the rest, and the place of Module 1, as with any other."""
+    from ifvit import checkpoint
+
+    words = ("train_match", "--preset", "smoke", "--set", "cosine_scale=3")
+    said, task, state = started(*words, "--pretrained_ckpt", "pretrained", cwd=tmp_path)
+    assert said.code == 0 and "✓ Found transformer: loftr_transformer" in said.out, said
+    theirs = checkpoint.load(untrained).state["params"]
+    for ours, name in (("loftr_transformer_global", "loftr_transformer"), ("resnet_local", "resnet")):
+        assert checkpoint.difference(state.params[ours], theirs[name]) == {}
+    assert state.params["log_scale"] == theirs["log_scale"] != np.log(np.float32(3))
+    assert checkpoint.difference(task.aligner["params"], theirs) == {}
+    assert task.config.dense_reg_ckpt == "pretrained"
+
+
+def test_the_package_can_be_checked_like_any_module_1(command, packed, tmp_path):
+    said = command("load_module1_weights", "--module1_ckpt", "pretrained", cwd=tmp_path)
+    assert said.code == 0 and "every digest right" in said.out, said
+
+
 def test_a_configuration_from_before_init_is_one_without(tmp_path):
     from ifvit.config import completed
 

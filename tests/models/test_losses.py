@@ -115,6 +115,8 @@ def test_the_embedding_loss_by_hand():
     e1 = np.array([[0.6, 0.8], [0.6, -0.8], [0, 1]])
     genuine = np.array([True, False, False])
     assert cosine_embedding_loss(e0, e1, genuine, 0.4) == pytest.approx(0.2, abs=1e-6)
+    counts = np.array([True, False, True])
+    assert cosine_embedding_loss(e0, e1, genuine, 0.4, counts) == pytest.approx((0.4 + 0) / 2, abs=1e-6)
 
 
 # --- L_A ------------------------------------------------------------------------------------------
