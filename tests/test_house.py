@@ -40,6 +40,7 @@ FLOORS = [
         "ifvit.checkpoint.__main__",
         "ifvit.weights.__main__",
         "ifvit.evaluate",
+        "ifvit.export",
         "ifvit.register",
         "ifvit.verify",
         "ifvit.prints",

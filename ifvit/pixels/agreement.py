@@ -27,6 +27,7 @@ SEEN = 0.5  # share of a window that both prints cover, for the window to count
 FEW = 20.0  # windows: an overlap of so many can reach half of the full score
 NEAR = 0.625  # cells of the network: matches that lie as near to their similarity support it
 REGISTERED = 0.075  # score; tests/bench/agreement.py tells who passes
+FAINT = 0.01  # a score of so much, and one of 0, are told apart by a factor of two
 LOGISTIC = (3.32, -5.78, 13.04)  # of log(score + 0.01), of the overlap, and the bias, fitted there
 
 # (false match rate, score that so many impostors reach): of the packaged weights, on sensors that they have not seen
@@ -73,7 +74,7 @@ def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[
 def log_odds(score: Float[Array | np.ndarray, " B"], overlap: Float[Array | np.ndarray, " B"]) -> Float[Array, " B"]:
     """The natural logarithm of the odds that `confidence` gives."""
     slope, of_overlap, bias = LOGISTIC
-    return slope * jnp.log(score + 0.01) + of_overlap * overlap + bias
+    return slope * jnp.log(score + FAINT) + of_overlap * overlap + bias
 
 
 class Agreement(NamedTuple):

@@ -2,28 +2,35 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ifvit.pixels.agreement import log_odds
+from ifvit.pixels.agreement import FAINT, LOGISTIC, log_odds
 from ifvit.scoring.rates import threshold_at_fmr
 
 AT_ONCE = 1 << 20  # pairs whose features are in memory together
 Scores = dict[str, np.ndarray]
 
-# What a fusion may weigh, of the scores of N pairs. Cosines tell most between 0.95 and 1: there the logarithm looks.
-FEATURES: dict[str, Callable[[Scores], np.ndarray]] = {
-    "ridges": lambda s: log_odds(s["ridges"], s["overlap"]),
-    "log_global": lambda s: -np.log(1.001 - s["global"].astype(np.float64)),
-    "log_local": lambda s: -np.log(1.001 - s["local"].astype(np.float64)),
-    "global": lambda s: s["global"],
-    "local": lambda s: s["local"],
-    "agreement": lambda s: np.log1p(s["agreement"]),
-    "matches": lambda s: np.log1p(s["matches"]),
+# What a fusion may weigh, of the scores of N pairs, by numpy or by jax.numpy. Cosines tell most between 0.95 and 1, and
+# there the logarithm looks.
+FEATURES: dict[str, Callable[[Scores, ModuleType], np.ndarray | jax.Array]] = {
+    "log_ridges": lambda s, xp: xp.log(s["ridges"] + FAINT),
+    "overlap": lambda s, xp: s["overlap"],
+    "log_global": lambda s, xp: -xp.log(1.001 - s["global"]),
+    "log_local": lambda s, xp: -xp.log(1.001 - s["local"]),
+    "global": lambda s, xp: s["global"],
+    "local": lambda s, xp: s["local"],
+    "agreement": lambda s, xp: xp.log1p(s["agreement"]),
+    "matches": lambda s, xp: xp.log1p(s["matches"]),
 }
 EARLIER = ("global", "local", "agreement", "matches")  # of checkpoints that name no features
-PRIOR = {"ridges": 1.0}  # weights towards which a fit is drawn; 0 of the others: a part must show what it is worth
+# Towards which a fit is drawn: the ridges' log-odds as they are, and nothing of the cosines, which must show their
+# worth.
+PRIOR = (1.0, 0.0, 0.0)
 HELD = 0.03  # how strongly, where nothing chooses it
 STRENGTHS = (0.003, 0.03, 0.3)
 
@@ -45,7 +52,7 @@ class Fusion:
     @property
     def checked(self) -> bool:
         """Whether it is for pairs that are laid as their ridges agree best."""
-        return "ridges" in self.features
+        return "log_ridges" in self.features
 
     def log_odds(self, scores: Scores) -> Float[np.ndarray, " N"]:
         """The natural log-likelihood ratio: how much likelier these scores are of one finger than of two."""
@@ -54,6 +61,11 @@ class Fusion:
             x = features({k: v[at : at + AT_ONCE] for k, v in scores.items()}, self.features)
             found[at : at + AT_ONCE] = x @ np.asarray(self.weights) + self.bias
         return found
+
+    def traced_log_odds(self, scores: dict[str, jax.Array]) -> Float[jax.Array, " N"]:
+        """The same inside a jitted function, in float32."""
+        parts = zip(self.weights, self.features)
+        return sum(weight * FEATURES[name](scores, jnp) for weight, name in parts) + jnp.float32(self.bias)
 
     def score(self, scores: Scores) -> Float[np.ndarray, " N"]:
         """Probability that a pair is genuine, were genuine and impostor pairs equally many."""
@@ -82,23 +94,27 @@ class Fusion:
 
 def features(scores: Scores, names: tuple[str, ...]) -> Float[np.ndarray, "N F"]:
     """The named FEATURES of N pairs."""
-    return np.stack([np.asarray(FEATURES[name](scores), np.float64) for name in names], axis=1)
+    return np.stack([np.asarray(FEATURES[name](scores, np), np.float64) for name in names], axis=1)
 
 
 def evidence(scores: Scores) -> Float[np.ndarray, " N"]:
-    """What is told before any weight is fitted: the features of `fit_fusion`, added up."""
-    return features(scores, _fitted(scores)).sum(1)
+    """What is told before any weight is fitted: the parts that `fit_fusion` weighs, added up."""
+    return _parts(scores).sum(1)
 
 
-def _fitted(scores: Scores) -> tuple[str, ...]:
-    """The features that a fit weighs; without Module 1 there are no ridges."""
-    return tuple(name for name in ("ridges", "log_global", "log_local") if name != "ridges" or "ridges" in scores)
+def _parts(scores: Scores) -> Float[np.ndarray, "N P"]:
+    """The ridges' log-odds, where there is a Module 1, and the logarithms of both cosines."""
+    cosines = features(scores, ("log_global", "log_local"))
+    if "ridges" not in scores:
+        return cosines
+    ridges = np.asarray(log_odds(scores["ridges"], scores["overlap"]), np.float64)
+    return np.concatenate([ridges[:, None], cosines], axis=1)
 
 
 def fit_fusion(
     scores: Scores, genuine: Bool[np.ndarray, " N"], databases: np.ndarray | None = None, paper: float | None = None
 ) -> Fusion:
-    """Logistic regression of the ridges and of the logarithms of both cosines; both classes weigh alike.
+    """Logistic regression of the ridges' log-odds and of the logarithms of both cosines; both classes weigh alike.
 
     Weights are at least 0, for no part may count against a pair, and drawn to PRIOR: on few fingers, which it may
     separate without an error, a fit would follow what holds for them alone. With `databases`, the name of each pair's,
@@ -108,14 +124,20 @@ def fit_fusion(
     if paper is not None:
         total = paper * scores["global"] + (1 - paper) * scores["local"]
         (slope,), bias = _logistic(total[:, None].astype(np.float64), genuine, np.zeros(1), 1e-6)
-        return _with_impostors(
-            Fusion((slope * paper, slope * (1 - paper)), bias, (), ("global", "local")), scores, genuine
-        )
-    names = _fitted(scores)
-    x, prior = features(scores, names), np.array([PRIOR.get(name, 0.0) for name in names])
+        fusion = Fusion((slope * paper, slope * (1 - paper)), bias, (), ("global", "local"))
+        return _with_impostors(fusion, scores, genuine)
+    x = _parts(scores)
+    prior = np.array(PRIOR if x.shape[1] == len(PRIOR) else PRIOR[1:])
     strength = HELD if databases is None else _chosen(x, genuine, prior, databases)
-    weights, bias = _logistic(x, genuine, prior, strength)
-    return _with_impostors(Fusion(tuple(map(float, weights)), bias, (), names), scores, genuine)
+    found, bias = _logistic(x, genuine, prior, strength)
+    *ridges, w_global, w_local = found
+    weights = {"log_global": w_global, "log_local": w_local}
+    for weight in ridges:  # one or none; written out, so that a checkpoint keeps its own LOGISTIC
+        slope, of_overlap, constant = LOGISTIC
+        weights |= {"log_ridges": weight * slope, "overlap": weight * of_overlap}
+        bias += weight * constant
+    fusion = Fusion(tuple(map(float, weights.values())), float(bias), (), tuple(weights))
+    return _with_impostors(fusion, scores, genuine)
 
 
 def _with_impostors(fusion: Fusion, scores: Scores, genuine: np.ndarray) -> Fusion:

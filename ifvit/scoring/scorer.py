@@ -99,10 +99,7 @@ class Scorer:
 
         Where it is calibrated there is `log_odds`, the natural logarithm of the likelihood ratio, too.
         """
-        state = (self.params, self.batch_stats)
-        if self.module == "matcher":
-            state += (self.aligner or ({}, {}),)
-        found = score_pairs(self._score, state, prints, pairs, batch_size)
+        found = score_pairs(self._score, self.state, prints, pairs, batch_size)
         if self.module == "dense_reg":
             found["score"] = found["ridges"].astype(np.float64)
             found["log_odds"] = np.asarray(agreement.log_odds(found["ridges"], found["overlap"]))
@@ -112,6 +109,20 @@ class Scorer:
             weight = self.config.global_weight
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
+
+    @property
+    def state(self) -> tuple:
+        """What `_score` and `_answer` take before prints and pairs."""
+        return (self.params, self.batch_stats) + ((self.aligner or ({}, {}),) if self.module == "matcher" else ())
+
+    def scores_of_canvases(self, batch: dict) -> dict[str, jax.Array]:
+        """`score` and what it is made of, for a batch of canvases and masks; to be traced (`scoring.exported`)."""
+        found = self._score.score(*self.state, batch)
+        if self.module == "dense_reg":
+            odds = agreement.log_odds(found["ridges"], found["overlap"])
+            return found | {"score": found["ridges"], "log_odds": odds}
+        odds = self.fusion.traced_log_odds(found)
+        return found | {"score": jax.nn.sigmoid(odds), "log_odds": odds}
 
     @cached_property
     def registers(self) -> tuple[Network, tuple[dict, dict]]:
@@ -179,8 +190,7 @@ class Scorer:
         if self.module == "dense_reg":
             found = score_pairs(self._answer, self.registers[1], prints, pairs, batch_size)
             return found | {"log_odds": np.asarray(agreement.log_odds(found["score"], found["overlap"]))}
-        state = (self.params, self.batch_stats, self.aligner or ({}, {}))
-        found = score_pairs(self._answer, state, prints, pairs, batch_size)
+        found = score_pairs(self._answer, self.state, prints, pairs, batch_size)
         return found | {"score": self.fusion.score(found), "log_odds": self.fusion.log_odds(found)}
 
     @cached_property

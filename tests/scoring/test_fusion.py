@@ -30,23 +30,23 @@ def test_ratios_that_are_right_stay_as_they_are():
     genuine, odds, rng = drawn(20_000)
     noise = 1.001 - np.exp(-rng.normal(2, 0.5, (2, len(odds)))).clip(0.01, 1)
     fusion = fit_fusion(scores(odds, *noise), genuine)
-    assert fusion.features == ("ridges", "log_global", "log_local") and fusion.checked
-    assert fusion.weights[0] == pytest.approx(1, abs=0.1) and max(fusion.weights[1:]) < 0.1
+    assert fusion.features == ("log_global", "log_local", "log_ridges", "overlap") and fusion.checked
+    assert fusion.weights[2] == pytest.approx(SLOPE, rel=0.1) and max(fusion.weights[:2]) < 0.1
     np.testing.assert_allclose(fusion.log_odds(scores(odds, *noise)), odds, atol=1.5)
 
 
 def test_a_part_that_speaks_against_genuine_pairs_weighs_nothing():
     genuine, odds, _ = drawn()
     wrong = np.where(genuine, 0.5, 0.9)
-    assert fit_fusion(scores(odds, wrong, wrong), genuine).weights[1:] == (0.0, 0.0)
+    assert fit_fusion(scores(odds, wrong, wrong), genuine).weights[:2] == (0.0, 0.0)
 
 
 def test_few_fingers_that_it_separates_without_an_error_do_not_carry_it_away():
     genuine, odds, rng = drawn(24, apart=6.0)
     perfect = np.where(genuine, 0.99, 0.2) + rng.normal(0, 0.001, 24)
     fusion = fit_fusion(scores(odds, perfect, perfect), genuine)
-    assert fusion.weights[0] == pytest.approx(PRIOR["ridges"], abs=0.2)
-    assert max(fusion.weights[1:]) < 1  # unheld, nothing would bound them
+    assert fusion.weights[2] == pytest.approx(PRIOR[0] * SLOPE, rel=0.2)
+    assert max(fusion.weights[:2]) < 1  # unheld, nothing would bound them
 
 
 def test_a_cosine_that_tells_more_than_the_ridges_is_heeded():
@@ -55,7 +55,7 @@ def test_a_cosine_that_tells_more_than_the_ridges_is_heeded():
     found = scores(np.zeros(len(odds)), told, np.full(len(odds), 0.5))
     fusion = fit_fusion(found, genuine)
     fused = fusion.score(found)
-    assert fusion.weights[1] > 0.5 and rates.equal_error_rate(fused[genuine], fused[~genuine]) < 0.01
+    assert fusion.weights[0] > 0.5 and rates.equal_error_rate(fused[genuine], fused[~genuine]) < 0.01
     assert rates.equal_error_rate(evidence(found)[genuine], evidence(found)[~genuine]) < 0.01
 
 
@@ -65,7 +65,7 @@ def test_what_holds_in_one_database_alone_is_held_back_where_databases_are_named
     databases = np.repeat(["A", "B", "C"], 1000)
     local = np.where((databases == "A") & genuine, 0.999, rng.uniform(0.3, 0.999, 3000))
     found = scores(odds, np.full(3000, 0.5), local)
-    free, held = (fit_fusion(found, genuine, d).weights[2] for d in (np.repeat("A", 3000), databases))
+    free, held = (fit_fusion(found, genuine, d).weights[1] for d in (np.repeat("A", 3000), databases))
     assert held <= free and HELD > 0
 
 
