@@ -22,7 +22,7 @@ from jaxtyping import install_import_hook
 
 # Arguments and results of every annotated function are checked while the tests run: shapes, dtypes and classes.
 # Not where files of other software are read byte by byte: there are no shapes, and a check at each call takes minutes.
-CHECKED = "checkpoint data devices models pixels scoring training commands evaluate verify weights".split()
+CHECKED = "checkpoint data devices models pixels scoring training commands evaluate gallery verify weights".split()
 install_import_hook([f"ifvit.{room}" for room in CHECKED], "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
@@ -90,7 +90,9 @@ def command():
     def call(name: str, *words, cwd) -> Said:
         from ifvit import cli
 
-        module = importlib.import_module(f"ifvit.{name}{'.__main__' if name in ('checkpoint', 'weights') else ''}")
+        module = importlib.import_module(
+            f"ifvit.{name}{'.__main__' if name in ('checkpoint', 'gallery', 'weights') else ''}"
+        )
         words = [str(w) for w in words]
         out, err = io.StringIO(), io.StringIO()
         log = logging.StreamHandler(out)  # pytest's own handler keeps the command from making one

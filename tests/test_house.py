@@ -33,6 +33,7 @@ FLOORS = [
     {"ifvit.checkpoint"},
     {"ifvit.loftr", "ifvit.load_module1_weights"},
     {"ifvit.scoring"},
+    {"ifvit.gallery"},
     {"ifvit.matcher"},
     {"ifvit.training"},
     {
@@ -40,7 +41,10 @@ FLOORS = [
         "ifvit.checkpoint.__main__",
         "ifvit.weights.__main__",
         "ifvit.evaluate",
+        "ifvit.enroll",
         "ifvit.export",
+        "ifvit.gallery.__main__",
+        "ifvit.identify",
         "ifvit.register",
         "ifvit.verify",
         "ifvit.prints",

@@ -40,6 +40,7 @@ class Scorer:
     num_classes: int
     fusion: Fusion | None  # None: Module 1, or a matcher's checkpoint from before the end of training
     trained_on: tuple[str, ...] = ()  # a sample of its training prints, by `contents.known`
+    digest: str = ""  # of the checkpoint's metadata, which hold one of every array
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> "Scorer":
@@ -59,6 +60,7 @@ class Scorer:
                 0,
                 None,
                 tuple(meta.get("sample", ())),
+                meta["digest"],
             )
         config = config_of(MatchConfig, meta["config"])
         aligner = found.aligner and (found.aligner["params"], found.aligner["batch_stats"])
@@ -76,6 +78,7 @@ class Scorer:
             meta["num_classes"],
             fusion,
             tuple(meta.get("sample", ())),
+            meta["digest"],
         )
 
     @cached_property
@@ -193,6 +196,11 @@ class Scorer:
         found = score_pairs(self._answer, self.state, prints, pairs, batch_size)
         return found | {"score": self.fusion.score(found), "log_odds": self.fusion.log_odds(found)}
 
+    @property
+    def template_size(self) -> int:
+        """Numbers that a template of one print has; 0 where the checkpoint makes none."""
+        return self.config.embedding_size if self.module == "matcher" and self.config.loss_template else 0
+
     @cached_property
     def _template(self):
         return jax.jit(template_of(match_network(self.config, self.num_classes), self.config))
@@ -205,7 +213,7 @@ class Scorer:
         Two prints are compared by the product of their rows. A print without foreground has rows of 0. UserError where
         the checkpoint makes no template.
         """
-        if self.module != "matcher" or not self.config.loss_template:
+        if not self.template_size:
             what = "This Module 1" if self.module == "dense_reg" else "This checkpoint of Module 2"
             raise UserError(
                 f"{what} makes no template of one print; train Module 2 with loss_template above 0 (--set "

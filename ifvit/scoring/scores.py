@@ -121,6 +121,10 @@ def score_pairs(
             for at in range(0, len(needed), batch_size):
                 rows = put_whole_batch(print_rows(prints, of_batch(needed[at : at + batch_size])), mesh)
                 store = put(store, how.prepare(*state, rows), at)
+                if jax.default_backend() == "cpu":
+                    # XLA runs what is ready first: with much of it begun, `put` may wait for its part on another core
+                    # until it takes that for dead (40 s), and ends the process.
+                    jax.block_until_ready(store)
             for at in range(0, len(block), batch_size):
                 which = block[at : at + batch_size]
                 rows = put_whole_batch({"at": np.searchsorted(needed, of_batch(numbers[which]))}, mesh)["at"]

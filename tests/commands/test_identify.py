@@ -1,0 +1,106 @@
+"""`enroll`, `identify` and `gallery`: whose finger a print is, by either module, and what is refused."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def enrolled(command, untrained, prints, tmp_path_factory):
+    """A gallery of a Module 1, the first two impressions of six fingers in two databases; its folder's parent."""
+    cwd = tmp_path_factory.mktemp("identify")
+    for file in sorted(prints.rglob("*_[12].png")):
+        there = cwd / "enrol" / file.relative_to(prints)
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, there)
+    said = command("enroll", cwd / "enrol", "--gallery", "g", "--checkpoint", untrained, cwd=cwd)
+    assert said.code == 0 and "12 prints enrolled, 0 were already" in said.out, said
+    assert "g has 12 prints of 6 fingers" in said.out and "compared with all" in said.out
+    return cwd
+
+
+def answers(command, cwd, checkpoint, *words):
+    said = command("identify", *words, "--gallery", "g", "--checkpoint", checkpoint, "--json", cwd=cwd)
+    assert said.code == 0, said
+    return json.loads(said.out)
+
+
+def test_an_enrolled_print_is_its_own_finger(command, enrolled, untrained):
+    probe = enrolled / "enrol/DB2/2_1.png"
+    (told,) = answers(command, enrolled, untrained, probe, "--top", 3)
+    assert [c["rank"] for c in told["candidates"]] == [1, 2, 3] and told["print"] == str(probe)
+    best = told["candidates"][0]
+    assert best["finger"] == "DB2/2" and best["print"] == str(probe)
+    assert told["fmr"] == pytest.approx(1 - 0.99 ** (1 / 6))  # six fingers may each be taken for nobody's print
+    for c in told["candidates"]:
+        assert c["decision"] == ("match" if c["score"] >= told["threshold"] else "no match")
+    assert len({c["finger"] for c in told["candidates"]}) == 3
+
+
+def test_what_is_enrolled_is_passed_over_and_another_content_is_refused(command, enrolled, untrained, prints):
+    words = ("enroll", enrolled / "enrol", "--gallery", "g", "--checkpoint", untrained)
+    assert "0 prints enrolled, 12 were already" in command(*words, cwd=enrolled).out
+    file = enrolled / "enrol/DB1/1_1.png"
+    before = file.read_bytes()
+    shutil.copy(prints / "DB1/1_3.png", file)
+    said = command(*words, cwd=enrolled)
+    assert said.code == 2 and "enrolled with another content; give --replace" in said.err
+    assert "1 prints enrolled, 11 were already" in command(*words, "--replace", cwd=enrolled).out
+    file.write_bytes(before)
+    assert "1 prints enrolled" in command(*words, "--replace", cwd=enrolled).out
+    assert "2 templates were of no print" in command("gallery", "compact", "g", cwd=enrolled).out
+
+
+def test_prints_are_listed_and_removed(command, enrolled, untrained):
+    listed = json.loads(command("gallery", "list", "g", "--json", cwd=enrolled).out)
+    assert len(listed) == 12 and listed[0]["finger"] == "DB1/1"
+    name = listed[0]["print"]
+    said = command("gallery", "remove", "g", name, cwd=enrolled)
+    assert said.code == 0 and "g has 11 of 6 fingers" in said.out
+    assert command("gallery", "remove", "g", name, cwd=enrolled).code == 2
+    again = command("enroll", enrolled / "enrol", "--gallery", "g", "--checkpoint", untrained, cwd=enrolled)
+    assert "1 prints enrolled, 11 were already" in again.out
+
+
+def test_a_print_without_ridges_is_left_out(command, untrained, generated, tmp_path):
+    shutil.copy(generated[1, 1], tmp_path / "1_1.png")
+    Image.fromarray(np.full((300, 300), 230, np.uint8)).save(tmp_path / "2_1.png")
+    (tmp_path / "3_1.png").write_bytes(b"no image")
+    said = command("enroll", tmp_path, "--gallery", tmp_path / "g", "--checkpoint", untrained, cwd=tmp_path)
+    assert said.code == 0 and "1 prints enrolled, 0 were already, 2 left out" in said.out, said
+    assert "2_1.png shows no ridges" in said.out
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (("identify", "{print}", "--gallery", "nowhere"), "There is no gallery at"),
+        (("identify", "{print}"), "--gallery is needed"),
+        (("identify", "--gallery", "g"), "No print is named"),
+        (("identify", "{print}", "--gallery", "g", "--top", 0), "--top is 0"),
+        (("identify", "{print}", "--gallery", "g", "--fpir", 1), "--fpir is 1"),
+        (("identify", "missing.png", "--gallery", "g", "--checkpoint", "{checkpoint}"), "missing.png"),
+        (("enroll", "--gallery", "g"), "No folder is named"),
+        (("enroll", "nowhere", "--gallery", "g"), "nowhere"),
+        (("gallery", "list", "nowhere"), "There is no gallery at"),
+    ],
+)
+def test_a_mistake_is_one_sentence(command, enrolled, untrained, words, told):
+    values = {"print": enrolled / "enrol/DB1/1_1.png", "checkpoint": untrained}
+    said = command(*(str(w).format(**values) for w in words), cwd=enrolled)
+    assert said.code == 2 and told in said.err, said
+
+
+@pytest.mark.run
+def test_module_2_shortlists_by_templates(command, module2, prints, enrolled, tmp_path):
+    words = ("enroll", prints, "--gallery", "g", "--checkpoint", module2.path)
+    assert "18 prints enrolled" in command(*words, cwd=tmp_path).out
+    probe = prints / "DB1/3_2.png"
+    (told,) = answers(command, tmp_path, module2.path, probe, "--rescore", 4)
+    assert 1 <= len(told["candidates"]) <= 4
+    assert str(probe) in {c["print"] for c in told["candidates"]}  # its own template is the likest at a turn of 0
+    said = command("identify", probe, "--gallery", enrolled / "g", "--checkpoint", module2.path, cwd=tmp_path)
+    assert said.code == 2 and "made with another checkpoint" in said.err

@@ -1,0 +1,174 @@
+"""A gallery's folder: what is added is there once, what is removed is gone, whoever is killed or writes beside."""
+
+import os
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from enrolling import WIDTH, entry, template
+
+from ifvit.errors import UserError
+from ifvit.gallery import store
+from ifvit.gallery.store import Gallery
+
+KILLS = int(os.environ.get("IFVIT_KILLS", 20))
+SCRIPT = Path(__file__).with_name("enrolling.py")
+
+
+@pytest.fixture
+def gallery(tmp_path):
+    return Gallery.create(tmp_path / "g", "checkpoint", WIDTH)
+
+
+def filled(gallery, names, version=0, replace=False):
+    gallery.add([entry(n, version) for n in names], np.stack([template(n, version) for n in names]), replace)
+
+
+def check(gallery, expected):
+    """The gallery has these names with these versions, each once, with its own template, digest and picture."""
+    assert {e.name: e.digest for e in gallery.entries()} == {n: f"digest {v}" for n, v in expected.items()}
+    assert len(gallery) == len(expected)
+    for name, version in expected.items():
+        (found,) = gallery.likest(template(name, version)[None], 1)
+        assert (found.name, found.picture) == (name, f"{name} {version}".encode())
+    assert sorted(e.name for e in gallery.all()) == sorted(expected)
+
+
+def test_what_is_enrolled_is_found_by_its_template(gallery):
+    filled(gallery, ["1_1", "1_2", "2_1"])
+    filled(gallery, ["3_1"])
+    check(gallery, dict.fromkeys(["1_1", "1_2", "2_1", "3_1"], 0))
+    assert gallery.fingers == 3 and len(gallery.likest(template("1_1", 0)[None], 10)) == 4
+
+
+def test_the_best_turn_of_a_probe_counts(gallery):
+    filled(gallery, ["1_1", "2_1", "3_1"])
+    turns = np.stack([template("no one", 5), template("2_1", 0), template("no one", 6)])
+    assert gallery.likest(turns, 1)[0].name == "2_1"
+
+
+def test_removed_and_replaced_prints_are_gone_before_and_after_compacting(gallery):
+    filled(gallery, [f"{f}_1" for f in range(1, 9)])
+    gallery.remove(["2_1", "3_1"])
+    filled(gallery, ["4_1"], version=1, replace=True)
+    expected = {f"{f}_1": int(f == 4) for f in (1, 4, 5, 6, 7, 8)}
+    check(gallery, expected)
+    assert gallery.compact() == 3
+    check(gallery, expected)
+    assert [f.name for f in gallery.folder.glob("templates_*")] == ["templates_1.f32"]
+    filled(gallery, ["9_1"])
+    check(gallery, expected | {"9_1": 0})
+
+
+def test_a_name_is_enrolled_once_and_all_or_none_of_an_addition(gallery):
+    filled(gallery, ["1_1"])
+    with pytest.raises(UserError, match="1_1 is enrolled already"):
+        filled(gallery, ["5_1", "1_1"], version=1)
+    with pytest.raises(UserError, match="5_1 is not enrolled"):
+        gallery.remove(["1_1", "5_1"])
+    check(gallery, {"1_1": 0})
+
+
+def test_another_checkpoints_gallery_is_refused(gallery):
+    for again in (Gallery.open, lambda folder, digest: Gallery.create(folder, digest, WIDTH)):
+        with pytest.raises(UserError, match="made with another checkpoint"):
+            again(gallery.folder, "another")
+    assert Gallery.open(gallery.folder, "checkpoint").width == WIDTH
+
+
+def test_what_is_no_gallery_is_told(tmp_path):
+    with pytest.raises(UserError, match="There is no gallery at"):
+        Gallery.open(tmp_path)
+    (tmp_path / "note.txt").write_text("mine")
+    with pytest.raises(UserError, match="is no gallery, and not empty"):
+        Gallery.create(tmp_path, "checkpoint", WIDTH)
+    (tmp_path / store.NAME).write_bytes(b"no database at all, but long enough to be looked at" * 10)
+    with pytest.raises(UserError, match="is damaged"):
+        Gallery.open(tmp_path)
+
+
+def test_a_cut_array_is_told_and_nothing_is_added_to_it(gallery):
+    filled(gallery, ["1_1", "2_1"])
+    (array,) = gallery.folder.glob("templates_*")
+    array.write_bytes(array.read_bytes()[:-4])
+    with pytest.raises(UserError, match="missing or cut"):
+        gallery.likest(template("1_1", 0)[None], 1)
+    with pytest.raises(UserError, match="missing or cut"):
+        filled(gallery, ["3_1"])
+    assert len(gallery) == 2
+
+
+def test_a_gallery_that_another_process_holds_is_told(gallery, monkeypatch):
+    holder = sqlite3.connect(gallery.folder / store.NAME, isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    monkeypatch.setattr(store, "PATIENCE", 0.1)
+    with pytest.raises(UserError, match="cannot be written .* another process may hold it"):
+        filled(Gallery.open(gallery.folder), ["1_1"])
+    holder.execute("ROLLBACK")
+    filled(gallery, ["1_1"])
+
+
+def test_prints_without_templates_are_all_there(tmp_path):
+    gallery = Gallery.create(tmp_path / "g", "checkpoint", 0)
+    gallery.add([entry("1_1", 0), entry("2_1", 0)], np.zeros((2, 0), np.float32))
+    gallery.remove(["1_1"])
+    assert gallery.compact() == 1 and [e.name for e in gallery.all()] == ["2_1"]
+
+
+def after(lines: list[str], before: dict[str, int]) -> list[dict[str, int]]:
+    """What may be enrolled once a process has said these lines: all it did, and with or without what it last began."""
+    now = dict(before)
+    states = [now]
+    for line, following in zip(lines, [*lines[1:], ""]):
+        if line == "done":
+            continue
+        deed, n, *names = line.split()
+        done = {k: v for k, v in now.items() if k not in names} if deed == "remove" else dict(now)
+        if deed in ("add", "replace"):
+            done |= dict.fromkeys(names, int(n))
+        states, now = ([done], done) if following == "done" else ([now, done], now)
+    return states
+
+
+@pytest.mark.process
+def test_a_kill_loses_and_doubles_nothing_and_what_was_done_stays_done(tmp_path):
+    rng, state = np.random.default_rng(1), {}
+    for seed in range(KILLS):
+        process = subprocess.Popen(
+            [sys.executable, SCRIPT, tmp_path / "g", str(seed)], stdout=subprocess.PIPE, text=True
+        )
+        first = process.stdout.readline()
+        time.sleep(rng.uniform(0, 0.15))
+        process.kill()
+        lines = (first + process.stdout.read()).splitlines()
+        process.wait()
+        gallery = Gallery.open(tmp_path / "g", "checkpoint")
+        found = {e.name: int(e.digest.split()[1]) for e in gallery.entries()}
+        assert found in after(lines, state)
+        check(gallery, found)
+        state = found
+
+
+@pytest.mark.process
+def test_two_processes_write_at_once(tmp_path):
+    Gallery.create(tmp_path / "g", "checkpoint", WIDTH)
+    both = [
+        subprocess.Popen([sys.executable, SCRIPT, tmp_path / "g", str(seed), "own"], stdout=subprocess.DEVNULL)
+        for seed in (1, 2)
+    ]
+    gallery = Gallery.open(tmp_path / "g", "checkpoint")
+    deadline = time.monotonic() + 60
+    while {e.name[0] for e in gallery.entries()} != {"1", "2"} and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    for process in both:
+        assert process.poll() is None
+        process.kill()
+        process.wait()
+    found = {e.name: int(e.digest.split()[1]) for e in gallery.entries()}
+    assert {name[0] for name in found} == {"1", "2"}
+    check(gallery, found)
