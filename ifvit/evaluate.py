@@ -7,7 +7,9 @@ python -m ifvit.evaluate --out OUT --against OTHER/scores.csv    # is one better
 import json
 import logging
 import os
+import shlex
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,12 +43,14 @@ class Args:
     dataset_root: tuple[str, ...] = ()
     """folders of prints; every database in them is evaluated on its own"""
     out: str = "./evaluation"
-    """folder for metrics.json, scores.csv, det.png, histogram.png, matches.png"""
+    """folder for report.html, metrics.json, scores.csv, det.png, histogram.png, matches.png"""
     protocol: Literal["fvc", "all"] = "fvc"
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
     max_pairs: int | None = None
     """of a database: all genuine pairs, and a fixed draw of its impostor pairs that fills them up; 0: all; left out,
     at most 1,000,000 impostor pairs"""
+    peers: tuple[str, ...] = ()
+    """CSV files of other systems' scores, columns genuine (0 or 1) and score: their DET curves go into the report"""
     against: str = ""
     """scores.csv of the same pairs: the differences to it with intervals; without --checkpoint, of --out's"""
     batch_size: int = 16
@@ -91,6 +95,11 @@ class Args:
         if self.max_pairs not in (None, 0) and self.max_pairs < 2:
             raise UserError(f"--max_pairs is {self.max_pairs}; give at least 2, or 0 for all.")
         check_ppi(self.ppi)
+        if self.peers:
+            from ifvit.scoring import report
+
+            for path in self.peers:
+                report.peer(path)
         if self.against:
             from ifvit.checkpoint.places import as_path
             from ifvit.scoring.scores_csv import scores_in
@@ -132,10 +141,12 @@ class Args:
         warn_of_known_prints(scorer.config.dataset_root, scorer.trained_on, self.dataset_root, reading.prints)
         prints = prepare(reading.prints, scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True)
         found = decoded(reading.prints, scorer.config.canvas_size, cache_dir())
-        for line in summarise(reading, found, prints.prints).lines():
+        lines = summarise(reading, found, prints.prints).lines()
+        for line in lines:
             log.info("%s", line)
+        told = {"Prints": lines, "Command": [shlex.join(["python", "-m", "ifvit.evaluate", *sys.argv[1:]])]}
         with written_here(as_path(self.out)) as out:
-            result = evaluate(scorer, prints, out, self.protocol, self.batch_size, self.max_pairs)
+            result = evaluate(scorer, prints, out, self.protocol, self.batch_size, self.max_pairs, self.peers, told)
         print_table(result)
         few = [name for name, row in result["databases"].items() if row["impostor"] < 1000]
         if few and self.protocol == "fvc":
@@ -171,17 +182,21 @@ def evaluate(
     protocol: str = "fvc",
     batch_size: int = 16,
     max_pairs: int | None = None,
+    peers: Sequence[str] = (),
+    told: Mapping[str, Sequence[str]] | None = None,
+    first: Sequence[str] = (),
 ) -> dict:
     """Scores the protocol's pairs of every database; writes the files of `out`; returns what metrics.json holds.
 
     `max_pairs`: of a database; as many of its impostor pairs are drawn as fill its genuine ones up; None: at most
-    MOST_IMPOSTORS, 0: all. Databases without genuine or without impostor pairs are left out, and named in the log;
-    UserError when none is left.
+    MOST_IMPOSTORS, 0: all. `peers`: files of other systems' scores for the report, `told`: more lines of it by their
+    heading, `first`: sections that it begins with. Databases without genuine or without impostor pairs are left out,
+    and named in the log; UserError when none is left.
     """
     import jax
 
     from ifvit.data.protocols import PROTOCOLS, Pairs
-    from ifvit.scoring import intervals, plots, rates, scores_csv
+    from ifvit.scoring import intervals, plots, rates, report, scores_csv
 
     pairs = Pairs(_limited(_usable(PROTOCOLS[protocol](prints.prints)), max_pairs))
     _announce(pairs, protocol)
@@ -227,7 +242,7 @@ def evaluate(
         part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         scores_csv.write(file, prints.prints, pairs, scores)
-    plots.det(out / "det.png", curves)
+    plots.det(out / "det.png", curves | dict(map(report.peer, peers)))
     of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
     plots.histogram(
         out / "histogram.png",
@@ -236,6 +251,16 @@ def evaluate(
     numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
     typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
     scorer.picture(prints, pairs[int(typical)], out / "matches.png")
+    card = {"Checkpoint": scorer.card(), **(told or {})}
+    sections = [
+        *first,
+        report.table_of_rates(result),
+        report.section("DET", report.picture(out / "det.png", "False non-matches against false matches, by database")),
+        report.section("Scores", report.picture(out / "histogram.png", "Scores of genuine and impostor pairs")),
+        report.worst_errors(scorer, prints, pairs, scores["score"]),
+        *(report.listed(*item) for item in card.items()),
+    ]
+    report.write(out / "report.html", f"Evaluation of {len(rows)} database{'s' * (len(rows) > 1)}", sections)
     write_whole(out / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     return result
 

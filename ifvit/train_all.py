@@ -192,6 +192,7 @@ class Args(TrainArgs):
         from ifvit.checkpoint.places import written_here
         from ifvit.data.gather import gather
         from ifvit.evaluate import evaluate, print_table
+        from ifvit.scoring.report import curves
         from ifvit.scoring.scorer import Scorer
         from ifvit.training.metrics import read_rows
 
@@ -201,6 +202,7 @@ class Args(TrainArgs):
         print(f"\nEvaluation on {len({p.identity for p in held_out.prints})} held-out fingers")
         if rows:
             print(f"registration: {rows[-1]['accuracy']:.1%} of the cells of a known warp found within one cell (8 px)")
+        trained = [curves(read_rows(m.parent / "metrics.jsonl"), m.parent.name) for m in (module1, module2)]
         for name, ckpt, folder in (
             ("Module 1, ridges that agree", module1, out / "dense_reg"),
             ("Module 2, fused score", module2, out / "matcher"),
@@ -209,7 +211,7 @@ class Args(TrainArgs):
             try:
                 scorer = Scorer.from_checkpoint(ckpt)
                 with written_here(folder) as here:
-                    print_table(evaluate(scorer, held_out, here))
+                    print_table(evaluate(scorer, held_out, here, first=trained))
                 if scorer.module == "matcher" and scorer.fusion:
                     print(
                         "(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on "
@@ -224,6 +226,7 @@ class Args(TrainArgs):
             ("curves, Module 1", module1.parent / "curves.png"),
             ("curves, Module 2", module2.parent / "curves.png"),
             ("rates, scores, DET, histogram, matches", out),
+            ("report", out / "matcher" / "report.html"),
         ):
             print(f"{what}: {path}")
 

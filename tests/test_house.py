@@ -46,6 +46,7 @@ FLOORS = [
         "ifvit.gallery.__main__",
         "ifvit.identify",
         "ifvit.register",
+        "ifvit.report",
         "ifvit.verify",
         "ifvit.prints",
         "ifvit.train_dense",

@@ -113,6 +113,18 @@ class Scorer:
             found["score"] = weight * found["global"] + (1 - weight) * found["local"]
         return found
 
+    def card(self) -> list[str]:
+        """Lines that tell what scores."""
+        module = {"dense_reg": "Module 1 (dense registration)", "matcher": "Module 2 (matcher)"}[self.module]
+        known = ("dataset_root", "image_size", "input_ppi", "resnet_widths", "transformer_width", "transformer_layers")
+        count = sum(x.size for x in jax.tree.leaves(self.params))
+        fusion = self.fusion and ", ".join(f"{n} {w:.3g}" for n, w in zip(self.fusion.features, self.fusion.weights))
+        return [
+            f"{module}, {count:,} parameters, digest {self.digest}",
+            *(f"{key}: {self.config[key]}" for key in known),
+            *([f"score: logistic of {fusion}"] if fusion else []),
+        ]
+
     @property
     def state(self) -> tuple:
         """What `_score` and `_answer` take before prints and pairs."""

@@ -9,10 +9,8 @@ from ifvit.train_dense import Args
 
 HEAVY = {"flax", "grain", "jax", "matplotlib", "optax", "orbax", "pandas", "pyarrow", "ray", "scipy", "tensorboardX"}
 COMMANDS = [
-    *(
-        f"ifvit.{name}"
-        for name in "train_dense train_match train_all evaluate verify prints enroll identify export tune".split()
-    ),
+    *(f"ifvit.{name}" for name in "train_dense train_match train_all evaluate verify prints tune".split()),
+    *(f"ifvit.{name}" for name in "enroll identify gallery export report".split()),
     *("ifvit.load_module1_weights", "ifvit.loftr", "ifvit.loftr export", "ifvit.checkpoint", "tune"),
     *(f"ifvit.checkpoint {word}" for word in "verify inspect diff import export".split()),
     *("ifvit.weights", "ifvit.weights pack"),

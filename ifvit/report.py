@@ -1,0 +1,54 @@
+"""Writes a report of a training, at any time: its curves and its settings, in one HTML file.
+
+python -m ifvit.report ./checkpoints/dense_reg [--out report.html]
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from ifvit import cli
+from ifvit.errors import UserError
+from ifvit.paths import resolve
+
+
+@dataclass(frozen=True)
+class Args:
+    """Writes the curves of a run, also of one that trains now, as one HTML file."""
+
+    run_folder: Annotated[str, tyro.conf.Positional]
+    """the run's --checkpoint_dir"""
+    out: str = ""
+    """the file [report.html in the run's folder]"""
+
+    def run(self) -> int:
+        from ifvit.checkpoint.places import as_path
+        from ifvit.scoring import report
+        from ifvit.training.metrics import read_rows
+
+        folder = as_path(self.run_folder)
+        rows = read_rows(folder / "metrics.jsonl")
+        if not rows:
+            raise UserError(f"{folder} has no metrics.jsonl with a row in it; give a run's --checkpoint_dir.")
+        out = Path(resolve(self.out)) if self.out else Path(folder) / "report.html"
+        if out.is_dir():
+            raise UserError(f"--out {self.out} is a folder; give the path of a file in it, such as report.html.")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        newest = [f"{k}: {v:g}" for k, v in rows[-1].items() if isinstance(v, int | float)]
+        sections = [
+            report.curves(rows, Path(folder).name),
+            report.listed("Newest row", newest),
+            report.listed("Settings", [f"{k}: {v}" for k, v in settings.items()]),
+        ]
+        report.write(out, f"Training in {self.run_folder}", sections)
+        print(f"Report: {out}")
+        return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli.main(Args, "ifvit.report"))
