@@ -202,7 +202,8 @@ class Args(TrainArgs):
         print(f"\nEvaluation on {len({p.identity for p in held_out.prints})} held-out fingers")
         if rows:
             print(f"registration: {rows[-1]['accuracy']:.1%} of the cells of a known warp found within one cell (8 px)")
-        trained = [curves(read_rows(m.parent / "metrics.jsonl"), m.parent.name) for m in (module1, module2)]
+        told = {m.parent.name: read_rows(m.parent / "metrics.jsonl") for m in (module1, module2)}
+        trained = [curves(rows, name) for name, rows in told.items() if rows]
         for name, ckpt, folder in (
             ("Module 1, ridges that agree", module1, out / "dense_reg"),
             ("Module 2, fused score", module2, out / "matcher"),

@@ -43,7 +43,7 @@ def test_the_packages_name_is_a_checkpoint_like_another(command, packed, untrain
     )
     assert ours.code == 0 and ours == theirs and not ours.err
     found = json.loads(ours.out)
-    assert set(found) == {"score", "decision", "matches", "threshold", "probability"}
+    assert set(found) == {"score", "decision", "matches", "threshold", "probability", "llr", "least_fmr"}
 
 
 def test_json_stays_json_where_the_package_is_taken(command, packed, generated, tmp_path):
