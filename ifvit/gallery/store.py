@@ -1,6 +1,6 @@
 """A gallery on the disk: enrolled prints with their templates. It knows nothing of networks.
 
-A folder holds `gallery.sqlite` (names, fingers, digests, pictures) and `templates_G.f32`, rows of float32 that are
+A folder holds `gallery.sqlite` (names, fingers, digests, pictures) and `templates_G.rows` (`gallery.rows`), which is
 mapped into memory. SQLite decides what there is: rows are appended to the array and brought to the disk before the
 transaction that names them commits, and until `compact` no row is used again. So a kill at any moment loses at most
 what had not been committed, and leaves rows that nothing names. `compact` writes the rows that are left to a new array,
@@ -18,11 +18,12 @@ import numpy as np
 from jaxtyping import Float32
 
 from ifvit.errors import UserError
+from ifvit.gallery.rows import as_rows, likeness, row_type
 
 FORMAT = 1
 NAME = "gallery.sqlite"
 PATIENCE = 20.0  # seconds that a process waits for another one that writes
-BLOCK = 1 << 16  # rows that are multiplied at once
+BLOCK = 1 << 16  # rows that are copied at once
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE prints (
@@ -51,6 +52,7 @@ class Gallery:
     def __init__(self, folder: Path, connection: sqlite3.Connection):
         self.folder, self._db = folder, connection
         self.checkpoint, self.width = self._meta("checkpoint"), int(self._meta("width"))
+        self._type = row_type(self.width)
 
     @classmethod
     def create(cls, folder: Path, checkpoint: str, width: int) -> "Gallery":
@@ -144,7 +146,7 @@ class Gallery:
             templates = self._mapped()
             with new.open("wb") as file:
                 for at in range(0, len(rows), BLOCK):
-                    file.write(np.ascontiguousarray(templates[rows[at : at + BLOCK]]).tobytes())
+                    file.write(templates[rows[at : at + BLOCK]].tobytes())
                 _to_disk(file)
             for n, row in enumerate(rows):  # ascending, so that no number is taken twice
                 self._db.execute("UPDATE prints SET row = ? WHERE row = ?", (n, row))
@@ -161,14 +163,12 @@ class Gallery:
         """The `count` enrolled prints likest to a probe in any of its R turns, the best first, with pictures."""
         with self._reading():
             templates = self._mapped()
-            likeness = np.empty(len(templates), np.float32)
-            for at in range(0, len(templates), BLOCK):
-                likeness[at : at + BLOCK] = (templates[at : at + BLOCK] @ probes.T).max(1)
+            away = -likeness(templates, probes)
             wanted = count
             while True:
-                every = wanted >= len(likeness)
-                some = np.arange(len(likeness)) if every else np.argpartition(-likeness, wanted)[:wanted]
-                found = [e for row in some[np.argsort(-likeness[some], kind="stable")] for e in self._at(int(row))]
+                every = wanted >= len(away)
+                some = np.arange(len(away)) if every else np.argpartition(away, wanted)[:wanted]
+                found = [e for row in some[np.argsort(away[some], kind="stable")] for e in self._at(int(row))]
                 if len(found) >= count or every:
                     return found[:count]
                 wanted *= 2  # some of these rows were of prints that are removed
@@ -210,20 +210,20 @@ class Gallery:
     def _append(self, first: int, templates: np.ndarray) -> None:
         """Rows from `first` on; what a kill has left there is written over."""
         with self._file().open("r+b") as file:
-            if file.seek(0, os.SEEK_END) < first * self.width * 4:
+            if file.seek(0, os.SEEK_END) < first * self._type.itemsize:
                 raise self._truncated()
-            file.seek(first * self.width * 4)
-            file.write(np.ascontiguousarray(templates, np.float32).tobytes())
+            file.seek(first * self._type.itemsize)
+            file.write(as_rows(templates).tobytes())
             file.truncate()
             _to_disk(file)
 
-    def _mapped(self) -> Float32[np.ndarray, "N E"]:
+    def _mapped(self) -> np.ndarray:
         """The templates of all rows that were ever named, those that are removed too."""
         count = int(self._meta("next"))
-        if not count or not self.width:
-            return np.zeros((count, self.width), np.float32)
+        if not count:
+            return np.zeros(0, self._type)
         try:
-            return np.memmap(self._file(), np.float32, "r", shape=(count, self.width))
+            return np.memmap(self._file(), self._type, "r", shape=(count,))
         except (OSError, ValueError) as e:
             raise self._truncated() from e
 
@@ -232,7 +232,7 @@ class Gallery:
 
 
 def _array(generation: int | str) -> str:
-    return f"templates_{generation}.f32"
+    return f"templates_{generation}.rows"
 
 
 def _there(folder: Path) -> bool:

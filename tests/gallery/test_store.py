@@ -12,7 +12,7 @@ import pytest
 from enrolling import WIDTH, entry, template
 
 from ifvit.errors import UserError
-from ifvit.gallery import store
+from ifvit.gallery import rows, store
 from ifvit.gallery.store import Gallery
 
 KILLS = int(os.environ.get("IFVIT_KILLS", 20))
@@ -59,7 +59,7 @@ def test_removed_and_replaced_prints_are_gone_before_and_after_compacting(galler
     check(gallery, expected)
     assert gallery.compact() == 3
     check(gallery, expected)
-    assert [f.name for f in gallery.folder.glob("templates_*")] == ["templates_1.f32"]
+    assert [f.name for f in gallery.folder.glob("templates_*")] == ["templates_1.rows"]
     filled(gallery, ["9_1"])
     check(gallery, expected | {"9_1": 0})
 
@@ -132,6 +132,15 @@ def after(lines: list[str], before: dict[str, int]) -> list[dict[str, int]]:
             done |= dict.fromkeys(names, int(n))
         states, now = ([done], done) if following == "done" else ([now, done], now)
     return states
+
+
+def test_likeness_is_the_cosine_with_the_likest_turn_within_the_rounding():
+    rng = np.random.default_rng(0)
+    unit = lambda *shape: (x := rng.normal(size=shape)) / np.linalg.norm(x, axis=-1, keepdims=True)
+    templates, probes = unit(5000, 256).astype(np.float32), unit(7, 256).astype(np.float32)
+    found = rows.likeness(rows.as_rows(templates), probes)
+    np.testing.assert_allclose(found, (templates @ probes.T).max(1), atol=0.01)
+    assert np.corrcoef(found, (templates @ probes.T).max(1))[0, 1] > 0.999
 
 
 @pytest.mark.process
