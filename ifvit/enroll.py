@@ -78,11 +78,12 @@ class Args:
         return 0
 
     def new(self, gallery: "Gallery", prints: list["Print"]) -> list["Print"]:
-        """Those that are not enrolled. UserError for a name that stands for another content."""
+        """Those that are not enrolled, under whatever name. UserError for a name that stands for another content."""
         from ifvit.data.walk import file_digest
 
         known = gallery.known([p.path for p in prints])
-        todo = [p for p in prints if known.get(p.path) != file_digest(p.path)]
+        differ = [p for p in prints if known.get(p.path) != file_digest(p.path)]
+        todo = [p for p in differ if p.path in known or not gallery.has(file_digest(p.path))]
         if not self.replace and (changed := [p.path for p in todo if p.path in known]):
             raise UserError(
                 f"{changed[0]} is enrolled with another content; give --replace to take the new one of "

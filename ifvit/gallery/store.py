@@ -30,6 +30,7 @@ CREATE TABLE prints (
     row INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest TEXT NOT NULL,
     database TEXT NOT NULL, finger TEXT NOT NULL);
 CREATE INDEX of_finger ON prints (database, finger);
+CREATE INDEX of_digest ON prints (digest);
 CREATE TABLE pictures (row INTEGER PRIMARY KEY, png BLOB NOT NULL);
 """
 
@@ -110,6 +111,10 @@ class Gallery:
         """Name -> digest of those that are enrolled."""
         found = (self._db.execute("SELECT name, digest FROM prints WHERE name = ?", (n,)).fetchone() for n in names)
         return dict(row for row in found if row)
+
+    def has(self, digest: str) -> bool:
+        """Whether a file with this content is enrolled, whatever its name."""
+        return self._db.execute("SELECT 1 FROM prints WHERE digest = ?", (digest,)).fetchone() is not None
 
     def add(self, entries: Sequence[Entry], templates: Float32[np.ndarray, "N E"], replace: bool = False) -> None:
         """Enrols prints, all or none. UserError for a name that is taken, unless it is to be replaced."""

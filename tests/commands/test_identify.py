@@ -43,6 +43,9 @@ def test_an_enrolled_print_is_its_own_finger(command, enrolled, untrained):
 def test_what_is_enrolled_is_passed_over_and_another_content_is_refused(command, enrolled, untrained, prints):
     words = ("enroll", enrolled / "enrol", "--gallery", "g", "--checkpoint", untrained)
     assert "0 prints enrolled, 12 were already" in command(*words, cwd=enrolled).out
+    shutil.copytree(enrolled / "enrol", enrolled / "elsewhere")
+    again = command("enroll", enrolled / "elsewhere", *words[2:], cwd=enrolled)
+    assert "0 prints enrolled, 12 were already" in again.out
     file = enrolled / "enrol/DB1/1_1.png"
     before = file.read_bytes()
     shutil.copy(prints / "DB1/1_3.png", file)
