@@ -5,7 +5,6 @@ python -m ifvit.register --pairs FILE.csv --checkpoint ./checkpoints/dense_reg/d
 """
 
 import csv
-import io
 import json
 import logging
 import sys
@@ -18,7 +17,7 @@ import tyro
 from ifvit import cli
 from ifvit.errors import UserError
 from ifvit.evaluate import check_ppi
-from ifvit.files import read_text, whole, write_whole
+from ifvit.files import whole, write_whole
 from ifvit.paths import cache_dir, resolve_data
 
 if TYPE_CHECKING:
@@ -110,25 +109,15 @@ class Args:
 
 
 def read_pairs(path: str) -> list[tuple[str, str, str]]:
-    """Of each line a, b, and how a sentence about it begins; relative paths start from the list's own folder."""
-    file = Path(resolve_data(path))
-    if not file.is_file():
-        raise UserError(f"There is no list {path}; give a CSV with the columns a and b.")
-    rows = csv.reader(io.StringIO(read_text(file, "The list")))
-    header = [name.strip() for name in next(rows, [])]
-    if not {"a", "b"} <= set(header):
-        raise UserError(f"The first line of {path} does not name the columns a and b; write a,b there.")
-    pairs = []
-    for row in rows:
-        if not any(cell.strip() for cell in row):
-            continue
-        cells = dict(zip(header, row))
-        where = f"{path}, line {rows.line_num}: "
-        if not (cells.get("a") and cells.get("b")):
+    """Of each line a, b, and how a sentence about it begins; a path that is not here lies beside the list."""
+    from ifvit.data import pair_list
+
+    file, pairs = resolve_data(path), []
+    for row in pair_list.read(file):
+        where = f"{path}, line {row.line}: "
+        if not (row.a and row.b):
             raise UserError(f"{where}there is no pair; give two paths, a and b.")
-        pairs.append((*(_beside(file, cells[side].strip()) for side in "ab"), where))
-    if not pairs:
-        raise UserError(f"{path} lists no pair; give a line a pair below a,b.")
+        pairs.append((*(_beside(Path(file), name) for name in (row.a, row.b)), where))
     return pairs
 
 

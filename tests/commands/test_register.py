@@ -191,8 +191,8 @@ def test_a_list_of_pairs_has_a_folder_and_a_line_for_each(command, answer, tmp_p
         ("a,b\na.png,a.png\na.png,gone.png\n", "list.csv, line 3: gone.png is not there"),
         ("a,b\na.png,a.png\na.png,blank.png\n", "line 3: blank.png shows no ridges"),
         ("a,b\na.png\n", "line 2: there is no pair"),
-        ("x,y\na.png,a.png\n", "does not name the columns a and b"),
-        ("a,b\n", "lists no pair"),
+        ("x,y\na.png,a.png\n", "does not name a,b"),
+        ("a,b\n", "holds no pair"),
     ],
 )
 def test_a_list_that_cannot_be_followed_is_refused_with_its_line(command, answer, tmp_path, rows, told):
@@ -220,7 +220,7 @@ def test_a_print_whose_ridges_are_twice_as_wide_is_no_fit_but_a_wrong_resolution
         (("a.png", "gone.png"), "gone.png is not there"),
         (("a.png", "blank.png"), "blank.png shows no ridges"),
         (("a.png", "a.png", "--ppi", "-1"), "--ppi is -1"),
-        (("--pairs", "gone.csv"), "There is no list gone.csv"),
+        (("--pairs", "gone.csv"), "gone.csv cannot be read"),
     ],
 )
 def test_mistakes_are_a_sentence_each(command, answer, tmp_path, words, told):
