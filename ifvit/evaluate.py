@@ -251,13 +251,15 @@ def evaluate(
     numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
     typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
     scorer.picture(prints, pairs[int(typical)], out / "matches.png")
+    genuine = np.zeros(len(pairs), bool)
+    genuine[numbers] = True
     card = {"Checkpoint": scorer.card(), **(told or {})}
     sections = [
         *first,
         report.table_of_rates(result),
         report.section("DET", report.picture(out / "det.png", "False non-matches against false matches, by database")),
         report.section("Scores", report.picture(out / "histogram.png", "Scores of genuine and impostor pairs")),
-        report.worst_errors(scorer, prints, pairs, scores["score"]),
+        report.worst_errors(scorer, prints, pairs, scores["score"], genuine),
         *(report.listed(*item) for item in card.items()),
     ]
     report.write(out / "report.html", f"Evaluation of {len(rows)} database{'s' * (len(rows) > 1)}", sections)
