@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from ifvit.errors import UserError
+from ifvit.files import to_disk
 from ifvit.gallery.rows import as_rows, likeness, row_type
 
 FORMAT = 1
@@ -69,6 +70,7 @@ class Gallery:
                 told = {"format": FORMAT, "checkpoint": checkpoint, "width": width, "generation": 0, "next": 0}
                 db.executemany("INSERT INTO meta VALUES (?, ?)", [(k, str(v)) for k, v in told.items()])
                 (folder / _array(0)).touch()
+                to_disk(folder)
         return cls(folder, db)._bound_to(checkpoint)
 
     @classmethod
@@ -153,6 +155,7 @@ class Gallery:
                 for at in range(0, len(rows), BLOCK):
                     file.write(templates[rows[at : at + BLOCK]].tobytes())
                 _to_disk(file)
+            to_disk(self.folder)  # the new name too
             for n, row in enumerate(rows):  # ascending, so that no number is taken twice
                 self._db.execute("UPDATE prints SET row = ? WHERE row = ?", (n, row))
                 self._db.execute("UPDATE pictures SET row = ? WHERE row = ?", (n, row))
