@@ -98,8 +98,7 @@ class Args:
         if self.peers:
             from ifvit.scoring import report
 
-            for path in self.peers:
-                report.peer(path)
+            report.peers(self.peers)
         if self.against:
             from ifvit.checkpoint.places import as_path
             from ifvit.scoring.scores_csv import scores_in
@@ -224,8 +223,8 @@ def evaluate(
         )
         rows[name] |= intervals.of(drawn[name])
         if protocol == "all" and "impostors_in_all" not in rows[name]:
-            first = _of_first_impressions(pairs, name, prints.prints)
-            rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[first])
+            by_fvc = _of_first_impressions(pairs, name, prints.prints)
+            rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[by_fvc])
         curves[name] = rates.det_curve(genuine, impostor, rates.POINTS)[1:]
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
     if all("eer_fvc" in row for row in rows.values()):
@@ -242,7 +241,7 @@ def evaluate(
         part.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         scores_csv.write(file, prints.prints, pairs, scores)
-    plots.det(out / "det.png", curves | dict(map(report.peer, peers)))
+    plots.det(out / "det.png", curves | report.peers(peers))
     of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
     plots.histogram(
         out / "histogram.png",
@@ -251,15 +250,13 @@ def evaluate(
     numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
     typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
     scorer.picture(prints, pairs[int(typical)], out / "matches.png")
-    genuine = np.zeros(len(pairs), bool)
-    genuine[numbers] = True
     card = {"Checkpoint": scorer.card(), **(told or {})}
     sections = [
         *first,
         report.table_of_rates(result),
         report.section("DET", report.picture(out / "det.png", "False non-matches against false matches, by database")),
         report.section("Scores", report.picture(out / "histogram.png", "Scores of genuine and impostor pairs")),
-        report.worst_errors(scorer, prints, pairs, scores["score"], genuine),
+        report.worst_errors(scorer, prints, pairs, scores["score"]),
         *(report.listed(*item) for item in card.items()),
     ]
     report.write(out / "report.html", f"Evaluation of {len(rows)} database{'s' * (len(rows) > 1)}", sections)

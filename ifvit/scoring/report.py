@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from ifvit.errors import UserError
 from ifvit.files import write_whole
 from ifvit.scoring import plots, rates
 
 if TYPE_CHECKING:
-    from ifvit.data.pairs import Pair
     from ifvit.data.prepare import Prints
+    from ifvit.data.protocols import Pairs
     from ifvit.scoring.scorer import Scorer
 
 Curve = tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]  # FMR, FNMR
@@ -101,14 +101,11 @@ def table_of_rates(result: Mapping) -> str:
     )
 
 
-def worst_errors(
-    scorer: "Scorer",
-    prints: "Prints",
-    pairs: Sequence["Pair"],
-    score: Float[np.ndarray, " N"],
-    genuine: Bool[np.ndarray, " N"],
-) -> str:
+def worst_errors(scorer: "Scorer", prints: "Prints", pairs: "Pairs", score: Float[np.ndarray, " N"]) -> str:
     """Genuine pairs below the EER's threshold and impostors at it or above, the worst first, with their matches."""
+    genuine = np.zeros(len(pairs), bool)
+    for d in pairs.databases:
+        genuine[pairs.of(d.database, True)] = True
     impostor = score[~genuine]
     some = impostor[:: -(-len(impostor) // MANY)]
     thresholds, fmr, fnmr = rates.det_curve(score[genuine], some, rates.POINTS)
@@ -133,6 +130,14 @@ def worst_errors(
     return section("Worst errors", f"<p>At the threshold of the EER, {threshold:.4f}.</p>", *drawn)
 
 
+def peers(paths: Sequence[str]) -> dict[str, Curve]:
+    """DET curves of other systems by their files' names, or by their paths where two files have one name."""
+    found = {path: peer(path) for path in paths}
+    names = [name for name, _ in found.values()]
+    # Of a database's name none of these is: it would take the database's place.
+    return {f"{name if names.count(name) == 1 else path} (peer)": curve for path, (name, curve) in found.items()}
+
+
 def peer(path: str | os.PathLike) -> tuple[str, Curve]:
     """Name and DET curve of another system's scores: a CSV file with the columns genuine (0 or 1) and score.
 
@@ -142,7 +147,7 @@ def peer(path: str | os.PathLike) -> tuple[str, Curve]:
         f"--peers {path} needs the columns genuine (0 or 1) and score, and pairs of both kinds, as scores.csv has them"
     )
     try:
-        with open(path, newline="", encoding="utf-8", errors="replace") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="replace") as file:
             rows = [(row["genuine"], float(row["score"])) for row in csv.DictReader(file)]
     except OSError as e:
         raise UserError(f"--peers {path} cannot be read ({e.strerror}); give another file.") from e

@@ -107,6 +107,23 @@ def test_a_peers_rates_are_those_of_its_scores(tmp_path):
     assert name == "peer" and [0.5, 0.5] in np.stack([fmr, fnmr], 1).tolist()
 
 
+def test_peers_of_one_file_name_have_a_curve_each(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "scores.csv").write_text("\ufeffgenuine,score\n1,3\n0,0\n")  # as spreadsheets save it
+    (tmp_path / "DB1.csv").write_text("genuine,score\n1,3\n0,0\n")
+    paths = [str(tmp_path / name) for name in ("a/scores.csv", "b/scores.csv", "DB1.csv")]
+    assert list(report.peers(paths)) == [f"{paths[0]} (peer)", f"{paths[1]} (peer)", "DB1 (peer)"]
+
+
+def test_the_protocol_of_all_pairs_is_reported_too(command, untrained, prints, tmp_path):
+    words = ("--checkpoint", untrained, "--dataset_root", prints, "--out", "out", "--protocol", "all")
+    said = command("evaluate", *words, cwd=tmp_path)
+    assert said.code == 0, said
+    assert "eer_fvc" in json.loads((tmp_path / "out/metrics.json").read_text())["macro"]
+    assert "protocol all" in " ".join(Page((tmp_path / "out/report.html").read_text()).text)
+
+
 def test_a_run_is_reported_while_it_trains(command, tmp_path):
     rows = [{"step": n, "epoch": 1, "split": "train", "loss": 3.0 / n, "learning_rate": 1e-3} for n in (10, 20, 30)]
     lines = [json.dumps(row) for row in rows]
