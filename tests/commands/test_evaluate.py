@@ -286,7 +286,7 @@ def random_scorer():
     def score(_, pairs, batch_size):
         return {"score": np.random.default_rng(0).random(len(pairs)), "matches": np.zeros(len(pairs))}
 
-    return Mock(Scorer, score=score, picture=lambda *_: None)
+    return Mock(Scorer, score=score, picture=lambda *_: None, card=list)
 
 
 @pytest.mark.parametrize("max_pairs, impostors", [(None, 11), (0, 27), (20, 11), (36, 27)])
@@ -309,7 +309,7 @@ def test_of_very_many_impostors_a_draw_is_compared_unless_all_are_asked_for(
 def test_pairs_are_drawn_and_not_listed(random_scorer, tmp_path, monkeypatch):
     monkeypatch.setattr("ifvit.evaluate.MOST_IMPOSTORS", 10_000)
     monkeypatch.setattr("ifvit.scoring.intervals.DRAWS", 4)
-    monkeypatch.setattr("ifvit.scoring.plots.det", lambda *_: None)
+    monkeypatch.setattr("ifvit.scoring.plots.det", lambda path, _: path.touch())  # the report reads it
     prints = of_fingers(600, 10)
     tracemalloc.start()
     found = evaluate(random_scorer, prints, tmp_path, "all")["databases"]["DB"]
@@ -328,7 +328,7 @@ def test_scores_of_a_large_database_are_written_in_order(tmp_path):
         scored.update((n, pair) for n, pair in enumerate(pairs) if n % 1000 == 0)
         return {"score": np.random.default_rng(0).random(len(pairs)), "matches": np.arange(len(pairs))}
 
-    scorer = Mock(Scorer, score=score, picture=lambda *_: None)
+    scorer = Mock(Scorer, score=score, picture=lambda *_: None, card=list)
     evaluate(scorer, prints, tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -350,7 +350,7 @@ def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
         scores = np.array([value[p.print0, p.print1] + 0.2 * p.genuine for p in pairs])
         return {"score": scores, "matches": np.zeros(len(pairs))}
 
-    scorer = Mock(Scorer, score=score, picture=lambda *_: None)
+    scorer = Mock(Scorer, score=score, picture=lambda *_: None, card=list)
     by_fvc, of_all = (evaluate(scorer, prints, tmp_path / protocol, protocol) for protocol in ("fvc", "all"))
     assert (
         of_all["macro"]["eer_fvc"]
