@@ -250,7 +250,7 @@ def evaluate(
     numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
     typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
     scorer.picture(prints, pairs[int(typical)], out / "matches.png")
-    card = {"Checkpoint": scorer.card(), **(told or {})}
+    card = {"Checkpoint": scorer.card() if hasattr(scorer, "card") else [], **(told or {})}
     sections = [
         *first,
         report.table_of_rates(result),
