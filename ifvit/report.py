@@ -38,7 +38,11 @@ class Args:
         if out.is_dir():
             raise UserError(f"--out {self.out} is a folder; give the path of a file in it, such as report.html.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        settings = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        settings = (
+            json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            if (folder / "config.json").exists()
+            else {}
+        )
         newest = [f"{k}: {v:g}" for k, v in rows[-1].items() if isinstance(v, int | float)]
         sections = [
             report.curves(rows, Path(folder).name),

@@ -332,9 +332,18 @@ def test_a_matcher_where_module_1_belongs(fails, module2, prints):
     )
 
 
-def test_a_matcher_before_the_end_of_its_training(fails, module2, generated):
-    early = module2.folder / "matcher_epoch_1"
-    fails(["Module 2's final checkpoint"], "verify", generated[1, 1], generated[1, 2], "--checkpoint", early)
+def test_a_matcher_within_an_epoch_has_no_calibration_and_at_its_end_it_has(
+    fails, command, module2, generated, tmp_path
+):
+    found = checkpoint.load(module2.path)
+    within = tmp_path / "matcher_step_3"
+    meta = {k: v for k, v in found.metadata.items() if k not in ("fusion", "digest", "digests", "shardings")}
+    checkpoint.save(within, "matcher", found.state, meta, found.aligner)
+    pair = (generated[1, 1], generated[1, 2])
+    fails(["Module 2's final checkpoint"], "verify", *pair, "--checkpoint", within)
+    for name in ("matcher_epoch_1", "matcher_best"):
+        said = command("verify", *pair, "--checkpoint", module2.folder / name, cwd=tmp_path)
+        assert said.code == 0 and said.out.startswith("score "), said
 
 
 @pytest.mark.parametrize(
