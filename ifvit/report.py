@@ -26,7 +26,7 @@ class Args:
     """the file [report.html in the run's folder]"""
 
     def run(self) -> int:
-        from ifvit.checkpoint.places import as_path
+        from ifvit.checkpoint.places import as_path, is_local
         from ifvit.scoring import report
         from ifvit.training.metrics import read_rows
 
@@ -34,15 +34,14 @@ class Args:
         rows = read_rows(folder / "metrics.jsonl")
         if not rows:
             raise UserError(f"{folder} has no metrics.jsonl with a row in it; give a run's --checkpoint_dir.")
+        if not self.out and not is_local(folder):
+            raise UserError(f"{folder} lies in a bucket; give --out, a file on this machine.")
         out = Path(resolve(self.out)) if self.out else Path(folder) / "report.html"
         if out.is_dir():
             raise UserError(f"--out {self.out} is a folder; give the path of a file in it, such as report.html.")
         out.parent.mkdir(parents=True, exist_ok=True)
-        settings = (
-            json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            if (folder / "config.json").exists()
-            else {}
-        )
+        settings = folder / "config.json"
+        settings = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
         newest = [f"{k}: {v:g}" for k, v in rows[-1].items() if isinstance(v, int | float)]
         sections = [
             report.curves(rows, Path(folder).name),
