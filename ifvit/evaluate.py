@@ -256,7 +256,7 @@ def evaluate(
         report.table_of_rates(result),
         report.section("DET", report.picture(out / "det.png", "False non-matches against false matches, by database")),
         report.section("Scores", report.picture(out / "histogram.png", "Scores of genuine and impostor pairs")),
-        report.worst_errors(scorer, prints, pairs, scores["score"]),
+        report.worst_errors(scorer, prints, pairs, np.asarray(scores["score"], np.float64)),
         *(report.listed(*item) for item in card.items()),
     ]
     report.write(out / "report.html", f"Evaluation of {len(rows)} database{'s' * (len(rows) > 1)}", sections)

@@ -37,6 +37,7 @@ def made_up():
             "confidence": np.array([0.9, 0.8, 0.7, 0.6], np.float32),
             "inliers": np.array([True, True, True, False]),
             "overlap": np.float32(0.5),
+            "log_odds": np.float32(np.log(100)),
         }
         return {k: np.stack([v] * len(pairs)) for k, v in row.items()}
 
@@ -75,7 +76,7 @@ def test_the_transform_takes_pixels_of_a_to_pixels_of_b(made_up):
 def test_a_match_is_a_score_that_reaches_the_threshold_of_the_rate(made_up):
     pair = Picture(drawn(), 500), Picture(drawn(), 500)
     lax, strict = (made_up.compare(*pair, fmr=fmr) for fmr in (0.2, 0.01))
-    assert (lax.threshold, lax.decision) == (0.8, "match")
+    assert (lax.threshold, lax.decision) == (0.8, "match") and lax.llr == pytest.approx(2)
     assert (strict.threshold, strict.decision) == (0.99, "no match")
     with pytest.raises(UserError, match="fmr is 2; give a rate between 0 and 1"):
         made_up.compare(*pair, fmr=2)
@@ -140,9 +141,20 @@ def test_on_kaggle_the_default_lies_below_its_working_folder(no_weights, tmp_pat
         Matcher.load()
 
 
-def test_before_the_end_of_training_there_is_no_calibrated_score(pipeline):
+def test_a_small_print_decides_nothing_unless_it_matches(made_up):
+    """At 1000 ppi a print of 100 px shows 2.5 mm a side."""
+    pair = Picture(drawn(), 500), Picture(drawn(100, 100, 18.0), 1000)
+    assert [made_up.compare(*pair, fmr=fmr).decision for fmr in (0.2, 0.01)] == ["match", "cannot decide"]
+
+
+def test_without_a_fusion_there_is_no_calibrated_score(matcher, monkeypatch):
+    from dataclasses import replace
+
+    monkeypatch.setattr(
+        "ifvit.scoring.scorer.Scorer.from_checkpoint", lambda path: replace(matcher.scorer, fusion=None)
+    )
     with pytest.raises(UserError, match="no calibrated score"):
-        Matcher.load(pipeline.folder / "matcher/matcher_epoch_1")
+        Matcher.load(matcher.checkpoint)
 
 
 def test_the_package_compares_where_nothing_was_trained(packed, generated, tmp_path, monkeypatch, caplog):
@@ -212,7 +224,10 @@ def test_registering_says_what_comparing_says(matcher, generated):
 def test_a_matcher_without_module_1_compares_and_registers_nothing(matcher, generated):
     from dataclasses import replace
 
-    alone = Matcher("alone", replace(matcher.scorer, aligner=None))
+    from ifvit.scoring.fusion import Fusion
+
+    fusion = Fusion((1.0, 1.0), 0.0, (0.5,), ("log_global", "log_local"))  # without ridges
+    alone = Matcher("alone", replace(matcher.scorer, aligner=None, fusion=fusion))
     found = alone.compare(generated[1, 1], generated[1, 2])
     assert found.matches.shape == (0, 4) and found.transform is None and 0 <= found.score <= 1
     with pytest.raises(UserError, match="without Module 1"):

@@ -198,6 +198,8 @@ class Scorer:
 
     @cached_property
     def _registrations(self):
+        if self._checked:
+            return dense_answers(self._aligner_network, self.config).jitted()
         return registrations(self._aligner_network, self.config).jitted()
 
     def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
@@ -238,7 +240,8 @@ class Scorer:
         return embed_prints(self._template, state, prints, range(count), batch_size, turns)
 
     def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
-        """What the Module 1 of a Module 2 tells of each pair, by matches alone; a row a pair. Of Module 1 `answers`."""
+        """What the Module 1 of a Module 2 tells of each pair, laid as `answers` does; a row a pair."""
         if self.module == "dense_reg":
             return self.answers(prints, pairs, batch_size)
-        return score_pairs(self._registrations, (self.aligner,), prints, pairs, batch_size)
+        state = self.aligner if self._checked else (self.aligner,)
+        return score_pairs(self._registrations, state, prints, pairs, batch_size)

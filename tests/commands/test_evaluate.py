@@ -573,6 +573,7 @@ def test_scores_name_as_much_of_a_path_as_tells_the_prints_of_a_database_apart(t
         Scorer,
         score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
         picture=lambda *_: None,
+        card=list,
     )
     evaluate(scorer, Mock(PrintSet, prints=tuple(prints)), tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:

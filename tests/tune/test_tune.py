@@ -41,7 +41,7 @@ def changed_in(config, f: dataclasses.Field):
         (8, 16, 16),
     ]
     if type(value) in (int, float):
-        some += [value + 8, value + 1, value * 0.9, value / 2, value * 2]
+        some += [value + 8, value + 1, value + 0.5, value * 0.9, value / 2, value * 2]
     for other in some:
         if other != value and type(other) is type(value):
             with contextlib.suppress(UserError):
