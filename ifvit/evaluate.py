@@ -143,7 +143,8 @@ class Args:
         lines = summarise(reading, found, prints.prints).lines()
         for line in lines:
             log.info("%s", line)
-        told = {"Prints": lines, "Command": [shlex.join(["python", "-m", "ifvit.evaluate", *sys.argv[1:]])]}
+        command = shlex.join(["python", "-m", "ifvit.evaluate", *sys.argv[1:]])
+        told = {"Checkpoint": scorer.card(), "Prints": lines, "Command": [command]}
         with written_here(as_path(self.out)) as out:
             result = evaluate(scorer, prints, out, self.protocol, self.batch_size, self.max_pairs, self.peers, told)
         print_table(result)
@@ -214,7 +215,7 @@ def evaluate(
         genuine, impostor = (scores["score"][pairs.of(name, kind)] for kind in (True, False))
         rows[name] = rates.summary(genuine, impostor)
         if "log_odds" in scores:
-            odds = [scores["log_odds"][pairs.of(name, kind)] for kind in (True, False)]
+            odds = [rates.thinned(scores["log_odds"][pairs.of(name, kind)]) for kind in (True, False)]
             rows[name] |= {"cllr": rates.cllr(*odds), "min_cllr": rates.min_cllr(*odds)}
         if len(database.impostor) < database.impostors_in_all:
             rows[name]["impostors_in_all"] = database.impostors_in_all
@@ -250,16 +251,8 @@ def evaluate(
     numbers = np.concatenate([np.arange(part.start, part.stop) for part in of_kind[True]])
     typical = numbers[np.argsort(scores["score"][numbers], kind="stable")[len(numbers) // 2]]
     scorer.picture(prints, pairs[int(typical)], out / "matches.png")
-    card = {"Checkpoint": scorer.card() if hasattr(scorer, "card") else [], **(told or {})}
-    sections = [
-        *first,
-        report.table_of_rates(result),
-        report.section("DET", report.picture(out / "det.png", "False non-matches against false matches, by database")),
-        report.section("Scores", report.picture(out / "histogram.png", "Scores of genuine and impostor pairs")),
-        report.worst_errors(scorer, prints, pairs, np.asarray(scores["score"], np.float64)),
-        *(report.listed(*item) for item in card.items()),
-    ]
-    report.write(out / "report.html", f"Evaluation of {len(rows)} database{'s' * (len(rows) > 1)}", sections)
+    errors = report.worst_errors(scorer, prints, pairs, np.asarray(scores["score"], np.float64))
+    report.of_evaluation(out, result, first, errors, told or {})
     write_whole(out / "metrics.json", json.dumps(result, indent=1) + "\n")  # last: all is there
     return result
 

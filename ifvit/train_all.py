@@ -212,7 +212,7 @@ class Args(TrainArgs):
             try:
                 scorer = Scorer.from_checkpoint(ckpt)
                 with written_here(folder) as here:
-                    print_table(evaluate(scorer, held_out, here, first=trained))
+                    print_table(evaluate(scorer, held_out, here, told={"Checkpoint": scorer.card()}, first=trained))
                 if scorer.module == "matcher" and scorer.fusion:
                     print(
                         "(The weights of the fused score were fitted on pairs of these fingers; ifvit.evaluate, on "

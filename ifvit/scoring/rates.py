@@ -20,6 +20,7 @@ from ifvit.errors import UserError
 FALSE_MATCH_RATES = {"fmr100": 0.01, "fmr1000": 0.001, "zerofmr": 0.0}  # at which the FNMR is given
 RATES = ("eer", *FALSE_MATCH_RATES, "auc")
 POINTS = 4000  # of a curve for a picture
+MOST = 1_000_000  # scores that a cost is reckoned from
 
 
 def summary(genuine: ArrayLike, impostor: ArrayLike) -> dict[str, float | int]:
@@ -42,6 +43,11 @@ def macro(databases: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     if not databases:
         raise UserError("There is no database to average over. Give a folder that holds prints.")
     return {rate: float(np.mean([results[rate] for results in databases.values()])) for rate in RATES}
+
+
+def thinned(scores: np.ndarray) -> np.ndarray:
+    """At most MOST of them, evenly drawn: enough for a cost or a threshold."""
+    return scores[:: max(1, -(-len(scores) // MOST))]
 
 
 def cllr(genuine: Float[np.ndarray, " G"], impostor: Float[np.ndarray, " I"]) -> float:

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Curve = tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]  # FMR, FNMR
 WORST = 20  # errors that are drawn, at most
-MANY = 1_000_000  # impostor pairs that are enough to find a threshold
 RATES = {
     "eer": ("EER", "the rate at which as many genuine pairs are refused as impostors pass"),
     "fmr100": ("FMR100", "genuine pairs refused where one impostor in 100 passes"),
@@ -54,6 +53,22 @@ def write(path: str | os.PathLike, title: str, sections: Iterable[str]) -> None:
     )
     body = "\n".join([f"<h1>{escaped(title)}</h1>", *sections])
     write_whole(path, f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n')
+
+
+def of_evaluation(
+    out: Path, result: Mapping, first: Sequence[str], errors: str, lines: Mapping[str, Sequence[str]]
+) -> None:
+    """report.html of an evaluation, in the folder that holds its det.png and histogram.png."""
+    count = len(result["databases"])
+    sections = [
+        *first,
+        table_of_rates(result),
+        section("DET", picture(out / "det.png", "False non-matches against false matches, by database")),
+        section("Scores", picture(out / "histogram.png", "Scores of genuine and impostor pairs")),
+        errors,
+        *(listed(*item) for item in lines.items()),
+    ]
+    write(out / "report.html", f"Evaluation of {count} database{'s' * (count > 1)}", sections)
 
 
 def escaped(text: object) -> str:
@@ -106,9 +121,7 @@ def worst_errors(scorer: "Scorer", prints: "Prints", pairs: "Pairs", score: Floa
     genuine = np.zeros(len(pairs), bool)
     for d in pairs.databases:
         genuine[pairs.of(d.database, True)] = True
-    impostor = score[~genuine]
-    some = impostor[:: -(-len(impostor) // MANY)]
-    thresholds, fmr, fnmr = rates.det_curve(score[genuine], some, rates.POINTS)
+    thresholds, fmr, fnmr = rates.det_curve(score[genuine], rates.thinned(score[~genuine]), rates.POINTS)
     threshold = thresholds[np.argmin(np.abs(fmr - fnmr))]
     refused = np.flatnonzero(genuine & (score < threshold))
     passed = np.flatnonzero(~genuine & (score >= threshold))

@@ -40,7 +40,7 @@ def scores(prints, pairs, batch_size) -> dict[str, np.ndarray]:
     found = {k: rng.random(len(pairs), np.float32) for k in ("global", "local", "agreement")}
     found |= {"score": rng.random(len(pairs)), "matches": np.zeros(len(pairs), np.int32)}
     found["score"][pairs.of("DB", True)] += 0.4
-    return found
+    return found | {"log_odds": 9 * found["score"] - 5}
 
 
 def prints_of(fingers: int, impressions: int) -> SimpleNamespace:

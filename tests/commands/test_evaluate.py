@@ -286,7 +286,7 @@ def random_scorer():
     def score(_, pairs, batch_size):
         return {"score": np.random.default_rng(0).random(len(pairs)), "matches": np.zeros(len(pairs))}
 
-    return Mock(Scorer, score=score, picture=lambda *_: None, card=list)
+    return Mock(Scorer, score=score, picture=lambda *_: None)
 
 
 @pytest.mark.parametrize("max_pairs, impostors", [(None, 11), (0, 27), (20, 11), (36, 27)])
@@ -328,7 +328,7 @@ def test_scores_of_a_large_database_are_written_in_order(tmp_path):
         scored.update((n, pair) for n, pair in enumerate(pairs) if n % 1000 == 0)
         return {"score": np.random.default_rng(0).random(len(pairs)), "matches": np.arange(len(pairs))}
 
-    scorer = Mock(Scorer, score=score, picture=lambda *_: None, card=list)
+    scorer = Mock(Scorer, score=score, picture=lambda *_: None)
     evaluate(scorer, prints, tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -350,7 +350,7 @@ def test_protocol_all_tells_the_eer_of_the_fvcs_pairs_too(tmp_path):
         scores = np.array([value[p.print0, p.print1] + 0.2 * p.genuine for p in pairs])
         return {"score": scores, "matches": np.zeros(len(pairs))}
 
-    scorer = Mock(Scorer, score=score, picture=lambda *_: None, card=list)
+    scorer = Mock(Scorer, score=score, picture=lambda *_: None)
     by_fvc, of_all = (evaluate(scorer, prints, tmp_path / protocol, protocol) for protocol in ("fvc", "all"))
     assert (
         of_all["macro"]["eer_fvc"]
@@ -573,7 +573,6 @@ def test_scores_name_as_much_of_a_path_as_tells_the_prints_of_a_database_apart(t
         Scorer,
         score=lambda _, pairs, __: {"score": np.arange(len(pairs)), "matches": np.zeros(len(pairs))},
         picture=lambda *_: None,
-        card=list,
     )
     evaluate(scorer, Mock(PrintSet, prints=tuple(prints)), tmp_path)
     with (tmp_path / "scores.csv").open(newline="") as file:
