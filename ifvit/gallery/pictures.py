@@ -9,6 +9,7 @@ from PIL import Image
 from ifvit.constants import MASK_CELL
 from ifvit.data.prepare import Prints
 from ifvit.data.sources import Print
+from ifvit.errors import UserError
 from ifvit.gallery.store import Entry
 
 
@@ -34,4 +35,13 @@ class Enrolled:
         self.prints = (*probe.prints, *(Print(e.name, e.database, e.finger, "", None) for e in entries))
 
     def canvas(self, i: int) -> tuple[UInt8[np.ndarray, "C C"], Bool[np.ndarray, "C/8 C/8"]]:
-        return self._probe.canvas(0) if i == 0 else of_png(self._entries[i - 1].picture)
+        if i == 0:
+            return self._probe.canvas(0)
+        entry = self._entries[i - 1]
+        try:
+            return of_png(entry.picture)
+        except (OSError, SyntaxError, ValueError, IndexError) as e:
+            raise UserError(
+                f"The gallery's picture of {entry.name} is damaged; take it out (python -m ifvit.gallery remove) and enrol "
+                "its file again."
+            ) from e

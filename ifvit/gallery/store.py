@@ -45,7 +45,6 @@ class Entry:
     database: str
     finger: str
     picture: bytes = b""
-    row: int = -1
 
 
 class Gallery:
@@ -53,6 +52,8 @@ class Gallery:
 
     def __init__(self, folder: Path, connection: sqlite3.Connection):
         self.folder, self._db = folder, connection
+        if int(self._meta("format")) != FORMAT:
+            raise UserError(f"{folder} was made by another version of this package; enrol the prints anew.")
         self.checkpoint, self.width = self._meta("checkpoint"), int(self._meta("width"))
         self._type = row_type(self.width)
 
@@ -78,11 +79,8 @@ class Gallery:
         """One that is there; `checkpoint`: the digest of the one that must have made it. UserError for another."""
         if not _there(folder):
             raise UserError(f"There is no gallery at {folder}; make one with python -m ifvit.enroll DIR --gallery G.")
-        try:
-            db = _connect(folder / NAME)
-            found = cls(folder, db)
-        except (sqlite3.DatabaseError, TypeError) as e:
-            raise UserError(f"{folder / NAME} is damaged ({e}); enrol the prints anew, in another folder.") from e
+        with _readable(folder):
+            found = cls(folder, _connect(folder / NAME))
         return found._bound_to(checkpoint) if checkpoint else found
 
     def _bound_to(self, checkpoint: str) -> "Gallery":
@@ -93,30 +91,33 @@ class Gallery:
             )
         return self
 
+    def _ask(self, what: str, *values) -> list[tuple]:
+        """Rows of a query. UserError where the file is damaged."""
+        with _readable(self.folder):
+            return self._db.execute(what, values).fetchall()
+
     def _meta(self, key: str) -> str:
-        (value,) = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        ((value,),) = self._ask("SELECT value FROM meta WHERE key = ?", key)
         return value
 
     def __len__(self) -> int:
-        return self._db.execute("SELECT count(*) FROM prints").fetchone()[0]
+        return self._ask("SELECT count(*) FROM prints")[0][0]
 
     @property
     def fingers(self) -> int:
-        return self._db.execute("SELECT count(*) FROM (SELECT 1 FROM prints GROUP BY database, finger)").fetchone()[0]
+        return self._ask("SELECT count(*) FROM (SELECT 1 FROM prints GROUP BY database, finger)")[0][0]
 
-    def entries(self) -> Iterator[Entry]:
+    def entries(self) -> list[Entry]:
         """All of them by name, without their pictures."""
-        for row, *told in self._db.execute("SELECT row, name, digest, database, finger FROM prints ORDER BY name"):
-            yield Entry(*told, row=row)
+        return [Entry(*told) for told in self._ask("SELECT name, digest, database, finger FROM prints ORDER BY name")]
 
     def known(self, names: Sequence[str]) -> dict[str, str]:
         """Name -> digest of those that are enrolled."""
-        found = (self._db.execute("SELECT name, digest FROM prints WHERE name = ?", (n,)).fetchone() for n in names)
-        return dict(row for row in found if row)
+        return dict(row for n in names for row in self._ask("SELECT name, digest FROM prints WHERE name = ?", n))
 
     def has(self, digest: str) -> bool:
         """Whether a file with this content is enrolled, whatever its name."""
-        return self._db.execute("SELECT 1 FROM prints WHERE digest = ?", (digest,)).fetchone() is not None
+        return bool(self._ask("SELECT 1 FROM prints WHERE digest = ?", digest))
 
     def add(self, entries: Sequence[Entry], templates: Float32[np.ndarray, "N E"], replace: bool = False) -> None:
         """Enrols prints, all or none. UserError for a name that is taken, unless it is to be replaced."""
@@ -147,7 +148,7 @@ class Gallery:
     def compact(self) -> int:
         """Writes the array anew without rows that nothing names; returns how many there were."""
         with _writing(self._db, self.folder):
-            rows = [row for (row,) in self._db.execute("SELECT row FROM prints ORDER BY row")]
+            rows = self._rows()
             before = int(self._meta("next"))
             new = self.folder / _array(int(self._meta("generation")) + 1)
             templates = self._mapped()
@@ -184,25 +185,25 @@ class Gallery:
     def all(self) -> list[Entry]:
         """All enrolled prints, with pictures."""
         with self._reading():
-            rows = [row for (row,) in self._db.execute("SELECT row FROM prints ORDER BY row")]
-            return [e for row in rows for e in self._at(row)]
+            return [e for row in self._rows() for e in self._at(row)]
+
+    def _rows(self) -> list[int]:
+        """Those of all enrolled prints, ascending."""
+        return [row for (row,) in self._ask("SELECT row FROM prints ORDER BY row")]
 
     def _at(self, row: int) -> list[Entry]:
         """The print of a row, or none: rows of prints that were removed stay in the array."""
-        ask = (
-            "SELECT name, digest, database, finger, png, prints.row FROM prints JOIN pictures USING (row) "
-            "WHERE prints.row = ?"
-        )
-        return [Entry(*told) for told in self._db.execute(ask, (row,))]
+        ask = "SELECT name, digest, database, finger, png FROM prints JOIN pictures USING (row) WHERE prints.row = ?"
+        return [Entry(*told) for told in self._ask(ask, row)]
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         """A transaction that sees the gallery as it is now, whatever others write meanwhile."""
-        self._db.execute("BEGIN")
+        self._ask("BEGIN")
         try:
             yield
         finally:
-            self._db.execute("COMMIT")
+            self._ask("COMMIT")
 
     def _delete(self, names: Sequence[str]) -> None:
         for name in names:
@@ -252,6 +253,17 @@ def _connect(path: Path) -> sqlite3.Connection:
     db = sqlite3.connect(path, timeout=PATIENCE, isolation_level=None)
     db.execute("PRAGMA synchronous = FULL")
     return db
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """UserError where SQLite cannot read what lies in the folder."""
+    try:
+        yield
+    except (sqlite3.Error, ValueError) as e:  # ValueError: a row is not there, or no number in it
+        if getattr(e, "sqlite_errorcode", None) == sqlite3.SQLITE_BUSY:
+            raise UserError(f"{folder} cannot be read, another process holds it; try again.") from e
+        raise UserError(f"{folder / NAME} is damaged ({e}); enrol the prints anew, in another folder.") from e
 
 
 @contextlib.contextmanager

@@ -6,14 +6,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from enrolling import WIDTH, entry, template
 
 from ifvit.errors import UserError
-from ifvit.gallery import rows, store
-from ifvit.gallery.store import Gallery
+from ifvit.gallery import pictures, rows, store
+from ifvit.gallery.store import Entry, Gallery
 
 KILLS = int(os.environ.get("IFVIT_KILLS", 20))
 SCRIPT = Path(__file__).with_name("enrolling.py")
@@ -91,6 +92,21 @@ def test_what_is_no_gallery_is_told(tmp_path):
         Gallery.open(tmp_path)
 
 
+@pytest.mark.parametrize("at", [30, 100, 4096, 8192, 12288])
+def test_a_damaged_database_is_told_in_a_sentence_or_tells_what_was_enrolled(gallery, at):
+    filled(gallery, [f"{f}_1" for f in range(200)])
+    gallery._db.close()
+    file = gallery.folder / store.NAME
+    data = bytearray(file.read_bytes())
+    data[at : at + 60] = bytes(60)
+    file.write_bytes(data)
+    try:
+        found = Gallery.open(gallery.folder, "checkpoint")
+        assert all(e.digest == "digest 0" for e in found.entries()) and len(found.all()) <= 200
+    except UserError as e:
+        assert "is damaged" in str(e) or "another checkpoint" in str(e)
+
+
 def test_a_cut_array_is_told_and_nothing_is_added_to_it(gallery):
     filled(gallery, ["1_1", "2_1"])
     (array,) = gallery.folder.glob("templates_*")
@@ -132,6 +148,19 @@ def after(lines: list[str], before: dict[str, int]) -> list[dict[str, int]]:
             done |= dict.fromkeys(names, int(n))
         states, now = ([done], done) if following == "done" else ([now, done], now)
     return states
+
+
+def test_a_picture_comes_back_to_the_bit_and_a_damaged_one_is_told():
+    rng = np.random.default_rng(0)
+    canvas, mask = rng.integers(0, 255, (64, 64)).astype(np.uint8), rng.random((8, 8)) > 0.5
+    png = pictures.as_png(canvas, mask)
+    for found, expected in zip(pictures.of_png(png), (canvas, mask)):
+        np.testing.assert_array_equal(found, expected)
+    probe = SimpleNamespace(prints=(None,), canvas=lambda i: (canvas, mask))
+    assert pictures.Enrolled(probe, []).canvas(0)[0] is canvas
+    for broken in (png[:-40], b"", png[:50] + bytes(60) + png[110:]):
+        with pytest.raises(UserError, match="picture of 1_1 is damaged; take it out"):
+            pictures.Enrolled(probe, [Entry("1_1", "", "DB", "1", broken)]).canvas(1)
 
 
 def test_likeness_is_the_cosine_with_the_likest_turn_within_the_rounding():
