@@ -44,6 +44,9 @@ _FOUND_MATCH = dict(
 )
 # of Module 2 in every preset: what its heads need, of which the paper tells nothing
 _SOUND = dict(masked_pooling=True)
+_SMALL_MATCH = dict(
+    _SMALL_NET, **_SOUND, seed_resnet=True, embedding_channels=16, match_threshold=0.05, loss_template=0.2
+)
 # quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
 _QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
 _SMOKE_NET = dict(
@@ -85,20 +88,15 @@ PRESETS = {
             synthetic_share=0.25,
         ),
         dict(
-            _SMALL_NET,
+            _SMALL_MATCH,
             **_FOUND_MATCH,
             pairs_per_epoch=1280,
             num_epochs=4,
             val_pairs=192,
-            seed_resnet=True,
             save_every=2,
             synthetic_fingers=100,
             roi_size=96,
-            embedding_channels=16,
-            match_threshold=0.05,
             calibration_pairs=1000,
-            **_SOUND,
-            loss_template=0.2,
             frame_shift=8,
             label_matches=12,
         ),
@@ -106,23 +104,18 @@ PRESETS = {
     "quick": (
         dict(_SMALL_NET, **_QUICK, learning_rate=3e-3, pairs_per_epoch=960, num_epochs=5, val_pairs=64, rotation=35.0),
         dict(
-            _SMALL_NET,
+            _SMALL_MATCH,
             **_QUICK,
             learning_rate=1e-3,
             pairs_per_epoch=480,
             num_epochs=4,
             val_pairs=96,
             rotation=8.0,
-            seed_resnet=True,
             loss_embedding=1.0,
             loss_arcface=0.1,
             arcface_scale=30.0,
             roi_size=64,
-            embedding_channels=16,
-            match_threshold=0.05,
             calibration_pairs=300,
-            **_SOUND,
-            loss_template=0.2,
             frame_shift=6,
             label_matches=8,
         ),

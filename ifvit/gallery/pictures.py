@@ -42,6 +42,6 @@ class Enrolled:
             return of_png(entry.picture)
         except (OSError, SyntaxError, ValueError, IndexError) as e:
             raise UserError(
-                f"The gallery's picture of {entry.name} is damaged; take it out (python -m ifvit.gallery remove) and enrol "
-                "its file again."
+                f"The gallery's picture of {entry.name} is damaged; take it out (python -m ifvit.gallery remove), then "
+                "enrol its file again."
             ) from e
