@@ -229,7 +229,7 @@ def test_generated_prints_are_in_it(started, tmp_path):
 
 
 def test_evaluation_logs_the_same_without_a_split(two, command, monkeypatch, tmp_path):
-    scorer = SimpleNamespace(config=preset("smoke", DenseConfig), trained_on=[])
+    scorer = SimpleNamespace(config=preset("smoke", DenseConfig), trained_on=[], card=lambda: [])
     monkeypatch.setattr("ifvit.scoring.scorer.Scorer.from_checkpoint", lambda path: scorer)
     monkeypatch.setattr(evaluate, "evaluate", lambda *_: {"databases": {}})
     monkeypatch.setattr(evaluate, "print_table", lambda result: None)
