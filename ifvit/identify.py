@@ -5,6 +5,7 @@ python -m ifvit.identify PRINT [PRINT …] --gallery G [--top 10]
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -70,8 +71,7 @@ class Args:
         threshold = (matcher.scorer.fusion or agreement).threshold(fmr)
         probes = [matcher.read(Picture(path, self.ppi, self.ridges)) for path in self.prints]
         told = []
-        for path, probe in zip(self.prints, probes):
-            candidates = self.candidates(gallery, matcher.scorer, probe)
+        for path, candidates in zip(self.prints, self.candidates(gallery, matcher.scorer, probes)):
             for c in candidates:
                 c["decision"] = "match" if c["score"] >= threshold else "no match"
             told.append({"print": path, "threshold": threshold, "fmr": fmr, "candidates": candidates[: self.top]})
@@ -91,27 +91,35 @@ class Args:
         if not 0 < self.fpir < 1:
             raise UserError(f"--fpir is {self.fpir}; give a rate between 0 and 1, such as 0.01.")
 
-    def candidates(self, gallery: "Gallery", scorer: "Scorer", probe: "OnCanvas") -> list[dict]:
-        """Enrolled fingers, each with its likest impression, the likest first."""
+    def candidates(self, gallery: "Gallery", scorer: "Scorer", probes: Sequence["OnCanvas"]) -> list[list[dict]]:
+        """Of each probe the enrolled fingers, each with its likest impression, the likest first."""
         import numpy as np
 
         from ifvit.data.pairs import Pair
         from ifvit.data.single import Canvases
         from ifvit.gallery.pictures import Enrolled
 
+        taken = Canvases(probes)
         if gallery.width:
-            turned, _ = scorer.templates(Canvases([probe]), 1, TURNS)
-            entries = gallery.likest(turned[0], self.rescore)
+            turned, _ = scorer.templates(taken, self.batch_size, TURNS)
+            shortlists = [gallery.likest(turns, self.rescore) for turns in turned]
         else:
-            entries = gallery.all()
-        pairs = [Pair(0, i, False) for i in range(1, len(entries) + 1)]
-        found = scorer.score(Enrolled(Canvases([probe]), entries), pairs, self.batch_size)
-        fingers: dict[tuple[str, str], dict] = {}
-        for i in np.argsort(-found["score"], kind="stable"):
-            e = entries[i]
-            told = {"finger": f"{e.database}/{e.finger}", "print": e.name, "score": float(found["score"][i])}
-            fingers.setdefault((e.database, e.finger), told | {"llr": float(found["log_odds"][i] / np.log(10))})
-        return [{"rank": n} | told for n, told in enumerate(fingers.values(), 1)]
+            shortlists = [gallery.all()] * len(probes)
+        entries = list({e.name: e for shortlist in shortlists for e in shortlist}.values())
+        at = {e.name: i for i, e in enumerate(entries, len(probes))}
+        pairs = [Pair(i, at[e.name], False) for i, shortlist in enumerate(shortlists) for e in shortlist]
+        found = scorer.score(Enrolled(taken, entries), pairs, self.batch_size)
+        answers, first = [], 0
+        for shortlist in shortlists:
+            score, log_odds = (found[key][first:][: len(shortlist)] for key in ("score", "log_odds"))
+            first += len(shortlist)
+            fingers: dict[tuple[str, str], dict] = {}
+            for i in np.argsort(-score, kind="stable"):
+                e = shortlist[i]
+                told = {"finger": f"{e.database}/{e.finger}", "print": e.name, "score": float(score[i])}
+                fingers.setdefault((e.database, e.finger), told | {"llr": float(log_odds[i] / np.log(10))})
+            answers.append([{"rank": n} | told for n, told in enumerate(fingers.values(), 1)])
+        return answers
 
 
 def _lines(told: dict) -> str:

@@ -1,8 +1,10 @@
 """What the tests share: one cache for the session, commands called in this process, and one smoke run of each."""
 
 import contextlib
+import fcntl
 import importlib
 import io
+import json
 import logging
 import os
 import shutil
@@ -71,11 +73,34 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: names.index(item.path.name) if item.path.name in names else len(names))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory):
-    """IFVIT_CACHE of this session, for processes that it starts too; pytest's own workers share it."""
+@pytest.fixture(scope="session")
+def shared(tmp_path_factory):
+    """A folder of this session that pytest's workers have in common."""
     base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def once(shared, tmp_path_factory):
+    """once(NAME, RUN): what RUN(FOLDER) said, by the first worker that asks; each worker has a copy of the folder."""
+
+    def call(name: str, run) -> tuple[Path, Said]:
+        kept, told = shared / "once" / name, shared / "once" / f"{name}.json"
+        kept.mkdir(parents=True, exist_ok=True)
+        with open(told.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not told.exists():
+                told.write_text(json.dumps(run(kept)))
+            said = Said(*json.loads(told.read_text()))
+        return shutil.copytree(kept, tmp_path_factory.mktemp(name), dirs_exist_ok=True), said
+
+    return call
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(shared):
+    """IFVIT_CACHE of this session, for processes that it starts too; pytest's own workers share it."""
+    folder = shared / "cache"
     folder.mkdir(exist_ok=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IFVIT_CACHE", str(folder))
@@ -180,60 +205,46 @@ def generated(cache):
 
 
 @pytest.fixture(scope="session")
-def prints(generated, tmp_path_factory):
+def prints(generated, shared):
     """A root with two databases, DB1 and DB2, of 3 fingers with 3 impressions each, named as FVC does."""
-    root = tmp_path_factory.mktemp("prints")
+    from ifvit.files import whole
+
+    root = shared / "prints"
     for (finger, impression), file in generated.items():
         database = root / ("DB1" if finger <= 3 else "DB2")
-        database.mkdir(exist_ok=True)
-        shutil.copy(file, database / f"{(finger - 1) % 3 + 1}_{impression}.png")
+        database.mkdir(parents=True, exist_ok=True)
+        print_ = database / f"{(finger - 1) % 3 + 1}_{impression}.png"
+        if not print_.exists():
+            with whole(print_) as part:
+                shutil.copy(file, part)
     return root
 
 
 @pytest.fixture(scope="session")
-def module1(command, prints, tmp_path_factory):
+def module1(command, prints, once):
     """The guide's first command, run in `cwd`: what it `said`, and its `folder` with the checkpoint `path`."""
-    cwd = tmp_path_factory.mktemp("guide")
-    said = command(
-        "train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=cwd
-    )
-    return _ran(cwd, said, "dense_reg")
+    words = ("--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE)
+    return _ran(*once("module1", lambda cwd: command("train_dense", *words, cwd=cwd)), "dense_reg")
 
 
 @pytest.fixture(scope="session")
-def module2(command, prints, module1):
+def module2(command, prints, module1, once):
     """The guide's second command, run beside the first."""
-    said = command(
-        "train_match",
-        "--dataset_root",
-        prints,
-        "--pretrained_ckpt",
-        "./checkpoints/dense_reg/dense_reg_ckpt.pkl",
-        "--checkpoint_dir",
-        "./checkpoints/matcher",
-        "--num_classes",
-        100,
-        *SMOKE,
-        cwd=module1.cwd,
-    )
-    return _ran(module1.cwd, said, "matcher")
+    words = ("--dataset_root", prints, "--pretrained_ckpt", "./checkpoints/dense_reg/dense_reg_ckpt.pkl")
+    words += ("--checkpoint_dir", "./checkpoints/matcher", "--num_classes", 100, *SMOKE)
+
+    def run(cwd):
+        shutil.copytree(module1.cwd, cwd, dirs_exist_ok=True)
+        return command("train_match", *words, cwd=cwd)
+
+    return _ran(*once("module2", run), "matcher")
 
 
 @pytest.fixture(scope="session")
-def pipeline(command, tmp_path_factory):
+def pipeline(command, once):
     """The guide's `train_all`, on generated prints; classes as in `module2`, which spares a compilation."""
-    cwd = tmp_path_factory.mktemp("pipeline")
-    said = command(
-        "train_all",
-        "--dense_checkpoint_dir",
-        "./checkpoints/dense_reg",
-        "--matcher_checkpoint_dir",
-        "./checkpoints/matcher",
-        "--num_classes",
-        100,
-        *SMOKE,
-        cwd=cwd,
-    )
+    words = ("--dense_checkpoint_dir", "./checkpoints/dense_reg", "--matcher_checkpoint_dir", "./checkpoints/matcher")
+    cwd, said = once("pipeline", lambda cwd: command("train_all", *words, "--num_classes", 100, *SMOKE, cwd=cwd))
     assert said.code == 0, said
     return SimpleNamespace(
         cwd=cwd,

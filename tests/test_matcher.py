@@ -157,6 +157,7 @@ def test_without_a_fusion_there_is_no_calibrated_score(matcher, monkeypatch):
         Matcher.load(matcher.checkpoint)
 
 
+@pytest.mark.run
 def test_the_package_compares_where_nothing_was_trained(packed, generated, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     found = Matcher.load()

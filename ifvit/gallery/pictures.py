@@ -28,16 +28,16 @@ def of_png(data: bytes) -> tuple[UInt8[np.ndarray, "C C"], Bool[np.ndarray, "C/8
 
 
 class Enrolled:
-    """Prints of a gallery after one probe, with what scoring asks of a PrintSet; the probe is print 0."""
+    """Prints of a gallery after probes, with what scoring asks of a PrintSet."""
 
-    def __init__(self, probe: Prints, entries: list[Entry]):
-        self._probe, self._entries = probe, entries
-        self.prints = (*probe.prints, *(Print(e.name, e.database, e.finger, "", None) for e in entries))
+    def __init__(self, probes: Prints, entries: list[Entry]):
+        self._probes, self._entries = probes, entries
+        self.prints = (*probes.prints, *(Print(e.name, e.database, e.finger, "", None) for e in entries))
 
     def canvas(self, i: int) -> tuple[UInt8[np.ndarray, "C C"], Bool[np.ndarray, "C/8 C/8"]]:
-        if i == 0:
-            return self._probe.canvas(0)
-        entry = self._entries[i - 1]
+        if i < len(self._probes.prints):
+            return self._probes.canvas(i)
+        entry = self._entries[i - len(self._probes.prints)]
         try:
             return of_png(entry.picture)
         except (OSError, SyntaxError, ValueError, IndexError) as e:

@@ -1,12 +1,13 @@
 """All that is told of a pair: how print 0 lies on print 1, and the scores."""
 
+import jax
 import jax.numpy as jnp
 
 from ifvit.config import Settings
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import align
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import checked_registration, registration, views_of
+from ifvit.pixels.registration import CheckedRegistration, checked_registration, registration, views_of
 from ifvit.scoring.scores import PairScore, dense_scores, match_scores, prepares
 
 
@@ -48,17 +49,7 @@ def dense_answers(net: Network, config: Settings) -> PairScore:
     @exact
     def answer(params, batch_stats, batch):
         found, _ = checked_registration(net, (params, batch_stats), batch, config)
-        return {
-            "score": found.agreement,
-            "probability": found.confidence,
-            "similarity": found.similarity,
-            "aligned": found.registered,
-            "points0": found.points0,
-            "points1": found.points1,
-            "confidence": found.matches.confidence,
-            "inliers": found.inliers,
-            "overlap": found.overlap,
-        }
+        return {"score": found.agreement, "probability": found.confidence} | _told(found)
 
     return PairScore(dense_scores(net, config).prepare, answer)
 
@@ -66,18 +57,28 @@ def dense_answers(net: Network, config: Settings) -> PairScore:
 def answers(net: Network, aligner: Network | None, config: Settings, check: bool = False) -> PairScore:
     """What `match_scores` and, with an aligner, `registrations` tell; its state is that of `match_scores`.
 
-    Both ask Module 1 for the same; XLA computes it once. With `check` it is what `dense_answers` tells of a pair.
+    With `check` the registration is the one that `dense_answers` tells.
     """
     scores = match_scores(net, aligner, config, check)
-    register = lambda *_: {}
-    if aligner and check:
-        looked = dense_answers(aligner, config).score
-        told = lambda found: {k: v for k, v in found.items() if k not in ("score", "probability")}
-        register = lambda aligner_state, batch: told(looked(*aligner_state, batch))
-    elif aligner:
-        register = registrations(aligner, config).score
 
+    @exact
     def answer(params, batch_stats, aligner_state, batch):
-        return scores.score(params, batch_stats, aligner_state, batch) | register(aligner_state, batch)
+        if aligner and check:
+            looked = checked_registration(aligner, aligner_state, batch, config)
+            return scores.score(params, batch_stats, aligner_state, batch, looked) | _told(looked[0])
+        found = scores.score(params, batch_stats, aligner_state, batch)
+        return found | (registrations(aligner, config).score(aligner_state, batch) if aligner else {})
 
     return PairScore(scores.prepare, answer)
+
+
+def _told(found: CheckedRegistration) -> dict[str, jax.Array]:
+    return {
+        "similarity": found.similarity,
+        "aligned": found.registered,
+        "points0": found.points0,
+        "points1": found.points1,
+        "confidence": found.matches.confidence,
+        "inliers": found.inliers,
+        "overlap": found.overlap,
+    }

@@ -63,22 +63,23 @@ def match_scores(net: Network, aligner: Network | None, config: Settings, check:
 
     `agreement` is the global branch's matching confidence of each overlap cell with itself, summed:
     in the common frame of a genuine pair a cell is its own match. With `check`, and an aligner, the pair is laid as its
-    ridges agree best, and there are `ridges`, how well they do, and `overlap` too.
+    ridges agree best, and there are `ridges`, how well they do, and `overlap` too; whoever has that registration
+    already gives it as `looked`.
     """
 
     @exact
-    def score(params, batch_stats, aligner_state, batch):
-        views, looked = views_of(batch, config), {}
+    def score(params, batch_stats, aligner_state, batch, looked=None):
+        views, ridges = views_of(batch, config), {}
         if check and aligner is not None:
-            found, by_matches = checked_registration(aligner, aligner_state, batch, config)
+            found, by_matches = looked or checked_registration(aligner, aligner_state, batch, config)
             image0, mask0, image1, mask1 = views
             pair, count = align(image0, image1, mask0, mask1, found.similarity, config), by_matches.count
-            looked = {"ridges": found.agreement, "overlap": found.overlap}
+            ridges = {"ridges": found.agreement, "overlap": found.overlap}
         else:
             pair, _, count = aligned_pair(aligner, aligner_state, views, config, batch)
         e, _ = net.apply(params, batch_stats, pair, train=False)
         itself = jnp.exp(jnp.diagonal(e.log_conf, axis1=1, axis2=2)) * e.cells
-        return looked | {
+        return ridges | {
             "global": (e.global0 * e.global1).sum(-1),
             "local": (e.local0 * e.local1).sum(-1),
             "agreement": itself.sum(-1),

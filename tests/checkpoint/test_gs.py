@@ -194,6 +194,7 @@ def test_what_orbax_alone_wrote_is_read_and_the_missing_digests_are_told(store, 
 # ---- what is damaged is not handed on
 
 
+@pytest.mark.run
 def test_a_flipped_bit_or_a_missing_object_is_detected_or_harmless(store, url):
     objects = store.buckets["prints"]
     detected = set()
@@ -288,6 +289,7 @@ def test_one_failure_in_between_is_overcome(store, hasty, url):
     assert not store.hiccups  # each has happened
 
 
+@pytest.mark.run
 def test_a_server_that_is_not_there_is_told_within_seconds(server, monkeypatch):
     monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", "http://127.0.0.1:1")
     begun = time.monotonic()  # as patient as ever
@@ -296,6 +298,7 @@ def test_a_server_that_is_not_there_is_told_within_seconds(server, monkeypatch):
     assert time.monotonic() - begun < 15
 
 
+@pytest.mark.run
 def test_a_server_that_goes_quiet_is_told(server, hasty, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as quiet:
         monkeypatch.setenv("TENSORSTORE_GCS_HTTP_URL", f"http://127.0.0.1:{quiet.getsockname()[1]}")
@@ -361,6 +364,7 @@ def test_half_an_upload_is_not_taken_for_a_checkpoint_and_is_cleared_away(store,
     assert not [n for n in store.buckets["prints"] if n.startswith("new/") and left > 1]
 
 
+@pytest.mark.run
 def test_whenever_a_replacement_is_cut_off_one_of_the_two_is_found(store, hasty):
     """After any number of changes to the bucket: the run is killed there, its next start clears up."""
     checkpoint.save(NEW, "dense_reg", state(0), META)

@@ -17,6 +17,7 @@ from ifvit.scoring.scorer import Scorer
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.run
 def test_what_is_packed_is_read_to_the_bit(packed, untrained):
     ours, theirs = checkpoint.load("pretrained", "dense_reg"), checkpoint.load(untrained)
     for part in ("params", "batch_stats"):

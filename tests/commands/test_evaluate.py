@@ -271,6 +271,7 @@ def test_many_pairs_are_told_with_their_time_before_they_are_scored(
     assert "Protocol all makes 36 pairs, which take about 2 hours" in said and "--max_pairs" in said
 
 
+@pytest.mark.run
 def test_six_thousand_fingers_of_one_impression_are_refused_without_a_list_of_their_pairs(tmp_path):
     prints = of_fingers(6000, 1)
     tracemalloc.start()
@@ -289,6 +290,7 @@ def random_scorer():
     return Mock(Scorer, score=score, picture=lambda *_: None)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("max_pairs, impostors", [(None, 11), (0, 27), (20, 11), (36, 27)])
 def test_of_very_many_impostors_a_draw_is_compared_unless_all_are_asked_for(
     random_scorer, tmp_path, monkeypatch, caplog, max_pairs, impostors
@@ -306,6 +308,7 @@ def test_of_very_many_impostors_a_draw_is_compared_unless_all_are_asked_for(
         assert told == ["DB: 11 of 27 impostor pairs are compared, a fixed draw; --max_pairs 0 compares all"]
 
 
+@pytest.mark.run
 def test_pairs_are_drawn_and_not_listed(random_scorer, tmp_path, monkeypatch):
     monkeypatch.setattr("ifvit.evaluate.MOST_IMPOSTORS", 10_000)
     monkeypatch.setattr("ifvit.scoring.intervals.DRAWS", 4)
@@ -319,6 +322,7 @@ def test_pairs_are_drawn_and_not_listed(random_scorer, tmp_path, monkeypatch):
     assert peak < 100e6  # bytes; a number for each of the eighteen million takes 144
 
 
+@pytest.mark.run
 def test_scores_of_a_large_database_are_written_in_order(tmp_path):
     """206,700 pairs: more than are looked up at once."""
     prints = of_fingers(600, 10)
@@ -481,6 +485,7 @@ def test_verify_reads_a_print_at_the_resolution_of_its_set(generated, tmp_path):
     assert db2.mask.sum() == pytest.approx(db1.mask.sum() * (500 / 569) ** 2, rel=0.1)
 
 
+@pytest.mark.run
 def test_prints_with_light_ridges_are_told_and_read_as_dark_ones_are(prints, tmp_path, caplog):
     for file in prints.glob("DB1/*.png"):
         Image.fromarray(255 - np.asarray(Image.open(file).convert("L"))).save(tmp_path / file.name)
@@ -599,6 +604,7 @@ def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_p
     assert of_module1 or found["matches"] == int(row["matches"])  # Module 1's are those that the ridges confirm
 
 
+@pytest.mark.run
 def test_fingers_with_one_impression_train_and_are_not_evaluated(command, generated, tmp_path):
     for finger in range(1, 7):
         shutil.copy(generated[finger, 1], tmp_path / f"{finger}_1.png")

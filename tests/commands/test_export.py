@@ -28,6 +28,7 @@ def pair_of(matcher, generated):
     return [matcher.read(generated[1, i]) for i in (1, 2)]
 
 
+@pytest.mark.run
 def test_a_program_without_this_package_gets_the_same_score(command, packed, generated, tmp_path):
     said = command("export", "--checkpoint", "pretrained", cwd=tmp_path)
     assert said.code == 0 and "scorer.stablehlo" in said.out, said

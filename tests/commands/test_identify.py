@@ -28,6 +28,7 @@ def answers(command, cwd, checkpoint, *words):
     return json.loads(said.out)
 
 
+@pytest.mark.run
 def test_an_enrolled_print_is_its_own_finger(command, enrolled, untrained):
     probe = enrolled / "enrol/DB2/2_1.png"
     (told,) = answers(command, enrolled, untrained, probe, "--top", 3)
@@ -38,6 +39,17 @@ def test_an_enrolled_print_is_its_own_finger(command, enrolled, untrained):
     for c in told["candidates"]:
         assert c["decision"] == ("match" if c["score"] >= told["threshold"] else "no match")
     assert len({c["finger"] for c in told["candidates"]}) == 3
+
+
+def test_probes_of_one_call_are_answered_as_one_by_one(command, enrolled, untrained):
+    probes = [enrolled / "enrol" / name for name in ("DB1/1_2.png", "DB2/3_1.png")]
+    together = answers(command, enrolled, untrained, *probes, "--batch_size", 4)
+    alone = [answers(command, enrolled, untrained, probe, "--batch_size", 4)[0] for probe in probes]
+    for one, other in zip(together, alone):
+        assert one["print"] == other["print"]
+        of = lambda told, key: [c[key] for c in told["candidates"]]
+        assert of(one, "print") == of(other, "print")
+        np.testing.assert_allclose(of(one, "score"), of(other, "score"), rtol=1e-5)
 
 
 def test_what_is_enrolled_is_passed_over_and_another_content_is_refused(command, enrolled, untrained, prints):

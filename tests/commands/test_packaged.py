@@ -28,6 +28,7 @@ def told(monkeypatch):
     return tell
 
 
+@pytest.mark.run
 def test_verify_takes_the_package_and_says_so(command, packed, generated, tmp_path):
     said = command("verify", generated[1, 1], generated[1, 2], cwd=tmp_path)
     assert said.code == 0 and said.out.count("\n") == 2, said
@@ -36,6 +37,7 @@ def test_verify_takes_the_package_and_says_so(command, packed, generated, tmp_pa
     assert answer.startswith("score 0.") and f"(threshold {threshold(0.001):.4f} at FMR 0.001)" in answer
 
 
+@pytest.mark.run
 def test_the_packages_name_is_a_checkpoint_like_another(command, packed, untrained, generated, tmp_path):
     ours, theirs = (
         command("verify", generated[1, 1], generated[1, 1], "--json", "--checkpoint", path, cwd=tmp_path)
@@ -46,11 +48,13 @@ def test_the_packages_name_is_a_checkpoint_like_another(command, packed, untrain
     assert set(found) == {"score", "decision", "matches", "threshold", "probability", "llr", "least_fmr"}
 
 
+@pytest.mark.run
 def test_json_stays_json_where_the_package_is_taken(command, packed, generated, tmp_path):
     said = command("verify", generated[1, 1], generated[1, 2], "--json", cwd=tmp_path)
     assert said.code == 0 and json.loads(said.out) and USED in said.err
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("fmr, decision", [(0.1, "match"), (0.0001, "no match")])
 def test_module_1_decides_at_the_rate_that_is_asked_for(command, packed, generated, tmp_path, told, fmr, decision):
     score = threshold(0.003)
@@ -60,12 +64,14 @@ def test_module_1_decides_at_the_rate_that_is_asked_for(command, packed, generat
     assert f"score {score:.4f}, {decision} (threshold {threshold(fmr):.4f} at FMR {fmr:g})" in said.out, said
 
 
+@pytest.mark.run
 def test_a_list_is_compared_by_the_package(command, packed, generated, tmp_path):
     (tmp_path / "pairs.csv").write_text(f"a,b\n{generated[1, 1]},{generated[1, 2]}\n")
     said = command("verify", "--pairs", "pairs.csv", "--out", "scores.csv", cwd=tmp_path)
     assert said.code == 0 and USED in said.out and " match at FMR 0.001; scores: scores.csv" in said.out, said
 
 
+@pytest.mark.run
 def test_register_takes_the_package(command, packed, generated, tmp_path):
     said = command("register", generated[1, 1], generated[1, 1], cwd=tmp_path)
     assert (
@@ -74,6 +80,7 @@ def test_register_takes_the_package(command, packed, generated, tmp_path):
     assert (tmp_path / "registration/transform.json").is_file()
 
 
+@pytest.mark.run
 def test_evaluate_takes_the_package(command, packed, prints, tmp_path):
     said = command("evaluate", "--dataset_root", prints, "--max_pairs", 20, "--out", "OUT", cwd=tmp_path)
     assert said.code == 0 and USED in said.out, said
@@ -116,6 +123,7 @@ def test_a_run_does_not_learn_from_its_own_folder(started, tmp_path, key):
     assert said.code == 2 and "lies in the run's own folder" in said.err and "--checkpoint_dir" in said.err, said
 
 
+@pytest.mark.run
 def test_a_run_of_another_network_names_what_differs(started, packed, tmp_path):
     words = (
         "--preset",
@@ -138,6 +146,7 @@ def test_what_is_no_module_1_starts_no_run(started, no_weights, tmp_path):
         assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
 
 
+@pytest.mark.run
 def test_module_2_starts_from_the_package(started, packed, untrained, tmp_path):
     """Transformer, ResNets and the learned scale; the rest, and the place of Module 1, as with any other."""
     from ifvit import checkpoint
@@ -173,6 +182,7 @@ PRINTS = weights.FOLDER / "prints"
 HERE = pytest.mark.skipif(not (weights.FOLDER / weights.FILE).is_file(), reason="no weights have been packed")
 
 
+@pytest.mark.run
 @HERE
 def test_the_packages_own_weights_tell_its_prints_apart(command, tmp_path):
     found = {}

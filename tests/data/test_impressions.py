@@ -59,6 +59,7 @@ def skin(p: Print, xy):
     return np.stack([ndimage.map_coordinates(true[..., k], picture[:, ::-1].T, order=1) for k in (0, 1)], axis=1)
 
 
+@pytest.mark.run
 def test_what_a_map_joins_is_the_same_skin_within_a_px(print_set, pairs):
     off = [
         np.linalg.norm(skin(print_set.prints[i], here) - skin(print_set.prints[j], there), axis=1)
@@ -69,12 +70,14 @@ def test_what_a_map_joins_is_the_same_skin_within_a_px(print_set, pairs):
     assert np.median(np.concatenate(off)) < 0.1
 
 
+@pytest.mark.run
 def test_the_way_there_and_back_leads_to_where_it_began(pairs):
     for _, _, maps, here, there in pairs:
         back = through(maps["map10"], there)
         assert np.linalg.norm(back - here, axis=1).max() < 1.0
 
 
+@pytest.mark.run
 def test_the_ridges_of_two_impressions_agree_by_the_map_and_not_half_a_ridge_beside_it(print_set, pairs):
     """Correlation of the canvases, smoothed and their local means taken away, over the skin that both show."""
 

@@ -187,6 +187,7 @@ def on_a_disk(commands: str, *words) -> str:
     return ended.stdout
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "kind, size", [("real", "100k"), ("real", "148k"), ("generated", "20k"), ("generated", "156k")]
 )

@@ -32,6 +32,7 @@ def minutiae(master) -> int:
     return int((np.abs(np.round(turns)) * inner).sum())
 
 
+@pytest.mark.run
 def test_same_numbers_give_the_same_bits_in_any_order(masters):
     for finger in (2, 1):
         again = synthetic.master_finger(SEED, finger)
@@ -113,6 +114,7 @@ def test_minutiae_arise(masters):
     assert all(30 < count < 160 for count in counts), counts
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("workers", [1, 2])
 def test_prints_writes_what_impression_gives_and_reuses_it(tmp_path, masters, workers):
     paths = synthetic.prints(SEED, 2, 2, tmp_path, workers)

@@ -391,6 +391,7 @@ def test_deep_nesting_is_refused_without_recursion(refused, raw):
     refused(under("params", raw[1]) + b".", megabytes=20)
 
 
+@pytest.mark.run
 def test_a_key_that_would_overflow_the_stack_when_hashed_is_refused(refused):
     assert "200 levels deep" in refused(b"}" + b")" + b"\x85" * 1_000_000 + b"Ns.", traced=False)
 
@@ -431,6 +432,7 @@ def laughs(first, wrap, levels=30):
     return raw
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "raw",
     {
@@ -483,6 +485,7 @@ def test_shared_references_do_not_multiply(refused, raw, monkeypatch):
         assert "refers to the same content so often" in said
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("code, order", [(b"h\x1d", text("<")), (text("f4"), b"h\x1d")])
 @pytest.mark.parametrize("first", [laughs(b")", lambda x: b"(" + x * 10 + b"t"), b")" + b"\x85" * 1_000_000 + b"q\x1d"])
 def test_a_types_name_is_not_hashed_for_ever_nor_beyond_the_stack(refused, code, order, first):
@@ -501,6 +504,7 @@ def test_a_leafs_name_does_not_grow_without_end(refused):
     assert "which cannot be one of a leaf" in said
 
 
+@pytest.mark.run
 def test_the_limits_as_they_are_keep_a_read_short(refused):
     nested = laughs(
         b"}", lambda x: call("flax.core.frozen_dict.FrozenDict", b"}(" + text("a") + x + text("b") + x + b"u")

@@ -237,6 +237,7 @@ def test_a_pickle_of_the_original_seeds_module_2_and_what_was_left_out_is_said(t
     assert f"✓ 40 arrays, {PARAMETERS:,} parameters, without digests" in capsys.readouterr().out
 
 
+@pytest.mark.run
 def test_a_checkpoint_that_goes_out_as_a_pickle_and_comes_back_is_equal(command, good, tmp_path):
     file, back = tmp_path / "dense_reg_ckpt.pkl", tmp_path / "back"
     for words in (["export", good, file], ["import", file, back], ["diff", good, back]):
@@ -249,6 +250,7 @@ def test_a_checkpoint_that_goes_out_as_a_pickle_and_comes_back_is_equal(command,
     }
 
 
+@pytest.mark.run
 def test_a_matcher_takes_its_aligner_along(command, state, tmp_path):
     aligner = {k: state[k] for k in ("params", "batch_stats")}
     matcher = {"params": dict.fromkeys(BRANCHES, aligner["params"]), "step": np.int32(1)}

@@ -305,6 +305,7 @@ def test_a_safetensors_header_that_lies_is_refused(tmp_path, entry):
 NESTED = b")" + b"\x85" * 1_000_000  # a tuple of a million levels
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "body, how",
     [

@@ -307,6 +307,7 @@ def test_an_embedding_is_a_unit_vector_of_where_the_features_lie_and_not_of_the_
     np.testing.assert_array_equal(e, run(other_background, mask))
 
 
+@pytest.mark.run
 def test_prints_without_a_cell_in_common_are_not_alike_and_their_gradients_are_finite():
     """Not the head's bias in place of both."""
     head = EmbeddingHead(MATCH, rngs=nnx.Rngs(0))
@@ -332,6 +333,7 @@ def test_the_mask_that_both_prints_of_a_pair_share_does_not_show_in_the_embeddin
     assert min(abs(part - whole).max() for part in parts) > 0.01  # zeros outside the mask counted
 
 
+@pytest.mark.run
 def test_a_bin_is_the_mean_of_its_foreground_by_hand():
     """4 × 4 cells into one bin: cells of 2, 4 and 6 are seen, all of like weight in the middle of the grid."""
     head = EmbeddingHead(MATCH.replace(masked_pooling=True, embedding_grid=1), rngs=nnx.Rngs(0))
@@ -344,18 +346,21 @@ def test_a_bin_is_the_mean_of_its_foreground_by_hand():
     )
 
 
+@pytest.mark.run
 def test_arcfaces_centres_begin_with_norm_1():
     model = Matcher(MATCH.replace(loss_template=1.0), 7, rngs=nnx.Rngs(0))
     for centres in (model.arcface_global, model.arcface_local, model.arcface_single):
         np.testing.assert_allclose(jnp.linalg.norm(centres[...], axis=0), np.ones(7), rtol=1e-5)
 
 
+@pytest.mark.run
 def test_positions_may_begin_elsewhere():
     moved = position_encoding(3, 5, 16, shift=np.array([[2, 1], [0, 0]]))
     np.testing.assert_array_equal(moved[0], position_encoding(4, 7, 16)[1:, 2:])
     np.testing.assert_array_equal(moved[1], position_encoding(3, 5, 16))
 
 
+@pytest.mark.run
 def test_where_a_cell_lies_does_not_tell_its_match_once_the_frame_is_shifted():
     """Blank prints have nothing but positions. In one frame cell i is like cell i; a shift makes it like another."""
     model = filled(lambda: Matcher(MATCH.replace(similarity="cosine"), 5, rngs=nnx.Rngs(0)))
@@ -405,6 +410,7 @@ def test_a_template_is_a_unit_vector_of_one_print_and_of_no_other_in_the_batch()
     np.testing.assert_allclose(run(model, image[[0, 2, 1]], mask[[0, 2, 1]])[0], found[0], atol=1e-5)
 
 
+@pytest.mark.run
 def test_in_training_the_templates_are_those_of_both_prints_and_the_pair_is_as_without_them():
     """By running statistics, so that the batch does not matter."""
     rng = np.random.default_rng(3)

@@ -94,6 +94,7 @@ def genuine():
     return checked(ridges(1), impression(1), (wrong[0], POSE, wrong[1]))
 
 
+@pytest.mark.run
 def test_the_candidate_whose_ridges_agree_wins(genuine):
     assert genuine.chosen == 1 and genuine.score > 0.7
 
@@ -123,6 +124,7 @@ def test_a_deformation_that_betters_nothing_is_left_out():
     assert not same.field.any()
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("other", range(2, 8))
 def test_ridges_of_another_finger_agree_in_nothing(genuine, other):
     assert checked(ridges(1), impression(other), (POSE, (1.0, 0, 0, 0))).score < 0.25 * genuine.score
@@ -163,6 +165,7 @@ def test_the_overlap_is_the_share_of_the_smaller_print_that_the_other_covers():
     assert half.overlap == pytest.approx(both / (DISC & (X < 120)).sum(), abs=0.03)
 
 
+@pytest.mark.run
 def test_a_pair_does_not_depend_on_its_neighbours_in_the_batch():
     pairs = [(ridges(1), impression(1)), (ridges(2), impression(5)), (np.zeros_like(DISC, np.float32), impression(4))]
     batch = [jnp.stack(x) for x in zip(*pairs)]
@@ -229,6 +232,7 @@ def test_a_similarity_is_told_in_the_window_of_another_resolution():
     np.testing.assert_allclose(there, (1.75 * (x + 0.5) - 0.5, 1.75 * (y + 0.5) - 0.5), atol=1e-3)
 
 
+@pytest.mark.run
 def test_the_best_mode_is_the_robust_fit_and_the_next_one_is_what_others_agree_on():
     rng = np.random.default_rng(0)
     p = rng.uniform(0, 200, (60, 2)).astype(np.float32)
@@ -273,6 +277,7 @@ CONFIGS = {200: SMOKE.replace(image_size=104), 350: SMOKE.replace(input_ppi=350.
 KNOWING = Network(lambda _: ({}, {}), lambda params, *_, **__: (params["log_conf"], None))
 
 
+@pytest.mark.run
 @pytest.mark.parametrize("ppi", CONFIGS)
 def test_a_registration_is_told_from_a_false_one_at_either_resolution(ppi):
     """Turned by 15°: the matches are the same for both pairs, and the ridges are those of one finger in the first."""

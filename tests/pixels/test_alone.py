@@ -62,6 +62,7 @@ def test_what_is_centred_moves_by_whole_pixels_and_nothing_comes_in():
     np.testing.assert_array_equal(np.argwhere(inside)[0], [1, 4])
 
 
+@pytest.mark.run
 def test_in_training_a_print_lies_about_its_own_middle_whatever_part_of_it_touches_and_never_the_same():
     config = CONFIG.replace(partial=1.0)
     (canvas0, mask0), (canvas1, mask1) = canvases(87.5, 151.5, 64), canvases(143.5, 119.5, 56)

@@ -76,6 +76,7 @@ def programs() -> dict:
     }
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "name",
     [

@@ -66,6 +66,7 @@ def test_the_plain_view_is_the_middle_of_the_canvas_at_the_networks_ppi():
     np.testing.assert_allclose(to_canvas(plain_view(SMOKE), q, 64), expected, atol=1e-4)
 
 
+@pytest.mark.run
 def test_a_pixel_of_a_view_shows_its_place_on_the_canvas():
     """Canvases whose grey level is x, and y: at 500 ppi the view reads its own coordinates off them."""
     y, x = np.mgrid[:256, :256].astype(np.uint8)
@@ -166,6 +167,7 @@ def test_labels_are_mutual_nearest_cells_for_any_pose(labels_between):
     np.testing.assert_array_equal(labels.ravel(), expected)
 
 
+@pytest.mark.run
 def test_matched_cells_show_the_same_skin_in_distorted_views(labels_between):
     """Canvases whose grey level is x, and y, tell where on the finger a pixel lies."""
     view0, view1 = (random_view(jax.random.key(k), WIDE, jnp.float32(a), 0.08, 20.0) for k, a in ((1, 0.2), (2, -0.9)))
@@ -291,6 +293,7 @@ def steps(make_pair):
     return [make_pair(step) for step in range(6)]
 
 
+@pytest.mark.run
 def test_mistake_8_the_background_is_zero_however_the_print_is_turned(steps):
     for pair in steps:
         for image, mask in ((pair.image0, pair.mask0), (pair.image1, pair.mask1)):
@@ -340,6 +343,7 @@ def test_a_label_joins_foreground_cells_of_both_views(steps):
         assert cells0[matched].all() and cells1[pair.labels[0][matched]].all()
 
 
+@pytest.mark.run
 def test_the_maps_of_a_batch_reach_the_truth_of_its_pairs(ridges_and_background, make_pair):
     """Idle maps change no label. Maps that lead away leave nothing that matches, and no image changes."""
     run = quickly(lambda keys, batch: dense_pair(keys, batch, SMOKE))

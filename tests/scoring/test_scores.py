@@ -50,6 +50,7 @@ def test_few_pairs_of_many_prints_need_few_blocks():
     assert len(list(blocks(numbers, 200))) <= 2 * 2000 // 200
 
 
+@pytest.mark.run
 def test_prints_that_were_prepared_alone_have_the_scores_of_their_canvases():
     config = DenseConfig(**PRESETS["smoke"][0])
     rng = np.random.default_rng(0)

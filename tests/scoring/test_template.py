@@ -38,6 +38,7 @@ def prints():
     return Canvases(some)
 
 
+@pytest.mark.run
 def test_a_template_is_a_unit_row_a_print_and_turn_in_their_order(ours, prints):
     rows, share = ours.templates(prints, 2, (0.0, 20.0))
     assert rows.shape == (3, 2, CONFIG.embedding_size) and rows.dtype == share.dtype == np.float32
@@ -55,6 +56,7 @@ def test_no_prints_have_no_templates(ours):
     assert rows.shape == (0, 2, CONFIG.embedding_size) and share.shape == (0,)
 
 
+@pytest.mark.run
 @pytest.mark.parametrize(
     "other, told",
     [

@@ -59,6 +59,7 @@ def arcface(cosines, target, config):
     return np.logaddexp(*logits) - logits[target]
 
 
+@pytest.mark.run
 def test_a_genuine_pair_of_few_matches_teaches_nothing_and_an_impostor_pair_does():
     """Its cosine is 0; without it L_E is the mean of 1 − 0.8 and of 0.6 over the margin."""
     config = CONFIG.replace(label_matches=12, dense_loss="nll", embedding_margin=0.4)
@@ -86,6 +87,7 @@ def test_without_module_1_all_pairs_count():
     assert few == none and few["l_e"] > 0 and few["l_a"] > 0 and few["l_d"] == 0
 
 
+@pytest.mark.run
 def test_a_template_counts_whatever_the_registration_and_is_a_part_of_the_loss():
     config = CONFIG.replace(label_matches=12, loss_template=0.5)
     found, given = step_of(config)
