@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -122,24 +123,34 @@ class Matcher:
         self, pairs: Iterable[Sequence[Any]], fmr: float = 0.001, batch_size: int = 16
     ) -> list[Comparison]:
         """Pairs (a, b), so many at once; in their order."""
-        if not 0 < fmr < 1:
-            raise UserError(f"fmr is {fmr}; give a rate between 0 and 1, such as 0.001.")
-        from ifvit.pixels import agreement
+        _check(fmr)
+        return [self._comparison(*found, fmr) for found in self._rows(self.scorer.answers, pairs, batch_size)]
 
-        threshold = (self.scorer.fusion or agreement).threshold(fmr)
+    def draw(self, a: Any, b: Any, path: str | os.PathLike, fmr: float = 0.001) -> Comparison:
+        """Compares one pair, and draws why it is decided so: a PNG at `path`.
 
-        def comparison(a: OnCanvas, b: OnCanvas, row: dict[str, Any]) -> Comparison:
-            laid = _registration(row, a, b, self.scorer.config)
-            return Comparison(
-                **laid,
-                score=float(row["score"]),
-                threshold=threshold,
-                decision="match" if row["score"] >= threshold else _no_match(a, b, laid),
-                probability=float(row.get("probability", row["score"])),
-                llr=float(row["log_odds"] / np.log(10)),
-            )
+        UserError for a matcher that was trained without Module 1: it lays no print on another.
+        """
+        from ifvit.data.pairs import Pair
+        from ifvit.data.single import Canvases
+        from ifvit.scoring.decision_picture import decision
 
-        return [comparison(*found) for found in self._rows(self.scorer.answers, pairs, batch_size)]
+        _check(fmr)
+        self.scorer.registers  # noqa: B018 (refused before anything is compared)
+        ((a, b, row),) = self._rows(self.scorer.answers, [(a, b)], 1)
+        found, prints, pair = self._comparison(a, b, row, fmr), Canvases([a, b]), Pair(0, 1, False)
+        decision(
+            path,
+            a,
+            b,
+            self.scorer.registration(prints, pair)[0],
+            self.scorer.config,
+            self.scorer.local_corners(prints, pair),
+            self.scorer.parts(row),
+            f"{Path(a.name).name} (a), {Path(b.name).name} (b): {found.decision}, score {found.score:.4f} "
+            f"(threshold {found.threshold:.4f} at FMR {fmr:g})",
+        )
+        return found
 
     @property
     def least_fmr(self) -> float:
@@ -165,6 +176,20 @@ class Matcher:
         read = [self.read(p) for p in prints]
         return self.scorer.templates(Canvases(read), batch_size)[0][:, 0]
 
+    def _comparison(self, a: OnCanvas, b: OnCanvas, row: dict[str, Any], fmr: float) -> Comparison:
+        from ifvit.pixels import agreement
+
+        threshold = (self.scorer.fusion or agreement).threshold(fmr)
+        laid = _registration(row, a, b, self.scorer.config)
+        return Comparison(
+            **laid,
+            score=float(row["score"]),
+            threshold=threshold,
+            decision="match" if row["score"] >= threshold else _no_match(a, b, laid),
+            probability=float(row.get("probability", row["score"])),
+            llr=float(row["log_odds"] / np.log(10)),
+        )
+
     def _rows(self, ask, pairs, batch_size: int) -> list[tuple[OnCanvas, OnCanvas, dict[str, Any]]]:
         """What the scorer answers of each pair, and its prints on their canvases."""
         from ifvit.data.pairs import Pair
@@ -177,6 +202,11 @@ class Matcher:
         number = {id(p): n for n, p in enumerate(prints)}
         found = ask(Canvases(prints), [Pair(number[id(a)], number[id(b)], False) for a, b in read], batch_size)
         return [(a, b, {k: v[i] for k, v in found.items()}) for i, (a, b) in enumerate(read)]
+
+
+def _check(fmr: float) -> None:
+    if not 0 < fmr < 1:
+        raise UserError(f"fmr is {fmr}; give a rate between 0 and 1, such as 0.001.")
 
 
 def _no_match(a: OnCanvas, b: OnCanvas, laid: dict[str, Any]) -> Literal["no match", "cannot decide"]:

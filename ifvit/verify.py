@@ -45,7 +45,7 @@ class Args:
     """false match rate to decide at, by the checkpoint's calibration; Module 1 has that of the packaged weights. Below
     three in the number of the calibration's impostor pairs it is an estimate"""
     picture: str = ""
-    """PNG of both prints with their matches as lines"""
+    """PNG that shows why: both prints with their matches, one laid on the other, the parts of the score"""
     json: bool = False
     """print {"score", "decision", "matches", "threshold", "probability", "llr", "least_fmr"} as JSON"""
     ppi: float | Literal["auto"] | None = None
@@ -63,15 +63,11 @@ class Args:
             cli.log_to_stderr()
         if self.pairs:
             return self.compare_list()
-        from ifvit.data.pairs import Pair
-        from ifvit.data.single import Canvases
 
         cli.use_compilation_cache(cache_dir() / "compiled")
         matcher = Matcher.load(self.checkpoint)
         a, b = (matcher.read(Picture(path, self.ppi, self.ridges)) for path in (self.a, self.b))
-        found = matcher.compare(a, b, self.fmr)
-        if self.picture:
-            matcher.scorer.picture(Canvases([a, b]), Pair(0, 1, False), resolve(self.picture))
+        found = matcher.draw(a, b, resolve(self.picture), self.fmr) if self.picture else matcher.compare(a, b, self.fmr)
         if self.json:
             told = {k: getattr(found, k) for k in ("score", "decision", "threshold", "probability", "llr")}
             print(json.dumps(told | {"matches": len(found.matches), "least_fmr": matcher.least_fmr}))

@@ -91,8 +91,9 @@ def once(shared, tmp_path_factory):
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not told.exists():
                 told.write_text(json.dumps(run(kept)))
-            said = Said(*json.loads(told.read_text()))
-        return shutil.copytree(kept, tmp_path_factory.mktemp(name), dirs_exist_ok=True), said
+            code, *texts = json.loads(told.read_text())
+        cwd = shutil.copytree(kept, tmp_path_factory.mktemp(name), dirs_exist_ok=True)
+        return cwd, Said(code, *(text.replace(str(kept), str(cwd)) for text in texts))
 
     return call
 

@@ -74,6 +74,12 @@ def log_odds(score: Float[Array | np.ndarray, " B"], overlap: Float[Array | np.n
     return slope * jnp.log(score + FAINT) + of_overlap * overlap + bias
 
 
+def parts(score: float, overlap: float) -> dict[str, float]:
+    """What the score (with the bias) and the overlap add to `log_odds`."""
+    slope, of_overlap, bias = LOGISTIC
+    return {"log_ridges": slope * float(np.log(score + FAINT)) + bias, "overlap": of_overlap * overlap}
+
+
 class Agreement(NamedTuple):
     """How well print 0, laid on print 1, agrees with it; W windows a side, lengths in px at CHECK_PPI."""
 

@@ -49,7 +49,7 @@ def align(
         global0, global1 = (normalise(enhance(i, ridge), overlap, config)[..., 0] for i in (local0, local1))
     else:
         global0, global1 = local0, local1
-    corner = _roi_corner(overlap, config.roi_size)
+    corner = roi_corner(overlap, config.roi_size)
     crop = jax.vmap(lambda x, c: jax.lax.dynamic_slice(x, (c[1], c[0]), (config.roi_size, config.roi_size)))
     return Aligned(
         global0[..., None],
@@ -66,7 +66,7 @@ def enhance(images: Float[Array, "B S S"], ridge: float) -> Float[Array, "B S S"
     return blur(images, 0.15 * ridge) - blur(images, 0.5 * ridge)
 
 
-def _roi_corner(overlap: Bool[Array, "B S S"], roi: int) -> Int[Array, "B 2"]:
+def roi_corner(overlap: Bool[Array, "B S S"], roi: int) -> Int[Array, "B 2"]:
     """(x, y) of the window's upper left corner, its centre at the overlap's, inside the image."""
     size = overlap.shape[1]
     along = np.arange(size, dtype=np.float32)

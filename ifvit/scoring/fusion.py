@@ -62,6 +62,12 @@ class Fusion:
             found[at : at + AT_ONCE] = x @ np.asarray(self.weights) + self.bias
         return found
 
+    def parts(self, scores: Scores) -> dict[str, Float[np.ndarray, " N"]]:
+        """What each feature adds to `log_odds`; the bias belongs to the ridges, else to the first feature."""
+        x = features(scores, self.features) * np.asarray(self.weights)
+        x[:, self.features.index("log_ridges") if self.checked else 0] += self.bias
+        return dict(zip(self.features, x.T))
+
     def traced_log_odds(self, scores: dict[str, jax.Array]) -> Float[jax.Array, " N"]:
         """The same inside a jitted function, in float32."""
         parts = zip(self.weights, self.features)

@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from jaxtyping import Float, Num
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
@@ -33,7 +34,7 @@ def det(path: str | os.PathLike, curves: Mapping[str, tuple[Float[np.ndarray, " 
     """
     lowest = 100 * min((rates[rates > 0].min() for pair in curves.values() for rates in pair if rates.any()), default=1)
     floor = min(0.1, 10 ** np.floor(np.log10(lowest / 1.01)))
-    figure = _figure(6.5, 6)
+    figure = new_figure(6.5, 6)
     axes = figure.add_subplot(
         xscale="log", yscale="log", xlim=(floor, 100), ylim=(floor, 100), aspect="equal",
         xlabel="FMR (%)", ylabel="FNMR (%)",
@@ -48,7 +49,7 @@ def det(path: str | os.PathLike, curves: Mapping[str, tuple[Float[np.ndarray, " 
         axis.set_major_formatter("{x:g}")
     axes.grid(which="major", alpha=0.4)
     axes.legend(fontsize="small", loc="best" if len(curves) < 6 else "lower left")
-    _save(figure, path)
+    save(figure, path)
 
 
 def plain(text: str) -> str:
@@ -65,7 +66,7 @@ def histogram(path: str | os.PathLike, genuine: ArrayLike, impostor: ArrayLike, 
     if not ends:
         raise UserError("There are no scores to draw. Give prints of which pairs can be made.")
     edges = np.histogram_bin_edges(np.array(ends, np.float64), bins=40)
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     axes = figure.add_subplot(xlabel="score", ylabel="share of the kind (%)")
     for kind, scores, color in (("impostor", impostor, _IMPOSTOR), ("genuine", genuine, _GENUINE)):
         share = 100 * np.histogram(scores, edges)[0] / max(len(scores), 1)
@@ -73,7 +74,7 @@ def histogram(path: str | os.PathLike, genuine: ArrayLike, impostor: ArrayLike, 
     if threshold is not None:
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:.4g}")
     axes.legend()
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -94,7 +95,7 @@ def curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
 
     columns = min(3, len(metrics))
     panels_down = -(-len(metrics) // columns)
-    figure = _figure(4 * columns, 2.6 * panels_down)
+    figure = new_figure(4 * columns, 2.6 * panels_down)
     for position, (name, splits) in enumerate(metrics.items(), start=1):
         axes = figure.add_subplot(panels_down, columns, position)
         for split, color, style in (("train", _GENUINE, "-"), ("val", _IMPOSTOR, "o-")):
@@ -107,7 +108,7 @@ def curves(path: str | os.PathLike, rows: Sequence[Mapping[str, Any]]) -> None:
         axes.tick_params(labelsize="small")
         axes.grid(alpha=0.4)
         axes.legend(fontsize="small")
-    _save(figure, path)
+    save(figure, path)
 
 
 def matches(
@@ -128,38 +129,47 @@ def matches(
     both[: len(a), : a.shape[1]] = _unit(a)
     both[: len(b), a.shape[1] + _GAP :] = _unit(b)
 
-    figure = _figure(9.5, max(3, 8 * height / width + 0.6))
+    figure = new_figure(9.5, max(3, 8 * height / width + 0.6))
     axes = figure.add_subplot()
     axes.set_axis_off()
     axes.set_title(plain(title))
-    # Paler than it is, so that the lines stand out from dark ridges.
-    axes.imshow(0.6 + 0.4 * both, cmap="gray", vmin=0, vmax=1)
+    pale(axes, both)
+    match_lines(axes, np.asarray(xy_a), np.asarray(xy_b) + (a.shape[1] + _GAP, 0), confidence)
+    save(figure, path)
 
+
+def pale(axes: Axes, image: Num[np.ndarray, "H W"]) -> None:
+    """Draws a print paler than it is, so that lines stand out from dark ridges."""
+    axes.imshow(0.6 + 0.4 * _unit(image), cmap="gray", vmin=0, vmax=1)
+
+
+def match_lines(
+    axes: Axes, start: Num[np.ndarray, "N 2"], end: Num[np.ndarray, "N 2"], confidence: Float[np.ndarray, " N"]
+) -> None:
+    """A line from start to end of each match, (x, y) of the axes, its colour the confidence, 0 to 1. N may be 0."""
     weakest_first = np.argsort(confidence)  # what is drawn last lies on top
-    start = np.asarray(xy_a, np.float64).reshape(-1, 2)[weakest_first]
-    end = np.asarray(xy_b, np.float64).reshape(-1, 2)[weakest_first] + (a.shape[1] + _GAP, 0)
+    start, end = (np.asarray(xy, np.float64).reshape(-1, 2)[weakest_first] for xy in (start, end))
     shade = matplotlib.colors.Normalize(0, 1)
     lines = LineCollection(np.stack([start, end], axis=1), cmap="turbo", norm=shade, linewidths=1, alpha=0.85)
     lines.set_array(np.asarray(confidence, np.float64)[weakest_first])
     axes.add_collection(lines, autolim=False)
     for ends in (start, end):
         axes.scatter(*ends.T, c=lines.get_array(), cmap="turbo", norm=shade, s=8, linewidths=0)
-    figure.colorbar(lines, ax=axes, label="confidence", fraction=0.03, pad=0.02)
-    _save(figure, path)
+    axes.figure.colorbar(lines, ax=axes, label="confidence", fraction=0.03, pad=0.02)
 
 
 def _unit(image: np.ndarray) -> np.ndarray:
     return image / 255 if np.issubdtype(image.dtype, np.integer) else image
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     """A figure of that many inches, at 100 dots an inch."""
     figure = Figure(figsize=(width, height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _save(figure: Figure, path: str | os.PathLike) -> None:
+def save(figure: Figure, path: str | os.PathLike) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole(path) as part:

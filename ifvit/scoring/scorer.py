@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 
 from ifvit import checkpoint
 from ifvit.config import DenseConfig, MatchConfig, config_of
@@ -18,6 +19,7 @@ from ifvit.data.prepare import Prints
 from ifvit.errors import UserError
 from ifvit.models.networks import Network, dense_network, match_network
 from ifvit.pixels import agreement
+from ifvit.pixels.alignment import align, roi_corner
 from ifvit.pixels.geometry import exact
 from ifvit.pixels.registration import CheckedRegistration, checked_registration
 from ifvit.pixels.views import plain_views
@@ -188,6 +190,39 @@ class Scorer:
             found.matches.confidence[keep],
             f"{names[0]} – {names[1]}: {int(found.count)} matches, ridges agree to {found.agreement:.0%}",
         )
+
+    def parts(self, row: dict[str, Any]) -> dict[str, float]:
+        """What each part of one pair's score adds to the natural logarithm of the likelihood ratio.
+
+        `row` is a row of `answers`.
+        """
+        if self.module == "dense_reg":
+            return agreement.parts(float(row["score"]), float(row["overlap"]))
+        return {
+            name: float(x[0]) for name, x in self.fusion.parts({k: np.asarray(v)[None] for k, v in row.items()}).items()
+        }
+
+    def local_corners(self, prints: Prints, pair: Pair) -> Float[np.ndarray, "4 2"] | None:
+        """Corners (x, y) of what the local branch sees of a pair, in px of print 1's window; None without one."""
+        if not self._checked or not self.aligner:
+            return None
+        batch, _ = next(fixed_batches(prints, [pair], 1))
+        left, top = jax.device_get(self._local(self.aligner, batch))[0] - 0.5
+        right, bottom = left + self.config.roi_size, top + self.config.roi_size
+        return np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
+
+    @cached_property
+    def _local(self):
+        net, config = self._aligner_network, self.config
+
+        @exact
+        def corner(state, batch):
+            views = plain_views(batch, config)
+            similarity = checked_registration(net, state, batch, config)[0].similarity
+            pair = align(views.image0, views.image1, views.mask0, views.mask1, similarity, config)
+            return roi_corner(pair.overlap, config.roi_size)
+
+        return jax.jit(corner)
 
     @cached_property
     def _answer(self):
