@@ -11,7 +11,7 @@ CONSTRAINTS := $(wildcard constraints-$(VERSION).txt)
 PARITY := $(VENV)-parity
 TORCH := $(shell grep '^torch==' constraints-3.11.txt)
 
-.PHONY: train weights check runs test test-all parity torch faults starts clean
+.PHONY: train weights check test test-all parity torch faults starts clean
 
 train: $(VENV)/ready
 	$(PY) -m ifvit.train_all --preset quick --dataset_root synthetic
@@ -30,15 +30,11 @@ check: $(VENV)/ready
 	$(PY) -m ruff format --check
 	$(PY) $(TESTS) -m "not slow and not process and not run"
 
-# The tests of this process alone, those that train among them.
-runs: $(VENV)/ready
+test: $(VENV)/ready
 	$(PY) $(TESTS) -m "not slow and not process"
 
-test: $(VENV)/ready
-	$(PY) $(TESTS) -m "not slow"
-
 test-all: $(VENV)/ready
-	$(PY) $(TESTS)
+	$(PY) $(TESTS) --durations 40 --durations-min 10
 
 parity: $(PARITY)/ready
 	$(PARITY)/bin/python -m pytest tests/models/test_parity.py

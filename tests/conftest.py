@@ -28,21 +28,9 @@ CHECKED = "checkpoint data devices models pixels scoring training commands evalu
 install_import_hook([f"ifvit.{room}" for room in CHECKED], "checking.checked")
 
 SMOKE = ["--preset", "smoke"]
-# Minutes each; begun first, so that no process is left with one of them when the others have nothing more to do.
-LONG = [
-    "sweeps",
-    "gs_runs",
-    "hosts",
-    "step",
-    "runs",
-    "faults",
-    "kaggle",
-    "cluster",
-    "processes",
-    "evaluate",
-    "errors",
-    "layouts",
-]
+# Long files are begun first, so that no process is left with one of them when the others have nothing more to do; and
+# beside the one that trains what many share, some that need none of it.
+LONG = "sweeps gs_runs hosts step runs packaged models faults kaggle cluster processes evaluate errors layouts".split()
 
 
 class Said(NamedTuple):

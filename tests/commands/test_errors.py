@@ -332,6 +332,7 @@ def test_a_matcher_where_module_1_belongs(fails, module2, prints):
     )
 
 
+@pytest.mark.slow
 def test_a_matcher_within_an_epoch_has_no_calibration_and_at_its_end_it_has(
     fails, command, module2, generated, tmp_path
 ):

@@ -522,6 +522,7 @@ def test_prints_that_tell_no_resolution_are_counted(prints, tmp_path, caplog):
     assert caplog.text.count("9 prints tell no resolution and are read at 500 ppi") == 2
 
 
+@pytest.mark.slow
 def test_prints_that_the_checkpoint_was_trained_on_are_told(command, module1, prints, tmp_path):
     told = "The checkpoint was trained on prints of"
     assert (
@@ -604,7 +605,7 @@ def test_verify_agrees_with_evaluate(command, pipeline, prints, evaluated, tmp_p
     assert of_module1 or found["matches"] == int(row["matches"])  # Module 1's are those that the ridges confirm
 
 
-@pytest.mark.run
+@pytest.mark.slow
 def test_fingers_with_one_impression_train_and_are_not_evaluated(command, generated, tmp_path):
     for finger in range(1, 7):
         shutil.copy(generated[finger, 1], tmp_path / f"{finger}_1.png")

@@ -47,7 +47,7 @@ def test_a_program_without_this_package_gets_the_same_score(command, packed, gen
     assert told["platforms"] == ["cpu", "cuda", "tpu"] and told["module"] == "dense_reg"
 
 
-@pytest.mark.run
+@pytest.mark.slow
 def test_module_2s_fused_score_is_in_the_file(module2, generated, command, tmp_path):
     from jax import export
 

@@ -248,6 +248,7 @@ def test_a_matchers_checkpoint_holds_the_module_1_that_aligns_its_pairs(module1,
     assert ours.metadata["num_classes"] == 100
 
 
+@pytest.mark.slow
 def test_without_module_1_the_guides_warning_and_a_random_start(command, prints, tmp_path):
     said = command(
         "train_match",

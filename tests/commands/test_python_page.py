@@ -25,7 +25,7 @@ def test_the_code_of_the_page_runs(pipeline, generated, tmp_path, monkeypatch, c
         "nowhere.png cannot be read: No such file"
     )
     assert names["laid"].matches.shape[1] == 4 and len(names["answers"]) == 3
-    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png", "c.png", "checkpoints"]
+    assert sorted(os.listdir(tmp_path)) == ["a.png", "b.png", "c.png", "checkpoints", "why.png"]
 
 
 def test_the_page_tells_every_field_and_nothing_else():

@@ -70,7 +70,7 @@ def test_what_a_map_joins_is_the_same_skin_within_a_px(print_set, pairs):
     assert np.median(np.concatenate(off)) < 0.1
 
 
-@pytest.mark.run
+@pytest.mark.slow
 def test_the_way_there_and_back_leads_to_where_it_began(pairs):
     for _, _, maps, here, there in pairs:
         back = through(maps["map10"], there)

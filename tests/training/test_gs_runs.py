@@ -17,6 +17,8 @@ from fake_gcs import FakeGcs
 from ifvit import checkpoint, gcs
 from ifvit.training.metrics import TIMES
 
+pytestmark = pytest.mark.slow
+
 RUN = "gs://runs/dense_reg"
 LONG = ("--preset", "smoke", "--num_epochs", 4, "--set", "save_every=2", "--set", "keep_last=1")
 
@@ -109,7 +111,6 @@ def test_a_run_leaves_in_a_bucket_what_it_leaves_in_a_folder(store, train, long,
     assert "nothing to do" in train().out
 
 
-@pytest.mark.slow
 def test_the_whole_pipeline_trains_and_evaluates_into_a_bucket(store, command, pipeline, tmp_path):
     said = command(
         "train_all",
@@ -164,8 +165,8 @@ def test_prints_in_a_bucket_are_copied_into_the_cache_and_trained_on(store, comm
     "when",
     [
         "a checkpoint is half there",
-        pytest.param("a checkpoint is whole", marks=pytest.mark.slow),
-        pytest.param("one goes", marks=pytest.mark.slow),
+        "a checkpoint is whole",
+        "one goes",
     ],
 )
 def test_a_killed_run_goes_on_to_the_same_bits(store, begun, train, long, when):
@@ -184,7 +185,6 @@ def test_a_killed_run_goes_on_to_the_same_bits(store, begun, train, long, when):
     assert_same(store, long)
 
 
-@pytest.mark.slow
 def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_bits(store, begun, train, long):
     until(begun, lambda: b'"val"' in store.buckets["runs"].get("dense_reg/metrics.jsonl", b""))
     begun.send_signal(2)
@@ -207,7 +207,6 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_run_goes_on_from_the_one_befo
     assert names(store) - {p.name for p in long.iterdir()} == {"dense_reg_ckpt.damaged"}
 
 
-@pytest.mark.slow
 def test_a_run_that_begins_anew_leaves_the_one_before_whole(store, train, long):
     assert train().code == 0
     assert train("--resume", "never").code == 0
@@ -244,7 +243,6 @@ def test_a_store_that_refuses_checkpoints_for_a_while_does_not_end_the_run(store
     )
 
 
-@pytest.mark.slow
 def test_metrics_that_are_refused_for_a_while_are_there_at_the_end(store, begun, long):
     store.read_only = {"metrics.jsonl": (403, "No."), "tensorboard": (403, "No.")}
     until(begun, lambda: "+runs/dense_reg/dense_reg_epoch_2/metadata/metadata" in store.changed)

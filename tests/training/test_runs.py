@@ -265,6 +265,7 @@ def test_never_is_once_for_all_processes_of_a_command(module1, prints, tmp_path,
     assert "Going on from" in capsys.readouterr().out and not (folder / "before_2").exists()
 
 
+@pytest.mark.slow
 def test_a_run_from_an_earlier_checkpoint_leaves_those_after_it_whole_and_goes_on_from_its_own(
     command, module1, prints, tmp_path, capsys
 ):
@@ -312,6 +313,7 @@ def test_what_an_attempt_without_a_checkpoint_had_done_is_said(command, module1,
     assert said.code == 0 and re.search(r"Lost: 4 steps \(\d+ s of training\); there is no checkpoint", said.out), said
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_that_does_not_get_better_wherever_it_was_stopped(command, long, prints, tmp_path):
     often = [word if word != "save_every=5" else "save_every=1" for word in LONG]
     words = ("train_dense", "--dataset_root", prints, *often, "--set", "patience=1")
