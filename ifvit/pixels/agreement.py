@@ -68,10 +68,13 @@ def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[
     return jax.nn.sigmoid(log_odds(score, overlap))
 
 
-def log_odds(score: Float[Array | np.ndarray, " B"], overlap: Float[Array | np.ndarray, " B"]) -> Float[Array, " B"]:
+def log_odds(
+    score: Float[Array | np.ndarray, " B"], overlap: Float[Array | np.ndarray, " B"]
+) -> Float[Array | np.ndarray, " B"]:
     """The natural logarithm of the odds that `confidence` gives."""
     slope, of_overlap, bias = LOGISTIC
-    return slope * jnp.log(score + FAINT) + of_overlap * overlap + bias
+    log = np.log if isinstance(score, np.ndarray) else jnp.log
+    return slope * log(score + FAINT) + of_overlap * overlap + bias
 
 
 def parts(score: float, overlap: float) -> dict[str, float]:

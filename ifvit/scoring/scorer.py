@@ -90,7 +90,7 @@ class Scorer:
     @cached_property
     def _score(self):
         if self.module == "dense_reg":
-            return dense_scores(dense_network(self.config), self.config).jitted()
+            return dense_scores(self.registers[0], self.config).jitted()
         net = match_network(self.config, self.num_classes)
         return match_scores(net, self._aligner_network, self.config, self._checked).jitted()
 
@@ -227,7 +227,7 @@ class Scorer:
     @cached_property
     def _answer(self):
         if self.module == "dense_reg":
-            return dense_answers(dense_network(self.config), self.config).jitted()
+            return dense_answers(self.registers[0], self.config).jitted()
         net = match_network(self.config, self.num_classes)
         return answers(net, self._aligner_network, self.config, self._checked).jitted()
 

@@ -12,7 +12,7 @@ from jaxtyping import Int
 
 from ifvit.bar import bar
 from ifvit.config import Settings
-from ifvit.data.loader import print_rows
+from ifvit.data.loader import fixed_batches, print_rows
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
 from ifvit.devices.sharding import batch_spec, fetch, make_mesh, put_whole_batch, replicated
@@ -99,8 +99,12 @@ def score_pairs(
     """`how.score` of all pairs, split over the devices: name -> (pairs, …) array, in order.
 
     A print passes the backbone once, however many pairs it is in, as long as PREPARED_BYTES suffice; else once for
-    each block of pairs. A batch that does not divide among accelerators or processes is made as much larger.
+    each block of pairs. A batch that does not divide among accelerators or processes is made as much larger. One pair
+    alone is scored of its canvases: one program to start in place of five.
     """
+    if len(pairs) == 1 and jax.process_count() == 1:
+        batch, _ = next(fixed_batches(prints, pairs, 1))
+        return fetch(how.score(*state, batch))
     if jax.process_count() > 1 or jax.default_backend() != "cpu":
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
     mesh = make_mesh(batch_size, model_parallel)
