@@ -9,6 +9,7 @@ of each part and of the fused score, a database a column; the difference between
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import tyro
@@ -61,7 +62,9 @@ def score(scorer: Scorer, root: str, known: bool, args: Args) -> dict[str, Datab
         if genuine.any() and not genuine.all():
             scores = score_pairs(scorer._score, scorer.state, mine, pairs, args.batch_size)
             fingers = np.array([[numbers[mine.prints[i].identity] for i in pair[:2]] for pair in pairs])
-            found[name] = Database(scores, genuine, fingers, known)
+            found[f"{Path(root).name}/{name}" if name != Path(root).name else name] = Database(
+                scores, genuine, fingers, known
+            )
     return found
 
 
@@ -97,7 +100,7 @@ def main(args: Args) -> None:
     }
     unseen = [name for name, d in databases.items() if not d.known]
     groups = {"all": list(databases)} | ({"unseen": unseen} if unseen else {})
-    print(f"{'EER / FMR100, %':18s}" + "".join(f"{n[:14]:>15s}" for n in databases) + f"{'mean':>15s}")
+    print(f"{'EER / FMR100, %':18s}" + "".join(f"{n[-14:]:>15s}" for n in databases) + f"{'mean':>15s}")
     draws: dict[str, dict] = {}
     for part in ("fused", "Module 1", "global", "local"):
         rows, draws[part] = [], {}
@@ -114,13 +117,19 @@ def main(args: Args) -> None:
                 change = f"{100 * less.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
                 print(f"{group}: {rate} of the fused score less that of {part}, percentage points: {change}")
     for name, d in databases.items():
-        s, fusion = parts[name]["fused"], fusions[name]
-        at = fusion.threshold(args.fmr)
-        at = np.log(at / (1 - at))
-        weights = ", ".join(f"{f} {w:.2f}" for f, w in zip(fusion.features, fusion.weights))
-        fmr, fnmr = (s[~d.genuine] >= at).mean(), (s[d.genuine] < at).mean()
-        found = f"FMR {fmr:.2%} of {(~d.genuine).sum()}, FNMR {fnmr:.2%}"
-        print(f"{name:16s} at --fmr {args.fmr}: {found}; fused by {weights}")
+        others = [n for n, o in databases.items() if o.known and n != name]
+        told = []
+        for part in ("fused", "Module 1"):
+            s = parts[name][part]
+            if part == "fused":
+                at = fusions[name].threshold(args.fmr)
+                at = np.log(at / (1 - at))
+            else:
+                impostors = np.concatenate([parts[n][part][~databases[n].genuine] for n in others])
+                at = rates.threshold_at_fmr(impostors, args.fmr)
+            told.append(f"{part} FMR {(s[~d.genuine] >= at).mean():.2%}, FNMR {(s[d.genuine] < at).mean():.2%}")
+        weights = ", ".join(f"{f} {w:.2f}" for f, w in zip(fusions[name].features, fusions[name].weights))
+        print(f"{name:20s} at --fmr {args.fmr}, {(~d.genuine).sum()} impostors: {'; '.join(told)}; {weights}")
 
 
 if __name__ == "__main__":
