@@ -347,7 +347,7 @@ def test_train_all_trains_module_1_and_seeds_module_2_with_its_final_checkpoint(
     )
     assert re.search(block, pipeline.said.out)
     module1, module2 = checkpoint.load(pipeline.module1), checkpoint.load(pipeline.module2)
-    assert checkpoint.locate(module2.metadata["config"]["dense_reg_ckpt"]) == module1.path
+    assert str(checkpoint.locate(module2.metadata["config"]["dense_reg_ckpt"])).endswith(str(source))
     assert equal(module2.aligner, {k: module1.state[k] for k in ("params", "batch_stats")})
 
 

@@ -32,6 +32,7 @@ def rows(file) -> list[dict]:
     return found
 
 
+@pytest.mark.slow
 def test_every_pair_has_the_answer_it_has_alone(command, pipeline, folder):
     (folder / "pairs.csv").write_text("a,b\nprints/f1_1.png,prints/f1_2.png\nprints/f1_1.png,prints/f2_1.png\n")
     words = ("--checkpoint", pipeline.module2)

@@ -59,7 +59,7 @@ def skin(p: Print, xy):
     return np.stack([ndimage.map_coordinates(true[..., k], picture[:, ::-1].T, order=1) for k in (0, 1)], axis=1)
 
 
-@pytest.mark.run
+@pytest.mark.slow
 def test_what_a_map_joins_is_the_same_skin_within_a_px(print_set, pairs):
     off = [
         np.linalg.norm(skin(print_set.prints[i], here) - skin(print_set.prints[j], there), axis=1)

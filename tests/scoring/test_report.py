@@ -117,7 +117,7 @@ def test_peers_of_one_file_name_have_a_curve_each(tmp_path):
     assert list(report.peers(paths)) == [f"{paths[0]} (peer)", f"{paths[1]} (peer)", "DB1 (peer)"]
 
 
-@pytest.mark.run
+@pytest.mark.slow
 def test_the_protocol_of_all_pairs_is_reported_too(command, untrained, prints, tmp_path):
     words = ("--checkpoint", untrained, "--dataset_root", prints, "--out", "out", "--protocol", "all")
     said = command("evaluate", *words, cwd=tmp_path)

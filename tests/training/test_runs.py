@@ -123,6 +123,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on_to_the_same_parameters(comman
     assert [r["step"] for r in rows(folder)] == sorted(r["step"] for r in rows(folder))
 
 
+@pytest.mark.slow
 def test_save_every_5_of_10_epochs(long):
     folders = {p.name for p in long.iterdir() if p.is_dir()} - {"tensorboard"}
     assert folders == {"dense_reg_epoch_5", "dense_reg_epoch_10", "dense_reg_best", "dense_reg_ckpt"}
@@ -249,6 +250,7 @@ class Again(Host):
         self.noted.add(what)
 
 
+@pytest.mark.slow
 def test_never_is_once_for_all_processes_of_a_command(module1, prints, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(module1.folder, folder)
@@ -290,6 +292,7 @@ def test_a_run_from_an_earlier_checkpoint_leaves_those_after_it_whole_and_goes_o
     assert f"Going on from {folder / 'dense_reg_epoch_2'}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_seconds_of_a_row_hold_the_checkpoint_that_it_counts(prints, tmp_path, monkeypatch):
     """Goodput takes the one from the other."""
     snapshot = checkpoint.snapshot

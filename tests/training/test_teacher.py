@@ -125,6 +125,7 @@ def taught_run(started, prints, module1, tmp_path, monkeypatch):
     return call, asked
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_teachers_pairs_and_reads_them_again(taught_run, tmp_path, module1):
     call, asked = taught_run
     said, task = call()
