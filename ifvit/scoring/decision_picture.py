@@ -9,6 +9,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from jaxtyping import Bool, Float
+from matplotlib.axes import Axes
 from matplotlib.patches import Polygon
 
 from ifvit.config import Settings
@@ -17,7 +18,7 @@ from ifvit.data.placement import Placement, mapped, similarity_map, window_to_ca
 from ifvit.data.single import OnCanvas
 from ifvit.pixels.registration import CheckedRegistration
 from ifvit.scoring import plots
-from ifvit.scoring.fit import fit
+from ifvit.scoring.fit import Fit, fit
 from ifvit.scoring.fit_pictures import overlay
 
 _GAP, _MARGIN = 24, 8  # px of the canvas, between the prints and about them
@@ -82,7 +83,7 @@ def _box(mask: Bool[np.ndarray, "C C"]) -> tuple[int, int, int, int]:
     )
 
 
-def _prints(axes, a, b, fitted, config, shared, roi, found) -> None:
+def _prints(axes: Axes, a: OnCanvas, b: OnCanvas, fitted: Fit, config: Settings, shared, roi, found) -> None:
     (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = (_box(_foreground(p)) for p in (a, b))
     wide, high = right_a - left_a, max(bottom_a - top_a, bottom_b - top_b)
     both = np.full((high, wide + _GAP + right_b - left_b), 255, np.uint8)
@@ -116,7 +117,7 @@ def _prints(axes, a, b, fitted, config, shared, roi, found) -> None:
     axes.legend(fontsize="small", loc="lower center", bbox_to_anchor=(0.5, -0.09), ncols=3, frameon=False)
 
 
-def _laid(axes, drawn, b, shared) -> None:
+def _laid(axes: Axes, drawn, b: OnCanvas, shared) -> None:
     axes.set_axis_off()
     if drawn is None:
         axes.text(0.5, 0.5, "not registered:\nthe ridges do not agree anywhere", ha="center", va="center")
@@ -126,7 +127,7 @@ def _laid(axes, drawn, b, shared) -> None:
     axes.set_title("a (magenta) laid on b (green): black where both have a ridge", fontsize="small")
 
 
-def _parts(axes, parts) -> None:
+def _parts(axes: Axes, parts: Mapping[str, float]) -> None:
     names = [*(_LABELS.get(name, name) for name in parts), "together"]
     values = np.array([*parts.values(), sum(parts.values())]) / np.log(10)
     colours = ["tab:blue" if v >= 0 else "tab:orange" for v in values]
@@ -144,5 +145,5 @@ def _corners(left: float, top: float, width: float, height: float) -> Float[np.n
     return np.array([[left, top], [left + width, top], [left + width, top + height], [left, top + height]], np.float64)
 
 
-def _outline(axes, corners, colour: str, label: str | None) -> None:
+def _outline(axes: Axes, corners, colour: str, label: str | None) -> None:
     axes.add_patch(Polygon(corners, fill=False, edgecolor=colour, linestyle="--", label=label))

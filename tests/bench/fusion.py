@@ -25,7 +25,6 @@ from ifvit.pixels.agreement import log_odds
 from ifvit.scoring import intervals, rates
 from ifvit.scoring.fusion import Fusion, fit_fusion
 from ifvit.scoring.scorer import Scorer
-from ifvit.scoring.scores import score_pairs
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def score(scorer: Scorer, root: str, known: bool, args: Args) -> dict[str, Datab
         numbers = {identity: n for n, identity in enumerate(dict.fromkeys(p.identity for p in mine.prints))}
         genuine = np.array([p.genuine for p in pairs])
         if genuine.any() and not genuine.all():
-            scores = score_pairs(scorer._score, scorer.state, mine, pairs, args.batch_size)
+            scores = scorer.score(mine, pairs, args.batch_size)
             fingers = np.array([[numbers[mine.prints[i].identity] for i in pair[:2]] for pair in pairs])
             found[f"{Path(root).name}/{name}" if name != Path(root).name else name] = Database(
                 scores, genuine, fingers, known
