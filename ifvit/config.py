@@ -205,6 +205,9 @@ class DenseConfig(Config):
     impression_share: float = number(0.0, 0, 1, use=HOST, roles={LIVE})
     teacher: str = place("", roles={FREE, OWN})  # a trained Module 1 that tells it of real prints ('' for none)
     teacher_pairs: int = number(2000, 1, use=HOST)  # pairs of impressions that it looks at, at most
+    # numbers of a template of one print (`models.template`), fitted when the training ends; 0: none is made
+    template_size: int = number(256, 0, use=HOST, roles={FREE})
+    template_prints: int = number(2000, 4, use=HOST, roles={FREE})  # training prints that it is fitted to, at most
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
     init: str = place("", roles={OWN})  # a Module 1 that it starts from; `pretrained`: the package's ('' for none)
 
@@ -244,10 +247,8 @@ class MatchConfig(Config):
     loss_dense: float = number(0.5, 0, use=SCALAR)  # L_D (paper)
     loss_embedding: float = number(0.1, 0, use=SCALAR)  # L_E (paper)
     loss_arcface: float = number(1.0, 0, use=SCALAR)  # L_A (paper)
-    # of the templates of one print, L_E + L_A; 0: the network makes none (the paper's does not)
-    loss_template: float = number(0.0, 0)
     dense_loss: str = choice("focal", "focal", "nll")
-    # genuine pairs with fewer registered matches teach nothing, but for their templates: they may lie wrong
+    # genuine pairs with fewer registered matches teach nothing: they may lie wrong
     label_matches: int = number(0, 0, use=SCALAR)
     # cells that print 0's positions in the global branch are moved by, at most, so that they do not give L_D away
     frame_shift: int = number(0, 0, 64)
@@ -382,9 +383,12 @@ def _as_paths(value):
     return from_home(value)
 
 
+RETIRED = {"loss_template"}  # keys of checkpoints from before; no network or step depends on them now
+
+
 def config_of(cls, raw: dict):
     """A configuration from a checkpoint's metadata, where tuples have become lists."""
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k not in RETIRED})
 
 
 DENSE_CONFIG = DenseConfig()

@@ -196,7 +196,9 @@ def evaluate(
     import jax
 
     from ifvit.data.protocols import PROTOCOLS, Pairs
+    from ifvit.models.template import Template
     from ifvit.scoring import intervals, plots, rates, report, scores_csv
+    from ifvit.scoring.template_rates import template_rates
 
     pairs = Pairs(_limited(_usable(PROTOCOLS[protocol](prints.prints)), max_pairs))
     _announce(pairs, protocol)
@@ -227,12 +229,13 @@ def evaluate(
             by_fvc = _of_first_impressions(pairs, name, prints.prints)
             rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[by_fvc])
         curves[name] = rates.det_curve(genuine, impostor, rates.POINTS)[1:]
+    if isinstance(getattr(scorer, "template", None), Template):  # a stand-in may have none
+        for name, told_of in template_rates(scorer, prints, pairs, batch_size).items():
+            rows[name] |= told_of
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
-    if all("eer_fvc" in row for row in rows.values()):
-        macro["eer_fvc"] = float(np.mean([row["eer_fvc"] for row in rows.values()]))
-    for cost in ("cllr", "min_cllr"):
-        if all(cost in row for row in rows.values()):
-            macro[cost] = float(np.mean([row[cost] for row in rows.values()]))
+    for key in ("eer_fvc", "cllr", "min_cllr", "eer_template", "rank1_template"):
+        if all(key in row for row in rows.values()):
+            macro[key] = float(np.mean([row[key] for row in rows.values()]))
     result = {"macro": macro, "databases": rows, "protocol": protocol}
     if jax.process_index() > 0:
         return result
@@ -329,6 +332,8 @@ def _of_first_impressions(pairs, database: str, prints) -> np.ndarray:
 
 def print_table(result: dict) -> None:
     """Rates in per cent with their 95 % intervals, a line a database."""
+    from ifvit.scoring import report
+
     rates = {"eer": "EER", "fmr100": "FMR100", "fmr1000": "FMR1000", "zerofmr": "ZeroFMR"}
     both = "eer_fvc" in result["macro"]
     print(
@@ -344,6 +349,8 @@ def print_table(result: dict) -> None:
         print((f"{name:20s}" + "".join(f"{cell:>23s}" for cell in cells) + f" {row['auc']:7.4f} {counts}").rstrip())
     if "cllr" in result["macro"]:
         print("Cllr {cllr:.3f} bits, {min_cllr:.3f} if calibrated on these prints; macro".format(**result["macro"]))
+    if "eer_template" in result["macro"]:
+        print(report.of_templates(result["macro"]))
 
 
 if __name__ == "__main__":

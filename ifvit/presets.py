@@ -44,9 +44,7 @@ _FOUND_MATCH = dict(
 )
 # of Module 2 in every preset: what its heads need, of which the paper tells nothing
 _SOUND = dict(masked_pooling=True)
-_SMALL_MATCH = dict(
-    _SMALL_NET, **_SOUND, seed_resnet=True, embedding_channels=16, match_threshold=0.05, loss_template=0.2
-)
+_SMALL_MATCH = dict(_SMALL_NET, **_SOUND, seed_resnet=True, embedding_channels=16, match_threshold=0.05)
 # quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
 _QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
 _SMOKE_NET = dict(
@@ -74,7 +72,6 @@ _SMOKE_NET = dict(
 )
 
 PRESETS = {
-    # no template of one print: the paper has none
     "paper": (dict(), dict(_SOUND, frame_shift=4)),
     "cpu": (
         dict(
@@ -121,7 +118,7 @@ PRESETS = {
         ),
     ),
     "smoke": (
-        _SMOKE_NET,
+        dict(_SMOKE_NET, template_size=32),
         dict(
             _SMOKE_NET,
             seed_resnet=True,
@@ -130,7 +127,6 @@ PRESETS = {
             embedding_channels=8,
             calibration_pairs=8,
             **_SOUND,
-            loss_template=1.0,
             frame_shift=2,
         ),
     ),

@@ -15,6 +15,7 @@ PACKAGES = ("ifvit", "cluster", "tune")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 COMMANDS = {"pytest-xdist", "ruff"}  # `make` runs them, and no file imports them
+ELSEWHERE = {"cv2": ["opencv-python-headless"], "nbis": ["nbis-py"]}  # of an extra that is not installed for tests
 THROUGH_OTHERS = {"flatbuffers"}  # jax.export asks for it
 DEVICES = {"cuda", "tpu"}  # extras that name jax again, for another device
 
@@ -35,13 +36,13 @@ def imported(*folders: str) -> set[str]:
     modules |= {node.module for node in trees if isinstance(node, ast.ImportFrom) and not node.level}
     ours = {*PACKAGES, *(file.stem for file in files), *(file.parent.name for file in files)}
     others = {module.split(".")[0] for module in modules} - ours - sys.stdlib_module_names
-    distributions = metadata.packages_distributions()
+    distributions = ELSEWHERE | metadata.packages_distributions()
     found = (names(distributions.get(module, [module])) for module in others)
     return {name for several in found for name in (several & DECLARED or several)}  # MLflow comes in three parts
 
 
 REQUIRED = names(PROJECT["dependencies"])
-TESTS = {"test", "parity"}  # extras of what only tests import
+TESTS = {"test", "parity", "bench"}  # extras of what only tests import
 OPTIONAL = names(r for extra, wanted in EXTRAS.items() if extra not in DEVICES | TESTS for r in wanted)
 FOR_TESTS = names(r for extra in TESTS for r in EXTRAS[extra])
 

@@ -1,7 +1,8 @@
 """Checkpoints: Orbax directories that exist whole or not at all, every leaf with a digest.
 
 A checkpoint holds `state` (params, batch_stats, opt_state, step), all nested dictionaries with string keys, JSON
-`metadata`, and for a matcher `aligner` (Module 1's params and batch_stats). Orbax writes it while training goes on, and
+`metadata`, for a matcher `aligner` (Module 1's params and batch_stats), and from the end of Module 1's training on its
+`template` (`models.template`). Orbax writes it while training goes on, and
 every process writes its own shards (`writing`). TensorStore reads it on any mesh, and every process reads what its
 devices need (`reading`). It lies in a directory or in a bucket, a gs:// URL (`places`). No array is used before its
 digest has been compared.
@@ -14,7 +15,7 @@ digest has been compared.
 """
 
 from ifvit.checkpoint.agreement import BARRIER_MS
-from ifvit.checkpoint.loading import NETWORK, Checkpoint, from_legacy, load, or_packaged, restore
+from ifvit.checkpoint.loading import NETWORK, RETIRED, Checkpoint, from_legacy, load, or_packaged, restore
 from ifvit.checkpoint.metadata import (
     Damaged,
     check_module,
@@ -46,6 +47,7 @@ __all__ = [
     "NETWORK",
     "OLD",
     "PRETRAINED",
+    "RETIRED",
     "UNFINISHED",
     "Checkpoint",
     "Damaged",

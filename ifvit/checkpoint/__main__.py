@@ -65,7 +65,7 @@ def checkpoints_below(root: epath.Path, seen: frozenset[str] = frozenset()) -> l
         elif (
             NAMED.fullmatch(child.name)
             or (child / "_CHECKPOINT_METADATA").exists()
-            or any((child / part).is_dir() for part in ("state", "metadata", "aligner"))
+            or any((child / part).is_dir() for part in ("state", "metadata", "aligner", "template"))
         ):
             found.append(child)
         else:
@@ -81,10 +81,9 @@ class Inspect:
 
     def run(self) -> int:
         found = checkpoint.load(self.path)
-        trees = {"state": found.state} | ({"aligner": found.aligner} if found.aligner else {})
         shardings = found.metadata.get("shardings", {})
         sizes: Counter = Counter()
-        for name, leaf in checkpoint.leaves(trees).items():
+        for name, leaf in checkpoint.leaves(found.trees).items():
             sizes["/".join(name.split("/")[:2])] += leaf.nbytes
             print(
                 f"{name:90s} {leaf.dtype!s:8s} {list(leaf.shape)!s:18s} {leaf.nbytes:>10d} "
@@ -144,11 +143,11 @@ class Import:
         for note in notes:
             print(f"⚠ {note}")
         state = {name: part for name, part in state.items() if not (isinstance(part, dict) and not part)}
-        _check_names(file, checkpoint.leaves({"state": state} | ({"aligner": found.aligner} if found.aligner else {})))
+        _check_names(file, checkpoint.leaves(found.trees | {"state": state}))
         try:
             if checkpoint.has_name(folder) or checkpoint.is_local(folder) and folder.exists():
                 raise UserError(f"{folder} is there already; give a new name.")
-            checkpoint.save(folder, found.module, state, found.metadata, found.aligner)
+            checkpoint.save(folder, found.module, state, found.metadata, found.aligner, found.template)
         except UserError:
             raise
         except Exception as e:  # the disk fails, or an array has a type that Orbax does not know
@@ -201,7 +200,7 @@ class Export:
         if file.is_dir():
             raise UserError(f"{file} is a directory; give the name of a file.")
         metadata = {k: v for k, v in found.metadata.items() if k not in ("digest", "digests", "shardings", "timestamp")}
-        state = found.state | ({"aligner": found.aligner} if found.aligner is not None else {})
+        state = found.state | {name: tree for name, tree in found.trees.items() if name != "state"}
         legacy.write(file, state, metadata, found.metadata.get("timestamp"))
         print(f"{file}: {len(checkpoint.leaves(state))} leaves of {found.path}")
         return 0

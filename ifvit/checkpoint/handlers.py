@@ -47,7 +47,7 @@ def writer(size: int, largest: int, number: int, shared: bool = True) -> ocp.Che
             metadata=MetadataHandler(),
             **{
                 name: ocp.PyTreeCheckpointHandler(multiprocessing_options=processes, **arrays)
-                for name in ("state", "aligner")
+                for name in ("state", "aligner", "template")
             },
         ),
         multiprocessing_options=processes,

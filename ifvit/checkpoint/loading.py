@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,9 @@ from ifvit.checkpoint.tree import leaves, nested
 from ifvit.errors import CheckpointNotFound, UserError
 from ifvit.paths import resolve
 
-NETWORK = ("state/params", "state/batch_stats", "aligner")  # the parts that a trained network needs to run
+NETWORK = ("state/params", "state/batch_stats", "aligner", "template")  # the parts that a trained network needs to run
+TEMPLATE = {"mean", "centres", "projection", "bias"}  # leaves of `models.template.Template`
+RETIRED = re.compile("(^|/)(head|arcface)_single(/|$)")  # leaves of a Module 2 from before templates were Module 1's
 
 log = logging.getLogger("ifvit")
 
@@ -27,6 +30,13 @@ class Checkpoint:
     state: dict  # nested dictionaries of arrays: numpy's, or JAX's on the devices asked for
     metadata: dict
     aligner: dict | None
+    template: dict | None = None  # of Module 1: what its templates of one print are made by (`models.template`)
+
+    @property
+    def trees(self) -> dict[str, dict]:
+        """`state`, and of `aligner` and `template` what it has."""
+        trees = {"state": self.state, "aligner": self.aligner, "template": self.template}
+        return {name: tree for name, tree in trees.items() if tree is not None}
 
     @property
     def module(self) -> str:
@@ -77,14 +87,14 @@ def restore(folder: epath.Path, metadata: dict, shardings: dict) -> Checkpoint:
     Every process calls it, and reads only what its devices need. It raises the UserErrors of `load`, and the same class
     on every process.
     """
-    wanted = dict.fromkeys(metadata["digests"]) | leaves({"state": shardings})
+    wanted = {n: None for n in metadata["digests"] if not RETIRED.search(n)} | leaves({"state": shardings})
     return _as_checkpoint(folder, metadata, read_leaves(folder, metadata, wanted))
 
 
 def _as_checkpoint(folder: epath.Path, metadata: dict, flat: dict) -> Checkpoint:
     trees = nested(flat)
     state = {"params": {}, "batch_stats": {}, "opt_state": {}} | trees.get("state", {})
-    return Checkpoint(folder, state, metadata, trees.get("aligner"))
+    return Checkpoint(folder, state, metadata, trees.get("aligner"), trees.get("template"))
 
 
 def from_legacy(file: epath.Path) -> Checkpoint:
@@ -94,19 +104,21 @@ def from_legacy(file: epath.Path) -> Checkpoint:
     """
     found = legacy.read(file)
     state = {"params": {}, "batch_stats": {}, "opt_state": {}, "step": np.int32(0)} | found.state
-    aligner = state.pop("aligner", None)
-    for name, part in (state | {"aligner": {} if aligner is None else aligner}).items():
+    beside = {name: tree for name in ("aligner", "template") if (tree := state.pop(name, None)) is not None}
+    if not (isinstance(beside.get("template"), dict) and beside["template"].keys() == TEMPLATE):
+        beside.pop("template", None)  # other code's, whatever it is
+    for name, part in (state | beside).items():
         if name == "step" and not (np.ndim(part) == 0 and np.asarray(part).dtype.kind in "iuf" and np.isfinite(part)):
             raise UserError(f"{file} has a step that is no number; save one, and not one for each device.")
-        if name in ("params", "batch_stats", "opt_state", "aligner") and not isinstance(part, dict):
+        if name in ("params", "batch_stats", "opt_state", *beside) and not isinstance(part, dict):
             raise UserError(f"{file} has an array as its {name}, where named arrays belong; save the tree of them.")
     params = state["params"]
     names = {*params, *(m for p in params.values() if isinstance(p, dict) for m in p)}
     module = "matcher" if any(n.endswith("_transformer_global") for n in names) else "dense_reg"
     told = sound(found.metadata)
     ours = "resnet_widths" in told["config"] and "module" in told
-    names = leaves({"state": state} | ({"aligner": aligner} if aligner else {}))
+    names = leaves({"state": state} | beside)
     metadata = {"module": module} | told | {"step": int(state["step"]), "digests": dict.fromkeys(names)}
     if found.timestamp:
         metadata["timestamp"] = found.timestamp
-    return Checkpoint(file, state, metadata if ours else metadata | {"foreign": True}, aligner)
+    return Checkpoint(file, state, metadata if ours else metadata | {"foreign": True}, **beside)

@@ -22,7 +22,14 @@ from ifvit.checkpoint.unsynced import synced_as_can_be, tree_to_disk
 _saves = itertools.count()  # all processes save the same in the same order
 
 
-def save(path: str | os.PathLike, module: str, state: dict, metadata: dict, aligner: dict | None = None) -> None:
+def save(
+    path: str | os.PathLike,
+    module: str,
+    state: dict,
+    metadata: dict,
+    aligner: dict | None = None,
+    template: dict | None = None,
+) -> None:
     """Writes a checkpoint; one of the same name is replaced only when the new one is whole.
 
     Every process calls it, and writes its own shards; it may run in a thread beside the training, on
@@ -40,7 +47,8 @@ def save(path: str | os.PathLike, module: str, state: dict, metadata: dict, alig
     from ifvit.checkpoint import handlers
 
     path = as_writable_path(path)
-    trees = {"state": state} | ({"aligner": aligner} if aligner is not None else {})
+    trees = {"state": state, "aligner": aligner, "template": template}
+    trees = {name: tree for name, tree in trees.items() if tree is not None}
     trees = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x), trees)
     flat = leaves(trees)
     for x in flat.values():  # JAX makes the list of shards at the first call, and two threads may each add to it

@@ -50,6 +50,11 @@ class DenseRegistration(nnx.Module):
         f = f.reshape(batch, 2, *f.shape[1:])
         return self.match(f[:, 0], f[:, 1], mask0, mask1, train)
 
+    def described(self, images: Float[Array, "N H W 1"], train: bool) -> Float[Array, "N L D"]:
+        """Of each print alone: the ResNet's features, wherever they lie."""
+        x = self.resnet(images, train)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
     def features(self, images: Float[Array, "N H W 1"], train: bool) -> Float[Array, "N L D"]:
         """Of each print alone: the ResNet's features, with their positions."""
         x = self.resnet(images, train)

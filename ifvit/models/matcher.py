@@ -1,4 +1,4 @@
-"""Module 2, the matcher: global and local branch, one embedding of each a print; and a template of one print."""
+"""Module 2, the matcher: global and local branch, one embedding of each a print."""
 
 from typing import NamedTuple
 
@@ -38,13 +38,6 @@ class Embeddings(NamedTuple):
     cells: Bool[Array, "B L"]
 
 
-class Alone(NamedTuple):
-    """Prints without a partner, each in a pose of its own (`pixels.alone`)."""
-
-    image: Float[Array, "*N S S 1"]
-    mask: Bool[Array, "*N S S"]
-
-
 class EmbeddingHead(nnx.Module):
     """Cells -> few channels -> means over a coarse grid -> one unit vector, 0 where the mask is empty.
 
@@ -81,8 +74,7 @@ class EmbeddingHead(nnx.Module):
 class Matcher(nnx.Module):
     """Both branches have a ResNet, a transformer and a head; ArcFace's class weights are parameters too.
 
-    With `share_global_local` the two transformers are one module under both names. With `loss_template` the global
-    branch makes a template of one print too, by a head of its own.
+    With `share_global_local` the two transformers are one module under both names.
     """
 
     def __init__(self, config: Settings, num_classes: int, *, rngs: nnx.Rngs):
@@ -104,23 +96,13 @@ class Matcher(nnx.Module):
         # of norm 1, or a run of a few hundred steps would not turn them
         centres = lambda: nnx.Param(_unit_columns(rngs.params(), (config.embedding_size, num_classes)))
         self.arcface_global, self.arcface_local = centres(), centres()
-        self.head_single = EmbeddingHead(config, rngs=rngs) if config.loss_template else None
-        self.arcface_single = centres() if config.loss_template else None
 
-    def __call__(self, pair: Aligned, train: bool) -> Embeddings:
-        return self.learn(pair, None, None, train)[0]
+    def __call__(self, pair: Aligned, shift: Int[Array, "B 2"] | None = None, *, train: bool) -> Embeddings:
+        """`shift`, in cells, is added to print 0's positions in the global branch.
 
-    def learn(
-        self, pair: Aligned, shift: Int[Array, "B 2"] | None, alone: Alone | None, train: bool
-    ) -> tuple[Embeddings, Float[Array, "B 2 E"] | None]:
-        """Also the templates of both prints, where each is given `alone` (B 2 …); BatchNorm sees all four as one batch.
-
-        `shift`, in cells, is added to print 0's positions in the global branch. Its content stays where it is, so cell
-        i still belongs to cell i, and where they lie does not tell it.
+        Its content stays where it is, so cell i still belongs to cell i, and where they lie does not tell it.
         """
         images = jnp.stack([pair.global0, pair.global1], axis=1)
-        if alone is not None:
-            images = jnp.concatenate([images, alone.image], axis=1)
         x, cells = self._features(self.resnet_global, images, train), _cells(pair.overlap)
         f0, f1 = self.loftr_transformer_global(self._placed(x[:, 0], shift), self._placed(x[:, 1]), cells, cells)
         scale = None if self.log_scale is None else self.log_scale[...]
@@ -128,7 +110,7 @@ class Matcher(nnx.Module):
         images = jnp.stack([pair.local0, pair.local1], axis=1)
         y, roi = self._features(self.resnet_local, images, train), _cells(pair.roi)
         l0, l1 = self.loftr_transformer_local(self._placed(y[:, 0]), self._placed(y[:, 1]), roi, roi)
-        found = Embeddings(
+        return Embeddings(
             self.head_global(f0, cells),
             self.head_global(f1, cells),
             self.head_local(l0, roi),
@@ -136,20 +118,6 @@ class Matcher(nnx.Module):
             log_conf,
             cells,
         )
-        if alone is None:
-            return found, None
-        singles = x[:, 2:].reshape(-1, *x.shape[2:])
-        templates = self._template(singles, alone.mask.reshape(-1, *alone.mask.shape[2:]))
-        return found, templates.reshape(x.shape[0], 2, -1)
-
-    def template(self, alone: Alone, train: bool) -> Float[Array, "N E"]:
-        """A unit vector of each print by itself, 0 where its mask is empty; needs `loss_template`."""
-        x = self._features(self.resnet_global, alone.image[:, None], train)
-        return self._template(x[:, 0], alone.mask)
-
-    def _template(self, x: Float[Array, "N H W C"], mask: Bool[Array | np.ndarray, "N S S"]) -> Float[Array, "N E"]:
-        cells = _cells(mask)
-        return self.head_single(self.loftr_transformer_global.alone(self._placed(x), cells), cells)
 
     def _features(
         self, resnet: nnx.Module, images: Float[Array | np.ndarray, "B P S S 1"], train: bool

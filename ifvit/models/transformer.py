@@ -114,14 +114,6 @@ class Transformer(nnx.Module):
             f1 = call(cross_layer, f1, f0, m1, m0)
         return f0.astype(jnp.float32), f1.astype(jnp.float32)
 
-    def alone(self, f: Float[Array, "B L C"], mask: Bool[Array, "B L"]) -> Float[Array, "B L C"]:
-        """Features of an image that has no partner: it attends to itself in the cross layers too."""
-        call = nnx.remat(EncoderLayer.__call__) if self.remat else EncoderLayer.__call__
-        f = f.astype(self.dtype or f.dtype)
-        for i in range(2 * self.pairs):
-            f = call(getattr(self, f"layer_{i}"), f, f, mask, mask)
-        return f.astype(jnp.float32)
-
 
 def position_encoding(
     height: int,

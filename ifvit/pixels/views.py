@@ -178,13 +178,10 @@ class DensePair(NamedTuple):
     labels: Int[Array, "B L"]
 
 
-def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePair:
-    """Module 1's input: two views of one finger with their truth, or of two fingers, where nothing matches.
-
-    `keys` (B,); `batch` has `canvas0`, `canvas1` (B C C) uint8, `mask0`, `mask1` (B C/8 C/8) bool and
-    `genuine` (B,) bool. Without `map01`, `map10` (B G G 2) float32 in it a genuine pair has the same print twice; with
-    them it may have two impressions, and they map the canvases (`data.impressions`).
-    """
+def dense_views(
+    keys: Key[Array, " B"], batch: dict, config: Settings
+) -> tuple[View, Float[Array, "B 2 S S 1"], Bool[Array, "B 2 S S"]]:
+    """Two views of each pair's prints (leaves B 2 …), and what is seen by them, corrupted and normalised."""
     rotation = jnp.radians(config.rotation)
     # of view 0 and view 1: the second is turned, scaled, moved and corrupted more
     scale, shift, strength = (jnp.array(v) for v in ((0.03, 0.08), (10.0, 45.0), (0.6, 1.0)))
@@ -206,7 +203,17 @@ def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePa
 
     views, noises = jax.vmap(drawn)(keys)
     strengths = jnp.broadcast_to(strength, (keys.shape[0], 2))
-    image, m = each_print(seen, *stacked(batch), views, noises, strengths)
+    return views, *each_print(seen, *stacked(batch), views, noises, strengths)
+
+
+def dense_pair(keys: Key[Array, " B"], batch: dict, config: Settings) -> DensePair:
+    """Module 1's input: two views of one finger with their truth, or of two fingers, where nothing matches.
+
+    `keys` (B,); `batch` has `canvas0`, `canvas1` (B C C) uint8, `mask0`, `mask1` (B C/8 C/8) bool and
+    `genuine` (B,) bool. Without `map01`, `map10` (B G G 2) float32 in it a genuine pair has the same print twice; with
+    them it may have two impressions, and they map the canvases (`data.impressions`).
+    """
+    views, image, m = dense_views(keys, batch, config)
 
     def labels(view, m, genuine, maps):
         view0, view1 = (jax.tree.map(lambda a, i=i: a[i], view) for i in (0, 1))

@@ -113,7 +113,13 @@ def table_of_rates(result: Mapping) -> str:
         f"<tr>{''.join(f'<th>{name}</th>' for name in names)}</tr>{''.join(rows)}</table></div>",
         f"<p>{said}. AUC: how often a genuine pair scores above an impostor. Cllr: what the likelihood ratios cost, in "
         "bits; 1 tells nothing, 0 is perfect. The macro row is the mean over databases.</p>",
+        f"<p>{of_templates(result['macro'])}.</p>" if "eer_template" in result["macro"] else "",
     )
+
+
+def of_templates(macro: Mapping) -> str:
+    """How well the templates of one print do without the pair score."""
+    return "Templates of one print alone: EER {eer_template:.2%}, rank-1 {rank1_template:.1%}; macro".format(**macro)
 
 
 def worst_errors(scorer: "Scorer", prints: "Prints", pairs: "Pairs", score: Float[np.ndarray, " N"]) -> str:

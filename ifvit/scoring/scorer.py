@@ -18,6 +18,7 @@ from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
 from ifvit.errors import UserError
 from ifvit.models.networks import Network, dense_network, match_network
+from ifvit.models.template import Template
 from ifvit.pixels import agreement
 from ifvit.pixels.alignment import align, roi_corner
 from ifvit.pixels.geometry import exact
@@ -26,7 +27,7 @@ from ifvit.pixels.views import plain_views
 from ifvit.scoring.answers import answers, dense_answers, registrations
 from ifvit.scoring.fusion import Fusion
 from ifvit.scoring.scores import dense_scores, match_scores, score_pairs
-from ifvit.scoring.template import embed_prints, template_of
+from ifvit.scoring.template import as_template, embed_prints, template_of
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Scorer:
     fusion: Fusion | None  # None: Module 1, or a matcher's checkpoint from before the end of training
     trained_on: tuple[str, ...] = ()  # a sample of its training prints, by `contents.known`
     digest: str = ""  # of the checkpoint's metadata, which hold one of every array
+    template: Template | None = None  # what Module 1 makes templates of one print by
 
     @classmethod
     def from_checkpoint(cls, path: str | os.PathLike) -> "Scorer":
@@ -63,10 +65,11 @@ class Scorer:
                 None,
                 tuple(meta.get("sample", ())),
                 meta["digest"],
+                found.template and as_template(found.template),
             )
         config = config_of(MatchConfig, meta["config"])
         aligner = found.aligner and (found.aligner["params"], found.aligner["batch_stats"])
-        params = dict(state["params"])
+        params = {k: v for k, v in state["params"].items() if not checkpoint.RETIRED.search(k)}
         if config.share_global_local:
             del params["loftr_transformer_local"]
         fusion = Fusion.of_metadata(meta["fusion"]) if meta.get("fusion") else None
@@ -81,6 +84,7 @@ class Scorer:
             fusion,
             tuple(meta.get("sample", ())),
             meta["digest"],
+            found.template and as_template(found.template),
         )
 
     @cached_property
@@ -248,11 +252,11 @@ class Scorer:
     @property
     def template_size(self) -> int:
         """Numbers that a template of one print has; 0 where the checkpoint makes none."""
-        return self.config.embedding_size if self.module == "matcher" and self.config.loss_template else 0
+        return self.template.bias.size if self.template else 0
 
     @cached_property
     def _template(self):
-        return jax.jit(template_of(match_network(self.config, self.num_classes), self.config))
+        return jax.jit(template_of(self.registers[0], self.config))
 
     def templates(
         self, prints: Prints, batch_size: int, turns: tuple[float, ...] = (0.0,)
@@ -263,16 +267,14 @@ class Scorer:
         the checkpoint makes no template.
         """
         if not self.template_size:
-            what = "This Module 1" if self.module == "dense_reg" else "This checkpoint of Module 2"
             raise UserError(
-                f"{what} makes no template of one print; train Module 2 with loss_template above 0 (--set "
-                "loss_template=1)."
+                "This checkpoint makes no template of one print. Module 1's final checkpoint makes them (with "
+                "template_size above 0, and two impressions of two fingers to learn from), and so do all of the "
+                "Module 2 that is trained from it."
             )
-        count = len(prints.prints)
-        if not count:
-            return np.empty((0, len(turns), self.config.embedding_size), np.float32), np.empty(0, np.float32)
-        state = (self.params, self.batch_stats)
-        return embed_prints(self._template, state, prints, range(count), batch_size, turns)
+        if not prints.prints:
+            return np.empty((0, len(turns), self.template_size), np.float32), np.empty(0, np.float32)
+        return embed_prints(self._template, (*self.registers[1], self.template), prints, batch_size, turns)
 
     def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """What the Module 1 of a Module 2 tells of each pair, laid as `answers` does; a row a pair."""

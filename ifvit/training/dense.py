@@ -22,6 +22,8 @@ from ifvit.models.networks import Network, dense_network
 from ifvit.paths import resolve
 from ifvit.scoring.known_warps import dense_eval
 from ifvit.scoring.scores import PairScore
+from ifvit.scoring.template import description
+from ifvit.scoring.template_fit import fit_template
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_step
 from ifvit.training.task import Task
@@ -40,7 +42,7 @@ class Program(NamedTuple):
     init: Callable  # (seed) -> state
     step: Callable  # as of `training.step.train_step`, with (learning rate, scalars) before the constants
     evaluate: Callable | PairScore  # jitted; the scalars come after the state
-    template: Callable | None = None  # jitted, `scoring.template`; likewise
+    describe: Callable | None = None  # jitted, of Module 1: `scoring.template.description`
 
 
 @functools.lru_cache(maxsize=8)
@@ -54,7 +56,12 @@ def dense_program(config: DenseConfig) -> Program:
     def evaluate(params, batch_stats, scalars, batch, keys):
         return dense_eval(net, Traced(config, scalars))(params, batch_stats, batch, keys)
 
-    return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, jax.jit(evaluate))
+    def describe(params, batch_stats, scalars, prints, degrees):
+        return description(net, Traced(config, scalars))(params, batch_stats, prints, degrees)
+
+    return Program(
+        net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, jax.jit(evaluate), jax.jit(describe)
+    )
 
 
 def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validation: DenseConfig | None = None) -> Task:
@@ -100,6 +107,11 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
             config.replace(impostor_share=seen.impostor_share, val_pairs=seen.val_pairs),
         )
 
+    def template(state, finished):
+        if not finished:
+            return None
+        return fit_template(program.describe, (state.params, state.batch_stats, config.scalars()), train, config)
+
     return Task(
         "dense_reg",
         config,
@@ -114,6 +126,7 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
         "accuracy",
         True,
         {"sample": train.sample()},
+        template=template,
         seed_from=lambda params, stats: with_init(with_loftr(with_scale(params, config), config), stats, config),
     )
 

@@ -74,7 +74,7 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
             **(task.finish(state) if finished else task.of_epoch() if what.startswith("epoch_") else {}),
         }
         saved = Saved(f"{task.name}_{what}", at, None if within else epoch, value)
-        saver.start(saved, saved_tree(state, task), metadata, task.aligner)
+        saver.start(saved, saved_tree(state, task), metadata, task.aligner, task.template(state, finished))
         if saver.taken_over:
             raise Failure(
                 f"Another run has begun to write to {folder}, so this one ends; what it saved before is whole."

@@ -23,7 +23,6 @@ from ifvit.models.networks import dense_network, match_network
 from ifvit.scoring import rates
 from ifvit.scoring.fusion import evidence, fit_fusion
 from ifvit.scoring.scores import PairScore, match_scores, score_pairs
-from ifvit.scoring.template import embed_prints, template_of
 from ifvit.training.dense import VALIDATION_SEED, Program, steps_per_epoch, with_scale
 from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import match_step
@@ -52,12 +51,8 @@ def match_program(config: MatchConfig, aligner_config: DenseConfig | None, num_c
     def score(params, batch_stats, aligner_state, scalars, batch):
         return scores(scalars).score(params, batch_stats, aligner_state, batch)
 
-    def template(params, batch_stats, scalars, prints, degrees):
-        return template_of(net, Traced(config, scalars))(params, batch_stats, prints, degrees)
-
     evaluate = PairScore(prepare, score).jitted()
-    embed = jax.jit(template) if config.loss_template else None
-    return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, evaluate, embed)
+    return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, evaluate)
 
 
 def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task:
@@ -151,24 +146,6 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
             }
         )
 
-    def validate_templates(state):
-        chosen = balanced_pairs(held_out, config.val_pairs)
-        if not program.template or len({p.genuine for p in chosen}) < 2:
-            return {}
-        numbers = sorted({n for p in chosen for n in p[:2]})
-        rows, _ = embed_prints(
-            program.template,
-            (state.params, state.batch_stats, scalars),
-            held_out,
-            numbers,
-            config.micro_batch,
-            model_parallel=config.model_parallel,
-        )
-        template = dict(zip(numbers, rows[:, 0]))
-        cosine = np.array([template[p.print0] @ template[p.print1] for p in chosen])
-        genuine = np.array([p.genuine for p in chosen], bool)
-        return {"eer_template": rates.equal_error_rate(cosine[genuine], cosine[~genuine])}
-
     def finish(state):
         chosen = balanced_pairs(held_out, config.calibration_pairs)
         genuine = np.array([p.genuine for p in chosen], bool)
@@ -191,7 +168,7 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
         learning_rates(config, steps * config.num_epochs),
         (scalars, aligner_state),
         host_batches,
-        lambda state, epoch: validate(state, epoch) | validate_templates(state),
+        validate,
         "eer",
         False,
         {
@@ -203,6 +180,7 @@ def match_task(config: MatchConfig, train: PrintSet, held_out: PrintSet) -> Task
         with_one if tied else lambda p: p,
         aligner_tree,
         finish,
+        lambda state, finished: module1 and module1.template,
         lambda: dict(newest),
         seed_from_module1,
     )

@@ -245,6 +245,7 @@ def _check_same_run(task: Task, path: epath.Path, metadata: dict, abstract: Trai
         for n, x in checkpoint.leaves({"state": saved_tree(abstract, task)}).items()
     }
     have = {n: d.split(":")[0] for n, d in metadata["digests"].items() if n.startswith("state/")}
+    have = {n: kind for n, kind in have.items() if not checkpoint.RETIRED.search(n)}
     wrong = [n for n in sorted(want.keys() | have.keys()) if want.get(n) != have.get(n)]
     if wrong:
         n = wrong[0]

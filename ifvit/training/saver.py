@@ -70,12 +70,14 @@ class Saver:
                 owner = (self.folder / OWNER).read_text(encoding="utf-8")
         return exchange("owner", "" if owner == self._owner else owner, checkpoint.BARRIER_MS)[0] == ""
 
-    def start(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
+    def start(
+        self, saved: Saved, state: dict, metadata: dict, aligner: dict | None, template: dict | None = None
+    ) -> None:
         """Copies `state` and begins to write it. First it waits until the checkpoint before is written."""
         clock = time.perf_counter()
         self.settle()
         state = checkpoint.snapshot(state)
-        self._pending = saved.name, self._thread.submit(self._write, saved, state, metadata, aligner)
+        self._pending = saved.name, self._thread.submit(self._write, saved, state, metadata, aligner, template)
         self.blocked += time.perf_counter() - clock
 
     def settle(self) -> bool:
@@ -101,11 +103,11 @@ class Saver:
         self.settle()
         self._thread.shutdown()
 
-    def _write(self, saved: Saved, state: dict, metadata: dict, aligner: dict | None) -> None:
+    def _write(self, saved: Saved, state: dict, metadata: dict, *beside: dict | None) -> None:
         if not self._still_ours():
             raise TakenOver("another run has begun to write here")
         checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # a write that failed may have left them
-        checkpoint.save(self.folder / saved.name, self.module, state, metadata, aligner)
+        checkpoint.save(self.folder / saved.name, self.module, state, metadata, *beside)
         self.whole()
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
         if jax.process_index() == 0:

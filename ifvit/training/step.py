@@ -16,7 +16,6 @@ from ifvit.models.cells import cell_mask
 from ifvit.models.losses import DENSE_LOSSES, IGNORE, NO_MATCH, arcface_loss, cosine_embedding_loss, mean_where
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import aligned_pair
-from ifvit.pixels.alone import own_views
 from ifvit.pixels.views import dense_pair, match_views
 from ifvit.scoring.known_warps import warp_accuracy
 from ifvit.training.state import TrainState, optimizer
@@ -126,7 +125,7 @@ def dense_step(net: Network, config: Settings) -> Callable:
 def match_step(net: Network, aligner: Network | None, config: Settings) -> Callable:
     """Module 2's step: (state, batch, rate, aligner_state) -> (state, metrics).
 
-    The loss is 0.5 L_D + 0.1 L_E + 1.0 L_A by default; with `loss_template` the templates' L_E + L_A too.
+    The loss is 0.5 L_D + 0.1 L_E + 1.0 L_A by default.
     """
 
     def loss(params, batch_stats, batch, keys, aligner_state):
@@ -135,8 +134,7 @@ def match_step(net: Network, aligner: Network | None, config: Settings) -> Calla
         # A genuine pair that may lie wrong teaches nothing. Without Module 1 none is aligned, and all count.
         sure = count >= config.label_matches if aligner else jnp.ones_like(genuine)
         shift = frame_shifts(keys, config.frame_shift) if config.frame_shift else None
-        alone = own_views(keys, batch, config) if config.loss_template else None
-        (e, templates), stats = net.apply(params, batch_stats, pair, shift, alone, train=True, method="learn")
+        e, stats = net.apply(params, batch_stats, pair, shift, train=True)
         # After alignment a cell of a genuine pair matches the cell at its own place. Failed alignments are left out.
         same = jnp.where((aligned & sure)[:, None], jnp.arange(e.cells.shape[1]), IGNORE)
         labels = jnp.where(e.cells, jnp.where(genuine[:, None], same, NO_MATCH), IGNORE)
@@ -145,7 +143,7 @@ def match_step(net: Network, aligner: Network | None, config: Settings) -> Calla
         l_d = DENSE_LOSSES[config.dense_loss](e.log_conf, labels, e.cells, e.cells)
         counts = sure | ~genuine
 
-        def of_embeddings(e0, e1, centres, counts):
+        def of_embeddings(e0, e1, centres):
             """L_E and L_A of the pairs that count."""
             of_finger = lambda e, label: arcface_loss(
                 e, centres, jnp.where(counts, label, -1), config.arcface_margin, config.arcface_scale
@@ -154,16 +152,11 @@ def match_step(net: Network, aligner: Network | None, config: Settings) -> Calla
             return jnp.stack([cosine_embedding_loss(e0, e1, genuine, config.embedding_margin, counts), l_a])
 
         l_e, l_a = (
-            of_embeddings(e.global0, e.global1, params["arcface_global"], counts)
-            + of_embeddings(e.local0, e.local1, params["arcface_local"], counts)
+            of_embeddings(e.global0, e.global1, params["arcface_global"])
+            + of_embeddings(e.local0, e.local1, params["arcface_local"])
         ) / 2
         value = config.loss_dense * l_d + config.loss_embedding * l_e + config.loss_arcface * l_a
         metrics = {"l_d": l_d, "l_e": l_e, "l_a": l_a, "aligned": mean_where(aligned.astype(jnp.float32), genuine)}
-        if templates is not None:
-            metrics["l_template"] = of_embeddings(
-                templates[:, 0], templates[:, 1], params["arcface_single"], jnp.ones_like(genuine)
-            ).sum()
-            value += config.loss_template * metrics["l_template"]
         return value, (stats, metrics)
 
     return train_step(loss, config)

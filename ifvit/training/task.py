@@ -30,5 +30,7 @@ class Task:
     from_saved: Callable[[dict], dict] = lambda tree: tree
     aligner: dict | None = None
     finish: Callable[[TrainState], dict] = lambda state: {}  # metadata of the final checkpoint only
+    # (state, finished) -> what Module 1 makes templates of prints by, of a checkpoint that has it
+    template: Callable[[TrainState, bool], dict | None] = lambda state, finished: None
     of_epoch: Callable[[], dict] = lambda: {}  # metadata of an epoch's checkpoint, by the validation before it
     seed_from: Callable[[dict, dict], tuple] = lambda params, stats: (params, stats)  # puts loaded weights in

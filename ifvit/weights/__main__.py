@@ -64,7 +64,8 @@ class Pack:
         found = checkpoint.load(self.path, "dense_reg", checkpoint.NETWORK)
         checkpoint.check_ours(found.path, found.metadata)
         check_generated(found)
-        arrays = checkpoint.leaves({"state": {k: found.state[k] for k in ("params", "batch_stats")}})
+        network = {k: found.state[k] for k in ("params", "batch_stats")}
+        arrays = checkpoint.leaves(found.trees | {"state": network})
         if wrong := sorted(n for n, x in arrays.items() if x.dtype != "float32"):
             raise UserError(f"{found.path} has {wrong[0]} as {arrays[wrong[0]].dtype}; give a checkpoint in float32.")
         if found.metadata.get("foreign") or not all(found.metadata["digests"].get(n) for n in arrays):

@@ -26,6 +26,7 @@ from ifvit.scoring.scorer import Scorer
 SMOKE = ("--preset", "smoke")
 RATES = {"eer", "fmr100", "fmr1000", "zerofmr", "auc"}
 COSTS = {"cllr", "min_cllr"}  # of the likelihood ratios
+TEMPLATES = {"eer_template", "rank1_template"}
 INTERVALS = {f"{rate}_ci" for rate in RATES}
 
 
@@ -71,10 +72,10 @@ def eer(genuine: list[float], impostor: list[float]) -> float:
 def test_the_metrics_have_these_keys(evaluated):
     assert set(evaluated.metrics) == {"macro", "databases", "protocol"}
     assert evaluated.metrics["protocol"] == "fvc"
-    assert set(evaluated.metrics["macro"]) == RATES | INTERVALS | COSTS
+    assert set(evaluated.metrics["macro"]) == RATES | INTERVALS | COSTS | TEMPLATES
     assert set(evaluated.metrics["databases"]) == {"DB1", "DB2"}
     for row in evaluated.metrics["databases"].values():
-        assert set(row) == RATES | INTERVALS | COSTS | {"genuine", "impostor"}
+        assert set(row) == RATES | INTERVALS | COSTS | TEMPLATES | {"genuine", "impostor"}
         assert 0 <= row["min_cllr"] <= row["cllr"]
 
 
@@ -86,8 +87,14 @@ def test_rates_are_fractions_and_pairs_are_counted(evaluated):
         assert (row["genuine"], row["impostor"]) == (9, 3)  # 3 fingers × 3 pairs; 3 pairs of fingers
 
 
+def test_the_templates_of_one_print_are_told_of(evaluated):
+    told = evaluated.metrics["macro"]
+    assert f"Templates of one print alone: EER {told['eer_template']:.2%}" in evaluated.said.out
+    assert "Templates of one print alone" in (evaluated.out / "report.html").read_text()
+
+
 def test_macro_is_the_mean_over_databases(evaluated):
-    for rate in RATES:
+    for rate in RATES | TEMPLATES:
         values = [row[rate] for row in evaluated.metrics["databases"].values()]
         assert evaluated.metrics["macro"][rate] == pytest.approx(sum(values) / 2)
 

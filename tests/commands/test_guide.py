@@ -117,7 +117,7 @@ def test_metadata_tell_epoch_config_and_time_with_zone(module1):
     assert metadata["config"]["checkpoint_dir"] == "./checkpoints/dense_reg"
     written = datetime.datetime.fromisoformat(metadata["timestamp"])
     assert abs(datetime.datetime.now(datetime.UTC) - written) < datetime.timedelta(hours=1)  # needs the zone
-    assert set(metadata["digests"]) == set(checkpoint.leaves({"state": checkpoint.load(module1.path).state}))
+    assert set(metadata["digests"]) == set(checkpoint.leaves(checkpoint.load(module1.path).trees))
 
 
 def test_the_last_periodic_checkpoint_is_the_final_one(module1):

@@ -14,7 +14,7 @@ from ifvit.constants import STRIDE
 from ifvit.models import transformer
 from ifvit.models.cells import cell_mask
 from ifvit.models.dense_reg import DenseRegistration
-from ifvit.models.matcher import Aligned, Alone, EmbeddingHead, Matcher
+from ifvit.models.matcher import Aligned, EmbeddingHead, Matcher
 from ifvit.models.resnet import ConvBN, ResNet18
 from ifvit.models.transformer import EncoderLayer, Transformer, position_encoding
 
@@ -348,8 +348,8 @@ def test_a_bin_is_the_mean_of_its_foreground_by_hand():
 
 @pytest.mark.run
 def test_arcfaces_centres_begin_with_norm_1():
-    model = Matcher(MATCH.replace(loss_template=1.0), 7, rngs=nnx.Rngs(0))
-    for centres in (model.arcface_global, model.arcface_local, model.arcface_single):
+    model = Matcher(MATCH, 7, rngs=nnx.Rngs(0))
+    for centres in (model.arcface_global, model.arcface_local):
         np.testing.assert_allclose(jnp.linalg.norm(centres[...], axis=0), np.ones(7), rtol=1e-5)
 
 
@@ -371,58 +371,9 @@ def test_where_a_cell_lies_does_not_tell_its_match_once_the_frame_is_shifted():
         *np.zeros((2, 2, 20, 20, 1), np.float32),
         np.ones((2, 20, 20), bool),
     )
-    best = lambda shift: np.asarray(model.learn(pair, shift, None, train=False)[0].log_conf.argmax(2)).reshape(2, 4, 4)
+    best = lambda shift: np.asarray(model(pair, shift, train=False).log_conf.argmax(2)).reshape(2, 4, 4)
     cells = np.arange(16).reshape(4, 4)
     np.testing.assert_array_equal(best(None), [cells, cells])
     shifted = best(jnp.array([[1, 0], [0, 2]]))
     np.testing.assert_array_equal(shifted[0, :, :3], cells[:, 1:])
     np.testing.assert_array_equal(shifted[1, :2], cells[2:])
-
-
-# --- the template of one print --------------------------------------------------------------------
-
-TEMPLATE = MATCH.replace(loss_template=1.0, masked_pooling=True)
-
-
-def test_without_its_loss_there_is_no_template_and_no_parameter_of_it():
-    plain, more = (shapes(lambda c=c: Matcher(c, 5, rngs=nnx.Rngs(0))) for c in (MATCH, TEMPLATE))
-    assert {k.split("/")[0] for k in more.keys() - plain.keys()} == {"head_single", "arcface_single"}
-    assert all(more[k] == shape for k, shape in plain.items())
-
-
-def test_alone_a_print_attends_to_itself_as_if_it_were_both():
-    f = np.random.default_rng(0).normal(size=(2, 6, 8)).astype(np.float32)
-    mask = np.ones((2, 6), bool)
-    mask[0, 4:] = False
-    model = filled(lambda: Transformer(8, 2, 1, "loftr", rngs=nnx.Rngs(0)))
-    alone = nnx.jit(lambda m, f, mask: m.alone(f, mask))(model, f, mask)
-    np.testing.assert_allclose(alone, forward(model, f, f, mask, mask)[0], atol=1e-5)
-
-
-def test_a_template_is_a_unit_vector_of_one_print_and_of_no_other_in_the_batch():
-    model = filled(lambda: Matcher(TEMPLATE, 5, rngs=nnx.Rngs(0)))
-    image, mask = np.random.default_rng(2).normal(size=(3, 32, 32, 1)).astype(np.float32), np.ones((3, 32, 32), bool)
-    mask[2] = False
-    run = nnx.jit(lambda m, image, mask: m.template(Alone(image, mask), train=False))
-    found = np.asarray(run(model, image, mask))
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 0], atol=1e-4)
-    assert abs(found[0] - found[1]).max() > 1e-3
-    np.testing.assert_allclose(run(model, image[[0, 2, 1]], mask[[0, 2, 1]])[0], found[0], atol=1e-5)
-
-
-@pytest.mark.run
-def test_in_training_the_templates_are_those_of_both_prints_and_the_pair_is_as_without_them():
-    """By running statistics, so that the batch does not matter."""
-    rng = np.random.default_rng(3)
-    model = filled(lambda: Matcher(TEMPLATE, 5, rngs=nnx.Rngs(0)))
-    pair = Aligned(
-        *rng.normal(size=(2, 2, 32, 32, 1)).astype(np.float32),
-        np.ones((2, 32, 32), bool),
-        *rng.normal(size=(2, 2, 20, 20, 1)).astype(np.float32),
-        np.ones((2, 20, 20), bool),
-    )
-    alone = Alone(rng.normal(size=(2, 2, 32, 32, 1)).astype(np.float32), np.ones((2, 2, 32, 32), bool))
-    both, templates = nnx.jit(lambda m, *a: m.learn(*a, train=False))(model, pair, None, alone)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), both, forward(model, pair, train=False))
-    of = lambda n: nnx.jit(lambda m, a: m.template(a, train=False))(model, Alone(alone.image[n], alone.mask[n]))
-    np.testing.assert_allclose(templates, np.stack([of(0), of(1)]), atol=1e-4)

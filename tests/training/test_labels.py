@@ -12,7 +12,7 @@ from ifvit.training.state import TrainState, optimizer
 from ifvit.training.step import frame_shifts, match_step
 
 CONFIG = MatchConfig(**PRESETS["smoke"][1]).replace(
-    image_size=32, roi_size=16, canvas_size=64, batch_size=3, min_matches=2, loss_template=0.0
+    image_size=32, roi_size=16, canvas_size=64, batch_size=3, min_matches=2
 )
 SURE, UNSURE, IMPOSTOR = range(3)  # pairs: 16 matches, 4 matches, 4 matches
 VECTORS = np.array([[[1.0, 0], [0.8, 0.6]], [[1, 0], [0, 1]], [[1, 0], [0.6, 0.8]]], np.float32)  # of both prints
@@ -29,21 +29,18 @@ def step_of(config, aligner=True):
     """The metrics of a step of a network whose embeddings are VECTORS, and what it was given."""
     given = {}
 
-    def network(params, stats, pair, shift, alone, train, method):
-        given.update(shift=shift, alone=alone)
+    def network(params, stats, pair, shift, train):
+        given.update(shift=shift)
         e0, e1 = params["vectors"][:, 0], params["vectors"][:, 1]
         cells = jnp.ones((3, 16), bool)
         log_conf = jnp.log(jnp.array([0.5, 0.25, 0.125]))[:, None, None] + jnp.zeros((3, 16, 16))
-        templates = None if alone is None else params["vectors"]
-        return (Embeddings(e0, e1, e0, e1, log_conf, cells), templates), stats
+        return Embeddings(e0, e1, e0, e1, log_conf, cells), stats
 
     rng = np.random.default_rng(0)
     canvas, mask = rng.integers(0, 255, (3, 64, 64), np.uint8), np.ones((3, 8, 8), bool)
     batch = dict(canvas0=canvas, canvas1=canvas, mask0=mask, mask1=mask, genuine=np.array([True, True, False]))
     batch |= dict(label0=np.array([0, 1, 0], np.int32), label1=np.array([0, 1, 1], np.int32))
-    params = {"vectors": jnp.asarray(VECTORS)} | {
-        f"arcface_{k}": jnp.eye(2) for k in ("global", "local", "single") if k != "single" or config.loss_template
-    }
+    params = {"vectors": jnp.asarray(VECTORS)} | {f"arcface_{k}": jnp.eye(2) for k in ("global", "local")}
     tx = optimizer(config, 0.0)
     step = match_step(Network(None, network), Network(None, module1) if aligner else None, config)
     state = TrainState(params, {}, tx.init(params), jnp.int32(0))
@@ -85,17 +82,6 @@ def test_a_genuine_pair_of_few_matches_teaches_nothing_and_an_impostor_pair_does
 def test_without_module_1_all_pairs_count():
     few, none = (step_of(CONFIG.replace(label_matches=n), aligner=False)[0] for n in (12, 0))
     assert few == none and few["l_e"] > 0 and few["l_a"] > 0 and few["l_d"] == 0
-
-
-@pytest.mark.run
-def test_a_template_counts_whatever_the_registration_and_is_a_part_of_the_loss():
-    config = CONFIG.replace(label_matches=12, loss_template=0.5)
-    found, given = step_of(config)
-    plain, nothing = step_of(CONFIG.replace(label_matches=0))
-    assert given["alone"].image.shape == (3, 2, 32, 32, 1) and nothing["alone"] is None
-    assert found["l_template"] == pytest.approx(plain["l_e"] + plain["l_a"], rel=1e-5) and "l_template" not in plain
-    pair = sum(config[f"loss_{k}"] * found[f"l_{k[0]}"] for k in ("dense", "embedding", "arcface"))
-    assert found["loss"] == pytest.approx(pair + 0.5 * found["l_template"], rel=1e-5)
 
 
 def test_a_frame_is_shifted_by_whole_cells_of_either_sign_or_not_at_all():

@@ -20,7 +20,6 @@ pytestmark = pytest.mark.process
 @pytest.mark.slow
 def test_a_sweep_of_both_modules_killed_at_a_random_moment_loses_no_trial_and_ends_in_an_evaluated_matcher(tmp_path):
     words = [sys.executable, "-m", "ifvit.train_all", "--tune", "8", "--preset", "smoke"]
-    words += ["--set", "match.loss_template=0"]  # a third less to compile
     first = subprocess.Popen(
         words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     )
