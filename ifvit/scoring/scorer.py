@@ -16,6 +16,7 @@ from ifvit.config import DenseConfig, MatchConfig, config_of
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
+from ifvit.devices.traced import traced
 from ifvit.errors import UserError
 from ifvit.models.networks import Network, dense_network, match_network
 from ifvit.models.template import Template
@@ -236,6 +237,12 @@ class Scorer:
         return answers(net, self._aligner_network, self.config, self._checked).jitted()
 
     @cached_property
+    def _answer_of_one(self):
+        about = (self.module, self.config.to_dict(), self.num_classes, self._checked)
+        about += (self.aligner_config and self.aligner_config.to_dict(),)
+        return traced(lambda: self._answer.score, f"answer of one pair {about}")
+
+    @cached_property
     def _registrations(self):
         if self._checked:
             return dense_answers(self._aligner_network, self.config).jitted()
@@ -243,10 +250,13 @@ class Scorer:
 
     def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and all that `scoring.answers` tells, a row a pair; of Module 1, or of Module 2 with its fusion."""
+        if len(pairs) == 1 and jax.process_count() == 1:
+            batch, _ = next(fixed_batches(prints, pairs, 1))
+            found = jax.device_get(self._answer_of_one(*self.state, batch))
+        else:
+            found = score_pairs(self._answer, self.state, prints, pairs, batch_size)
         if self.module == "dense_reg":
-            found = score_pairs(self._answer, self.registers[1], prints, pairs, batch_size)
             return found | {"log_odds": np.asarray(agreement.log_odds(found["score"], found["overlap"]))}
-        found = score_pairs(self._answer, self.state, prints, pairs, batch_size)
         return found | {"score": self.fusion.score(found), "log_odds": self.fusion.log_odds(found)}
 
     @property
