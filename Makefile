@@ -21,7 +21,10 @@ weights: $(VENV)/ready
 		--checkpoint_dir checkpoints/weights
 	$(PY) -m ifvit.train_dense --preset cpu --dataset_root synthetic --config ifvit/weights/longer.toml \
 		--set init=checkpoints/weights/dense_reg_ckpt --checkpoint_dir checkpoints/weights_longer
-	$(PY) -m ifvit.weights pack checkpoints/weights_longer/dense_reg_ckpt
+	$(PY) -m ifvit.train_dense --preset cpu --dataset_root synthetic --config ifvit/weights/longer.toml \
+		--set synthetic_fingers=1000 --set zoom=0.35 --set num_epochs=10 --set seed=2 \
+		--set init=checkpoints/weights_longer/dense_reg_ckpt --checkpoint_dir checkpoints/weights_longest
+	$(PY) -m ifvit.weights pack checkpoints/weights_longest/dense_reg_ckpt
 
 TESTS := -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
