@@ -121,4 +121,5 @@ def from_legacy(file: epath.Path) -> Checkpoint:
     metadata = {"module": module} | told | {"step": int(state["step"]), "digests": dict.fromkeys(names)}
     if found.timestamp:
         metadata["timestamp"] = found.timestamp
-    return Checkpoint(file, state, metadata if ours else metadata | {"foreign": True}, **beside)
+    told = metadata if ours else metadata | {"foreign": True}
+    return Checkpoint(file, state, told, beside.get("aligner"), beside.get("template"))
