@@ -66,12 +66,12 @@ def embed_prints(
 
 
 def print_batches(
-    prints: Prints, numbers: Int[np.ndarray, " N"], batch_size: int
+    prints: Prints, numbers: Int[np.ndarray, " N"], batch_size: int, model_parallel: int = 1
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """Prints by their numbers in batches of one size on the devices, the last filled up: (batch, how many count)."""
     if jax.process_count() > 1 or jax.default_backend() != "cpu":
         batch_size = -(-batch_size // jax.device_count()) * jax.device_count()
-    mesh = make_mesh(batch_size, 1)
+    mesh = make_mesh(batch_size, model_parallel)
     for at in range(0, len(numbers), batch_size):
         some = numbers[at : at + batch_size]
         filled = np.concatenate([some, np.repeat(some[-1:], batch_size - len(some))])

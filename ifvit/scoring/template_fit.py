@@ -43,7 +43,7 @@ def fit_template(
     if len(set(finger.tolist())) < 2:
         log.info("No two training fingers have two impressions each: the checkpoint makes no templates of one print.")
         return None
-    described = partial(_described, describe, state, prints, batch_size=config.micro_batch)
+    described = partial(_described, describe, state, prints, config)
     cells = []
     for x, inside in described(numbers[:SAMPLE_PRINTS]):
         for cell in (row[mask] for row, mask in zip(x, inside) if mask.any()):
@@ -77,10 +77,10 @@ def drawn(prints: Prints, most: int, seed: int) -> tuple[Int[np.ndarray, " N"], 
 
 
 def _described(
-    describe: Callable, state: tuple, prints: Prints, numbers: Int[np.ndarray, " N"], batch_size: int
+    describe: Callable, state: tuple, prints: Prints, config: DenseConfig, numbers: Int[np.ndarray, " N"]
 ) -> Iterator[tuple[Float[np.ndarray, "B L D"], Bool[np.ndarray, "B L"]]]:
     """Features and foreground of prints, batch by batch, on the host."""
-    for rows, real in print_batches(prints, numbers, batch_size):
+    for rows, real in print_batches(prints, numbers, config.micro_batch, config.model_parallel):
         x, inside = fetch(describe(*state, rows, np.float32(0)))
         yield x[:real], inside[:real]
 
