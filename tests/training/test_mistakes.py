@@ -53,7 +53,7 @@ from ifvit.training.step import dense_step, match_step, train_step
 from ifvit.training.task import Task
 
 TINY = dict(
-    PRESETS["smoke"][0],
+    {k: v for k, v in PRESETS["smoke"][0].items() if k != "template_size"},
     image_size=32,
     resnet_widths=(2, 2, 2),
     transformer_width=8,
