@@ -116,7 +116,7 @@ class Args:
                 ]
                 templates = np.zeros((len(entries), 0), np.float32)
                 if scorer.template_size:
-                    templates = scorer.templates(some, self.batch_size)[0][:, 0]
+                    templates = scorer.templates(some, self.batch_size)[:, 0]
                 gallery.add(entries, templates, self.replace)
                 shown.update(len(entries))
         return len(todo) - len(found.broken) - len(blank)

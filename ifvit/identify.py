@@ -101,7 +101,7 @@ class Args:
 
         taken = Canvases(probes)
         if gallery.width:
-            turned, _ = scorer.templates(taken, min(self.batch_size, len(probes)), TURNS)  # none to fill a batch up
+            turned = scorer.templates(taken, min(self.batch_size, len(probes)), TURNS)  # none to fill a batch up
             shortlists = [gallery.likest(turns, self.rescore) for turns in turned]
         else:
             shortlists = [gallery.all()] * len(probes)

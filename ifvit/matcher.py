@@ -174,7 +174,7 @@ class Matcher:
         from ifvit.data.single import Canvases
 
         read = [self.read(p) for p in prints]
-        return self.scorer.templates(Canvases(read), batch_size)[0][:, 0]
+        return self.scorer.templates(Canvases(read), batch_size)[:, 0]
 
     def _comparison(self, a: OnCanvas, b: OnCanvas, row: dict[str, Any], fmr: float) -> Comparison:
         from ifvit.pixels import agreement

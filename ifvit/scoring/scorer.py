@@ -270,8 +270,8 @@ class Scorer:
 
     def templates(
         self, prints: Prints, batch_size: int, turns: tuple[float, ...] = (0.0,)
-    ) -> tuple[Float32[np.ndarray, "N R E"], Float32[np.ndarray, " N"]]:
-        """A unit row of each print turned by each of `turns` degrees, and the share of the window that is foreground.
+    ) -> Float32[np.ndarray, "N R E"]:
+        """A unit row of each print turned by each of `turns` degrees.
 
         Two prints are compared by the product of their rows. A print without foreground has rows of 0. UserError where
         the checkpoint makes no template.
@@ -283,7 +283,7 @@ class Scorer:
                 "Module 2 that is trained from it."
             )
         if not prints.prints:
-            return np.empty((0, len(turns), self.template_size), np.float32), np.empty(0, np.float32)
+            return np.empty((0, len(turns), self.template_size), np.float32)
         return embed_prints(self._template, (*self.registers[1], self.template), prints, batch_size, turns)
 
     def registrations(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:

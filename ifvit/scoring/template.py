@@ -35,10 +35,7 @@ def description(net: Network, config: Settings) -> Callable:
 
 
 def template_of(net: Network, config: Settings) -> Callable:
-    """(params, batch_stats, template, prints, degrees (R,)) -> templates (N R E), foreground's share of windows (N,).
-
-    The share is that of a print as it is given.
-    """
+    """(params, batch_stats, template, prints, degrees (R,)) -> templates (N R E)."""
     describe = description(net, config)
 
     @exact
@@ -46,23 +43,22 @@ def template_of(net: Network, config: Settings) -> Callable:
         def turned(angle):
             return templates(*describe(params, batch_stats, prints, angle), template)
 
-        upright = own_prints(prints["canvas"], prints["mask"], jnp.float32(0), config).mask
-        return jnp.moveaxis(jax.lax.map(turned, degrees), 0, 1), upright.mean((1, 2), dtype=jnp.float32)
+        return jnp.moveaxis(jax.lax.map(turned, degrees), 0, 1)
 
     return embed
 
 
 def embed_prints(
     how: Callable, state: tuple, prints: Prints, batch_size: int, turns: tuple[float, ...] = (0.0,)
-) -> tuple[Float32[np.ndarray, "N R E"], Float32[np.ndarray, " N"]]:
+) -> Float32[np.ndarray, "N R E"]:
     """What `template_of`, jitted as `how`, tells of the prints, at least one; `state` is what it takes first."""
     degrees, found = np.asarray(turns, np.float32), []
     count = len(prints.prints)
     with bar("templates", count, "print") as shown:
         for rows, real in print_batches(prints, np.arange(count), batch_size):
-            found.append([x[:real] for x in fetch(how(*state, rows, degrees))])
+            found.append(fetch(how(*state, rows, degrees))[:real])
             shown.update(real)
-    return tuple(np.concatenate(x) for x in zip(*found))
+    return np.concatenate(found)
 
 
 def print_batches(

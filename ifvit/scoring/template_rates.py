@@ -14,7 +14,7 @@ def template_rates(scorer: Scorer, prints: PrintSet, pairs: Pairs, batch_size: i
     That is the share of probes whose likest enrolled print is of their own finger: the first impression of every
     finger is enrolled, the others are probes, upright as they are.
     """
-    rows = scorer.templates(prints, batch_size)[0][:, 0]
+    rows = scorer.templates(prints, batch_size)[:, 0]
     cosines = lambda which: np.concatenate([(rows[ij[:, 0]] * rows[ij[:, 1]]).sum(1) for _, ij in pairs.blocks(which)])
     fingers, found = by_finger(prints.prints), {}
     for database in (d.database for d in pairs.databases):

@@ -22,7 +22,7 @@ CARD = """\
 # The packaged weights of Module 1
 
 `dense_reg.safetensors` is a Module 1 (dense registration), {count:,} parameters in float32; its name for every command
-is `--checkpoint pretrained`.
+is `--checkpoint pretrained`. It holds what templates of one print are made by, too.
 
 | | |
 |---|---|

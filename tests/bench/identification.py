@@ -77,7 +77,7 @@ def main(args: Args) -> None:
         for at in range(0, len(probes), AT_ONCE):
             some = probes[at : at + AT_ONCE]
             read = [matcher.read(p.path) for p in some]
-            turned, _ = matcher.scorer.templates(Canvases(read), 16, TURNS)
+            turned = matcher.scorer.templates(Canvases(read), 16, TURNS)
             for p, turns, told in zip(some, turned, identify.candidates(found, matcher.scorer, read)):
                 own = f"{p.database}/{p.finger}"
                 (likest,) = found.likest(turns, 1)

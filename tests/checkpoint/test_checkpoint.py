@@ -4,6 +4,7 @@ import contextlib
 import shutil
 from pathlib import Path
 
+import jax
 import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
@@ -61,6 +62,28 @@ def test_metadata_come_back(saved):
 def test_without_an_aligner_there_is_none(tmp_path):
     checkpoint.save(tmp_path / "c", "dense_reg", tiny(), META)
     assert checkpoint.load(tmp_path / "c").aligner is None
+
+
+def test_a_template_comes_back_beside_the_state(tmp_path):
+    template = {"mean": np.float32([1, 2]), "bias": np.float32([3])}
+    checkpoint.save(tmp_path / "c", "dense_reg", tiny(), META, template=template)
+    found = checkpoint.load(tmp_path / "c", parts=checkpoint.NETWORK)
+    assert bits(found.template) == bits(template) and found.aligner is None
+    assert set(found.trees) == {"state", "template"}
+    assert any(n.startswith("template/") for n in found.metadata["digests"])
+
+
+def test_a_run_goes_on_without_the_leaves_that_are_retired(tmp_path):
+    """Those of a Module 2 from before templates were Module 1's, wherever in the state they lie."""
+    state = tiny()
+    state["params"] |= {"head_single": {"embed": {"kernel": np.ones((2, 2), np.float32)}}, "arcface_single": np.ones(3)}
+    state["opt_state"] |= {"mu": {"arcface_single": np.zeros(3)}}
+    checkpoint.save(tmp_path / "c", "matcher", state, META)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda _: here, {"params": {"byte": 0}})
+    found = checkpoint.restore(tmp_path / "c", checkpoint.read_metadata(tmp_path / "c"), placed)
+    assert bits(found.state) == bits(tiny())
+    assert "head_single" in checkpoint.load(tmp_path / "c").state["params"]  # as it was written
 
 
 def test_orbax_alone_reads_it(saved):

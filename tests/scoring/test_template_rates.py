@@ -15,7 +15,7 @@ def test_rates_of_templates_by_hand(monkeypatch):
     prints = tuple(Print(f"{f}_{i}", "DB", str(f), str(i), None) for f in (1, 2) for i in (1, 2))
     turned = lambda degrees: [np.cos(np.radians(degrees)), np.sin(np.radians(degrees))]
     rows = np.array([turned(d) for d in (0, 10, 90, 40)], np.float32)[:, None]
-    monkeypatch.setattr(Scorer, "templates", lambda self, prints, batch_size: (rows, np.ones(4, np.float32)))
+    monkeypatch.setattr(Scorer, "templates", lambda self, prints, batch_size: rows)
     scorer = Scorer("dense_reg", preset("smoke", DenseConfig), {}, {}, None, None, 0, None)
     set_ = PrintSet(prints, tuple((0, i) for i in range(4)), ())
     found = template_rates(scorer, set_, Pairs(tuple(pairs_all(prints))), 2)
