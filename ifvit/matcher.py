@@ -115,19 +115,23 @@ class Matcher:
         picture = image if isinstance(image, Picture) else Picture(image)
         return on_canvas(picture.image, picture.ppi, self.scorer.config.canvas_size, picture.ridges)
 
-    def compare(self, a: Any, b: Any, fmr: float = 0.001) -> Comparison:
-        """One pair; `fmr` is the false match rate to decide at, by the checkpoint's calibration."""
-        return self.compare_many([(a, b)], fmr, batch_size=1)[0]
+    def compare(self, a: Any, b: Any, fmr: float = 0.001, turned: bool = False) -> Comparison:
+        """One pair; `fmr` is the false match rate to decide at, by the checkpoint's calibration.
+
+        `turned`: the prints may lie at any angle to each other. Without, they are no match where that is beyond 45°
+        or so. What is no match as it lies is tried at eight angles; that adds false matches (docs/figures.md).
+        """
+        return self.compare_many([(a, b)], fmr, 1, turned)[0]
 
     def compare_many(
-        self, pairs: Iterable[Sequence[Any]], fmr: float = 0.001, batch_size: int = 16
+        self, pairs: Iterable[Sequence[Any]], fmr: float = 0.001, batch_size: int = 16, turned: bool = False
     ) -> list[Comparison]:
         """Pairs (a, b), so many at once; in their order."""
         _check(fmr)
-        return [self._comparison(*found, fmr) for found in self._rows(self.scorer.answers, pairs, batch_size)]
+        return [found for *_, found in self._compared(pairs, fmr, batch_size, turned)]
 
-    def draw(self, a: Any, b: Any, path: str | os.PathLike, fmr: float = 0.001) -> Comparison:
-        """Compares one pair, and draws why it is decided so: a PNG at `path`.
+    def draw(self, a: Any, b: Any, path: str | os.PathLike, fmr: float = 0.001, turned: bool = False) -> Comparison:
+        """Compares one pair, and draws why it is decided so: a PNG at `path`. `turned` as `compare`.
 
         UserError for a matcher that was trained without Module 1: it lays no print on another.
         """
@@ -137,8 +141,8 @@ class Matcher:
 
         _check(fmr)
         self.scorer.registers  # noqa: B018 (refused before anything is compared)
-        ((a, b, row),) = self._rows(self.scorer.answers, [(a, b)], 1)
-        found, prints, pair = self._comparison(a, b, row, fmr), Canvases([a, b]), Pair(0, 1, False)
+        ((a, b, row, found),) = self._compared([(a, b)], fmr, 1, turned)
+        prints, pair = Canvases([a, b]), Pair(0, 1, False)
         decision(
             path,
             a,
@@ -160,10 +164,14 @@ class Matcher:
         return self.scorer.fusion.least_fmr if self.scorer.fusion else agreement.LEAST_FMR
 
     def register(self, a: Any, b: Any) -> Registration:
-        """One pair by Module 1 alone. UserError for a matcher that was trained without it."""
+        """One pair by Module 1 alone, however they lie. UserError for a matcher that was trained without it."""
         if self.scorer.fusion and not self.scorer.aligner:
             raise UserError("This matcher was trained without Module 1 and registers nothing; compare still works.")
         ((a, b, row),) = self._rows(self.scorer.registrations, [(a, b)], 1)
+        if upright := self.scorer.upright(a, b, row["similarity"] if row["aligned"] else None):
+            ((upright, _, again),) = self._rows(self.scorer.registrations, [(upright, b)], 1)
+            if again["aligned"]:
+                a, row = upright, again
         return Registration(**_registration(row, a, b, self.scorer.config))
 
     def embed(self, prints: Iterable[Any], batch_size: int = 16) -> Float[np.ndarray, "N E"]:
@@ -175,6 +183,19 @@ class Matcher:
 
         read = [self.read(p) for p in prints]
         return self.scorer.templates(Canvases(read), batch_size)[:, 0]
+
+    def _compared(self, pairs, fmr: float, batch_size: int, turned: bool) -> list[tuple]:
+        """(a, b, what the scorer answers, Comparison) of each pair, a as it was turned."""
+        if turned:
+            self.scorer.registers  # noqa: B018 (refused before anything is compared)
+        rows = self._rows(self.scorer.answers, pairs, batch_size)
+        found = [(*row, self._comparison(*row, fmr)) for row in rows]
+        for n, (a, b, row, comparison) in enumerate(found if turned else ()):
+            similarity = row["similarity"] if comparison.decision == "match" and row["aligned"] else None
+            if upright := self.scorer.upright(a, b, similarity):
+                (again,) = self._compared([(upright, b)], fmr, 1, False)
+                found[n] = max(found[n], again, key=lambda one: one[-1].score)
+        return found
 
     def _comparison(self, a: OnCanvas, b: OnCanvas, row: dict[str, Any], fmr: float) -> Comparison:
         from ifvit.pixels import agreement

@@ -38,7 +38,7 @@ log = logging.getLogger("ifvit")
 
 @dataclass(frozen=True)
 class Args:
-    """Lays print A on print B with Module 1; exit code 3 where their ridges do not agree."""
+    """Lays print A on print B with Module 1, however A is turned; exit code 3 where their ridges do not agree."""
 
     a: Annotated[str, tyro.conf.Positional] = ""
     """the print that is moved"""
@@ -102,7 +102,12 @@ class Args:
             _same_scale(*prints)
         except UserError as e:
             raise UserError(f"{where}{e}") from None
-        found, _, _ = scorer.registration(Canvases(prints), Pair(0, 1, False))
+        pair = Pair(0, 1, False)
+        found, _, _ = scorer.registration(Canvases(prints), pair)
+        if upright := scorer.upright(*prints, found.similarity if found.registered else None):
+            again, _, _ = scorer.registration(Canvases([upright, prints[1]]), pair)
+            if again.agreement > found.agreement:
+                prints[0], found = upright, again
         found = fit(found, *(p.placement for p in prints), scorer.config)
         _write(out, found, a, b)
         return found

@@ -46,6 +46,8 @@ class Args:
     three in the number of the calibration's impostor pairs it is an estimate"""
     picture: str = ""
     """PNG that shows why: both prints with their matches, one laid on the other, the parts of the score"""
+    turned: bool = False
+    """the prints may lie at any angle to each other, not only within 45° or so; adds false matches (docs/figures.md)"""
     json: bool = False
     """print {"score", "decision", "matches", "threshold", "probability", "llr", "least_fmr"} as JSON"""
     ppi: float | Literal["auto"] | None = None
@@ -67,7 +69,10 @@ class Args:
         cli.use_compilation_cache(cache_dir() / "compiled")
         matcher = Matcher.load(self.checkpoint)
         a, b = (matcher.read(Picture(path, self.ppi, self.ridges)) for path in (self.a, self.b))
-        found = matcher.draw(a, b, resolve(self.picture), self.fmr) if self.picture else matcher.compare(a, b, self.fmr)
+        if self.picture:
+            found = matcher.draw(a, b, resolve(self.picture), self.fmr, self.turned)
+        else:
+            found = matcher.compare(a, b, self.fmr, self.turned)
         if self.json:
             told = {k: getattr(found, k) for k in ("score", "decision", "threshold", "probability", "llr")}
             print(json.dumps(told | {"matches": len(found.matches), "least_fmr": matcher.least_fmr}))
@@ -125,7 +130,9 @@ class Args:
 
         def answers(some: list[pair_list.Row]) -> Iterator[tuple]:
             known = [_both(read, row) for row in some]
-            found = iter(matcher.compare_many([k for k in known if not isinstance(k, str)], self.fmr, AT_ONCE))
+            found = iter(
+                matcher.compare_many([k for k in known if not isinstance(k, str)], self.fmr, AT_ONCE, self.turned)
+            )
             for why in known:
                 if isinstance(why, str):
                     yield "", "", "", why

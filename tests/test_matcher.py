@@ -40,8 +40,15 @@ def made_up():
         }
         return {k: np.stack([v] * len(pairs)) for k, v in row.items()}
 
-    fusion = SimpleNamespace(threshold=lambda fmr: 1 - fmr)
-    scorer = SimpleNamespace(config=CONFIG, aligner=({}, {}), fusion=fusion, answers=answers, registrations=answers)
+    scorer = SimpleNamespace(
+        config=CONFIG,
+        aligner=({}, {}),
+        registers=None,
+        fusion=SimpleNamespace(threshold=lambda fmr: 1 - fmr),
+        answers=answers,
+        registrations=answers,
+        upright=lambda a, b, similarity: None,
+    )
     return Matcher("made up", scorer)
 
 
@@ -70,6 +77,39 @@ def test_the_transform_takes_pixels_of_a_to_pixels_of_b(made_up):
     homogeneous = np.c_[found.matches[:, :2], np.ones(3)] @ found.transform.T
     np.testing.assert_allclose(homogeneous[:, :2], found.matches[:, 2:], atol=1e-4)
     np.testing.assert_allclose(found.transform[:2, :2], [[0, -2], [2, 0]], atol=1e-6)  # 90°, twice as many pixels
+
+
+def test_a_turned_print_is_told_in_pixels_of_its_own_picture(made_up):
+    """What the network finds in a print that was turned by 90° is led back to the picture, which was not."""
+    plain = made_up.register(Picture(drawn(), ppi=500), Picture(drawn(), ppi=500))
+    made_up.scorer.upright = lambda a, b, similarity: a.turned(90.0)
+    found = made_up.register(Picture(drawn(), ppi=500), Picture(drawn(), ppi=500))
+    off = plain.matches[:, :2] - plain.matches[0, :2]
+    np.testing.assert_allclose(found.matches[:, :2] - found.matches[0, :2], off @ [[0, -1], [1, 0]], atol=1e-4)
+    np.testing.assert_allclose(found.matches[:, 2:], plain.matches[:, 2:], atol=1e-4)
+    homogeneous = np.c_[found.matches[:, :2], np.ones(3)] @ found.transform.T
+    np.testing.assert_allclose(homogeneous[:, :2], found.matches[:, 2:], atol=1e-4)
+
+
+def test_turned_prints_are_compared_as_they_are_most_alike(made_up):
+    asked, answers = [], made_up.scorer.answers
+    a, b = (made_up.read(Picture(drawn(), ppi=500)) for _ in range(2))
+
+    def upright(a, b, similarity):
+        asked.append(similarity)
+        return a.turned(180.0)
+
+    def scored(prints, pairs, batch_size):
+        turned = prints.some[pairs[0][0]].placement.degrees
+        return answers(prints, pairs, batch_size) | {"score": np.array([by[turned]] * len(pairs))}
+
+    made_up.scorer.upright, made_up.scorer.answers = upright, scored
+    for by, best in (({0: 0.1, 180: 0.8}, 0.8), ({0: 0.2, 180: 0.1}, 0.2)):
+        assert made_up.compare(a, b, turned=True).score == best
+        assert made_up.compare(a, b).score == by[0]
+    assert asked == [None, None]
+    by = {0: 0.9995, 180: 0.9997}  # a match as it lies, and turned by the network's own account
+    assert made_up.compare(a, b, turned=True).score == 0.9997 and asked[-1][1] == 1
 
 
 def test_a_match_is_a_score_that_reaches_the_threshold_of_the_rate(made_up):

@@ -4,7 +4,7 @@ A frame's pixels are (x, y) with pixel centres at whole numbers, so that the upp
 Maps between frames are 3 × 3 matrices for homogeneous columns (x, y, 1), in float64: they are inverted exactly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
@@ -17,17 +17,31 @@ Map = Float[np.ndarray, "3 3"]
 
 @dataclass(frozen=True)
 class Placement:
-    """How `images.place` brought a picture to its canvas: lines cut off, scaled, moved by whole pixels."""
+    """How `images.place` brought a picture to its canvas: lines cut off, scaled, moved by whole pixels.
+
+    Then it may have been turned (`OnCanvas.turned`).
+    """
 
     cut: tuple[int, int] = (0, 0)  # px of the picture that were cut off at its left, and at its top
     scale: float = 1.0  # px of the canvas a px of the picture
     shift: tuple[int, int] = (0, 0)  # px of the canvas
+    degrees: float = 0.0  # from x towards y, which is clockwise as the picture is seen
+    about: float = 0.0  # x and y on the canvas of what it was turned about
 
     @property
     def to_canvas(self) -> Map:
         """canvas = scale · (picture − cut + ½) − ½ + shift: corners, not pixel centres, are scaled."""
         move = [self.scale * (0.5 - cut) - 0.5 + shift for cut, shift in zip(self.cut, self.shift)]
-        return _scaled(self.scale, *move)
+        return turn(self.degrees, self.about) @ _scaled(self.scale, *move)
+
+    def turned(self, degrees: float, about: float) -> "Placement":
+        return replace(self, degrees=self.degrees + degrees, about=about)
+
+
+def turn(degrees: float, about: float) -> Map:
+    """Turns by so many degrees, from x towards y, about the point (about, about)."""
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    return np.array([[c, -s, about - c * about + s * about], [s, c, about - s * about - c * about], [0, 0, 1]])
 
 
 def window_to_canvas(config: Settings) -> Map:

@@ -2,19 +2,20 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, UInt8
 from PIL import Image
+from scipy.ndimage import affine_transform
 
 from ifvit.constants import CANVAS_PPI, MASK_CELL
 from ifvit.data import scale
 from ifvit.data.images import BrokenImage, decode, place, print_ppi
 from ifvit.data.levels import grey_levels
 from ifvit.data.names import known_ppi
-from ifvit.data.placement import Placement
+from ifvit.data.placement import Placement, turn
 from ifvit.data.sources import Print
 from ifvit.data.tags import believable_ppi, ppi_tags
 from ifvit.errors import UserError
@@ -34,6 +35,18 @@ class OnCanvas:
     def mm2(self) -> float:
         """The area of skin that it shows, square millimetres."""
         return float(self.mask.sum() * (MASK_CELL / CANVAS_PPI * 25.4) ** 2)
+
+    def turned(self, degrees: float) -> "OnCanvas":
+        """Turned about the canvas' middle, from x towards y: what leaves the canvas is lost."""
+
+        def of(x, order: int):
+            middle = (len(x) - 1) / 2
+            back = turn(-degrees, middle)[[1, 0]][:, [1, 0, 2]]  # of (row, column)
+            return affine_transform(x, back[:, :2], back[:, 2], order=order, cval=float(x[0, 0]))
+
+        mask = of(self.mask.astype(np.float32), 1) > 0.5
+        placement = self.placement.turned(degrees, (len(self.canvas) - 1) / 2)
+        return replace(self, canvas=of(self.canvas, 3), mask=mask, placement=placement)
 
 
 class Canvases:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, UInt8
 from ifvit.config import Settings
 from ifvit.constants import MASK_CELL
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.views import normalise, plain_view, take_view
+from ifvit.pixels.views import normalise, plain_view, take_view, turned
 
 
 class Alone(NamedTuple):
@@ -27,12 +27,11 @@ def own_prints(
     config: Settings,
 ) -> Alone:
     """Each print turned about the middle of its foreground, from x towards y."""
-    plain, a = plain_view(config), -jnp.radians(degrees)
-    turn = jnp.array([[jnp.cos(a), -jnp.sin(a)], [jnp.sin(a), jnp.cos(a)]])
+    view = turned(plain_view(config), degrees)
 
     def seen(canvas, mask):
         centre = middle(mask) * MASK_CELL + (MASK_CELL - 1) / 2
-        return take_view(canvas, mask, plain._replace(matrix=turn @ plain.matrix, centre=centre), config)
+        return take_view(canvas, mask, view._replace(centre=centre), config)
 
     x, m = jax.vmap(seen)(canvases, masks)
     return Alone(normalise(x, m, config), m)

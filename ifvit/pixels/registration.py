@@ -58,14 +58,21 @@ def placed_matches(
 
 
 def prepared(
-    aligner: Network | None, aligner_state: tuple, prints: dict, config: Settings, check: bool = False
+    aligner: Network | None,
+    aligner_state: tuple,
+    prints: dict,
+    config: Settings,
+    check: bool = False,
+    degrees: float | Float[Array, ""] | None = None,
 ) -> dict[str, Array]:
     """What of prints is the same whatever they are compared with, N rows; `prints` has `canvas` and `mask`.
+
+    They are seen turned by `degrees`, if any, from x towards y about the window's middle.
 
     `image` and `inside` are the windows (`views.plain_prints`), `features` Module 1's (`DenseRegistration.features`).
     With `check` there are `ridges` and `ridges_inside` at CHECK_PPI too.
     """
-    image, inside = plain_prints(prints["canvas"], prints["mask"], config)
+    image, inside = plain_prints(prints["canvas"], prints["mask"], config, degrees)
     found = {"image": image, "inside": inside}
     if aligner is not None:
         params, stats = aligner_state
@@ -73,7 +80,7 @@ def prepared(
         found["features"], _ = aligner.apply(params, stats, normal, train=False, method="features")
     if check:
         fine = checked_config(config)
-        x, found["ridges_inside"] = plain_prints(prints["canvas"], prints["mask"], fine)
+        x, found["ridges_inside"] = plain_prints(prints["canvas"], prints["mask"], fine, degrees)
         found["ridges"] = normalise(x, found["ridges_inside"], fine)[..., 0]
     return found
 
@@ -197,3 +204,29 @@ def checked_registration(
         points1,
     )
     return checked, found
+
+
+# Degrees: Module 1 finds what is turned by a third of a right angle and more, so that neighbours overlap.
+TURNS = tuple(range(0, 360, 45))
+
+
+def best_turn(
+    aligner: Network, aligner_state: tuple, batch: dict, config: Settings
+) -> tuple[Float[Array, " B"], Float[Array, " B"]]:
+    """By how many degrees print 0 has to be turned, from x towards y, to lie as print 1 does, and their agreement then.
+
+    `batch` is one of canvases. Every pair is registered with print 0 at all TURNS; told is the one whose ridges agree
+    best (`CheckedRegistration.agreement`).
+    """
+    prints = [{k: batch[f"{k}{n}"] for k in ("canvas", "mask")} for n in (0, 1)]
+    other = prepared(aligner, aligner_state, prints[1], config, check=True)
+
+    def at(degrees):
+        one = prepared(aligner, aligner_state, prints[0], config, check=True, degrees=degrees)
+        found, _ = checked_registration(aligner, aligner_state, paired(one, other), config)
+        a, b = found.similarity[:, 0], found.similarity[:, 1]
+        return found.agreement, degrees + jnp.degrees(jnp.arctan2(b, a))
+
+    agreement, degrees = jax.lax.map(at, jnp.array(TURNS, jnp.float32))
+    best = agreement.argmax(0)[None]
+    return tuple(jnp.take_along_axis(x, best, 0)[0] for x in (degrees, agreement))

@@ -41,6 +41,13 @@ def plain_view(config: Settings) -> View:
     return View(jnp.eye(2) * ratio, centre, zeros, zeros, jnp.zeros(MODES))
 
 
+def turned(view: View, degrees: float | Float[Array, ""]) -> View:
+    """Of a print that was turned by so many degrees from x towards y, about the view's centre."""
+    a = -jnp.radians(degrees)
+    turn = jnp.array([[jnp.cos(a), -jnp.sin(a)], [jnp.sin(a), jnp.cos(a)]])
+    return view._replace(matrix=turn @ view.matrix)
+
+
 @exact
 def random_view(
     key: Key[Array, ""],
@@ -264,10 +271,13 @@ def plain_views(batch: dict, config: Settings) -> Views:
 
 
 def plain_prints(
-    canvases: UInt8[Array, "N C C"], masks: Bool[Array, "N C/8 C/8"], config: Settings
+    canvases: UInt8[Array, "N C C"],
+    masks: Bool[Array, "N C/8 C/8"],
+    config: Settings,
+    degrees: float | Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, "N S S"], Bool[Array, "N S S"]]:
-    """Prints as they are: their windows, before normalisation, and their foreground."""
-    view = plain_view(config)
+    """Prints as they are, or turned: their windows, before normalisation, and their foreground."""
+    view = plain_view(config) if degrees is None else turned(plain_view(config), degrees)
     return jax.vmap(lambda canvas, mask: take_view(canvas, mask, view, config))(canvases, masks)
 
 

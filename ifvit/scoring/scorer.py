@@ -16,6 +16,7 @@ from ifvit.config import DenseConfig, MatchConfig, config_of
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
 from ifvit.data.prepare import Prints
+from ifvit.data.single import Canvases, OnCanvas
 from ifvit.devices.traced import traced
 from ifvit.errors import UserError
 from ifvit.models.networks import Network, dense_network, match_network
@@ -23,12 +24,14 @@ from ifvit.models.template import Template
 from ifvit.pixels import agreement
 from ifvit.pixels.alignment import align, roi_corner
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import CheckedRegistration, checked_registration
+from ifvit.pixels.registration import CheckedRegistration, best_turn, checked_registration
 from ifvit.pixels.views import plain_views
 from ifvit.scoring.answers import answers, dense_answers, registrations
 from ifvit.scoring.fusion import Fusion
 from ifvit.scoring.scores import dense_scores, match_scores, score_pairs
 from ifvit.scoring.template import as_template, embed_prints, template_of
+
+TILTED = 30.0  # degrees: of prints that lie so far from one another Module 1 finds fewer matches
 
 
 @dataclass(frozen=True)
@@ -173,6 +176,24 @@ class Scorer:
         batch, _ = next(fixed_batches(prints, [pair], 1))
         image0, image1, found = jax.device_get(self._register(self.registers[1], batch))
         return jax.tree.map(lambda x: x[0], found), image0[0], image1[0]
+
+    @cached_property
+    def _turn(self):
+        net, config = self.registers[0], self.config
+        return jax.jit(exact(lambda state, batch: best_turn(net, state, batch, config)))
+
+    def upright(self, a: OnCanvas, b: OnCanvas, similarity: Float[np.ndarray, "4"] | None = None) -> OnCanvas | None:
+        """Print a turned to lie as b does, for Module 1 to see it better; None where it would not.
+
+        `similarity` is that of their registration. Without one print a is tried at all turns, and None is returned
+        where the ridges do not surely agree at any.
+        """
+        if similarity is not None:
+            degrees = float(np.degrees(np.arctan2(similarity[1], similarity[0])))
+            return a.turned(degrees) if abs(degrees) > TILTED else None
+        batch, _ = next(fixed_batches(Canvases([a, b]), [Pair(0, 1, False)], 1))
+        degrees, agreed = (float(x[0]) for x in jax.device_get(self._turn(self.registers[1], batch)))
+        return a.turned(degrees) if agreed >= agreement.TURNED else None
 
     def picture(self, prints: Prints, pair: Pair, path: str | os.PathLike) -> None:
         """Draws both prints side by side, with inlier matches as lines coloured by confidence.

@@ -119,6 +119,9 @@ def answer(monkeypatch):
         def registration(self, prints, pair):
             return self.told, None, None
 
+        def upright(self, a, b, similarity):
+            return None
+
     scorer = Answering()
     monkeypatch.setattr("ifvit.scoring.scorer.Scorer.from_checkpoint", lambda path: scorer)
     return lambda told: setattr(scorer, "told", told)

@@ -7,6 +7,7 @@ import pytest
 from ifvit.config import PRESETS, DenseConfig
 from ifvit.data.images import place
 from ifvit.data.placement import Placement, mapped, similarity_map, window_to_canvas
+from ifvit.data.single import OnCanvas
 from ifvit.pixels.geometry import apply_similarity
 from ifvit.pixels.views import plain_view, to_canvas
 
@@ -40,6 +41,21 @@ def test_a_dot_lies_on_the_canvas_where_the_placement_says(ppi, frame):
     found = np.linalg.inv(placement.to_canvas) @ [*centre_of_darkness(canvas), 1]
     np.testing.assert_allclose(found[:2], (x + frame, y + frame), atol=0.1)
     assert min(placement.cut) >= frame
+
+
+@pytest.mark.parametrize("degrees", [37.0, 90.0, -150.0])
+def test_a_dot_of_a_turned_print_lies_where_its_placement_says(degrees):
+    x, y = 0.5 * 250 + 3.4, 0.6 * 300 - 2.7
+    one = OnCanvas("drawn", *place(ridges_with_a_dot(300, 250, 500, x, y), 500))
+    turned = one.turned(degrees / 2).turned(degrees / 2)
+    there = mapped(turned.placement.to_canvas, np.array([[x, y]]))[0]
+    np.testing.assert_allclose(there, centre_of_darkness(turned.canvas), atol=0.15)
+    middle = (len(one.canvas) - 1) / 2
+    (u, v), (p, q) = there - middle, mapped(one.placement.to_canvas, np.array([[x, y]]))[0] - middle
+    assert np.degrees(np.arctan2(p * v - q * u, p * u + q * v)) == pytest.approx(degrees)  # from x towards y
+    assert turned.mm2 == pytest.approx(one.mm2, rel=0.05)  # thresholded twice
+    lit = turned.mask.repeat(8, 0).repeat(8, 1)
+    assert np.abs(turned.canvas[~lit].astype(int) - turned.canvas[0, 0]).mean() < 12  # the mask turned with the ridges
 
 
 def test_a_canvas_that_cuts_a_large_print_is_placed_all_the_same():
