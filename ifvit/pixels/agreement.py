@@ -27,7 +27,7 @@ SEEN = 0.5  # share of a window that both prints cover, for the window to count
 FEW = 20.0  # windows: an overlap of so many can reach half of the full score
 NEAR = 0.625  # cells of the network: matches that lie as near to their similarity support it
 REGISTERED = 0.093  # score; tests/bench/agreement.py tells who passes
-TURNED = 0.131  # score at any of eight turns that is believed: one impostor in a thousand reaches it at one
+TURNED = 0.131  # score at any of eight turns that is believed: none of 1,000 impostor pairs reaches it
 FAINT = 0.01  # a score of so much, and one of 0, are told apart by a factor of two
 LOGISTIC = (6.01, 0.31, 13.17)  # of log(score + 0.01), of the overlap, and the bias, fitted there
 
