@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ifvit.scoring.scorer import Scorer
 
 TURNS = tuple(range(-30, 31, 10))  # degrees that a probe is turned by for the shortlist
+AROUND = tuple(range(0, 360, 60))  # and for --turned, each with its own shortlist
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ class Args:
     """enrolled prints with the likest templates, which are compared pairwise; without templates all are"""
     fpir: float = 0.01
     """false-positive identification rate to decide at: how often a print of nobody enrolled may be given a name"""
+    turned: bool = False
+    """the prints may lie at any angle, not only within 30°: each is looked for at six, which takes six times as long"""
     json: bool = False
     """print the answers as JSON"""
     batch_size: int = 16
@@ -67,11 +70,15 @@ class Args:
         gallery = Gallery.open(folder, matcher.scorer.digest)
         if not len(gallery):
             raise UserError(f"{self.gallery} is empty; enrol prints with python -m ifvit.enroll DIR --gallery G.")
-        fmr = 1 - (1 - self.fpir) ** (1 / gallery.fingers)
+        angles = AROUND if self.turned else (0,)
+        fmr = 1 - (1 - self.fpir) ** (1 / (gallery.fingers * len(angles)))
         threshold = (matcher.scorer.fusion or agreement).threshold(fmr)
         probes = [matcher.read(Picture(path, self.ppi, self.ridges)) for path in self.prints]
+        turned = [p.turned(angle) if angle else p for p in probes for angle in angles]
+        found = self.candidates(gallery, matcher.scorer, turned)
         told = []
-        for path, candidates in zip(self.prints, self.candidates(gallery, matcher.scorer, probes)):
+        for n, path in enumerate(self.prints):
+            candidates = likest_of(found[n * len(angles) :][: len(angles)])
             for c in candidates:
                 c["decision"] = "match" if c["score"] >= threshold else "no match"
             told.append({"print": path, "threshold": threshold, "fmr": fmr, "candidates": candidates[: self.top]})
@@ -120,6 +127,14 @@ class Args:
                 fingers.setdefault((e.database, e.finger), told | {"llr": float(log_odds[i] / np.log(10))})
             answers.append([{"rank": n} | told for n, told in enumerate(fingers.values(), 1)])
         return answers
+
+
+def likest_of(lists: Sequence[list[dict]]) -> list[dict]:
+    """Candidates of one print that was looked for at several angles: each finger as it is likest, ranked anew."""
+    fingers: dict[str, dict] = {}
+    for c in sorted((c for some in lists for c in some), key=lambda c: -c["score"]):
+        fingers.setdefault(c["finger"], c)
+    return [c | {"rank": n} for n, c in enumerate(fingers.values(), 1)]
 
 
 def _lines(told: dict) -> str:

@@ -1,5 +1,8 @@
 """The packaged weights on the packaged prints, as they lie and turned: a whole answer, by the real network."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -14,6 +17,48 @@ PRINTS = weights.FOLDER / "prints"
 @pytest.fixture(scope="module")
 def matcher():
     return Matcher.load("pretrained")
+
+
+@pytest.fixture(scope="module")
+def enrolled(command, tmp_path_factory):
+    """A gallery of two fingers, a print each; its folder's parent, which has `probe.png`, upside down, of the first."""
+    cwd = tmp_path_factory.mktemp("turned")
+    (cwd / "DB").mkdir()
+    for name in ("1_2.png", "2_1.png"):
+        shutil.copy(PRINTS / name, cwd / "DB")
+    Image.fromarray(turned("1_1.png", 180.0)[0].image).save(cwd / "probe.png", dpi=(500, 500))
+    said = command("enroll", cwd / "DB", "--gallery", "g", "--checkpoint", "pretrained", cwd=cwd)
+    assert said.code == 0 and "2 prints enrolled" in said.out, said
+    return cwd
+
+
+@pytest.mark.parametrize("words, decision, angles", [((), "no match", 1), (("--turned",), "match", 6)])
+def test_a_probe_upside_down_is_identified_where_it_may_be_turned(command, enrolled, words, decision, angles):
+    said = command(
+        "identify", "probe.png", "--gallery", "g", "--checkpoint", "pretrained", "--json", *words, cwd=enrolled
+    )
+    (told,) = json.loads(said.out)
+    assert told["fmr"] == pytest.approx(1 - 0.99 ** (1 / (2 * angles)))
+    assert [c["rank"] for c in told["candidates"]] == [1, 2]
+    assert {c["finger"] for c in told["candidates"]} == {"DB/1", "DB/2"}
+    assert {c["finger"]: c["decision"] for c in told["candidates"]} == {"DB/1": decision, "DB/2": "no match"}
+
+
+@pytest.mark.parametrize("words, decision", [((), "no match"), (("--turned",), "match")])
+def test_verify_says_the_same_of_one_pair_of_a_list_and_in_a_picture(command, enrolled, words, decision):
+    to = ("--checkpoint", "pretrained", *words)
+    said = command("verify", "probe.png", "DB/1_2.png", "--picture", "why.png", *to, cwd=enrolled)
+    assert f", {decision} (threshold" in said.out and Image.open(enrolled / "why.png").width > 500, said
+    (enrolled / "pairs.csv").write_text("a,b\nprobe.png,DB/1_2.png\n")
+    assert command("verify", "--pairs", "pairs.csv", "--out", "s.csv", *to, cwd=enrolled).code == 0
+    assert (enrolled / "s.csv").read_text().splitlines()[1].split(",")[3] == decision
+
+
+def test_register_lays_it_the_right_way_up(command, enrolled):
+    said = command("register", "probe.png", "DB/1_2.png", "--checkpoint", "pretrained", "--out", "OUT", cwd=enrolled)
+    assert said.code == 0 and said.out.startswith("registered"), said
+    told = json.loads((enrolled / "OUT/transform.json").read_text())
+    assert abs(told["similarity"]["degrees"]) > 165 and told["similarity"]["scale"] == pytest.approx(1, abs=0.05)
 
 
 def turned(name: str, degrees: float) -> tuple[Picture, np.ndarray]:
