@@ -93,8 +93,7 @@ class Args:
 
     def _pair(self, scorer: "Scorer", a: str, b: str, where: str, out: Path) -> "Fit":
         """Registers and writes one pair; the sentence of a user's mistake begins with its line in the list."""
-        from ifvit.data.pairs import Pair
-        from ifvit.data.single import Canvases, on_canvas
+        from ifvit.data.single import on_canvas
         from ifvit.scoring.fit import fit
 
         try:
@@ -102,12 +101,7 @@ class Args:
             _same_scale(*prints)
         except UserError as e:
             raise UserError(f"{where}{e}") from None
-        pair = Pair(0, 1, False)
-        found, _, _ = scorer.registration(Canvases(prints), pair)
-        if upright := scorer.upright(*prints, found.similarity if found.registered else None):
-            again, _, _ = scorer.registration(Canvases([upright, prints[1]]), pair)
-            if again.agreement > found.agreement:
-                prints[0], found = upright, again
+        prints[0], found = scorer.laid(*prints)
         found = fit(found, *(p.placement for p in prints), scorer.config)
         _write(out, found, a, b)
         return found

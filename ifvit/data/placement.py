@@ -30,11 +30,12 @@ class Placement:
 
     @property
     def to_canvas(self) -> Map:
-        """canvas = scale · (picture − cut + ½) − ½ + shift: corners, not pixel centres, are scaled."""
+        """canvas = turn · (scale · (picture − cut + ½) − ½ + shift): corners, not pixel centres, are scaled."""
         move = [self.scale * (0.5 - cut) - 0.5 + shift for cut, shift in zip(self.cut, self.shift)]
         return turn(self.degrees, self.about) @ _scaled(self.scale, *move)
 
     def turned(self, degrees: float, about: float) -> "Placement":
+        """The canvas was turned (again) about its point (about, about), the same one each time."""
         return replace(self, degrees=self.degrees + degrees, about=about)
 
 

@@ -206,7 +206,7 @@ def checked_registration(
     return checked, found
 
 
-# Degrees: Module 1 finds what is turned by a third of a right angle and more, so that neighbours overlap.
+# Degrees: from the nearest of them no pair is farther than 22.5, which Module 1 takes as it takes upright ones.
 TURNS = tuple(range(0, 360, 45))
 
 

@@ -177,6 +177,13 @@ class Scorer:
         image0, image1, found = jax.device_get(self._register(self.registers[1], batch))
         return jax.tree.map(lambda x: x[0], found), image0[0], image1[0]
 
+    def laid(self, a: OnCanvas, b: OnCanvas) -> tuple[OnCanvas, CheckedRegistration]:
+        """Print a, turned where that is better, and its registration with b."""
+        lies = lambda one: (one, self.registration(Canvases([one, b]), Pair(0, 1, False))[0])
+        found = lies(a)
+        upright = self.upright(a, b, found[1].similarity if found[1].registered else None)
+        return max(found, lies(upright), key=lambda one: one[1].agreement) if upright else found
+
     @cached_property
     def _turn(self):
         net, config = self.registers[0], self.config

@@ -110,12 +110,8 @@ def known_warps(scorer: Scorer, prints, rotation: float, args: Args) -> str:
 
 def registered_pair(scorer: Scorer, a: OnCanvas, b: OnCanvas) -> tuple[bool, Fit]:
     """Whether it registers as it lies, and the fit of `ifvit.register`."""
-    found = scorer.registration(Canvases([a, b]), Pair(0, 1, False))[0]
-    straight = bool(found.registered)
-    if upright := scorer.upright(a, b, found.similarity if straight else None):
-        again = scorer.registration(Canvases([upright, b]), Pair(0, 1, False))[0]
-        if again.agreement > found.agreement:
-            a, found = upright, again
+    straight = bool(scorer.registration(Canvases([a, b]), Pair(0, 1, False))[0].registered)
+    a, found = scorer.laid(a, b)
     return straight, fit(found, a.placement, b.placement, scorer.config)
 
 
