@@ -118,8 +118,8 @@ class Matcher:
     def compare(self, a: Any, b: Any, fmr: float = 0.001, turned: bool = False) -> Comparison:
         """One pair; `fmr` is the false match rate to decide at, by the checkpoint's calibration.
 
-        `turned`: the prints may lie at any angle to each other. Without, they are no match where that is beyond 45°
-        or so. What is no match as it lies is tried at eight angles, which an impostor has too (docs/figures.md).
+        `turned`: the prints may lie at any angle to each other. Without, they are often no match beyond 60° or
+        so. What is no match as it lies is tried at eight angles, which an impostor has too (docs/figures.md).
         """
         return self.compare_many([(a, b)], fmr, 1, turned)[0]
 

@@ -47,7 +47,7 @@ class Args:
     picture: str = ""
     """PNG that shows why: both prints with their matches, one laid on the other, the parts of the score"""
     turned: bool = False
-    """the prints may lie at any angle to each other, not only within 45° or so: tried are eight (docs/figures.md)"""
+    """the prints may lie at any angle to each other, not only within 60° or so: eight are tried (docs/figures.md)"""
     json: bool = False
     """print {"score", "decision", "matches", "threshold", "probability", "llr", "least_fmr"} as JSON"""
     ppi: float | Literal["auto"] | None = None
