@@ -43,7 +43,7 @@ class Args:
     dataset_root: tuple[str, ...] = ()
     """folders of prints; every database in them is evaluated on its own"""
     out: str = "./evaluation"
-    """folder for report.html, metrics.json, scores.csv, det.png, histogram.png, matches.png"""
+    """folder for report.html, metrics.json, scores.csv, det.png, cmc.png, histogram.png, matches.png"""
     protocol: Literal["fvc", "all"] = "fvc"
     """fvc: every genuine pair once, first impressions for impostors; all: every pair"""
     max_pairs: int | None = None
@@ -197,8 +197,7 @@ def evaluate(
 
     from ifvit.data.protocols import PROTOCOLS, Pairs
     from ifvit.models.template import Template
-    from ifvit.scoring import intervals, plots, rates, report, scores_csv
-    from ifvit.scoring.template_rates import template_rates
+    from ifvit.scoring import identification, intervals, plots, rates, report, scores_csv
 
     pairs = Pairs(_limited(_usable(PROTOCOLS[protocol](prints.prints)), max_pairs))
     _announce(pairs, protocol)
@@ -228,12 +227,13 @@ def evaluate(
         if protocol == "all" and "impostors_in_all" not in rows[name]:
             by_fvc = _of_first_impressions(pairs, name, prints.prints)
             rows[name]["eer_fvc"] = rates.equal_error_rate(genuine, impostor[by_fvc])
+            rows[name] |= identification.by_scores(prints.prints, pairs, name, scores["score"])
         curves[name] = rates.det_curve(genuine, impostor, rates.POINTS)[1:]
     if isinstance(getattr(scorer, "template", None), Template):  # a stand-in may have none
-        for name, told_of in template_rates(scorer, prints, pairs, batch_size).items():
+        for name, told_of in identification.template_rates(scorer, prints, pairs, batch_size).items():
             rows[name] |= told_of
     macro = rates.macro(rows) | intervals.of(intervals.macro(drawn))
-    for key in ("eer_fvc", "cllr", "min_cllr", "eer_template", "rank1_template"):
+    for key in ("eer_fvc", "cllr", "min_cllr", "eer_template", "rank1_template", "rank1"):
         if all(key in row for row in rows.values()):
             macro[key] = float(np.mean([row[key] for row in rows.values()]))
     result = {"macro": macro, "databases": rows, "protocol": protocol}
@@ -246,6 +246,8 @@ def evaluate(
     ):
         scores_csv.write(file, prints.prints, pairs, scores)
     plots.det(out / "det.png", curves | report.peers(peers))
+    if cmc := identification.curves(rows):
+        plots.cmc(out / "cmc.png", cmc)
     of_kind = {kind: [pairs.of(d.database, kind) for d in pairs.databases] for kind in (True, False)}
     plots.histogram(
         out / "histogram.png",
@@ -347,10 +349,13 @@ def print_table(result: dict) -> None:
         counts = f"{row['genuine']:8d} {row['impostor']:9d}" if "genuine" in row else " " * 18
         counts += f" {row['eer_fvc']:9.2%}" if both else ""
         print((f"{name:20s}" + "".join(f"{cell:>23s}" for cell in cells) + f" {row['auc']:7.4f} {counts}").rstrip())
-    if "cllr" in result["macro"]:
-        print("Cllr {cllr:.3f} bits, {min_cllr:.3f} if calibrated on these prints; macro".format(**result["macro"]))
-    if "eer_template" in result["macro"]:
-        print(report.of_templates(result["macro"]))
+    macro = result["macro"]
+    if "cllr" in macro:
+        print("Cllr {cllr:.3f} bits, {min_cllr:.3f} if calibrated on these prints; macro".format(**macro))
+    if "eer_template" in macro:
+        print(report.of_templates(macro))
+    if "rank1" in macro:
+        print("Identification by scores, first impressions enrolled: rank-1 {rank1:.1%}; macro".format(**macro))
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def pairs_fvc(prints: Sequence[Any]) -> list[Comparisons]:
     protocol = []
     for database, fingers in by_finger(prints).items():
         impostor = EveryTwo(np.sort([first_impression(prints, members) for members in fingers]), np.empty(0, np.int64))
-        genuine = _every_two([i for i in members if not _altered(prints[i])] for members in fingers)
+        genuine = _every_two([i for i in members if not altered(prints[i])] for members in fingers)
         protocol.append(Comparisons(database, genuine, impostor, len(impostor)))
     return protocol
 
@@ -90,7 +90,7 @@ def pairs_all(prints: Sequence[Any]) -> list[Comparisons]:
         members = np.sort(np.concatenate([np.array(f) for f in fingers]))
         of_a_finger = np.searchsorted(members, _every_two(fingers))
         impostor = EveryTwo(members, np.sort(_ranks(of_a_finger[:, 0], of_a_finger[:, 1], len(members))))
-        genuine = _every_two([i for i in f if not _altered(prints[i])] for f in fingers)
+        genuine = _every_two([i for i in f if not altered(prints[i])] for f in fingers)
         genuine = genuine[np.lexsort(genuine.T[::-1])]
         protocol.append(Comparisons(database, genuine, impostor, len(impostor)))
     return protocol
@@ -163,7 +163,7 @@ def draw(rng: np.random.Generator, of: int, count: int) -> Int[np.ndarray, " n"]
 
 def first_impression(prints: Sequence[Any], members: Iterable[int]) -> int:
     """Of a finger's prints the one that its impostor pairs are made with."""
-    return min(members, key=lambda i: (_altered(prints[i]), _natural(prints[i].impression)))
+    return min(members, key=lambda i: (altered(prints[i]), _natural(prints[i].impression)))
 
 
 def by_finger(prints: Sequence[Any]) -> dict[str, list[list[int]]]:
@@ -190,7 +190,8 @@ def _ranks(first: Int[np.ndarray, " n"], second: Int[np.ndarray, " n"], count: i
     return first * (2 * count - first - 1) // 2 + second - first - 1
 
 
-def _altered(impression: Any) -> bool:
+def altered(impression: Any) -> bool:
+    """Whether a print is one of SOCOFing's alterations."""
     return getattr(impression, "altered", False)
 
 

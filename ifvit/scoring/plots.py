@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.ticker
 import numpy as np
 from jaxtyping import Float, Num
 from matplotlib.axes import Axes
@@ -49,6 +50,19 @@ def det(path: str | os.PathLike, curves: Mapping[str, tuple[Float[np.ndarray, " 
         axis.set_major_formatter("{x:g}")
     axes.grid(which="major", alpha=0.4)
     axes.legend(fontsize="small", loc="best" if len(curves) < 6 else "lower left")
+    save(figure, path)
+
+
+def cmc(path: str | os.PathLike, curves: Mapping[str, Sequence[float]]) -> None:
+    """CMC curves, name -> share of probes found at rank 1, 2, …, in per cent over ranks."""
+    figure = new_figure(6.5, 4.5)
+    axes = figure.add_subplot(xlabel="rank", ylabel="probes whose finger is among the likest (%)")
+    for name, shares in curves.items():
+        ranks = np.arange(1, len(shares) + 1)
+        axes.plot(ranks, 100 * np.asarray(shares), ".-", label=f"{plain(name)}: rank-1 {100 * shares[0]:.1f} %")
+    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
+    axes.grid(alpha=0.4)
+    axes.legend(fontsize="small", loc="lower right")
     save(figure, path)
 
 

@@ -64,6 +64,7 @@ def of_evaluation(
         *first,
         table_of_rates(result),
         section("DET", picture(out / "det.png", "False non-matches against false matches, by database")),
+        of_identification(out, result),
         section("Scores", picture(out / "histogram.png", "Scores of genuine and impostor pairs")),
         errors,
         *(listed(*item) for item in lines.items()),
@@ -115,6 +116,17 @@ def table_of_rates(result: Mapping) -> str:
         "bits; 1 tells nothing, 0 is perfect. The macro row is the mean over databases.</p>",
         f"<p>{of_templates(result['macro'])}.</p>" if "eer_template" in result["macro"] else "",
     )
+
+
+def of_identification(out: Path, result: Mapping) -> str:
+    """The CMC curves, where the evaluation had them."""
+    if not any("cmc" in key for row in result["databases"].values() for key in row):
+        return ""
+    said = (
+        "The first impression of every finger of a database is enrolled, the others are probes. They are found by the "
+        "templates of one print alone and, where every pair was compared, by the pairs' scores."
+    )
+    return section("Identification", f"<p>{said}</p>", picture(out / "cmc.png", "CMC by database"))
 
 
 def of_templates(macro: Mapping) -> str:

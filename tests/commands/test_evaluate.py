@@ -27,6 +27,7 @@ SMOKE = ("--preset", "smoke")
 RATES = {"eer", "fmr100", "fmr1000", "zerofmr", "auc"}
 COSTS = {"cllr", "min_cllr"}  # of the likelihood ratios
 TEMPLATES = {"eer_template", "rank1_template"}
+CMC = {"cmc_template"}
 INTERVALS = {f"{rate}_ci" for rate in RATES}
 
 
@@ -75,7 +76,7 @@ def test_the_metrics_have_these_keys(evaluated):
     assert set(evaluated.metrics["macro"]) == RATES | INTERVALS | COSTS | TEMPLATES
     assert set(evaluated.metrics["databases"]) == {"DB1", "DB2"}
     for row in evaluated.metrics["databases"].values():
-        assert set(row) == RATES | INTERVALS | COSTS | TEMPLATES | {"genuine", "impostor"}
+        assert set(row) == RATES | INTERVALS | COSTS | TEMPLATES | CMC | {"genuine", "impostor"}
         assert 0 <= row["min_cllr"] <= row["cllr"]
 
 
@@ -145,7 +146,7 @@ def test_module_1_scores_by_the_ridges_that_agree_module_2_by_both_branches(eval
     assert len({r["score"] for r in evaluated.rows}) > 1
 
 
-@pytest.mark.parametrize("name", ["det.png", "histogram.png", "matches.png"])
+@pytest.mark.parametrize("name", ["det.png", "cmc.png", "histogram.png", "matches.png"])
 def test_the_pictures_are_pngs(evaluated, name):
     assert (evaluated.out / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     with Image.open(evaluated.out / name) as image:
