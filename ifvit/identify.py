@@ -4,6 +4,7 @@ python -m ifvit.identify PRINT [PRINT …] --gallery G [--top 10]
 """
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from ifvit.paths import cache_dir, resolve
 
 if TYPE_CHECKING:
     from ifvit.data.single import OnCanvas
+    from ifvit.gallery.ranking import Compared
     from ifvit.gallery.store import Gallery
     from ifvit.scoring.scorer import Scorer
 
@@ -44,6 +46,8 @@ class Args:
     """false-positive identification rate to decide at: how often a print of nobody enrolled may be given a name"""
     turned: bool = False
     """the prints may lie at any angle, not only within 30°: each is looked for at six, which takes six times as long"""
+    person: bool = False
+    """the prints are fingers of one person: persons are named, by all of these prints together"""
     json: bool = False
     """print the answers as JSON"""
     batch_size: int = 16
@@ -58,6 +62,7 @@ class Args:
         if self.json:
             cli.log_to_stderr()
         from ifvit.devices.sharding import use_cpu_cores
+        from ifvit.gallery.ranking import fingers
         from ifvit.gallery.store import Gallery
         from ifvit.matcher import Matcher, Picture
         from ifvit.pixels import agreement
@@ -70,20 +75,39 @@ class Args:
         gallery = Gallery.open(folder, matcher.scorer.digest)
         if not len(gallery):
             raise UserError(f"{self.gallery} is empty; enrol prints with python -m ifvit.enroll DIR --gallery G.")
+        probes = [matcher.read(Picture(path, self.ppi, self.ridges)) for path in self.prints]
         angles = AROUND if self.turned else (0,)
+        turned = [p.turned(angle) if angle else p for p in probes for angle in angles]
+        found = self.compared(gallery, matcher.scorer, turned)
+        found = [sum(found[n : n + len(angles)], []) for n in range(0, len(found), len(angles))]
+        if self.person:
+            told = self.persons(gallery, found, matcher.least_fmr, len(angles))
+            print(json.dumps(told, indent=1) if self.json else _lines_of_persons(told))
+            return 0
         fmr = 1 - (1 - self.fpir) ** (1 / (gallery.fingers * len(angles)))
         threshold = (matcher.scorer.fusion or agreement).threshold(fmr)
-        probes = [matcher.read(Picture(path, self.ppi, self.ridges)) for path in self.prints]
-        turned = [p.turned(angle) if angle else p for p in probes for angle in angles]
-        found = self.candidates(gallery, matcher.scorer, turned)
         told = []
-        for n, path in enumerate(self.prints):
-            candidates = likest_of(found[n * len(angles) :][: len(angles)])
+        for path, some in zip(self.prints, found):
+            candidates = fingers(some)
             for c in candidates:
                 c["decision"] = "match" if c["score"] >= threshold else "no match"
             told.append({"print": path, "threshold": threshold, "fmr": fmr, "candidates": candidates[: self.top]})
         print(json.dumps(told, indent=1) if self.json else "\n".join(map(_lines, told)))
         return 0
+
+    def persons(self, gallery: "Gallery", found: list[list["Compared"]], least_fmr: float, angles: int) -> dict:
+        """The persons whose prints all of these are likest to. One is named where the likelihood ratio is so high.
+
+        Among impostors a ratio of 1/x is reached by at most a share x of them, whatever they are like.
+        """
+        from ifvit.gallery.ranking import persons
+
+        enrolled = gallery.fingers_of_persons()
+        fmr = 1 - (1 - self.fpir) ** (1 / len(enrolled))
+        candidates = persons(found, enrolled, -math.log10(least_fmr), angles)[: self.top]
+        for c in candidates:
+            c["decision"] = "match" if c["llr"] >= -math.log10(fmr) else "no match"
+        return {"prints": list(self.prints), "threshold": -math.log10(fmr), "fmr": fmr, "candidates": candidates}
 
     def check(self) -> None:
         """UserError for flags that do not fit; before anything is read."""
@@ -98,13 +122,14 @@ class Args:
         if not 0 < self.fpir < 1:
             raise UserError(f"--fpir is {self.fpir}; give a rate between 0 and 1, such as 0.01.")
 
-    def candidates(self, gallery: "Gallery", scorer: "Scorer", probes: Sequence["OnCanvas"]) -> list[list[dict]]:
-        """Of each probe the enrolled fingers, each with its likest impression, the likest first."""
+    def compared(self, gallery: "Gallery", scorer: "Scorer", probes: Sequence["OnCanvas"]) -> list[list["Compared"]]:
+        """What each probe was compared with: the enrolled prints with the likest templates."""
         import numpy as np
 
         from ifvit.data.pairs import Pair
         from ifvit.data.single import Canvases
         from ifvit.gallery.pictures import Enrolled
+        from ifvit.gallery.ranking import Compared
 
         taken = Canvases(probes)
         if gallery.width:
@@ -116,25 +141,8 @@ class Args:
         at = {e.name: i for i, e in enumerate(entries, len(probes))}
         pairs = [Pair(i, at[e.name], False) for i, shortlist in enumerate(shortlists) for e in shortlist]
         found = scorer.score(Enrolled(taken, entries), pairs, self.batch_size)
-        answers, first = [], 0
-        for shortlist in shortlists:
-            score, log_odds = (found[key][first:][: len(shortlist)] for key in ("score", "log_odds"))
-            first += len(shortlist)
-            fingers: dict[tuple[str, str], dict] = {}
-            for i in np.argsort(-score, kind="stable"):
-                e = shortlist[i]
-                told = {"finger": f"{e.database}/{e.finger}", "print": e.name, "score": float(score[i])}
-                fingers.setdefault((e.database, e.finger), told | {"llr": float(log_odds[i] / np.log(10))})
-            answers.append([{"rank": n} | told for n, told in enumerate(fingers.values(), 1)])
-        return answers
-
-
-def likest_of(lists: Sequence[list[dict]]) -> list[dict]:
-    """Candidates of one print that was looked for at several angles: each finger as it is likest, ranked anew."""
-    fingers: dict[str, dict] = {}
-    for c in sorted((c for some in lists for c in some), key=lambda c: -c["score"]):
-        fingers.setdefault(c["finger"], c)
-    return [c | {"rank": n} for n, c in enumerate(fingers.values(), 1)]
+        rows = zip(found["score"].tolist(), (found["log_odds"] / np.log(10)).tolist())
+        return [[Compared(e, *next(rows)) for e in shortlist] for shortlist in shortlists]
 
 
 def _lines(told: dict) -> str:
@@ -143,6 +151,18 @@ def _lines(told: dict) -> str:
     lines = [f"{told['print']}: {who} (threshold {told['threshold']:.4f})"]
     for c in told["candidates"]:
         lines.append(f"  {c['rank']:3d}. {c['finger']}  score {c['score']:.4f}, {c['decision']}  {c['print']}")
+    return "\n".join(lines)
+
+
+def _lines_of_persons(told: dict) -> str:
+    matching = [c for c in told["candidates"] if c["decision"] == "match"]
+    who = matching[0]["person"] if matching else "nobody"
+    count = len(told["prints"])
+    lines = [f"{count} print{'s' * (count > 1)}: {who} (log10 of the likelihood ratio from {told['threshold']:.1f} on)"]
+    for c in told["candidates"]:
+        fingers = f"{c['fingers']} finger{'s' * (c['fingers'] > 1)}"
+        lines.append(f"  {c['rank']:3d}. {c['person']}  {c['llr']:.1f}, {c['decision']}  {fingers} enrolled")
+        lines += [f"       {told['prints'][x['probe']]}: {x['finger']}  score {x['score']:.4f}" for x in c["likest"]]
     return "\n".join(lines)
 
 

@@ -8,7 +8,6 @@ import io
 import os
 import threading
 from dataclasses import dataclass
-from io import BufferedIOBase
 from pathlib import Path
 
 import numpy as np
@@ -49,8 +48,10 @@ def decode(path: str | os.PathLike, max_megapixels: float = 20) -> tuple[UInt8[n
     return picture.grey, picture.ppi
 
 
-def read_picture(path: str | os.PathLike, max_megapixels: float = 20) -> Picture:
+def read_picture(path: str | os.PathLike, max_megapixels: float = 20, data: bytes | None = None) -> Picture:
     """The print in an image file, of any format that Pillow reads by itself, and WSQ with the package `wsq`.
+
+    `data` is what the file holds, where that was read already.
 
     Palettes are looked up, colour becomes luma, transparency is laid on white, 16 bits
     become 8. The orientation tag is applied: Pillow does so for TIFF whatever we want,
@@ -61,24 +62,23 @@ def read_picture(path: str | os.PathLike, max_megapixels: float = 20) -> Picture
     (known from the header, nothing is decoded), or needs a package that is missing;
     BrokenImage, with the reason, for one that cannot be decoded, or not whole.
     """
-    head = _head(path)
-    if head[:2] == b"\xff\xa0":
+    data = read_bytes(path) if data is None else data
+    if data[:2] == b"\xff\xa0":
         _need_wsq(path)
-    try:
-        with open(path, "rb") as file:  # by its name Pillow would map it, wrongly where a TIFF lies on its side
-            return _read(file, path, max_megapixels)
+    try:  # by its name Pillow would map the file, wrongly where a TIFF lies on its side
+        return _read(data, path, max_megapixels)
     except UserError:
         raise
     except Exception as error:  # Pillow's readers raise anything on a broken file
-        bare = without_metadata(Path(path).read_bytes())
+        bare = without_metadata(data)
         try:
             if bare is not None:  # it may be the metadata alone that are broken
-                return _read(io.BytesIO(bare), path, max_megapixels)
+                return _read(bare, path, max_megapixels)
         except UserError:
             raise
         except Exception:  # they are not: the first error tells
             pass
-        raise BrokenImage(f"{path}: {_reason(error, head)}") from error
+        raise BrokenImage(f"{path}: {_reason(error, data)}") from error
 
 
 def seems_light(grey: UInt8[np.ndarray, "H W"], ppi: float) -> bool:
@@ -162,11 +162,10 @@ def place(
     return out, share >= 0.5, Placement(cut, scale, (across, down))
 
 
-def _head(path: str | os.PathLike) -> bytes:
-    """The first bytes of the file: its magic."""
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """What a file holds. UserError where it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return file.read(16)
+        return Path(path).read_bytes()
     except OSError as error:
         why = f"{path} cannot be read: {error.strerror}. Check the path and its rights."
         raise UserError(why) from error
@@ -183,7 +182,7 @@ def _need_wsq(path: str | os.PathLike) -> None:
 _NOT_READ = {"BUFR", "EPS", "FPX", "GRIB", "HDF5", "MIC", "MPEG", "WMF"}
 
 
-def _open(file: BufferedIOBase) -> Image.Image:
+def _open(file: io.BytesIO) -> Image.Image:
     """Pillow's open, header only, without its own limit: ours has a sentence to it."""
     Image.init()
     with _BOMB_LOCK:
@@ -194,14 +193,13 @@ def _open(file: BufferedIOBase) -> Image.Image:
             Image.MAX_IMAGE_PIXELS = limit
 
 
-def _read(file: BufferedIOBase, path: str | os.PathLike, max_megapixels: float) -> Picture:
-    """The picture in `file`, which is that of `path`, or its copy."""
-    with _open(file) as image:
+def _read(data: bytes, path: str | os.PathLike, max_megapixels: float) -> Picture:
+    """The picture in `data`, which is what the file at `path` holds, or the part of it that counts."""
+    with _open(io.BytesIO(data)) as image:
         several = to_largest_page(image)
-        if image.format == "TIFF" and 330 in image.tag_v2:
-            file.seek(0)
-            if larger := larger_sub_picture(file.read(), image.width * image.height):
-                return _read(io.BytesIO(larger), path, max_megapixels)
+        sub_pictures = image.format == "TIFF" and 330 in image.tag_v2
+        if sub_pictures and (larger := larger_sub_picture(data, image.width * image.height)):
+            return _read(larger, path, max_megapixels)
         width, height = image.size
         if width * height > max_megapixels * 1e6:
             raise UserError(
@@ -209,7 +207,7 @@ def _read(file: BufferedIOBase, path: str | os.PathLike, max_megapixels: float) 
                 f"{max_megapixels:g} million are read. Cut it to one finger, or scale it "
                 "to 500 ppi."
             )
-        comments = wsq_comments(Path(path).read_bytes()) if image.format == "WSQ" else jpeg_comments(image)
+        comments = wsq_comments(data) if image.format == "WSQ" else jpeg_comments(image)
         x, y = (nistcom_ppi(comments),) * 2 if nistcom_ppi(comments) else ppi_tags(image)
         image.load()
         if image.format != "TIFF":  # done by Pillow while loading
@@ -218,8 +216,8 @@ def _read(file: BufferedIOBase, path: str | os.PathLike, max_megapixels: float) 
         return Picture(grey_levels(image), believable_ppi(x, y), note)
 
 
-def _reason(error: Exception, head: bytes) -> str:
-    if not head:
+def _reason(error: Exception, data: bytes) -> str:
+    if not data:
         return "the file is empty"
     if isinstance(error, Image.UnidentifiedImageError | NameError):  # wsq's, without a frame
         return "not an image, or its header is broken"

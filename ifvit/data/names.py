@@ -24,7 +24,7 @@ class Name:
     ppi: float | None = None
     altered: bool = False
     ids: tuple[str, ...] = ()  # what a folder of this finger, of its person or its device, may be called
-    subject: str | None = ""  # None: the folder tells it
+    subject: str | None = ""  # whose finger it is, where the set tells; None: the folder tells it
     why: str = ""  # where there is no finger
 
 
@@ -79,7 +79,9 @@ def read_name(path: Path) -> Name | None:
     if layout == "SOCOFing":
         finger = re.sub("__[mf]", "", m["finger"].lower())
         impression = f"{folder.name}_{m['change']}".lower() if m["change"] else "real"
-        return Name(layout, finger, impression, _socofing_ppi(path), bool(m["change"]), ids=(finger, m["subject"]))
+        return Name(
+            layout, finger, impression, _socofing_ppi(path), bool(m["change"]), (finger, m["subject"]), m["subject"]
+        )
     if layout.startswith("RidgeBase"):
         return _ridgebase(layout, said)
     if layout == "latent":
@@ -91,6 +93,7 @@ def read_name(path: Path) -> Name | None:
             "_".join(said[k] for k in ("session", "impression") if k in said).lower(),
             fvc_ppi(folder) if layout in ("FVC", "CrossMatch") else _PPI.get(layout),
             ids=tuple(said[k] for k in ("finger", "subject", "position") if k in said),
+            subject=said.get("subject", ""),
         )
     frgp = {11: 1, 12: 6}.get(int(m["frgp"]), int(m["frgp"]))
     if not 1 <= frgp <= 10 or m["capture"].lower() not in ("roll", "plain", "slap-segmented"):
@@ -104,6 +107,7 @@ def read_name(path: Path) -> Name | None:
         "_".join(p for p in parts if p),
         float(ppi) or None,
         ids=(said["device"],) if said.get("device") else (),
+        subject=m["subject"],
     )
 
 
@@ -112,7 +116,13 @@ def _ridgebase(layout: str, said: dict) -> Name:
     if not said["word"] or said["word"].lower() == "four_fingers":
         return Name(layout, None, why=SLAP)
     impression = "_".join(said[k] for k in ("session", "device", "background", "shot") if k in said)
-    return Name(layout, f"{said['subject']}_{said['hand']}_{said['word']}".lower(), impression, ids=(said["subject"],))
+    return Name(
+        layout,
+        f"{said['subject']}_{said['hand']}_{said['word']}".lower(),
+        impression,
+        ids=(said["subject"],),
+        subject=said["subject"],
+    )
 
 
 # --- hand and finger in words

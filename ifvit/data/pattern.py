@@ -49,8 +49,9 @@ class Pattern:
             )
         self._expression = re.compile(expression)
 
-    def fit(self, path: str) -> tuple[str, str, str] | None:
-        """(database or '', finger, impression) of a path below the root, without extension; None if it does not fit."""
+    def fit(self, path: str) -> tuple[str, str, str, str] | None:
+        """(database or '', finger, impression, subject or '') of a path below the root, without extension; None if it
+        does not fit."""
         m = self._expression.fullmatch(path)
         if not m:
             return None
@@ -60,4 +61,9 @@ class Pattern:
         impression = said.get("impression")
         if impression is None and not free:
             free = [path.replace("/", "_")]
-        return said.get("database") or "", finger, "_".join([*free, *([impression] if impression else [])])
+        return (
+            said.get("database") or "",
+            finger,
+            "_".join([*free, *([impression] if impression else [])]),
+            said.get("subject") or "",
+        )

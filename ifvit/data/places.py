@@ -43,6 +43,7 @@ class Found:
     anchor: Path = Path()  # the database's folder, without the parts of it
     finger: str = ""
     impression: str = ""
+    subject: str = ""  # whose finger it is; '' where that is not told
     parts: tuple[tuple[str, str], ...] = ()  # the folders that hold the same fingers again: (kind, name)
 
 
@@ -57,7 +58,7 @@ def settle(found: list[Found], top: Path) -> list[str]:
     floor = without_parts(top, top)[0]
     for f in found:
         f.anchor, f.parts = short[f.path.parent]
-        f.finger, f.impression = f.name.finger or "", f.name.impression
+        f.finger, f.impression, f.subject = f.name.finger or "", f.name.impression, f.name.subject or ""
     layouts = defaultdict(list)
     for f in found:
         layouts[f.name.layout].append(f)
@@ -208,7 +209,7 @@ def _hands(found: list[Found], floor: Path, told: list[str]) -> None:
         else:
             subject = ""
         persons.add(subject)
-        f.finger = f"{subject}_{f.name.finger}".strip("_")
+        f.finger, f.subject = f"{subject}_{f.name.finger}".strip("_"), subject
         if place:
             f.impression = "_".join(word for word in f.name.ids if not _is_called(place.name, word)) or "1"
     example = found[0]

@@ -239,7 +239,7 @@ def _decode_all(
         except BrokenImage as e:
             return {"path": p.path, "broken": str(e)}, None
         grey = 255 - picture.grey if p.light else picture.grey
-        ppi, ppi_from = (fitted[p.path], scale.ASKED) if p.path in fitted else _resolution(p, picture.ppi)
+        ppi, ppi_from = (fitted[p.path], scale.ASKED) if p.path in fitted else resolution(p, picture.ppi)
         return scale.measured(p.path, grey, ppi, ppi_from) | {
             "light": seems_light(grey, ppi) if p in looked_at else None,
             "note": picture.note,
@@ -261,7 +261,7 @@ def _decode_all(
             yield row
 
 
-def _resolution(p: Print, tag: float | None) -> tuple[float, str]:
+def resolution(p: Print, tag: float | None) -> tuple[float, str]:
     """The ppi to read a print at, and what tells it."""
     if p.ppi:
         return p.ppi, "the set" if p.ppi_from == scale.ASKED else p.ppi_from

@@ -37,6 +37,7 @@ class Print:
     ppi: float | None  # None: the file's tag where it can be believed, else 500
     altered: bool = False  # SOCOFing's alterations: no second impression for evaluation
     light: bool = False  # its ridges, and its valleys dark
+    subject: str = field(default="", compare=False)  # whose finger it is; '' where that is not told
     # What tells `ppi`: "--ppi" or "the set"; "the ridges": the set, and its ridges are to tell where that is wrong.
     ppi_from: str = field(default="the set", compare=False)
 
@@ -132,6 +133,7 @@ def read(
             number or f.name.ppi,
             f.name.altered,
             ridges == "light",
+            f.subject,
             ppi_from,
         )
         for f in best
@@ -153,10 +155,11 @@ def _by_pattern(root: Path, met: Walk, pattern: Pattern) -> tuple[list[Found], l
         for file in files:
             path = folder / file
             if fit := pattern.fit(nfc(path.relative_to(root).with_suffix("").as_posix())):
-                database, finger, impression = fit
+                database, finger, impression, subject = fit
                 known = read_name(Path(os.path.abspath(path)))
                 name = Name("--names", finger, impression, known and known.ppi, bool(known and known.altered))
-                found.append(Found(path, name, Path(os.sep, database) if database else base, finger, impression))
+                anchor = Path(os.sep, database) if database else base
+                found.append(Found(path, name, anchor, finger, impression, subject))
             else:
                 misfits.append(LeftOut(str(path), UNFIT))
     if not found:

@@ -27,7 +27,10 @@ class List:
 
     def run(self) -> int:
         gallery = opened(self.gallery)
-        rows = [{"print": e.name, "finger": f"{e.database}/{e.finger}", "digest": e.digest} for e in gallery.entries()]
+        rows = [
+            {"print": e.name, "finger": f"{e.database}/{e.finger}", "subject": e.subject, "digest": e.digest}
+            for e in gallery.entries()
+        ]
         if self.json:
             print(json.dumps(rows, indent=1))
         else:

@@ -21,7 +21,7 @@ from ifvit.errors import UserError
 from ifvit.files import to_disk
 from ifvit.gallery.rows import as_rows, likeness, row_type
 
-FORMAT = 1
+FORMAT = 2  # 1 knew no subjects
 NAME = "gallery.sqlite"
 PATIENCE = 20.0  # seconds that a process waits for another one that writes
 BLOCK = 1 << 16  # rows that are copied at once
@@ -29,7 +29,7 @@ SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE prints (
     row INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, digest TEXT NOT NULL,
-    database TEXT NOT NULL, finger TEXT NOT NULL);
+    database TEXT NOT NULL, finger TEXT NOT NULL, subject TEXT NOT NULL DEFAULT '');
 CREATE INDEX of_finger ON prints (database, finger);
 CREATE INDEX of_digest ON prints (digest);
 CREATE TABLE pictures (row INTEGER PRIMARY KEY, png BLOB NOT NULL);
@@ -45,6 +45,12 @@ class Entry:
     database: str
     finger: str
     picture: bytes = b""
+    subject: str = ""  # whose finger it is; '' where that is not known
+
+    @property
+    def person(self) -> tuple[str, str]:
+        """Database and subject; where that is not known a person has one finger."""
+        return self.database, self.subject or self.finger
 
 
 class Gallery:
@@ -52,6 +58,8 @@ class Gallery:
 
     def __init__(self, folder: Path, connection: sqlite3.Connection):
         self.folder, self._db = folder, connection
+        if int(self._meta("format")) == 1:
+            self._add_subjects()
         if int(self._meta("format")) != FORMAT:
             raise UserError(f"{folder} was made by another version of this package; enrol the prints anew.")
         self.checkpoint, self.width = self._meta("checkpoint"), int(self._meta("width"))
@@ -109,7 +117,14 @@ class Gallery:
 
     def entries(self) -> list[Entry]:
         """All of them by name, without their pictures."""
-        return [Entry(*told) for told in self._ask("SELECT name, digest, database, finger FROM prints ORDER BY name")]
+        ask = "SELECT name, digest, database, finger, x'', subject FROM prints ORDER BY name"
+        return [Entry(*told) for told in self._ask(ask)]
+
+    def fingers_of_persons(self) -> dict[tuple[str, str], int]:
+        """How many fingers of each person (`Entry.person`) are enrolled."""
+        person = "CASE subject WHEN '' THEN finger ELSE subject END"
+        ask = f"SELECT database, {person}, count(DISTINCT finger) FROM prints GROUP BY 1, 2"
+        return {(database, subject): count for database, subject, count in self._ask(ask)}
 
     def known(self, names: Sequence[str]) -> dict[str, str]:
         """Name -> digest of those that are enrolled."""
@@ -129,9 +144,8 @@ class Gallery:
             first = int(self._meta("next"))
             self._append(first, templates)
             for row, e in enumerate(entries, first):
-                self._db.execute(
-                    "INSERT INTO prints VALUES (?, ?, ?, ?, ?)", (row, e.name, e.digest, e.database, e.finger)
-                )
+                about = (row, e.name, e.digest, e.database, e.finger, e.subject)
+                self._db.execute("INSERT INTO prints VALUES (?, ?, ?, ?, ?, ?)", about)
                 self._db.execute("INSERT INTO pictures VALUES (?, ?)", (row, e.picture))
             self._set("next", first + len(entries))
 
@@ -193,8 +207,16 @@ class Gallery:
 
     def _at(self, row: int) -> list[Entry]:
         """The print of a row, or none: rows of prints that were removed stay in the array."""
-        ask = "SELECT name, digest, database, finger, png FROM prints JOIN pictures USING (row) WHERE prints.row = ?"
+        columns = "name, digest, database, finger, png, subject"
+        ask = f"SELECT {columns} FROM prints JOIN pictures USING (row) WHERE prints.row = ?"
         return [Entry(*told) for told in self._ask(ask, row)]
+
+    def _add_subjects(self) -> None:
+        """Makes a gallery of format 1 one of this format: of its prints the subjects are not known."""
+        with _writing(self._db, self.folder):
+            if int(self._meta("format")) == 1:  # another process may have done it meanwhile
+                self._db.execute("ALTER TABLE prints ADD COLUMN subject TEXT NOT NULL DEFAULT ''")
+                self._set("format", 2)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

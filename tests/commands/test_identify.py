@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ifvit.gallery.store import Gallery
+
 
 @pytest.fixture(scope="module")
 def enrolled(command, untrained, prints, tmp_path_factory):
@@ -67,6 +69,36 @@ def test_what_is_enrolled_is_passed_over_and_another_content_is_refused(command,
     file.write_bytes(before)
     assert "1 prints enrolled" in command(*words, "--replace", cwd=enrolled).out
     assert "2 templates were of no print" in command("gallery", "compact", "g", cwd=enrolled).out
+
+
+@pytest.mark.process
+def test_hosts_share_the_prints(command, enrolled, untrained, tmp_path, monkeypatch):
+    """By two of Ray's workers, which are sent what the files hold, the gallery has the same prints."""
+    monkeypatch.setattr("ifvit.enroll.AT_ONCE", 5)
+    words = ("enroll", enrolled / "enrol", "--gallery", tmp_path / "g", "--checkpoint", untrained)
+    said = command(*words, "--runtime", "ray", "--workers_per_host", 2, cwd=enrolled)
+    assert said.code == 0 and "Ray: 2 workers" in said.out and "12 prints enrolled, 0 were already" in said.out, said
+    here, there = (Gallery.open(folder).all() for folder in (enrolled / "g", tmp_path / "g"))
+    assert sorted(here, key=lambda e: e.name) == sorted(there, key=lambda e: e.name)
+
+
+@pytest.mark.run
+def test_a_person_is_named_by_several_fingers_together(command, enrolled, untrained, tmp_path):
+    names = ("--names", "{subject}/{finger}_{impression}")
+    words = ("enroll", enrolled / "enrol", "--gallery", tmp_path / "g", "--checkpoint", untrained, *names)
+    assert "of 6 fingers" in command(*words, cwd=tmp_path).out
+    probes = [enrolled / f"enrol/DB2/{finger}_1.png" for finger in (1, 3)]
+    told = answers(command, tmp_path, untrained, *probes, "--person", "--fpir", 0.5)
+    best, second = told["candidates"]
+    assert best["person"].endswith("/DB2") and best["fingers"] == 3 and best["llr"] > second["llr"]
+    assert [x["print"] for x in best["likest"]] == list(map(str, probes))
+    for c in (best, second):  # half a print of nobody may be given one of two names
+        assert c["decision"] == ("match" if c["llr"] >= told["threshold"] else "no match")
+    assert told["threshold"] == pytest.approx(-np.log10(1 - 0.5**0.5))
+    said = command(
+        "identify", *probes, "--person", "--gallery", "g", "--checkpoint", untrained, "--fpir", 0.5, cwd=tmp_path
+    )
+    assert "2 prints: " in said.out and "3 fingers enrolled" in said.out and f"{probes[1]}: " in said.out
 
 
 def test_prints_are_listed_and_removed(command, enrolled, untrained):

@@ -82,6 +82,25 @@ def test_a_name_says_database_finger_impression_and_ppi(tmp_path, name, database
     assert p.identity == (database, finger)
 
 
+@pytest.mark.parametrize(
+    "name, subject",
+    [
+        ("CASIA-FingerprintV5/007/L/007_L3_4.bmp", "007"),
+        ("CrossMatch/012_3_4.tif", "012"),
+        ("SOCOFing/Real/7__F_Left_ring_finger.BMP", "7"),
+        ("sd300a/500/png/roll/00001000_roll_500_03.png", "00001000"),
+        ("sd302/images/challengers/A/roll/png/00002222_A_roll_10.png", "00002222"),
+        ("RidgeBase/Task1/1_1234_Left_Index.png", "1234"),
+        ("mine/anna/left_index_1.png", "anna"),
+        ("FVC2002/DB1_B/101_8.tif", ""),
+    ],
+)
+def test_a_name_says_whose_finger_it_is(tmp_path, name, subject):
+    grow(tmp_path / "top", name)
+    p = only(read_root(tmp_path / "top"))
+    assert p.subject == subject and p.finger.startswith(subject)
+
+
 def test_the_same_file_has_the_same_identity_from_whatever_root(tmp_path):
     grow(tmp_path, "sd300a/500/png/roll/00001000_roll_500_03.png")
     below = [tmp_path / "sd300a", tmp_path / "sd300a/500", tmp_path / "sd300a/500/png/roll"]

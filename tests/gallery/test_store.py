@@ -107,6 +107,24 @@ def test_a_damaged_database_is_told_in_a_sentence_or_tells_what_was_enrolled(gal
         assert "is damaged" in str(e) or "another checkpoint" in str(e)
 
 
+def test_a_gallery_from_before_there_were_subjects_is_opened(gallery):
+    filled(gallery, ["1_1", "2_1"])
+    with sqlite3.connect(gallery.folder / store.NAME) as db:
+        db.execute("ALTER TABLE prints DROP COLUMN subject")
+        db.execute("UPDATE meta SET value = '1' WHERE key = 'format'")
+    again = Gallery.open(gallery.folder, "checkpoint")
+    filled(again, ["3_1"])
+    check(again, dict.fromkeys(["1_1", "2_1", "3_1"], 0))
+    assert {e.subject for e in again.entries()} == {""}
+    assert again.fingers_of_persons() == {("DB", finger): 1 for finger in "123"}
+
+
+def test_fingers_of_a_person_are_counted(gallery):
+    some = [Entry(f"{s}_{f}_{i}", f"{s}{f}{i}", "DB", f"{s}_{f}", b"", s) for s in "ab" for f in "12" for i in "12"]
+    gallery.add(some[:-2], np.zeros((6, WIDTH), np.float32))
+    assert gallery.fingers_of_persons() == {("DB", "a"): 2, ("DB", "b"): 1} and gallery.fingers == 3
+
+
 def test_a_cut_array_is_told_and_nothing_is_added_to_it(gallery):
     filled(gallery, ["1_1", "2_1"])
     (array,) = gallery.folder.glob("templates_*")
