@@ -88,9 +88,14 @@ def once(shared, tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(shared):
-    """IFVIT_CACHE of this session, for processes that it starts too; pytest's own workers share it."""
+    """IFVIT_CACHE of this session, for processes that it starts too; pytest's own workers share it.
+
+    So they share compiled programs, small ones too: together these take longer than the large.
+    """
+    from ifvit import cli
+
     folder = shared / "cache"
-    folder.mkdir(exist_ok=True)
+    cli.use_compilation_cache(folder / "compiled")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("IFVIT_CACHE", str(folder))
         patch.delenv("KAGGLE_KERNEL_RUN_TYPE", raising=False)

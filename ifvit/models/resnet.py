@@ -8,8 +8,24 @@ from jaxtyping import Array, Float
 from ifvit.devices.batch_axes import batch_axes
 
 
+class Statistic(nnx.BatchStat):
+    """A running statistic, which is replaced whole.
+
+    flax asks first whether the new value is sharded as the old one. JAX answers for a traced array with an error whose
+    words take milliseconds to find, longer than to trace the layer.
+    """
+
+    def set_value(self, value, *, index=...):
+        assert index is ...
+        super().set_value(value)
+
+
 class BatchNorm(nnx.BatchNorm):
     """Over the global batch, on whatever devices it lies: flax's, which asks for the axes it is mapped over by name."""
+
+    def __init__(self, *args, **how):
+        super().__init__(*args, **how)
+        self.mean, self.var = Statistic(self.mean[...]), Statistic(self.var[...])
 
     @property
     def axis_name(self):
