@@ -1,5 +1,6 @@
 """Independent pieces of work on Ray: any host takes any piece, and one that is lost is done by another."""
 
+import contextlib
 import functools
 import os
 import sys
@@ -10,6 +11,7 @@ from typing import Any, TypeVar
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from cluster.cores import as_important_as_others
 from cluster.host import ClusterError
 from cluster.job import Request
 from cluster.placement import Placement, placement
@@ -72,19 +74,15 @@ def _remote(place: Placement, variables: Iterable[str]) -> Any:
 
 
 def _call(call: Callable[[T], R], piece: T, cwd: str) -> R:
-    _here(cwd)
+    _prepare(cwd)
     return call(piece)
 
 
 @functools.cache
-def _here(cwd: str) -> None:
-    """Relative paths mean what they mean in the folder where the work was started, if this host has that folder."""
-    from contextlib import suppress
-
-    from cluster.cores import as_important_as_others
-
+def _prepare(cwd: str) -> None:
+    """Once a process. Relative paths mean what they mean where the work was started, if this host has that folder."""
     as_important_as_others()
-    with suppress(OSError):
+    with contextlib.suppress(OSError):
         os.chdir(cwd)
 
 

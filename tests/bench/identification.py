@@ -5,13 +5,16 @@
 Each finger of each database is enrolled by its first impression, beside so many generated prints that no run sees
 unless it asks for their data_seed. Printed are rank-1 by the templates alone, how often the finger is in the shortlist,
 rank-1 after the shortlist was compared pairwise, and for each the Wilson interval of 95 % (probes of a finger count as
-independent), with the seconds that enrolling and a probe took.
+independent), with the seconds that enrolling and a probe took. Where names tell subjects, the same impression of a
+person's fingers is taken together: is the person the likest, is it named, and is another one where its own prints are
+taken out.
 """
 
 import math
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +28,7 @@ from ifvit.data.sources import read_roots
 from ifvit.devices.cores import cores
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.enroll import Args as Enroll
+from ifvit.gallery.ranking import fingers as likest_fingers
 from ifvit.gallery.store import Gallery
 from ifvit.identify import TURNS
 from ifvit.identify import Args as Identify
@@ -67,18 +71,26 @@ def main(args: Args) -> None:
                 probes += [prints[i] for i in members if i != first]
         made = synthetic.prints(SEED, -(-args.background // IMPRESSIONS), IMPRESSIONS, cache_dir(), workers=cores())
         began = time.perf_counter()
-        for root in (folder, made[0].parent):
+        background = Path(scratch) / "generated"  # the cache's folder may hold more than are asked for
+        background.mkdir()
+        for file in made[: args.background]:
+            (background / file.name).symlink_to(file.resolve())
+        for root in (folder, background):
             Enroll(roots=(str(root),), gallery=gallery, checkpoint=args.checkpoint).run()
         enrolled = time.perf_counter() - began
         matcher = Matcher.load(args.checkpoint)
         identify = Identify(prints=(), gallery=gallery, checkpoint=args.checkpoint, rescore=args.rescore)
         found = Gallery.open(Path(gallery), matcher.scorer.digest)
         began, by_template, listed, by_pair = time.perf_counter(), 0, 0, 0
+        together = defaultdict(list)  # (database, subject, impression) -> what each of these prints was compared with
         for at in range(0, len(probes), AT_ONCE):
             some = probes[at : at + AT_ONCE]
             read = [matcher.read(p.path) for p in some]
             turned = matcher.scorer.templates(Canvases(read), 16, TURNS)
-            for p, turns, told in zip(some, turned, identify.candidates(found, matcher.scorer, read)):
+            for p, turns, compared in zip(some, turned, identify.compared(found, matcher.scorer, read)):
+                told = likest_fingers(compared)
+                if p.subject:
+                    together[p.database, p.subject, p.impression].append(compared)
                 own = f"{p.database}/{p.finger}"
                 (likest,) = found.likest(turns, 1)
                 by_template += f"{likest.database}/{likest.finger}" == own
@@ -92,6 +104,26 @@ def main(args: Args) -> None:
             f"{wilson(listed, count)}\nrank-1 after it was compared {wilson(by_pair, count)}\n"
             f"enrolled in {enrolled:.0f} s; {seconds:.2f} s a probe, {AT_ONCE} at once"
         )
+        if together:
+            tell_of_persons(identify, found, matcher, together)
+
+
+def tell_of_persons(identify: Identify, gallery: Gallery, matcher: Matcher, together: dict) -> None:
+    right = named = wrong = 0
+    for (database, subject, _), lists in together.items():
+        others = [[c for c in some if c.entry.person != (database, subject)] for some in lists]
+        mine, nobodys = (
+            identify.persons(gallery, some, matcher.least_fmr, 1)["candidates"][0] for some in (lists, others)
+        )
+        own = mine["person"] == f"{database}/{subject}"
+        right += own
+        named += own and mine["decision"] == "match"
+        wrong += nobodys["decision"] == "match"
+    count, most = len(together), max(map(len, together.values()))
+    print(
+        f"{count} times a person's fingers together, at most {most}: rank-1 {wilson(right, count)}, named "
+        f"{wilson(named, count)}; another person named, their own taken out, {wilson(wrong, count)}"
+    )
 
 
 if __name__ == "__main__":
