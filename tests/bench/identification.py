@@ -59,13 +59,15 @@ def wilson(hits: int, count: int) -> str:
 def main(args: Args) -> None:
     use_cpu_cores()
     cli.use_compilation_cache(cache_dir() / "compiled")
-    prints = read_roots([args.root])
+    prints = read_roots([Path(args.root).resolve()])
     with tempfile.TemporaryDirectory() as scratch:
-        folder, gallery, probes = Path(scratch) / "first", args.gallery or f"{scratch}/gallery", []
+        # The folder is called as the root, whose name may tell the database, or the resolution of the prints.
+        root = Path(args.root).resolve()
+        folder, gallery, probes = Path(scratch) / "first" / root.name, args.gallery or f"{scratch}/gallery", []
         for fingers in by_finger(prints).values():
             for members in fingers:
                 first = first_impression(prints, members)
-                there = folder / Path(prints[first].path).relative_to(args.root)
+                there = folder / Path(prints[first].path).relative_to(root)
                 there.parent.mkdir(parents=True, exist_ok=True)
                 there.symlink_to(Path(prints[first].path).resolve())
                 probes += [prints[i] for i in members if i != first]
@@ -75,8 +77,8 @@ def main(args: Args) -> None:
         background.mkdir()
         for file in made[: args.background]:
             (background / file.name).symlink_to(file.resolve())
-        for root in (folder, background):
-            Enroll(roots=(str(root),), gallery=gallery, checkpoint=args.checkpoint).run()
+        for shown in (folder, background):
+            Enroll(roots=(str(shown),), gallery=gallery, checkpoint=args.checkpoint).run()
         enrolled = time.perf_counter() - began
         matcher = Matcher.load(args.checkpoint)
         identify = Identify(prints=(), gallery=gallery, checkpoint=args.checkpoint, rescore=args.rescore)

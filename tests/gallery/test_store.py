@@ -1,6 +1,7 @@
 """A gallery's folder: what is added is there once, what is removed is gone, whoever is killed or writes beside."""
 
 import os
+import random
 import sqlite3
 import subprocess
 import sys
@@ -30,13 +31,16 @@ def filled(gallery, names, version=0, replace=False):
 
 
 def check(gallery, expected):
-    """The gallery has these names with these versions, each once, with its own template, digest and picture."""
-    assert {e.name: e.digest for e in gallery.entries()} == {n: f"digest {v}" for n, v in expected.items()}
+    """The gallery has these names with these versions, each once, with its own template, digest and picture.
+
+    Of many the templates of some are looked for.
+    """
     assert len(gallery) == len(expected)
-    for name, version in expected.items():
-        (found,) = gallery.likest(template(name, version)[None], 1)
-        assert (found.name, found.picture) == (name, f"{name} {version}".encode())
-    assert sorted(e.name for e in gallery.all()) == sorted(expected)
+    told = {n: (f"digest {v}", f"{n} {v}".encode()) for n, v in expected.items()}
+    assert {e.name: (e.digest, e.picture) for e in gallery.all()} == told
+    for name in random.Random(0).sample(sorted(expected), min(50, len(expected))):
+        (found,) = gallery.likest(template(name, expected[name])[None], 1)
+        assert found.name == name
 
 
 def test_what_is_enrolled_is_found_by_its_template(gallery):
