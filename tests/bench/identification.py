@@ -53,7 +53,7 @@ def wilson(hits: int, count: int) -> str:
     p, z = hits / count, 1.96
     middle, half = p + z * z / 2 / count, z * math.sqrt(p * (1 - p) / count + z * z / 4 / count**2)
     low, high = ((middle + sign * half) / (1 + z * z / count) for sign in (-1, 1))
-    return f"{p:.1%} [{low:.1%}, {high:.1%}]"
+    return f"{p:.1%} [{max(low, 0.0):.1%}, {high:.1%}]"
 
 
 def main(args: Args) -> None:
