@@ -96,9 +96,9 @@ class Args:
         return 0
 
     def persons(self, gallery: "Gallery", found: list[list["Compared"]], least_fmr: float, angles: int) -> dict:
-        """The persons whose prints all of these are likest to. One is named where the likelihood ratio is so high.
+        """The persons whose prints all of these are likest to, named where the likelihood ratio is high enough.
 
-        Among impostors a ratio of 1/x is reached by at most a share x of them, whatever they are like.
+        A ratio of 1/x is reached by at most a share x of the impostors, if the ratios are calibrated.
         """
         from ifvit.gallery.ranking import persons
 

@@ -42,21 +42,24 @@ class Made:
 
 
 def make(scorer: Scorer, batch_size: int, files: Sequence[File]) -> Made:
-    """The entries of some prints; those that cannot be read, or show no ridges, are left out."""
+    """The entries of some prints; those that are broken, or show no ridges, are left out.
+
+    UserError for a file that needs a package that is missing, or is too large.
+    """
 
     def one(file: File) -> tuple[Entry, OnCanvas] | str:
         p = file.print
         try:
             picture = read_picture(p.path, data=file.data)
-        except (BrokenImage, UserError) as e:
+        except BrokenImage as e:
             return str(e)
         grey = 255 - picture.grey if p.light else picture.grey
         seen = OnCanvas(p.path, *place(grey, resolution(p, picture.ppi)[0], scorer.config.canvas_size))
         if not seen.mask.any():
             return f"{p.path} shows no ridges"
         digest = hashlib.sha256(file.data).hexdigest()
-        picture = as_png(seen.canvas, seen.mask)
-        return Entry(p.path, digest, p.database, p.finger, picture, p.subject), seen
+        png = as_png(seen.canvas, seen.mask)
+        return Entry(p.path, digest, p.database, p.finger, png, p.subject), seen
 
     with ThreadPoolExecutor(min(8, cores())) as pool:
         found = list(pool.map(one, files))

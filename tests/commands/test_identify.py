@@ -118,7 +118,15 @@ def test_a_print_without_ridges_is_left_out(command, untrained, generated, tmp_p
     (tmp_path / "3_1.png").write_bytes(b"no image")
     said = command("enroll", tmp_path, "--gallery", tmp_path / "g", "--checkpoint", untrained, cwd=tmp_path)
     assert said.code == 0 and "1 prints enrolled, 0 were already, 2 left out" in said.out, said
-    assert "2_1.png shows no ridges" in said.out
+    assert "2_1.png shows no ridges" in said.out and "3_1.png: not an image" in said.out
+
+
+def test_a_print_that_needs_a_package_or_is_too_large_ends_the_command(command, untrained, generated, tmp_path):
+    """It is no broken print: left out, whole sets might be."""
+    shutil.copy(generated[1, 1], tmp_path / "1_1.png")
+    Image.new("L", (5000, 4100)).save(tmp_path / "2_1.png")
+    said = command("enroll", tmp_path, "--gallery", tmp_path / "g", "--checkpoint", untrained, cwd=tmp_path)
+    assert said.code == 2 and "2_1.png is too large" in said.err, said
 
 
 @pytest.mark.parametrize(
