@@ -5,6 +5,7 @@ python -m ifvit.report ./checkpoints/dense_reg [--out report.html]
 
 import json
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +28,7 @@ class Args:
 
     def run(self) -> int:
         from ifvit.checkpoint.places import as_path, is_local
-        from ifvit.scoring import report
+        from ifvit.scoring import plots, report
         from ifvit.training.metrics import read_rows
 
         folder = as_path(self.run_folder)
@@ -42,13 +43,10 @@ class Args:
         out.parent.mkdir(parents=True, exist_ok=True)
         settings = folder / "config.json"
         settings = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
-        newest = [f"{k}: {v:g}" for k, v in rows[-1].items() if isinstance(v, int | float)]
-        sections = [
-            report.curves(rows, Path(folder).name),
-            report.listed("Newest row", newest),
-            report.listed("Settings", [f"{k}: {v}" for k, v in settings.items()]),
-        ]
-        report.write(out, f"Training in {self.run_folder}", sections)
+        with tempfile.TemporaryDirectory() as drawn:
+            curves = Path(drawn) / "curves.png"
+            plots.curves(curves, rows)
+            report.of_training(out, self.run_folder, rows, curves, settings)
         print(f"Report: {out}")
         return 0
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float
 
 from ifvit.errors import UserError
 from ifvit.files import write_whole
-from ifvit.scoring import plots, rates
+from ifvit.scoring import rates
 
 if TYPE_CHECKING:
     from ifvit.data.prepare import Prints
@@ -72,6 +73,20 @@ def of_evaluation(
     write(out / "report.html", f"Evaluation of {count} database{'s' * (count > 1)}", sections)
 
 
+def of_training(
+    path: str | os.PathLike, folder: str, rows: Sequence[Mapping], curves: Path | epath.Path, settings: Mapping
+) -> None:
+    """The page of a run in `folder`, from the rows of its metrics.jsonl and the picture of their curves."""
+    steps = max(row["step"] for row in rows)
+    newest = [f"{k}: {v:g}" for k, v in rows[-1].items() if isinstance(v, int | float)]
+    sections = [
+        section(f"Training of {Path(folder).name}", picture(curves, f"Metrics over {steps:,} steps")),
+        listed("Newest row", newest),
+        listed("Settings", [f"{k}: {v}" for k, v in settings.items()]),
+    ]
+    write(path, f"Training in {folder}", sections)
+
+
 def escaped(text: object) -> str:
     """For HTML; bytes of a name that are not UTF-8 are shown as numbers."""
     return html.escape(str(text).encode("utf-8", "backslashreplace").decode())
@@ -86,7 +101,7 @@ def listed(title: str, lines: Sequence[object]) -> str:
     return section(title, "<ul>" + "".join(f"<li>{escaped(line)}</li>" for line in lines) + "</ul>") if lines else ""
 
 
-def picture(file: Path, caption: str) -> str:
+def picture(file: Path | epath.Path, caption: str) -> str:
     """A PNG file, inside the page."""
     data = base64.b64encode(file.read_bytes()).decode()
     said = escaped(caption)
@@ -188,11 +203,3 @@ def peer(path: str | os.PathLike) -> tuple[str, Curve]:
     if not all(map(len, kinds.values())) or not all(np.isfinite(s).all() for s in kinds.values()):
         raise UserError(f"{need}; it has not.")
     return Path(path).stem, rates.det_curve(kinds["1"], kinds["0"], rates.POINTS)[1:]
-
-
-def curves(rows: Sequence[Mapping], name: str) -> str:
-    """A training's metrics over its steps."""
-    with tempfile.TemporaryDirectory() as folder:
-        plots.curves(Path(folder) / "curves.png", rows)
-        steps = max(row["step"] for row in rows)
-        return section(f"Training of {name}", picture(Path(folder) / "curves.png", f"Metrics over {steps:,} steps"))

@@ -38,9 +38,9 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
     run = open_run(task, resume, host, may_change)
     folder, mesh, state, best, value = run.folder, run.mesh, run.state, run.best, run.value
     if run.finished:
-        # The process may have ended after the final checkpoint and before the curves.
-        if (rows := read_rows(folder / "metrics.jsonl")) and not (folder / "curves.png").exists():
-            _draw(folder, rows)
+        # The process may have ended after the final checkpoint and before the report.
+        if not (folder / "report.html").exists():
+            _report(folder, read_rows(folder / "metrics.jsonl"), config)
         return run.finished
     first, total = int(state.step), config.num_epochs * task.steps_per_epoch
     watch.check(total)
@@ -143,8 +143,8 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
                 )
         if ended > first:
             host.report(told)
-        _draw(folder, metrics.rows())
-        metrics.keep(folder / "curves.png")
+        _report(folder, metrics.rows(), config)
+        metrics.keep(folder / "curves.png", folder / "report.html")
         metrics.finished = True
     finally:
         profile.close()
@@ -187,7 +187,14 @@ def _write_config(folder: epath.Path, config) -> None:
     run_folder.write_beside(folder / "config.json", write)
 
 
-def _draw(folder: epath.Path, rows: list[dict]) -> None:
-    from ifvit.scoring import plots
+def _report(folder: epath.Path, rows: list[dict], config) -> None:
+    """Writes curves.png and report.html; neither where metrics.jsonl was lost."""
+    from ifvit.scoring import plots, report
 
-    run_folder.write_beside(folder / "curves.png", lambda file: plots.curves(file, rows))
+    if not rows:
+        return
+    curves = folder / "curves.png"
+    run_folder.write_beside(curves, lambda file: plots.curves(file, rows))
+    run_folder.write_beside(
+        folder / "report.html", lambda file: report.of_training(file, str(folder), rows, curves, config.to_dict())
+    )

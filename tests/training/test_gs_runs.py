@@ -105,6 +105,7 @@ def test_a_run_leaves_in_a_bucket_what_it_leaves_in_a_folder(store, train, long,
     objects = store.buckets["runs"]
     assert json.loads(objects["dense_reg/config.json"])["checkpoint_dir"] == RUN
     assert objects["dense_reg/curves.png"].startswith(b"\x89PNG")
+    assert b"data:image/png;base64" in objects["dense_reg/report.html"]
     assert len([n for n in objects if n.startswith("dense_reg/tensorboard/events")]) == 1
     assert len(objects["dense_reg/attempts.jsonl"].splitlines()) == 1
     assert not list(tmp_path.iterdir())

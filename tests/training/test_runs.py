@@ -341,11 +341,14 @@ def test_patience_ends_a_run_that_does_not_get_better_wherever_it_was_stopped(co
 
 def test_a_finished_run_says_so_and_is_left_alone(command, module1, prints):
     before = checkpoint.read_metadata(module1.path)["timestamp"], rows(module1.folder)
-    (module1.folder / "curves.png").unlink()  # as where it was killed between its last checkpoint and them
+    for name in ("curves.png", "report.html"):  # as where it was killed between its last checkpoint and them
+        (module1.folder / name).unlink()
     said = command(
         "train_dense", "--dataset_root", prints, "--checkpoint_dir", "./checkpoints/dense_reg", *SMOKE, cwd=module1.cwd
     )
     assert said.code == 0 and (module1.folder / "curves.png").exists()
+    page = (module1.folder / "report.html").read_text()
+    assert "data:image/png;base64" in page and f"batch_size: {preset('smoke', DenseConfig).batch_size}" in page
     assert "is finished (2 epochs)" in said.out and "--resume never" in said.out
     assert (checkpoint.read_metadata(module1.path)["timestamp"], rows(module1.folder)) == before
 

@@ -112,6 +112,22 @@ def test_a_tracker_that_fails_costs_a_line_and_never_the_run(tmp_path, monkeypat
     assert list((folder / "tensorboard").iterdir())
 
 
+@pytest.mark.run
+def test_a_run_that_ends_gives_its_trackers_the_configuration_the_curves_and_the_report(
+    command, prints, tmp_path, monkeypatch
+):
+    module = broken("log")
+    module.init.return_value.log.side_effect = None
+    kept = []
+    module.Artifact.return_value.add_file.side_effect = lambda file: kept.append((Path(file).name, Path(file).stat()))
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    words = ("--dataset_root", prints, "--preset", "smoke", "--set", "num_epochs=1", "--tracker", "wandb")
+    said = command("train_dense", *words, cwd=tmp_path)
+    assert said.code == 0 and "tracker" not in said.out, said
+    assert [name for name, _ in kept] == ["config.json", "curves.png", "report.html"]
+    assert all(found.st_size for _, found in kept)
+
+
 def test_a_tracker_that_hangs_holds_no_step_and_ends_with_a_line(tmp_path, monkeypatch, caplog):
     gone = threading.Event()
     monkeypatch.setitem(trackers.SERVICES, "wandb", lambda name, config, run_id: gone.wait())
