@@ -109,7 +109,8 @@ class Config:
     weight_decay: float = number(2e-4, 0, 10, use=SCALAR)  # (paper)
     grad_clip: float = number(1.0, TINY, use=SCALAR)  # global norm
     accumulate: int = number(1, 1)  # micro-batches a step, gradients averaged; BatchNorm sees one whole
-    compute_dtype: str = choice("float32", "float32", "bfloat16")  # of the networks; parameters are float32
+    # of the networks, parameters are float32; auto: bfloat16 where the devices are fast in it
+    compute_dtype: str = choice("float32", "float32", "bfloat16", "auto")
     remat: bool = program(False, roles={FREE})  # activations computed again in the backward pass: less memory
     val_pairs: int = number(512, 0, use=HOST, roles={SWEEP})  # validation pairs an epoch
     # epochs without a better validation that end a run; 0: none do

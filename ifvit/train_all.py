@@ -192,7 +192,7 @@ class Args(TrainArgs):
         from ifvit.checkpoint.places import written_here
         from ifvit.data.gather import gather
         from ifvit.evaluate import evaluate, print_table
-        from ifvit.scoring.report import curves
+        from ifvit.scoring.report import of_curves
         from ifvit.scoring.scorer import Scorer
         from ifvit.training.metrics import read_rows
 
@@ -202,8 +202,11 @@ class Args(TrainArgs):
         print(f"\nEvaluation on {len({p.identity for p in held_out.prints})} held-out fingers")
         if rows:
             print(f"registration: {rows[-1]['accuracy']:.1%} of the cells of a known warp found within one cell (8 px)")
-        told = {m.parent.name: read_rows(m.parent / "metrics.jsonl") for m in (module1, module2)}
-        trained = [curves(rows, name) for name, rows in told.items() if rows]
+        trained = [
+            of_curves(run / "curves.png", told, run.name)
+            for run in (module1.parent, module2.parent)
+            if (told := read_rows(run / "metrics.jsonl")) and (run / "curves.png").exists()
+        ]
         for name, ckpt, folder in (
             ("Module 1, ridges that agree", module1, out / "dense_reg"),
             ("Module 2, fused score", module2, out / "matcher"),

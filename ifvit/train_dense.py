@@ -59,9 +59,10 @@ def run(
     from ifvit.data.gather import gather
     from ifvit.training.dense import dense_task
     from ifvit.training.loop import train
-    from ifvit.training.startup import check_hosts
+    from ifvit.training.startup import check_hosts, settled
 
     check_hosts(config, host)
+    config = settled(config, resume)
     _, train_set, held_out = gather(config, host)
     return train(dense_task(config, train_set, held_out, validation), resume, host, may_change, watch)
 

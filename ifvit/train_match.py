@@ -53,10 +53,11 @@ def run(config: MatchConfig, resume: str, host: Host, may_change: Set[str] = fro
     from ifvit.data.gather import gather
     from ifvit.training.loop import train
     from ifvit.training.match import checkpoint_of_module1, match_task
-    from ifvit.training.startup import check_hosts
+    from ifvit.training.startup import check_hosts, settled
 
     checkpoint_of_module1(config)  # a wrong path shows before prints are read
     check_hosts(config, host)
+    config = settled(config, resume)
     _, train_set, held_out = gather(config, host)
     return train(match_task(config, train_set, held_out), resume, host, may_change, watch)
 

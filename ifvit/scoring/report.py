@@ -77,14 +77,19 @@ def of_training(
     path: str | os.PathLike, folder: str, rows: Sequence[Mapping], curves: Path | epath.Path, settings: Mapping
 ) -> None:
     """The page of a run in `folder`, from the rows of its metrics.jsonl and the picture of their curves."""
-    steps = max(row["step"] for row in rows)
     newest = [f"{k}: {v:g}" for k, v in rows[-1].items() if isinstance(v, int | float)]
     sections = [
-        section(f"Training of {Path(folder).name}", picture(curves, f"Metrics over {steps:,} steps")),
+        of_curves(curves, rows, Path(folder).name),
         listed("Newest row", newest),
         listed("Settings", [f"{k}: {v}" for k, v in settings.items()]),
     ]
     write(path, f"Training in {folder}", sections)
+
+
+def of_curves(curves: Path | epath.Path, rows: Sequence[Mapping], name: str) -> str:
+    """A training's metrics over its steps, from their picture."""
+    steps = max(row["step"] for row in rows)
+    return section(f"Training of {name}", picture(curves, f"Metrics over {steps:,} steps"))
 
 
 def escaped(text: object) -> str:

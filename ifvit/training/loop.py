@@ -10,6 +10,7 @@ from etils import epath
 from cluster.host import SAVE, Host
 from ifvit import checkpoint
 from ifvit.devices import progress
+from ifvit.devices.precision import compiled
 from ifvit.devices.sharding import put_batch, replicated
 from ifvit.errors import Failure, Interrupted
 from ifvit.files import write_whole
@@ -90,7 +91,7 @@ def train(task: Task, resume: str, host: Host, may_change: Set[str] = frozenset(
                 batch = put_batch(meter.next_batch(batches), mesh, config.accumulate)
                 profile.before(at)
                 if at == first:  # compiled once, here: what it costs is known of a compiled program alone
-                    step = step.lower(state, batch, task.rates[at], *constants).compile()
+                    step = compiled(step.lower(state, batch, task.rates[at], *constants), config.compute_dtype)
                     meter.count_flops(step, config)
                 state, out = step(state, batch, task.rates[at], *constants)
                 ended = at + 1
