@@ -1,8 +1,8 @@
 """The training step of this tree against that of another commit: pairs per second, in turns of ten steps.
 
-    python tests/bench/step_against.py --commit COMMIT --out DIR --rounds 12 [--module match]
+    python tests/bench/step_against.py --commit COMMIT --out DIR --rounds 12 [--module match] [--now compute_dtype=auto]
 
-Module 2 is trained without a Module 1: its own step is what is timed.
+`--now`: settings of this tree's run alone. Module 2 is trained without a Module 1: its own step is what is timed.
 """
 
 import argparse
@@ -22,6 +22,7 @@ def main() -> None:
     parser.add_argument("--preset", default="cpu")
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--now", nargs="*", default=[])
     args = parser.parse_args()
     out = args.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -37,7 +38,8 @@ def main() -> None:
         ends.callback(subprocess.run, ["git", "worktree", "remove", "--force", before], cwd=ROOT)
         runs, times = {}, {"before": [], "now": []}
         for name, tree in (("before", before), ("now", ROOT)):
-            runs[name] = Run(out / f"run_{name}", words.split(), tree)
+            more = [f"--set={setting}" for setting in args.now] if name == "now" else []
+            runs[name] = Run(out / f"run_{name}", words.split() + more, tree)
             ends.callback(runs[name].end)
         for n in range(args.rounds):
             for name in sorted(runs, reverse=n % 2 == 1):
