@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 from faults import checkpoint
 from faults.hosts import Run, Training, disturbed, state, worker
-from testbed import Testbed
+from testbed import Testbed, until
 
+from ifvit.gallery.store import Gallery
 from ifvit.training.metrics import read_rows
 from tune import record
 
@@ -120,3 +121,16 @@ def test_a_trial_may_take_both_hosts(bed, tmp_path):
     assert bed.exit_code(job) == 0, bed.logs(job)[-3000:]
     found = checkpoint.load(tmp_path / "dense/trials/000/dense_reg_ckpt")
     assert found.metadata["finished"] and found.metadata["history"][0]["processes"] == 2
+
+
+def test_what_a_host_was_enrolling_is_enrolled_by_the_others_when_it_is_lost(bed, prints, tmp_path):
+    gallery = tmp_path / "gallery"
+    words = ["python", "-m", "ifvit.enroll", prints, "--gallery", gallery, "--checkpoint", "pretrained"]
+    job = bed.submit([*words, "--batch_size", "1", "--runtime", "ray", "--devices", "cpu"])
+    until(lambda: bed.processes(1, "ray::_call"), "work on the second host", patience=120)
+    bed.kill_host(1)
+    assert bed.wait(job) == "SUCCEEDED", bed.logs(job)
+    said = bed.logs(job)
+    assert "Ray: 2 workers, each with 1 CPU" in said and "Traceback" not in said, said
+    names = [entry.name for entry in Gallery.open(gallery).entries()]
+    assert sorted(names) == sorted(str(file) for file in prints.rglob("*.png"))
