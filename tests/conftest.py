@@ -14,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+from xla import flags
+
 # Before JAX is imported: programs run for milliseconds here and take half a minute to optimise.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+os.environ.setdefault("XLA_FLAGS", flags())
 
 import pytest
 from jaxtyping import install_import_hook

@@ -15,12 +15,14 @@ import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+from xla import flags
+
 DEVICES = {"one": 8, "steps": 4, "two": 2, "seed": 4}
 
 if __name__ == "__main__":
     os.environ["JAX_PLATFORMS"] = "cpu"
     os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
-    os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES[sys.argv[1]]}"
+    os.environ["XLA_FLAGS"] = flags(DEVICES[sys.argv[1]])
 
 import jax  # noqa: E402
 import numpy as np  # noqa: E402

@@ -12,6 +12,7 @@ import time
 
 import numpy as np
 import pytest
+from xla import flags
 
 from cluster.host import Host
 from ifvit import checkpoint, train_dense
@@ -197,7 +198,7 @@ def test_a_run_goes_on_sharded_to_the_same_parameters_but_for_rounding(process, 
             "--set",
             f"model_parallel={parallel}",
             cwd=tmp_path,
-            XLA_FLAGS="--xla_force_host_platform_device_count=2",
+            XLA_FLAGS=flags(devices=2),
         )
         assert said.code == 0, said
     found = checkpoint.load(tmp_path / "sharded/dense_reg_ckpt")

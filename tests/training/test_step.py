@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from xla import flags
 
 from ifvit.config import DenseConfig, preset
 from ifvit.data.loader import PairSource
@@ -90,7 +91,7 @@ print(json.dumps(out))
 def said():
     """What a process with four devices finds, of each module; both at once."""
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": flags(devices=4),
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     started = {
