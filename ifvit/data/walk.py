@@ -54,9 +54,9 @@ def walk(root: Path) -> Walk:
     Raises: UserError for a root that is missing, a file, or may not be listed.
     """
     if not root.exists():
-        raise UserError(f"There is no folder {root}; give the path of a folder of prints.")
+        raise UserError(f"There is no folder {root}. Check the path of --dataset_root.")
     if not root.is_dir():
-        raise UserError(f"{root} is a file; give the folder that holds it.")
+        raise UserError(f"{root} is a file. Give --dataset_root the folder that holds it.")
     met, visited = Walk(), set()
 
     def unlisted(error: OSError) -> None:
