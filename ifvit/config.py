@@ -201,6 +201,8 @@ class DenseConfig(Config):
 
     checkpoint_dir: str = place("./checkpoints/dense_reg", roles={FREE, OWN})
     dense_loss: str = choice("focal", "focal", "nll")  # LoFTR's focal loss, or the negative log-likelihood
+    # sides of the window that pairs with a print too large for it are registered in, where they are scored; 1: the same
+    wide_window: float = number(1.0, 1, 2, roles={FREE})
     # share of genuine pairs made of two impressions, where it is known what skin lies where; the others show one print
     # twice
     impression_share: float = number(0.0, 0, 1, use=HOST, roles={LIVE})
@@ -279,6 +281,9 @@ class Traced:
         if name in self._host:
             raise AttributeError(f"{name} is the host's; a compiled program cannot depend on it")
         return getattr(self._config, name)
+
+    def replace(self, **changes) -> "Traced":
+        return Traced(self._config.replace(**changes), self._scalars)
 
 
 Settings = Config | Traced  # what networks and steps are made of

@@ -143,13 +143,14 @@ class Matcher:
         self.scorer.registers  # noqa: B018 (refused before anything is compared)
         ((a, b, row, found),) = self._compared([(a, b)], fmr, 1, turned)
         prints, pair = Canvases([a, b]), Pair(0, 1, False)
+        laid = self.scorer.registration(prints, pair)
         decision(
             path,
             a,
             b,
-            self.scorer.registration(prints, pair)[0],
+            laid,
             self.scorer.config,
-            self.scorer.local_corners(prints, pair),
+            self.scorer.local_corners(prints, pair, laid.similarity),
             self.scorer.parts(row),
             f"{Path(a.name).name} (a), {Path(b.name).name} (b): {found.decision}, score {found.score:.4f} "
             f"(threshold {found.threshold:.4f} at FMR {fmr:g})",

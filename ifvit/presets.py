@@ -72,11 +72,12 @@ _SMOKE_NET = dict(
 )
 
 PRESETS = {
-    "paper": (dict(), dict(_SOUND, frame_shift=4)),
+    "paper": (dict(wide_window=1.3), dict(_SOUND, frame_shift=4)),
     "cpu": (
         dict(
             _SMALL_NET,
             **_FOUND,
+            wide_window=1.3,
             pairs_per_epoch=1600,
             num_epochs=12,
             val_pairs=128,

@@ -6,13 +6,13 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from ifvit.config import DenseConfig
-from ifvit.constants import CANVAS_PPI, MASK_CELL
+from ifvit.config import DENSE_CONFIG
 from ifvit.data import scale
 from ifvit.data.images import RIDGE_PERIOD
 from ifvit.data.prepare import Decoded, PrintSet, seem_light
 from ifvit.data.sources import Print, Reading
 from ifvit.data.walk import LeftOut, file_digest, natural
+from ifvit.window import share_seen
 
 UNREADABLE = "an image that cannot be read"
 SHOWN = 8  # databases that a log line names
@@ -241,13 +241,7 @@ def _database(
 
 def _seen(prints: PrintSet) -> float:
     """Of the foreground in the window of the presets paper and cpu, 320 px at 500 ppi; mean over the prints."""
-    window = DenseConfig.image_size * CANVAS_PPI / DenseConfig.input_ppi / MASK_CELL
-    shares = []
-    for i in range(len(prints)):
-        mask = prints.canvas(i)[1]
-        edge = round((len(mask) - window) / 2)
-        shares.append(mask[edge:-edge, edge:-edge].sum() / max(1, mask.sum()))
-    return float(np.mean(shares))
+    return float(np.mean([share_seen(prints.canvas(i)[1], DENSE_CONFIG) for i in range(len(prints))]))
 
 
 def _some(parts: list[str], between: str) -> str:

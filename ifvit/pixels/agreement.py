@@ -103,6 +103,11 @@ def checked_config(config: Settings) -> Settings:
     return config.replace(input_ppi=CHECK_PPI, image_size=side)
 
 
+def seen_of(deformation: Float[Array | np.ndarray, "*B W W 2"], config: Settings) -> Settings:
+    """The window at CHECK_PPI that a deformation was found in: that of `config`, or a wider one (`pixels.wide`)."""
+    return checked_config(config).replace(image_size=CELL * (deformation.shape[-2] + 1))
+
+
 def points_at_ppi(p: Float[Array, "*B 2"], a: Settings, b: Settings) -> Float[Array, "*B 2"]:
     """Points of the window of configuration a, in that of b: both are centred on the same spot of the canvas."""
     return (p - (a.image_size - 1) / 2) * (b.input_ppi / a.input_ppi) + (b.image_size - 1) / 2

@@ -7,8 +7,9 @@ from ifvit.config import Settings
 from ifvit.models.networks import Network
 from ifvit.pixels.alignment import align
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import CheckedRegistration, checked_registration, registration, views_of
-from ifvit.scoring.scores import PairScore, dense_scores, match_scores, prepares
+from ifvit.pixels.registration import CheckedRegistration, registration, views_of
+from ifvit.pixels.wide import looked_at, widened
+from ifvit.scoring.scores import PairScore, dense_prepares, in_either_window, match_scores, prepares
 
 
 def registrations(aligner: Network, config: Settings) -> PairScore:
@@ -39,46 +40,59 @@ def registrations(aligner: Network, config: Settings) -> PairScore:
     return PairScore(prepares(aligner, config), register)
 
 
-def dense_answers(net: Network, config: Settings) -> PairScore:
+def dense_answers(net: Network, config: Settings, wide_window: float = 1.0) -> PairScore:
     """Module 1 alone, its state (params, batch_stats): `score`, its `probability`, and what `registrations` tells.
 
     Those of the registration that the ridges have confirmed: `aligned` is `registered`, and the score how well they
     agree.
     """
 
-    @exact
-    def answer(params, batch_stats, batch):
-        found, _ = checked_registration(net, (params, batch_stats), batch, config)
-        return {"score": found.agreement, "probability": found.confidence} | _told(found)
+    def how(wide):
+        @exact
+        def answer(params, batch_stats, batch):
+            found, _ = looked_at(net, (params, batch_stats), batch, config, wide)
+            return {"score": found.agreement, "probability": found.confidence} | _told(found, config)
 
-    return PairScore(dense_scores(net, config).prepare, answer)
+        return PairScore(dense_prepares(net, wide or config), answer)
+
+    return in_either_window(how, config, wide_window)
 
 
-def answers(net: Network, aligner: Network | None, config: Settings, check: bool = False) -> PairScore:
+def answers(
+    net: Network, aligner: Network | None, config: Settings, check: bool = False, wide_window: float = 1.0
+) -> PairScore:
     """What `match_scores` and, with an aligner, `registrations` tell; its state is that of `match_scores`.
 
     With `check` the registration is the one that `dense_answers` tells.
     """
-    scores = match_scores(net, aligner, config, check)
+    scores = match_scores(net, aligner, config, check, wide_window)
 
-    @exact
-    def answer(params, batch_stats, aligner_state, batch):
-        if aligner and check:
-            looked = checked_registration(aligner, aligner_state, batch, config)
-            return scores.score(params, batch_stats, aligner_state, batch, looked) | _told(looked[0])
-        found = scores.score(params, batch_stats, aligner_state, batch)
-        return found | (registrations(aligner, config).score(aligner_state, batch) if aligner else {})
+    def of(scores: PairScore, wide: Settings | None) -> PairScore:
+        @exact
+        def answer(params, batch_stats, aligner_state, batch):
+            if aligner and check:
+                looked = looked_at(aligner, aligner_state, batch, config, wide)
+                return scores.score(params, batch_stats, aligner_state, batch, looked) | _told(looked[0], config)
+            found = scores.score(params, batch_stats, aligner_state, batch)
+            return found | (registrations(aligner, config).score(aligner_state, batch) if aligner else {})
 
-    return PairScore(scores.prepare, answer)
+        return scores._replace(score=answer)
+
+    found = of(scores, None)
+    return found._replace(wide=of(scores.wide, widened(config, wide_window))) if scores.wide else found
 
 
-def _told(found: CheckedRegistration) -> dict[str, jax.Array]:
+def _told(found: CheckedRegistration, config: Settings) -> dict[str, jax.Array]:
+    """Of as many matches as `config` keeps, those that agree before others."""
+    sure = jnp.where(found.inliers, 2.0, 0.0) + found.matches.confidence
+    keep = jax.lax.top_k(sure, min(config.alignment_matches, sure.shape[1]))[1]
+    of = lambda x: jnp.take_along_axis(x, keep.reshape(*keep.shape, *(1,) * (x.ndim - 2)), 1)
     return {
         "similarity": found.similarity,
         "aligned": found.registered,
-        "points0": found.points0,
-        "points1": found.points1,
-        "confidence": found.matches.confidence,
-        "inliers": found.inliers,
+        "points0": of(found.points0),
+        "points1": of(found.points1),
+        "confidence": of(found.matches.confidence),
+        "inliers": of(found.inliers),
         "overlap": found.overlap,
     }

@@ -13,15 +13,15 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Polygon
 
 from ifvit.config import Settings
-from ifvit.constants import MASK_CELL
 from ifvit.data.placement import Placement, mapped, similarity_map, window_to_canvas
 from ifvit.data.single import OnCanvas
+from ifvit.pixels.agreement import seen_of
 from ifvit.pixels.registration import CheckedRegistration
 from ifvit.scoring import plots
 from ifvit.scoring.fit import Fit, fit
 from ifvit.scoring.fit_pictures import overlay
 
-_GAP, _MARGIN = 24, 8  # px of the canvas, between the prints and about them
+_GAP = 24  # px of the canvas, between the prints
 _LABELS = {
     "log_ridges": "agreement of the ridges",
     "log_global": "global embedding",
@@ -66,25 +66,11 @@ def _shared(a: OnCanvas, b: OnCanvas, fitted) -> tuple[Bool[np.ndarray, "C C"], 
 
 
 def _foreground(p: OnCanvas) -> Bool[np.ndarray, "C C"]:
-    return p.mask.repeat(MASK_CELL, 0).repeat(MASK_CELL, 1)
-
-
-def _box(mask: Bool[np.ndarray, "C C"]) -> tuple[int, int, int, int]:
-    """(left, top, right, bottom) of what is true, with a margin."""
-    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    if not len(rows):
-        return 0, 0, mask.shape[1], mask.shape[0]
-    (top, bottom), (left, right) = ((int(some[0]), int(some[-1]) + 1) for some in (rows, columns))
-    return (
-        max(left - _MARGIN, 0),
-        max(top - _MARGIN, 0),
-        min(right + _MARGIN, mask.shape[1]),
-        min(bottom + _MARGIN, mask.shape[0]),
-    )
+    return plots.pixels(p.mask)
 
 
 def _prints(axes: Axes, a: OnCanvas, b: OnCanvas, fitted: Fit, config: Settings, shared, roi, found) -> None:
-    (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = (_box(_foreground(p)) for p in (a, b))
+    (left_a, top_a, right_a, bottom_a), (left_b, top_b, right_b, bottom_b) = (plots.box(_foreground(p)) for p in (a, b))
     wide, high = right_a - left_a, max(bottom_a - top_a, bottom_b - top_b)
     both = np.full((high, wide + _GAP + right_b - left_b), 255, np.uint8)
     both[: bottom_a - top_a, :wide] = a.canvas[top_a:bottom_a, left_a:right_a]
@@ -93,8 +79,8 @@ def _prints(axes: Axes, a: OnCanvas, b: OnCanvas, fitted: Fit, config: Settings,
 
     axes.set_axis_off()
     plots.pale(axes, both)
-    window = window_to_canvas(config)
-    corners = mapped(window, _corners(-0.5, -0.5, config.image_size, config.image_size))
+    window, seen = window_to_canvas(config), seen_of(found.deformation, config)
+    corners = mapped(window_to_canvas(seen), _corners(-0.5, -0.5, seen.image_size, seen.image_size))
     for box, move, label in (
         ((left_a, top_a, right_a, bottom_a), to_a, "what the networks see"),
         ((left_b, top_b, right_b, bottom_b), to_b, None),
@@ -122,7 +108,7 @@ def _laid(axes: Axes, drawn, b: OnCanvas, shared) -> None:
     if drawn is None:
         axes.text(0.5, 0.5, "not registered:\nthe ridges do not agree anywhere", ha="center", va="center")
         return
-    left, top, right, bottom = _box(_foreground(b) | shared)
+    left, top, right, bottom = plots.box(_foreground(b) | shared)
     axes.imshow(drawn[top:bottom, left:right])
     axes.set_title("a (magenta) laid on b (green): black where both have a ridge", fontsize="small")
 

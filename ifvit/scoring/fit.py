@@ -9,7 +9,7 @@ from scipy.ndimage import map_coordinates
 from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI
 from ifvit.data.placement import Map, Placement, mapped, similarity_map, window_to_canvas
-from ifvit.pixels.agreement import CELL, checked_config
+from ifvit.pixels.agreement import CELL, seen_of
 from ifvit.pixels.registration import CheckedRegistration
 
 
@@ -74,7 +74,7 @@ def fit(found: CheckedRegistration, placement_a: Placement, placement_b: Placeme
         mapped(np.linalg.inv(b_to_window), np.asarray(found.points1)[keep]),
         np.asarray(found.matches.confidence)[keep],
         np.asarray(found.deformation),
-        np.linalg.inv(window_to_canvas(checked_config(config))) @ placement_b.to_canvas,
+        np.linalg.inv(window_to_canvas(seen_of(found.deformation, config))) @ placement_b.to_canvas,
         float(found.agreement),
         float(found.overlap),
         bool(found.registered),

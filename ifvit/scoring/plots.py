@@ -12,19 +12,23 @@ from typing import Any
 import matplotlib
 import matplotlib.ticker
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Bool, Float, Num, UInt8
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import ArrayLike
 
+from ifvit.config import Settings
+from ifvit.constants import MASK_CELL
+from ifvit.data.placement import mapped, window_to_canvas
 from ifvit.errors import UserError
 from ifvit.files import whole
 from ifvit.scoring.rates import eer_of_curve
 
 _GENUINE, _IMPOSTOR = "tab:blue", "tab:orange"
 _GAP = 16  # px of white between two prints
+_MARGIN = 8  # px of the canvas about a print that is cut out of it
 
 
 def det(path: str | os.PathLike, curves: Mapping[str, tuple[Float[np.ndarray, " t"], Float[np.ndarray, " t"]]]) -> None:
@@ -150,6 +154,41 @@ def matches(
     pale(axes, both)
     match_lines(axes, np.asarray(xy_a), np.asarray(xy_b) + (a.shape[1] + _GAP, 0), confidence)
     save(figure, path)
+
+
+def whole_print(
+    canvas: UInt8[np.ndarray, "C C"], mask: Bool[np.ndarray, "C/8 C/8"], seen: Settings, xy: Float[np.ndarray, "N 2"]
+) -> tuple[Float[np.ndarray, "H W"], Float[np.ndarray, "N 2"]]:
+    """A print cut out of its canvas, 0 to 1, pale outside of the window of `seen`; and points of the canvas in it."""
+    foreground = pixels(mask)
+    left, top, right, bottom = box(foreground)
+    low, high = np.percentile(canvas[foreground], [2, 98]) if foreground.any() else (0, 255)
+    picture = np.clip((canvas - low) / max(high - low, 1), 0, 1)
+    edges = mapped(window_to_canvas(seen), np.array([[-0.5, -0.5], [seen.image_size - 0.5] * 2])).round().astype(int)
+    first, last = np.clip(edges + (edges < 0), 0, len(canvas))
+    inside = np.zeros(canvas.shape, bool)
+    inside[first[1] : last[1] + 1, first[0] : last[0] + 1] = True
+    picture = np.where(inside, picture, 0.75 + 0.15 * picture)
+    return picture[top:bottom, left:right], xy - [left, top]
+
+
+def pixels(mask: Bool[np.ndarray, "M M"]) -> Bool[np.ndarray, "8*M 8*M"]:
+    """The foreground of a canvas, pixel by pixel."""
+    return mask.repeat(MASK_CELL, 0).repeat(MASK_CELL, 1)
+
+
+def box(mask: Bool[np.ndarray, "C C"]) -> tuple[int, int, int, int]:
+    """(left, top, right, bottom) of what is true, with a margin."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return 0, 0, mask.shape[1], mask.shape[0]
+    (top, bottom), (left, right) = ((int(some[0]), int(some[-1]) + 1) for some in (rows, columns))
+    return (
+        max(left - _MARGIN, 0),
+        max(top - _MARGIN, 0),
+        min(right + _MARGIN, mask.shape[1]),
+        min(bottom + _MARGIN, mask.shape[0]),
+    )
 
 
 def pale(axes: Axes, image: Num[np.ndarray, "H W"]) -> None:

@@ -15,6 +15,7 @@ from ifvit import checkpoint
 from ifvit.config import DenseConfig, MatchConfig, config_of
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
+from ifvit.data.placement import mapped, window_to_canvas
 from ifvit.data.prepare import Prints
 from ifvit.data.single import Canvases, OnCanvas
 from ifvit.devices.traced import traced
@@ -22,13 +23,24 @@ from ifvit.errors import UserError
 from ifvit.models.networks import Network, dense_network, match_network
 from ifvit.models.template import Template
 from ifvit.pixels import agreement
+from ifvit.pixels.agreement import seen_of
 from ifvit.pixels.alignment import align, roi_corner
 from ifvit.pixels.geometry import exact
-from ifvit.pixels.registration import CheckedRegistration, best_turn, checked_registration
+from ifvit.pixels.registration import CheckedRegistration, best_turn
 from ifvit.pixels.views import plain_views
+from ifvit.pixels.wide import looked_at
 from ifvit.scoring.answers import answers, dense_answers, registrations
 from ifvit.scoring.fusion import Fusion
-from ifvit.scoring.scores import dense_scores, match_scores, score_pairs
+from ifvit.scoring.scores import (
+    PairScore,
+    dense_scores,
+    for_pair,
+    in_either_window,
+    in_graph,
+    match_scores,
+    prepares,
+    score_pairs,
+)
 from ifvit.scoring.template import as_template, embed_prints, template_of
 
 TILTED = 30.0  # degrees: of prints that lie so far from one another Module 1 finds fewer matches
@@ -98,9 +110,15 @@ class Scorer:
     @cached_property
     def _score(self):
         if self.module == "dense_reg":
-            return dense_scores(self.registers[0], self.config).jitted()
+            return dense_scores(self.registers[0], self.config, self.wide_window).jitted()
         net = match_network(self.config, self.num_classes)
-        return match_scores(net, self._aligner_network, self.config, self._checked).jitted()
+        return match_scores(net, self._aligner_network, self.config, self._checked, self.wide_window).jitted()
+
+    @property
+    def wide_window(self) -> float:
+        """Of the Module 1 that registers."""
+        about = self.config if self.module == "dense_reg" else self.aligner_config
+        return about.wide_window if about else 1.0
 
     @property
     def _checked(self) -> bool:
@@ -142,7 +160,7 @@ class Scorer:
 
     def scores_of_canvases(self, batch: dict) -> dict[str, jax.Array]:
         """`score` and what it is made of, for a batch of canvases and masks; to be traced (`scoring.exported`)."""
-        found = self._score.score(*self.state, batch)
+        found = in_graph(self._score, self.state, batch)
         if self.module == "dense_reg":
             odds = agreement.log_odds(found["ridges"], found["overlap"])
             return found | {"score": found["ridges"], "log_odds": odds}
@@ -161,25 +179,24 @@ class Scorer:
         return self._aligner_network, self.aligner
 
     @cached_property
-    def _register(self):
+    def _register(self) -> PairScore:
         net, config = self.registers[0], self.config
 
-        @exact
-        def run(state, batch):
-            views = plain_views(batch, config)
-            return views.image0, views.image1, checked_registration(net, state, batch, config)[0]
+        def how(wide):
+            look = exact(lambda state, batch: looked_at(net, state, batch, config, wide)[0])
+            return PairScore(prepares(net, wide or config, check=True), look)
 
-        return jax.jit(run)
+        return in_either_window(how, config, self.wide_window).jitted()
 
-    def registration(self, prints: Prints, pair: Pair) -> tuple[CheckedRegistration, np.ndarray, np.ndarray]:
-        """Module 1's registration of one pair, checked by the ridges, and the two windows (S, S) it saw."""
+    def registration(self, prints: Prints, pair: Pair) -> CheckedRegistration:
+        """Module 1's registration of one pair (no batch axis), checked by the ridges, in px of the window."""
         batch, _ = next(fixed_batches(prints, [pair], 1))
-        image0, image1, found = jax.device_get(self._register(self.registers[1], batch))
-        return jax.tree.map(lambda x: x[0], found), image0[0], image1[0]
+        found = for_pair(self._register, prints, pair).score(self.registers[1], batch)
+        return jax.tree.map(lambda x: x[0], jax.device_get(found))
 
     def laid(self, a: OnCanvas, b: OnCanvas) -> tuple[OnCanvas, CheckedRegistration]:
         """Print a, turned where that is better, and its registration with b."""
-        lies = lambda one: (one, self.registration(Canvases([one, b]), Pair(0, 1, False))[0])
+        lies = lambda one: (one, self.registration(Canvases([one, b]), Pair(0, 1, False)))
         found = lies(a)
         upright = self.upright(a, b, found[1].similarity if found[1].registered else None)
         return max(found, lies(upright), key=lambda one: one[1].agreement) if upright else found
@@ -203,24 +220,28 @@ class Scorer:
         return a.turned(degrees) if agreed >= agreement.TURNED else None
 
     def picture(self, prints: Prints, pair: Pair, path: str | os.PathLike) -> None:
-        """Draws both prints side by side, with inlier matches as lines coloured by confidence.
+        """Draws both prints whole, side by side, with inlier matches as lines coloured by confidence.
 
-        It draws nothing for a Module 2 without a Module 1.
+        What the window has cut away is pale. It draws nothing for a Module 2 without a Module 1.
         """
         from ifvit.scoring import plots
 
         if self.module == "matcher" and not self.aligner:
             return
-        found, image0, image1 = self.registration(prints, pair)
-        keep = found.inliers
+        found = self.registration(prints, pair)
+        window = window_to_canvas(self.config)
         names = [Path(prints.prints[i].path).name for i in pair[:2]]
+        (a, xy_a), (b, xy_b) = (
+            plots.whole_print(*prints.canvas(i), seen_of(found.deformation, self.config), mapped(window, xy))
+            for i, xy in ((pair.print0, found.points0[found.inliers]), (pair.print1, found.points1[found.inliers]))
+        )
         plots.matches(
             path,
-            image0,
-            image1,
-            found.points0[keep],
-            found.points1[keep],
-            found.matches.confidence[keep],
+            a,
+            b,
+            xy_a,
+            xy_b,
+            found.matches.confidence[found.inliers],
             f"{names[0]} – {names[1]}: {int(found.count)} matches, ridges agree to {found.agreement:.0%}",
         )
 
@@ -235,23 +256,27 @@ class Scorer:
             name: float(x[0]) for name, x in self.fusion.parts({k: np.asarray(v)[None] for k, v in row.items()}).items()
         }
 
-    def local_corners(self, prints: Prints, pair: Pair) -> Float[np.ndarray, "4 2"] | None:
-        """Corners (x, y) of what the local branch sees of a pair, in px of print 1's window; None without one."""
+    def local_corners(
+        self, prints: Prints, pair: Pair, similarity: Float[np.ndarray, "4"]
+    ) -> Float[np.ndarray, "4 2"] | None:
+        """Corners (x, y) of what the local branch sees of a pair, in px of print 1's window; None without one.
+
+        `similarity` is that of their registration.
+        """
         if not self._checked or not self.aligner:
             return None
         batch, _ = next(fixed_batches(prints, [pair], 1))
-        left, top = jax.device_get(self._local(self.aligner, batch))[0] - 0.5
+        left, top = jax.device_get(self._local(similarity[None], batch))[0] - 0.5
         right, bottom = left + self.config.roi_size, top + self.config.roi_size
         return np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
 
     @cached_property
     def _local(self):
-        net, config = self._aligner_network, self.config
+        config = self.config
 
         @exact
-        def corner(state, batch):
+        def corner(similarity, batch):
             views = plain_views(batch, config)
-            similarity = checked_registration(net, state, batch, config)[0].similarity
             pair = align(views.image0, views.image1, views.mask0, views.mask1, similarity, config)
             return roi_corner(pair.overlap, config.roi_size)
 
@@ -260,27 +285,30 @@ class Scorer:
     @cached_property
     def _answer(self):
         if self.module == "dense_reg":
-            return dense_answers(self.registers[0], self.config).jitted()
+            return dense_answers(self.registers[0], self.config, self.wide_window).jitted()
         net = match_network(self.config, self.num_classes)
-        return answers(net, self._aligner_network, self.config, self._checked).jitted()
+        return answers(net, self._aligner_network, self.config, self._checked, self.wide_window).jitted()
 
     @cached_property
-    def _answer_of_one(self):
+    def _answer_of_one(self) -> PairScore:
         about = (self.module, self.config.to_dict(), self.num_classes, self._checked)
         about += (self.aligner_config and self.aligner_config.to_dict(),)
-        return traced(lambda: self._answer.score, f"answer of one pair {about}")
+        narrow = traced(lambda: self._answer.score, f"answer of one pair {about}")
+        wide = traced(lambda: self._answer.wide.score, f"answer of one large pair {about}")
+        how = self._answer
+        return how._replace(score=narrow, wide=how.wide and how.wide._replace(score=wide))
 
     @cached_property
     def _registrations(self):
         if self._checked:
-            return dense_answers(self._aligner_network, self.config).jitted()
+            return dense_answers(self._aligner_network, self.config, self.wide_window).jitted()
         return registrations(self._aligner_network, self.config).jitted()
 
     def answers(self, prints: Prints, pairs: Sequence[Pair], batch_size: int) -> dict[str, np.ndarray]:
         """`score` and all that `scoring.answers` tells, a row a pair; of Module 1, or of Module 2 with its fusion."""
         if len(pairs) == 1 and jax.process_count() == 1:
             batch, _ = next(fixed_batches(prints, pairs, 1))
-            found = jax.device_get(self._answer_of_one(*self.state, batch))
+            found = jax.device_get(for_pair(self._answer_of_one, prints, pairs[0]).score(*self.state, batch))
         else:
             found = score_pairs(self._answer, self.state, prints, pairs, batch_size)
         if self.module == "dense_reg":

@@ -43,15 +43,24 @@ def match_program(config: MatchConfig, aligner_config: DenseConfig | None, num_c
         return match_step(net, aligner, Traced(config, scalars))(state, batch, rate, aligner_state)
 
     def scores(scalars):
-        return match_scores(net, aligner, Traced(config, scalars), check=True)
+        wide_window = aligner_config.wide_window if aligner_config else 1.0
+        return match_scores(net, aligner, Traced(config, scalars), True, wide_window)
 
-    def prepare(params, batch_stats, aligner_state, scalars, prints):
-        return scores(scalars).prepare(params, batch_stats, aligner_state, prints)
+    def with_scalars(of):
+        """A `PairScore` whose state has the scalars too, as `of` finds it among `match_scores`."""
 
-    def score(params, batch_stats, aligner_state, scalars, batch):
-        return scores(scalars).score(params, batch_stats, aligner_state, batch)
+        def prepare(params, batch_stats, aligner_state, scalars, prints):
+            return of(scores(scalars)).prepare(params, batch_stats, aligner_state, prints)
 
-    evaluate = PairScore(prepare, score).jitted()
+        def score(params, batch_stats, aligner_state, scalars, batch):
+            return of(scores(scalars)).score(params, batch_stats, aligner_state, batch)
+
+        return PairScore(prepare, score)
+
+    made, evaluate = scores({}), with_scalars(lambda how: how)
+    if made.wide:
+        evaluate = evaluate._replace(wide=with_scalars(lambda how: how.wide), cut=made.cut)
+    evaluate = evaluate.jitted()
     return Program(net, lambda seed: init_state(net, optimizer(config, 0.0), seed), step, evaluate)
 
 

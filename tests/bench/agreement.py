@@ -22,10 +22,10 @@ from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.paths import cache_dir
 from ifvit.pixels.geometry import apply_similarity, exact
-from ifvit.pixels.registration import checked_registration
+from ifvit.pixels.wide import looked_at
 from ifvit.scoring import rates
 from ifvit.scoring.scorer import Scorer
-from ifvit.scoring.scores import PairScore, dense_scores, score_pairs
+from ifvit.scoring.scores import PairScore, dense_prepares, in_either_window, score_pairs
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,24 @@ class Args:
 def features(scorer: Scorer) -> PairScore:
     config, net = scorer.config, scorer.registers[0]
 
-    @exact
-    def of(params, stats, batch):
-        state = params, stats
-        found, by_matches = checked_registration(net, state, batch, config)
-        off = jnp.linalg.norm(apply_similarity(by_matches.similarity, by_matches.points0) - by_matches.points1, axis=-1)
-        return {
-            "matches": by_matches.count,
-            "within 5 px": ((off < 5) & by_matches.inliers).sum(1),
-            "agreement": found.agreement,
-            "correlation": found.correlation,
-            "overlap": found.overlap,
-            "windows": found.windows,
-            "registered": found.registered,
-        }
+    def how(wide):
+        @exact
+        def of(params, stats, batch):
+            found, matched = looked_at(net, (params, stats), batch, config, wide)
+            off = jnp.linalg.norm(apply_similarity(matched.similarity, matched.points0) - matched.points1, axis=-1)
+            return {
+                "matches": matched.count,
+                "within 5 px": ((off < 5) & matched.inliers).sum(1),
+                "agreement": found.agreement,
+                "correlation": found.correlation,
+                "overlap": found.overlap,
+                "windows": found.windows,
+                "registered": found.registered,
+            }
 
-    return PairScore(dense_scores(net, config).prepare, of).jitted()
+        return PairScore(dense_prepares(net, wide or config), of)
+
+    return in_either_window(how, config, scorer.wide_window).jitted()
 
 
 def drawn(prints, args: Args) -> list[Pair]:

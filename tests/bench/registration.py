@@ -23,21 +23,20 @@ from ifvit import cli
 from ifvit.constants import CANVAS_PPI, MASK_CELL, STRIDE
 from ifvit.data.loader import fixed_batches
 from ifvit.data.pairs import Pair
-from ifvit.data.placement import Placement, mapped, similarity_map, window_to_canvas
+from ifvit.data.placement import Placement, mapped
 from ifvit.data.prepare import prepare
 from ifvit.data.protocols import Comparisons, Pairs, pairs_all
 from ifvit.data.single import Canvases, OnCanvas
 from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.paths import cache_dir
-from ifvit.pixels.agreement import REGISTERED, TURNED, checked_config
+from ifvit.pixels.agreement import REGISTERED, TURNED
 from ifvit.pixels.geometry import cell_centres, exact, sample
-from ifvit.pixels.registration import best_turn, checked_registration
+from ifvit.pixels.registration import best_turn
 from ifvit.pixels.views import dense_pair, dense_views, to_canvas, to_view
-from ifvit.scoring.fit import Fit, bent_back, fit
+from ifvit.scoring.fit import Fit, fit
 from ifvit.scoring.known_warps import warp_accuracy
 from ifvit.scoring.scorer import Scorer
-from ifvit.scoring.scores import PairScore, dense_scores, score_pairs
 
 SEED = 0
 LEAST = 0.1  # share of print b that both must show, for a correlation
@@ -110,20 +109,9 @@ def known_warps(scorer: Scorer, prints, rotation: float, args: Args) -> str:
 
 def registered_pair(scorer: Scorer, a: OnCanvas, b: OnCanvas) -> tuple[bool, Fit]:
     """Whether it registers as it lies, and the fit of `ifvit.register`."""
-    straight = bool(scorer.registration(Canvases([a, b]), Pair(0, 1, False))[0].registered)
+    straight = bool(scorer.registration(Canvases([a, b]), Pair(0, 1, False)).registered)
     a, found = scorer.laid(a, b)
     return straight, fit(found, a.placement, b.placement, scorer.config)
-
-
-def registers(scorer: Scorer) -> PairScore:
-    net, config = scorer.registers[0], scorer.config
-
-    @exact
-    def of(params, stats, batch):
-        found, _ = checked_registration(net, (params, stats), batch, config)
-        return {"similarity": found.similarity, "deformation": found.deformation, "registered": found.registered}
-
-    return PairScore(dense_scores(net, config).prepare, of).jitted()
 
 
 class Ridges:
@@ -167,24 +155,23 @@ def by_sift(a: Ridges, b: Ridges) -> np.ndarray | None:
     return None if found is None or abs(np.linalg.det(found[:, :2])) < 1e-4 else np.vstack([found, [0, 0, 1]])
 
 
-def impressions(scorer: Scorer, prints, pairs, args: Args) -> str:
-    found = score_pairs(registers(scorer), scorer.registers[1], prints, pairs, args.batch_size)
+def impressions(scorer: Scorer, prints, pairs) -> str:
+    registered = 0
     ridges = [Ridges(*prints.canvas(i)) for i in range(len(prints.prints))]
-    window, check = window_to_canvas(scorer.config), window_to_canvas(checked_config(scorer.config))
     y, x = np.mgrid[: scorer.config.canvas_size, : scorer.config.canvas_size]
     xy = np.stack([x, y], -1).reshape(-1, 2).astype(np.float64)
     ours, theirs = [], []
-    for n, (i, j, _) in enumerate(pairs):
-        a, b = ridges[i], ridges[j]
-        through = window @ similarity_map(found["similarity"][n]) @ np.linalg.inv(window)
-        laid = bent_back(xy, through, found["deformation"][n], np.linalg.inv(check))
-        ours.append(a.correlation(b, laid.reshape(*x.shape, 2)))
+    for pair in pairs:
+        a, b = (ridges[i] for i in pair[:2])
+        found = fit(scorer.registration(prints, pair), Placement(), Placement(), scorer.config)
+        registered += found.registered
+        ours.append(a.correlation(b, found.back(xy).reshape(*x.shape, 2)))
         sift = by_sift(a, b)
         theirs.append(0.0 if sift is None else a.correlation(b, mapped(np.linalg.inv(sift), xy).reshape(*x.shape, 2)))
     ours, theirs = np.array(ours), np.array(theirs)
     mine, other = np.median(ours), np.median(theirs)
     return (
-        f"{len(pairs)} genuine pairs, {found['registered'].mean():.1%} registered: correlation median {mine:.3f}, "
+        f"{len(pairs)} genuine pairs, {registered / len(pairs):.1%} registered: correlation median {mine:.3f}, "
         f"SIFT's {other:.3f} ({mine / max(other, 1e-9):.2f} times); higher than SIFT's in {(ours > theirs).mean():.1%}"
     )
 
@@ -202,12 +189,12 @@ def main(args: Args) -> None:
     databases = pairs_all(prints.prints)
     if "impressions" in args.parts:
         genuine = [Pair(int(i), int(j), True) for d in databases for i, j in d.genuine]
-        print(impressions(scorer, prints, genuine, args), flush=True)
+        print(impressions(scorer, prints, genuine), flush=True)
     if "impostors" in args.parts:
         pairs = Pairs(tuple(databases))
         impostors = [pairs[n] for d in databases for n in range(*pairs.of(d.database, False).indices(len(pairs)))]
-        found = score_pairs(registers(scorer), scorer.registers[1], prints, impostors, args.batch_size)["registered"]
-        print(f"{len(impostors)} impostor pairs: {found.mean():.2%} called registered", flush=True)
+        found = scorer.score(prints, impostors, args.batch_size)["score"]
+        print(f"{len(impostors)} impostor pairs: {(found > REGISTERED).mean():.2%} called registered", flush=True)
     if "turned" in args.parts:
         print(turned(scorer, prints, databases, args), flush=True)
 
@@ -222,7 +209,7 @@ def turned(scorer: Scorer, prints, databases: list[Comparisons], args: Args) -> 
     some = [pairs[int(n)] for n in np.concatenate(some)]
     best = jax.jit(exact(lambda state, batch: best_turn(net, state, batch, scorer.config)[1]))
     found = [np.asarray(best(state, b))[:real] for b, real in fixed_batches(prints, some, args.batch_size)]
-    lain = score_pairs(dense_scores(net, scorer.config).jitted(), state, prints, some, args.batch_size)["ridges"]
+    lain = scorer.score(prints, some, args.batch_size)["ridges"]
     shares = [f"{(x >= y).mean():.2%}" for y in (REGISTERED, TURNED) for x in (lain, np.concatenate(found))]
     return (
         f"{len(some)} impostor pairs: a score of {REGISTERED} is reached by {shares[0]} as they lie, at any turn by "

@@ -11,8 +11,8 @@ from ifvit import Matcher
 from ifvit.data.placement import Placement
 from ifvit.data.single import OnCanvas
 from ifvit.errors import UserError
-from ifvit.scoring import decision_picture
-from ifvit.scoring.decision_picture import _box, _shared
+from ifvit.scoring import decision_picture, plots
+from ifvit.scoring.decision_picture import _shared
 
 
 def square(left, top, side=96, size=256):
@@ -32,7 +32,7 @@ def test_what_both_show_is_where_one_lies_on_the_other():
         return np.roll(canvas, (16, 40), (0, 1)), (xy >= 0).all(-1), xy
 
     shared, drawn = _shared(a, b, SimpleNamespace(warped=warped))
-    assert _box(shared) == (80 - 8, 64 - 8, 176 + 8, 152 + 8)  # a's 56 … 152, b's 64 … 160
+    assert plots.box(shared) == (80 - 8, 64 - 8, 176 + 8, 152 + 8)  # a's 56 … 152, b's 64 … 160
     np.testing.assert_array_equal(drawn[100, 80], (0, 0, 0))  # a stripe of both
     np.testing.assert_array_equal(drawn[100, 82], (255, 255, 255))
     np.testing.assert_array_equal(drawn[156, 80], (0, 255, 0))  # of b alone: green
