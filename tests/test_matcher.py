@@ -1,5 +1,6 @@
 """`from ifvit import Matcher`: prints from anywhere compared in a program of one's own."""
 
+import dataclasses
 import sys
 from types import SimpleNamespace
 
@@ -9,7 +10,12 @@ from PIL import Image
 
 from ifvit import Matcher, Picture
 from ifvit.config import PRESETS, MatchConfig
+from ifvit.data import synthetic
+from ifvit.data.pairs import Pair
+from ifvit.data.single import Canvases
 from ifvit.errors import UserError
+from ifvit.scoring.fit import fit
+from ifvit.window import cuts
 
 CONFIG = MatchConfig(**PRESETS["smoke"][1])  # 200 ppi in a window of 64 px, canvas of 256
 
@@ -283,3 +289,27 @@ def test_templates_are_unit_rows_of_prints_in_their_order(matcher, generated):
     assert matcher.embed([]).shape == (0, 32)
     with pytest.raises(UserError, match="nowhere.png cannot be read"):
         matcher.embed(["nowhere.png"])
+
+
+@pytest.mark.run
+def test_a_large_print_is_laid_where_it_belongs_in_the_pixels_of_its_picture(tmp_path):
+    """Two cuttings of one finger's skin, 120 px apart: both are larger than the window of 320 px."""
+    ridges = synthetic.master_finger(2026, 5).ridges
+    skin = np.clip(127 - 100 * ridges, 0, 255).astype(np.uint8)
+    upper, lower = (Picture(skin[top : top + 420], ppi=500) for top in (0, 120))
+    matcher = Matcher.load("pretrained")
+    a, b = matcher.read(upper), matcher.read(lower)
+    assert cuts(a.mask, matcher.scorer.config) and cuts(b.mask, matcher.scorer.config)
+    alone, *both = (matcher.compare(a, b), *matcher.compare_many([(a, b), (b, a)]))
+    drawn = matcher.draw(a, b, tmp_path / "why.png")
+    for found, down in ((alone, -120), (both[0], -120), (both[1], 120), (drawn, -120), (matcher.register(a, b), -120)):
+        np.testing.assert_allclose(found.transform @ [210, 210 - down / 2, 1], [210, 210 + down / 2, 1], atol=3)
+        moved = found.matches[:, 2:] - found.matches[:, :2]
+        np.testing.assert_allclose(moved, [[0, down]] * len(moved), atol=15)
+    assert alone.decision == "match" and alone.score == pytest.approx(both[0].score, abs=1e-4)
+    laid, registered = matcher.scorer.laid(a, b)
+    fitted = fit(registered, laid.placement, b.placement, matcher.scorer.config)
+    xy = np.array([[100.0, 100.0], [300.0, 200.0], [210.0, 290.0]])
+    np.testing.assert_allclose(fitted.back(xy), xy + [0, 120], atol=4)
+    narrow = dataclasses.replace(matcher.scorer, config=matcher.scorer.config.replace(wide_window=1.0))
+    assert len(found.matches) and registered.windows > narrow.registration(Canvases([a, b]), Pair(0, 1, True)).windows

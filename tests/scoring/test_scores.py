@@ -10,7 +10,7 @@ from ifvit.data.pairs import Pair
 from ifvit.models.networks import dense_network
 from ifvit.presets import PRESETS
 from ifvit.scoring import scores
-from ifvit.scoring.scores import blocks, dense_scores, score_pairs
+from ifvit.scoring.scores import blocks, dense_scores, for_pair, in_graph, score_pairs
 
 PAIRS = [Pair(i, j, False) for i in range(9) for j in range(11, 18)][::-1]
 
@@ -29,6 +29,33 @@ def test_a_print_is_prepared_once():
     assert len(PAIRS) == 63
     counts = np.bincount(prints.asked[1:], minlength=18)  # the first tells the shapes; a last batch is filled up
     assert counts[:9].tolist() == [1] * 9 and counts[11:17].tolist() == [1] * 6
+
+
+class Sizes(Numbers):
+    """Prints of which those from 14 on are large."""
+
+    def canvas(self, i):
+        return super().canvas(i)[0], np.full((1, 1), i >= 14)
+
+
+SIZED = NUMBERED._replace(
+    wide=NUMBERED._replace(score=lambda batch: {k: -v for k, v in NUMBERED.score(batch).items()}),
+    cut=lambda mask: mask[..., 0, 0],
+)
+
+
+@pytest.mark.parametrize("room", [2, 1000])
+def test_pairs_with_a_large_print_are_scored_by_the_wider_window_in_their_places(monkeypatch, room):
+    monkeypatch.setattr(scores, "PREPARED_BYTES", room * 4)
+    expected = [(100 * a + b) * (-1 if max(a, b) >= 14 else 1) for a, b, _ in PAIRS]
+    assert min(expected) < 0 < max(expected)
+    np.testing.assert_array_equal(score_pairs(SIZED, (), Sizes(), PAIRS, 4)["score"], expected)
+    assert [for_pair(SIZED, Sizes(), pair) is SIZED.wide for pair in PAIRS] == [e < 0 for e in expected]
+    numbers = np.array([pair[:2] for pair in PAIRS], np.float32)
+    batch = {
+        f"{k}{n}": v for n in (0, 1) for k, v in (("number", numbers[:, n]), ("mask", numbers[:, n, None, None] >= 14))
+    }
+    np.testing.assert_array_equal(jax.jit(lambda b: in_graph(SIZED, (), b))(batch)["score"], expected)
 
 
 def test_no_pairs_have_no_scores():
