@@ -49,8 +49,8 @@ Filled in by hand: Module 1 alone, `python -m ifvit.evaluate --checkpoint pretra
 - It has seen no real finger. On prints of sensors that look unlike the generated ones it registers fewer pairs.
 - Its score says how well ridges agree; its thresholds were measured on the sets of `docs/figures.md`. A matcher for
   your prints is trained by `ifvit.train_all`.
-- It sees {ppi:g} ppi in a window of {size} px, of prints that this cuts by more than 15 % in one {wide:g} times as wide.
-  Prints at a wrong resolution do not register.
+- It sees {ppi:g} ppi in a window of {size} px, of prints that this cuts by more than 15 % in one {wide:g} times as
+  wide. Prints at a wrong resolution do not register.
 - It is for research. It is no means to identify a person.
 """
 
