@@ -26,6 +26,10 @@ _FOUND = dict(
     rotation=55.0,
     cosine_scale=7.5,
 )
+# pairs of two impressions count most, and the ridges tell impostors (docs/figures.md, "What each part gives")
+_IMPRESSIONS = dict(
+    impression_share=0.6, impostor_share=0.0, distortion=0.5, synthetic_share=0.5, synthetic_fingers=300
+)
 _FOUND_MATCH = dict(
     learning_rate=3.5e-4,
     warmup=0.16,
@@ -75,15 +79,12 @@ PRESETS = {
     "paper": (dict(wide_window=1.3), dict(_SOUND, frame_shift=4)),
     "cpu": (
         dict(
-            _SMALL_NET,
-            **_FOUND,
+            _SMALL_NET | _FOUND | _IMPRESSIONS,
             wide_window=1.3,
             pairs_per_epoch=1600,
             num_epochs=12,
             val_pairs=128,
             save_every=2,
-            synthetic_fingers=100,
-            synthetic_share=0.25,
         ),
         dict(
             _SMALL_MATCH,

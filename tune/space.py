@@ -103,6 +103,8 @@ SPACES: dict[str, Space] = {
         ),
         "cosine_scale": Range(5, 50, "log", "where the learned scale starts", when=("similarity", "cosine")),
         "rotation": Range(15.0, 90.0, why="how far prints are turned against each other"),
+        "impostor_share": Range(0.0, 0.6, why="the ridges tell impostors; genuine pairs in their place teach more"),
+        "impression_share": Range(0.1, 1.0, why="two impressions differ as in earnest, a print and itself less"),
     },
     "match": _TRAINING
     | {
@@ -135,6 +137,8 @@ def space_for(
     """
     # A multiple of 0 is 0: there is nothing to search.
     space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}
+    if module == "dense" and not base.impression_share and "impression_share" not in (changes or {}):
+        space.pop("impression_share")  # no pairs of two impressions are asked for
     if tuple(base.dataset_root) == (SYNTHETIC,):
         space.pop("synthetic_share", None)  # all prints are generated
     elif not base.synthetic_share and "synthetic_share" not in (changes or {}):

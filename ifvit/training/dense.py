@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ from ifvit.training.state import init_state, learning_rates, optimizer
 from ifvit.training.step import dense_step
 from ifvit.training.task import Task
 from ifvit.training.teacher import taught
+
+log = logging.getLogger("ifvit")
 
 VALIDATION_SEED = 2**31 - 1  # the same validation views in every run
 
@@ -153,7 +156,10 @@ def steps_per_epoch(config: Config, prints: int) -> int:
 
 
 def mapped_impressions(config: DenseConfig, train: PrintSet) -> Impressions | None:
-    """What is known of two impressions of a finger, where pairs are made of such; UserError where that is nothing."""
+    """What is known of two impressions of a finger, where pairs are made of such.
+
+    Where that is nothing the log says so, and pairs show one print twice; with a teacher it is a UserError.
+    """
     if not config.impression_share:
         if config.teacher:
             raise UserError(
@@ -162,14 +168,21 @@ def mapped_impressions(config: DenseConfig, train: PrintSet) -> Impressions | No
             )
         return None
     found = Impressions(train.prints, config.canvas_size, taught(config, train) if config.teacher else None)
-    if not found.known:
-        raise UserError(
-            f"impression_share is {config.impression_share:g}, and of no finger are there two impressions of which is "
-            "known what skin lies where: that is known of generated prints, and of those that a teacher registers. "
-            "Give generated ones a share (--set synthetic_share=0.25) and two impressions, or a teacher (--set "
-            "teacher=CHECKPOINT) that registers these prints, or leave impression_share out."
-        )
-    return found
+    if found.known:
+        return found
+    nothing = (
+        f"impression_share is {config.impression_share:g}, and of no finger are there two impressions of which is "
+        "known what skin lies where"
+    )
+    if config.teacher:
+        raise UserError(f"{nothing}: the teacher registers none; give another, or leave teacher out.")
+    log.warning(
+        "%s: all genuine pairs show one print twice, and much is lost by it. It is known of generated prints (--set "
+        "synthetic_share=0.5, two impressions at least), and of those that a teacher registers (--set "
+        "teacher=pretrained).",
+        nothing,
+    )
+    return None
 
 
 def data_digest(train: PrintSet, impressions: Impressions | None) -> str:

@@ -198,6 +198,12 @@ def test_where_all_prints_are_generated_their_share_is_not_searched():
     assert "synthetic_share" in space.space_for("match", real.replace(synthetic_share=0.2))
 
 
+def test_the_share_of_two_impressions_is_searched_where_the_configuration_has_some():
+    assert "impression_share" not in space.space_for("dense", BASE["dense"])
+    assert "impression_share" in space.space_for("dense", BASE["dense"].replace(impression_share=0.5))
+    assert "impression_share" in space.space_for("dense", BASE["dense"], {"impression_share": [0.2, 0.4]})
+
+
 @pytest.mark.parametrize("share, asked", [(0.0, {"low": 0.1, "high": 0.5}), (0.2, {"low": 0.0}), (0.2, [0.0, 0.2])])
 def test_trials_with_generated_prints_are_not_compared_with_trials_without(share, asked):
     real = BASE["match"].replace(dataset_root=("prints",), synthetic_share=share)
