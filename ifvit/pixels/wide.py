@@ -31,8 +31,8 @@ def looked_at(
 ) -> tuple[CheckedRegistration, Registration]:
     """`checked_registration` in the window of `config`, or of `wide`; told in px of the window of `config`.
 
-    The deformation, and the registration by matches alone, are told where they were seen. `batch` is one of canvases, or of rows of the window that is taken,
-    whose names begin with KEY where it holds others too.
+    The deformation, and the registration by matches alone, are told where they were seen. `batch` is one of canvases,
+    or of rows of the window that is taken, whose names begin with KEY where it holds others too.
     """
     if wide is None:
         return checked_registration(aligner, aligner_state, batch, config)
