@@ -9,7 +9,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 
 from cluster.cores import as_important_as_others
 from cluster.host import ClusterError
@@ -19,6 +26,7 @@ from cluster.session import passed_on, session
 
 T, R = TypeVar("T"), TypeVar("R")
 TRIES = 4  # of one piece whose process dies
+DEATHS = WorkerCrashedError, NodeDiedError, LocalRayletDiedError, OutOfMemoryError
 WAITING = 3  # pieces for each worker that are handed over before earlier ones are done
 
 
@@ -94,7 +102,10 @@ def _next(running: set) -> Any:
         return ray.get(done)
     except RayTaskError as e:
         raise e.cause from None
-    except RayError as e:
+    except DEATHS as e:
         raise ClusterError(
             f"A worker died {TRIES} times over one piece of work ({type(e).__name__}); the same command goes on."
         ) from e
+    except RayError as e:
+        said = str(e).strip().partition("\n")[0][:300]
+        raise ClusterError(f"Ray could not do a piece of the work ({type(e).__name__}: {said}).") from e

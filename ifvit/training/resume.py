@@ -76,21 +76,22 @@ def open_run(task: Task, resume: str, host: Host, may_change: Set[str]) -> Run:
             flush=True,
         )
         return Run(folder, mesh, placement, abstract, None, None, history, checkpoint.as_path(found.path))
+    if found:
+        state, best = restored_state(abstract, found.state, task), found.metadata["best"]
+    else:
+        state, best = begin(task, placement), None  # weights that are refused leave the run before as it is
     if why := run_folder.writable(folder):
         raise UserError(f"Cannot write checkpoints to {folder} ({why}); give another directory.")
     if found:
-        state, best = restored_state(abstract, found.state, task), found.metadata["best"]
         print(f"Going on from {found.path}, step {int(state.step)} of {total}", flush=True)
         print(lost(rows, int(state.step), found.metadata["timestamp"]), flush=True)
         if resume != "auto" and not again:
             run_folder.move_away(folder, task.name, task.steps_per_epoch, int(state.step))
-    else:
-        state, best = begin(task, placement), None  # weights that are refused leave the run before as it is
-        if resume == "never":
-            run_folder.move_away(folder, task.name)
-            run_folder.write_beside(folder / ATTEMPTS, lambda file: file.write_bytes(b""))
-        elif rows:
-            print(lost(rows, 0), flush=True)
+    elif resume == "never":
+        run_folder.move_away(folder, task.name)
+        run_folder.write_beside(folder / ATTEMPTS, lambda file: file.write_bytes(b""))
+    elif rows:
+        print(lost(rows, 0), flush=True)
     if resume != "auto":
         exchange("begun", "")  # waits until the first process has moved the old checkpoints away
         host.begun(this)

@@ -16,19 +16,15 @@ from unittest import mock
 
 import numpy as np
 import tyro
-from agreement import drawn, features
+from compare import measured, report
 
 from cluster.host import Host
 from ifvit import cli
 from ifvit.config import DenseConfig, preset, read_toml, with_changes
-from ifvit.data.prepare import prepare
-from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.models.transformer import Transformer
 from ifvit.paths import cache_dir
-from ifvit.scoring import intervals, rates
 from ifvit.scoring.scorer import Scorer
-from ifvit.scoring.scores import score_pairs
 from ifvit.train_dense import run
 
 BASE = "as it is"
@@ -78,50 +74,7 @@ def measure(name: str, args: Args) -> None:
         **{"pairs_per_epoch": 1440, "num_epochs": 3, "val_pairs": 64, "template_size": 0} | VARIANTS[name]
     )
     scorer = Scorer.from_checkpoint(str(run(config, "auto", Host())))
-    of, found = features(scorer), {}
-    for root in args.roots:
-        prints = prepare(read_roots([root]), config.canvas_size, config.max_broken, cache_dir(), apart=True)
-        for database in sorted({p.database for p in prints.prints}):
-            mine = prints.subset([p for p in prints.prints if p.database == database])
-            pairs = drawn(mine.prints, args)
-            numbers = {identity: n for n, identity in enumerate(dict.fromkeys(p.identity for p in mine.prints))}
-            fingers = [[numbers[mine.prints[i].identity] for i in pair[:2]] for pair in pairs]
-            scores = score_pairs(of, scorer.registers[1], mine, pairs, args.batch_size)
-            found[f"{Path(root).name}/{database}"] = np.column_stack(
-                [[p.genuine for p in pairs], fingers, scores["agreement"], scores["matches"]]
-            )
-    np.savez(Path(args.out) / f"{name}.npz", **found)
-
-
-def rows(path: Path, column: int) -> dict[str, tuple]:
-    """Of each database EER, FMR100 and their draws."""
-    found = {}
-    for database, table in np.load(path).items():
-        g, fingers, s = table[:, 0] > 0, table[:, 1:3].astype(int), table[:, column]
-        found[database] = (
-            100 * rates.equal_error_rate(s[g], s[~g]),
-            100 * rates.fnmr_at_fmr(s[g], s[~g], 0.01),
-            intervals.bootstrap(s[g], s[~g], fingers[g, 0], fingers[~g]),
-        )
-    return found
-
-
-def report(out: Path) -> None:
-    done = [name for name in VARIANTS if (out / f"{name}.npz").exists()]
-    for column, score in ((3, "agreement of the ridges"), (4, "number of matches")):
-        print(f"\n{score}: EER of each database; macro EER and FMR100, and what they are more than `{BASE}`'s, points")
-        table = {name: rows(out / f"{name}.npz", column) for name in done}
-        for name, databases in table.items():
-            cells = [f"{e:5.1f}" for e, _, _ in databases.values()]
-            for n, rate in ((0, "eer"), (1, "fmr100")):
-                cells.append(f"| {np.mean([d[n] for d in databases.values()]):5.1f}")
-                if name != BASE and BASE in table:
-                    here, there = ({d: row[2] for d, row in table[k].items()} for k in (name, BASE))
-                    low, high = intervals.interval(100 * (intervals.macro(here)[rate] - intervals.macro(there)[rate]))
-                    more = np.mean([databases[d][n] - table[BASE][d][n] for d in databases])
-                    cells.append(f"{more:+.1f} [{low:+.1f}, {high:+.1f}]")
-            print(f"{name:36s}", *cells)
-    print("\nof " + ", ".join(next(iter(table.values()))))
+    np.savez(Path(args.out) / f"{name}.npz", **measured(scorer, args))
 
 
 def main(args: Args) -> None:
@@ -135,7 +88,7 @@ def main(args: Args) -> None:
         with mock.patch.object(Transformer, "__call__", parallel if todo[0] == PARALLEL else Transformer.__call__):
             measure(todo[0], args)
     if len(args.variants) > 1 or not todo:
-        report(Path(args.out))
+        report(Path(args.out), list(VARIANTS), BASE)
 
 
 if __name__ == "__main__":

@@ -109,9 +109,10 @@ def main(args: Args) -> None:
             draws[part][name] = intervals.bootstrap(s[g], s[~g], d.fingers[g, 0], d.fingers[~g])
         print(f"{part:18s}" + "".join(f"{f'{e:.1f} / {m:.1f}':>15s}" for e, m in [*rows, np.mean(rows, 0)]))
     for group, names in groups.items():
+        macro = {part: intervals.macro({n: of[n] for n in names}) for part, of in draws.items()}
         for part in ("Module 1", "global", "local"):
             for rate in ("eer", "fmr100"):
-                less = np.mean([draws["fused"][n][rate] - draws[part][n][rate] for n in names], axis=0)
+                less = macro["fused"][rate] - macro[part][rate]
                 low, high = intervals.interval(100 * less)
                 change = f"{100 * less.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
                 print(f"{group}: {rate} of the fused score less that of {part}, percentage points: {change}")

@@ -140,10 +140,12 @@ def test_a_run_of_another_network_names_what_differs(started, packed, tmp_path):
     assert "transformer_width is 16 there and 32 here; transformer_layers is 1 there and 2 here" in said.err
 
 
-def test_what_is_no_module_1_starts_no_run(started, no_weights, tmp_path):
+@pytest.mark.run
+def test_what_is_no_module_1_starts_no_run_and_leaves_no_folder(command, no_weights, tmp_path):
     for init, told in (("pretrained", "no packaged weights"), ("nowhere", "Checkpoint not found: nowhere")):
-        said, *_ = started("train_dense", "--preset", "smoke", "--set", f"init={init}", cwd=tmp_path)
+        said = command("train_dense", "--preset", "smoke", "--set", f"init={init}", cwd=tmp_path)
         assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
+        assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.run
