@@ -1,9 +1,9 @@
 """Which score of a registration tells fingers apart on sensors it has not seen, its threshold and its confidence.
 
 Genuine and impostor pairs of each database are registered by a Module 1 that was trained on none of them. Printed are
-the EER and FMR100 of each score, a database a column; the share of either kind that `registered` passes; and the
-LOGISTIC of pixels/agreement.py: fitted to all databases, each of them and both kinds weighing the same, and how well
-it is calibrated on each database when fitted to the others.
+the EER and FMR100 of each score, a database a column; the share of either kind that `registered` passes; the LOGISTIC
+of pixels/agreement.py: fitted to all databases, each of them and both kinds weighing the same; and of each database the
+errors at a threshold that the others tell, and how well it is calibrated when fitted to the others.
 
     python tests/bench/agreement.py --checkpoint CKPT --roots DIR [DIR …]
 """
@@ -21,6 +21,7 @@ from ifvit.data.prepare import prepare
 from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.paths import cache_dir
+from ifvit.pixels.agreement import LEAST_FMR
 from ifvit.pixels.geometry import apply_similarity, exact
 from ifvit.pixels.wide import looked_at
 from ifvit.scoring import rates
@@ -144,6 +145,14 @@ def report(databases: dict[str, dict]) -> None:
     print("LOGISTIC =", tuple(round(float(v), 2) for v in logistic(list(databases.values()))))
     if len(databases) < 2:
         return
+    told = []
+    for left_out, f in databases.items():
+        others = [g["agreement"][~g["genuine"]] for d, g in databases.items() if d != left_out]
+        at, g = rates.threshold_at_fmr(np.concatenate(others), LEAST_FMR), f["genuine"]
+        told.append([(f["agreement"][~g] >= at).mean(), (f["agreement"][g] < at).mean()])
+    print(f"at the threshold that lets {LEAST_FMR:.1%} of the others' impostors pass:")
+    for kind, shares in zip(("false matches", "false non-matches"), zip(*told)):
+        print(f"{kind:36s}" + "".join(f"{s:15.2%}" for s in (*shares, np.mean(shares))))
     said, right, weight = [], [], []
     for left_out, f in databases.items():
         theta = logistic([g for d, g in databases.items() if d != left_out])
