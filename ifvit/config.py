@@ -41,6 +41,8 @@ from ifvit.files import read_text
 from ifvit.paths import from_home, resolve_data
 from ifvit.presets import PRESETS
 
+AUTO = "auto"  # of `init`
+
 
 @dataclass(frozen=True)
 class Config:
@@ -212,11 +214,12 @@ class DenseConfig(Config):
     template_size: int = number(256, 0, use=HOST, roles={FREE})
     template_prints: int = number(2000, 4, use=HOST, roles={FREE})  # training prints that it is fitted to, at most
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
-    init: str = place("", roles={OWN})  # a Module 1 that it starts from; `pretrained`: the package's ('' for none)
+    # a Module 1 that it starts from ('' for none); `pretrained`: the package's; `auto`: that, if its network is the same
+    init: str = place("", roles={OWN})
 
     def __post_init__(self):
         super().__post_init__()
-        if self.init and self.loftr_ckpt:
+        if self.init not in ("", AUTO) and self.loftr_ckpt:
             raise UserError("init and loftr_ckpt both start the transformer; leave one of them out.")
 
 

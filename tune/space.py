@@ -23,7 +23,7 @@ import numpy as np
 from ifvit.config import DenseConfig, MatchConfig, keys_with, known_key
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
-from ifvit.fields import LIVE, OWN, PROGRAM, SCALAR, SWEEP, use_of
+from ifvit.fields import COMMON, LIVE, OWN, PROGRAM, SCALAR, SWEEP, use_of
 
 CONFIGS = {"dense": DenseConfig, "match": MatchConfig}
 RUNS = {"dense": "dense_reg", "match": "matcher"}  # table -> the name of its checkpoints
@@ -139,6 +139,10 @@ def space_for(
     space = {k: _absolute(k, p, base) for k, p in SPACES[module].items() if not p.times or base[k]}
     if module == "dense" and not base.impression_share and "impression_share" not in (changes or {}):
         space.pop("impression_share")  # no pairs of two impressions are asked for
+    if module == "dense" and base.init:  # the network, and its learned scale, are those that it starts from
+        for key in {*keys_with(COMMON), "cosine_scale"} - set(changes or {}):
+            space.pop(key, None)
+        space = {k: p for k, p in space.items() if not p.when or p.when[0] in space or base[p.when[0]] == p.when[1]}
     if tuple(base.dataset_root) == (SYNTHETIC,):
         space.pop("synthetic_share", None)  # all prints are generated
     elif not base.synthetic_share and "synthetic_share" not in (changes or {}):

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from ifvit import checkpoint, loftr
-from ifvit.config import Config, DenseConfig, Traced, completed, keys_with
+from ifvit.config import AUTO, Config, DenseConfig, Traced, completed, keys_with
 from ifvit.data.gather import overlap
 from ifvit.data.impressions import Impressions
 from ifvit.data.loader import PairSource, batches, fixed_batches
@@ -137,7 +137,7 @@ def dense_task(config: DenseConfig, train: PrintSet, held_out: PrintSet, validat
 def check_outside(config: DenseConfig) -> None:
     """UserError where the run's folder holds what the run learns from: a new run, or a resume, would not find it."""
     for key in ("init", "teacher"):
-        if config[key] not in ("", checkpoint.PRETRAINED) and overlap((config.checkpoint_dir,), (config[key],)):
+        if config[key] not in ("", AUTO, checkpoint.PRETRAINED) and overlap((config.checkpoint_dir,), (config[key],)):
             raise UserError(
                 f"{key} names {config[key]}, which lies in the run's own folder {config.checkpoint_dir}; give the run "
                 "another folder (--checkpoint_dir)."
@@ -217,10 +217,12 @@ def with_init(params: dict, stats: dict, config: DenseConfig) -> tuple[dict, dic
     """Parameters and BatchNorm's statistics; where `init` names a trained Module 1, its own, all of them.
 
     UserError where its network is another one: what of the configurations differs is named, else the first array.
+    With AUTO the parameters are those of before then, as where no weights came with the package.
     """
-    if not config.init:
+    auto = config.init == AUTO
+    if not config.init or (auto and (config.loftr_ckpt or not checkpoint.packaged().is_file())):
         return params, stats
-    found = checkpoint.load(config.init, "dense_reg", checkpoint.NETWORK)
+    found = checkpoint.load(checkpoint.PRETRAINED if auto else config.init, "dense_reg", checkpoint.NETWORK)
     checkpoint.check_ours(found.path, found.metadata)
     theirs, ours = completed(DenseConfig, found.metadata["config"]), config.to_dict()
     want, have = (
@@ -233,6 +235,9 @@ def with_init(params: dict, stats: dict, config: DenseConfig) -> tuple[dict, dic
         for n in sorted(want.keys() | have.keys())
         if want.get(n) != have.get(n)
     ][: not wrong]
+    if wrong and auto:
+        print(f"Module 1 starts from nothing, since the package's is another network: {'; '.join(wrong)}", flush=True)
+        return params, stats
     if wrong:
         raise UserError(
             f"The Module 1 in {found.path}, which init names, is another network than this run's: {'; '.join(wrong)}. "

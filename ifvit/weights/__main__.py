@@ -10,7 +10,7 @@ import tyro
 from ifvit import checkpoint, cli, weights
 from ifvit.checkpoint import packed
 from ifvit.checkpoint.metadata import digest_of
-from ifvit.config import DENSE_CONFIG, DenseConfig, completed, keys_with, preset, read_toml, with_changes
+from ifvit.config import AUTO, DENSE_CONFIG, DenseConfig, completed, keys_with, preset, read_toml, with_changes
 from ifvit.data.sources import SYNTHETIC
 from ifvit.errors import UserError
 from ifvit.fields import FREE
@@ -95,7 +95,7 @@ def check_generated(found: checkpoint.Checkpoint) -> None:
             f"{found.path} was trained with {others[0]} = {config[others[0]]}; packaged weights come from generated "
             f"prints alone, so give a checkpoint of a run without {others[0]}."
         )
-    if config["init"] not in ("", checkpoint.PRETRAINED):
+    if config["init"] not in ("", AUTO, checkpoint.PRETRAINED):
         check_generated(checkpoint.load(config["init"], "dense_reg", checkpoint.NETWORK))
 
 

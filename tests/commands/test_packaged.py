@@ -96,11 +96,12 @@ def test_evaluate_asks_for_the_checkpoint_where_one_was_trained(command, packed,
 # ---- training from it
 
 
-def test_a_run_starts_from_the_package(started, packed, untrained, tmp_path):
+@pytest.mark.parametrize("name", ["pretrained", "auto"])
+def test_a_run_starts_from_the_package(started, packed, untrained, tmp_path, name):
     from ifvit import checkpoint
 
     words = ("train_dense", "--preset", "smoke", "--set")
-    said, _, state = started(*words, "init=pretrained", cwd=tmp_path)
+    said, _, state = started(*words, f"init={name}", cwd=tmp_path)
     assert said.code == 0 and f"Module 1 starts from {packed}/dense_reg.safetensors" in said.out, said
     theirs = checkpoint.load(untrained).state
     assert (
@@ -138,6 +139,20 @@ def test_a_run_of_another_network_names_what_differs(started, packed, tmp_path):
     said, *_ = started("train_dense", *words, cwd=tmp_path)
     assert said.code == 2 and said.err.count("\n") == 1, said
     assert "transformer_width is 16 there and 32 here; transformer_layers is 1 there and 2 here" in said.err
+
+
+@pytest.mark.run
+def test_where_the_package_does_not_fit_a_run_that_may_do_without_starts_from_nothing(started, packed, tmp_path):
+    from ifvit import checkpoint
+
+    words = ("train_dense", "--preset", "smoke", "--set", "transformer_width=32", "--set")
+    (said, _, state), (_, _, plain) = (started(*words, f"init={name}", cwd=tmp_path) for name in ("auto", ""))
+    assert said.code == 0, said
+    assert "starts from nothing, since the package's is another network: transformer_width is 16 there and" in said.out
+    assert checkpoint.difference(state.params, plain.params) == {}
+    packed.joinpath("dense_reg.safetensors").unlink()
+    said, *_ = started("train_dense", "--preset", "smoke", "--set", "init=auto", cwd=tmp_path)
+    assert said.code == 0 and "starts from" not in said.out, said
 
 
 @pytest.mark.run

@@ -92,6 +92,14 @@ def test_of_all_else_more_is_better(metric):
 # ---- the space
 
 
+def test_where_a_run_starts_from_a_trained_module_1_its_network_is_not_searched():
+    base = preset("cpu", DenseConfig).replace(init="auto")
+    found = space.space_for("dense", base)
+    assert not found.keys() & {*keys_with(COMMON), "cosine_scale", "temperature"} and "learning_rate" in found
+    assert "transformer_width" in space.space_for("dense", base, {"transformer_width": [64, 128]})
+    assert "resnet_widths" in space.space_for("dense", base.replace(init=""))
+
+
 @pytest.mark.parametrize("name, roles", [("dense", (OWN, SWEEP)), ("match", (OWN, SWEEP, COMMON))])
 def test_nothing_is_searched_that_trials_or_modules_have_to_share(name, roles):
     assert not space.SPACES[name].keys() & {key for role in roles for key in keys_with(role)}
