@@ -214,7 +214,7 @@ class DenseConfig(Config):
     template_size: int = number(256, 0, use=HOST, roles={FREE})
     template_prints: int = number(2000, 4, use=HOST, roles={FREE})  # training prints that it is fitted to, at most
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
-    # a Module 1 that it starts from ('' for none); `pretrained`: the package's; `auto`: that, if its network is the same
+    # a Module 1 that it starts from ('' for none). pretrained: the package's; auto: that, if its network is the same
     init: str = place("", roles={OWN})
 
     def __post_init__(self):
