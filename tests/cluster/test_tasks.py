@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+from ray.exceptions import RuntimeEnvSetupError
 
 from cluster import tasks
 from cluster.host import ClusterError
@@ -34,3 +35,13 @@ def test_a_piece_that_kills_every_process_is_given_up(monkeypatch):
     monkeypatch.setattr(tasks, "TRIES", 2)
     with pytest.raises(ClusterError, match="A worker died 2 times"):
         list(tasks.results(lambda n: os.kill(os.getpid(), signal.SIGKILL), [0], Request("ray"), 1, ()))
+
+
+def test_an_error_of_rays_own_is_told_as_it_is(monkeypatch):
+    def get(_):
+        raise RuntimeEnvSetupError("There is no such package.\nTraceback")
+
+    monkeypatch.setattr(tasks.ray, "wait", lambda running, num_returns: (running[:1], running[1:]))
+    monkeypatch.setattr(tasks.ray, "get", get)
+    with pytest.raises(ClusterError, match=r"a piece of the work \(RuntimeEnvSetupError: .*no such package\.\)\.$"):
+        tasks._next({"a piece"})
