@@ -107,5 +107,5 @@ def _next(running: set) -> Any:
             f"A worker died {TRIES} times over one piece of work ({type(e).__name__}); the same command goes on."
         ) from e
     except RayError as e:
-        said = str(e).strip().partition("\n")[0][:300]
+        said = " ".join(str(e).split())[:300]
         raise ClusterError(f"Ray could not do a piece of the work ({type(e).__name__}: {said}).") from e

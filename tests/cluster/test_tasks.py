@@ -39,9 +39,9 @@ def test_a_piece_that_kills_every_process_is_given_up(monkeypatch):
 
 def test_an_error_of_rays_own_is_told_as_it_is(monkeypatch):
     def get(_):
-        raise RuntimeEnvSetupError("There is no such package.\nTraceback")
+        raise RuntimeEnvSetupError("There is no such package.\nPerhaps")
 
     monkeypatch.setattr(tasks.ray, "wait", lambda running, num_returns: (running[:1], running[1:]))
     monkeypatch.setattr(tasks.ray, "get", get)
-    with pytest.raises(ClusterError, match=r"a piece of the work \(RuntimeEnvSetupError: .*no such package\.\)\.$"):
+    with pytest.raises(ClusterError, match=r"a piece of the work \(RuntimeEnvSetupError: .*no such package\. Perhaps\)\.$"):
         tasks._next({"a piece"})
