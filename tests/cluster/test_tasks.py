@@ -43,5 +43,5 @@ def test_an_error_of_rays_own_is_told_as_it_is(monkeypatch):
 
     monkeypatch.setattr(tasks.ray, "wait", lambda running, num_returns: (running[:1], running[1:]))
     monkeypatch.setattr(tasks.ray, "get", get)
-    with pytest.raises(ClusterError, match=r"a piece of the work \(RuntimeEnvSetupError: .*no such package\. Perhaps\)\.$"):
+    with pytest.raises(ClusterError, match=r"of the work \(RuntimeEnvSetupError: .*no such package\. Perhaps\)\.$"):
         tasks._next({"a piece"})
