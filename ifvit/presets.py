@@ -84,7 +84,7 @@ PRESETS = {
             _SMALL_NET | _FOUND | _IMPRESSIONS | _FROM_PACKAGE,
             wide_window=1.3,
             pairs_per_epoch=1600,
-            num_epochs=12,
+            num_epochs=6,
             val_pairs=128,
             save_every=2,
         ),
