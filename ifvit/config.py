@@ -215,7 +215,7 @@ class DenseConfig(Config):
     template_prints: int = number(2000, 4, use=HOST, roles={FREE})  # training prints that it is fitted to, at most
     loftr_ckpt: str = place("", roles={FREE, OWN})  # LoFTR weights that start the transformer ('' for none)
     # a Module 1 that it starts from ('' for none). pretrained: the package's; auto: that, if its network is the same
-    init: str = place("", roles={OWN})
+    init: str = place("", roles={SWEEP})
 
     def __post_init__(self):
         super().__post_init__()
