@@ -29,6 +29,7 @@ from ifvit.devices.sharding import use_cpu_cores
 from ifvit.errors import Interrupted
 from ifvit.paths import cache_dir
 from ifvit.training.match import like_module1
+from ifvit.training.saver import take
 from ifvit.training.watch import PLAIN, Watch
 from tune import record
 from tune.space import RUNS
@@ -134,7 +135,7 @@ class Trial(tune.Trainable):
         self._last = noted["last"]
         theirs, ours = checkpoint.locate(noted["path"]), self._checkpoint(self._last["epoch"])
         if theirs != ours:
-            ours.parent.mkdir(parents=True, exist_ok=True)
+            take(ours.parent)  # the process that had this trial may be writing its checkpoint of the same epoch
             duplicate(theirs, ours)
             record.note_values(self._plan.folder, int(self.trial_name), self._values, self._last["epoch"], str(theirs))
         self._resume = str(ours)

@@ -9,7 +9,7 @@ import contextlib
 import fnmatch
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from etils import epath
@@ -195,6 +195,11 @@ def discard_unfinished(folder: epath.Path, names: str) -> None:
             and not has_name(p)
             and ((p / "state").is_dir() or (p / "metadata").is_dir())
         ]
+    discard(left)
+
+
+def discard(left: Iterable[epath.Path]) -> None:
+    """Removes folders of unfinished writes."""
     for path in left:
         with contextlib.suppress(OSError):  # something may still write to it; the next save tries again
             path.rmtree(missing_ok=True)

@@ -29,12 +29,14 @@ def save(
     metadata: dict,
     aligner: dict | None = None,
     template: dict | None = None,
+    before_named: Callable[[], object] = lambda: None,
 ) -> None:
     """Writes a checkpoint; one of the same name is replaced only when the new one is whole.
 
     Every process calls it, and writes its own shards; it may run in a thread beside the training, on
     a `snapshot` of the state. `metadata` has `epoch` and `config`; time, versions, shardings and digests
-    are added. Raises whatever kept it from being written; then nothing of the new one is left, and the
+    are added. `before_named`: what the first process does when all is written, right before the checkpoint has its
+    name. Raises whatever kept it from being written; then nothing of the new one is left, and the
     one from before has its name again, or in a bucket the name that `locate` finds it by.
 
     To a bucket a checkpoint goes through a temporary directory of every process (TMPDIR): Orbax writes the directory
@@ -79,6 +81,7 @@ def save(
             if first and is_local(path):
                 if not synced:
                     tree_to_disk(Path(fresh))
+                before_named()
                 places.replace(path, fresh)
         except Exception as e:
             failure = e
@@ -86,9 +89,12 @@ def save(
         try:
             agree(f"save{number}/named", failure)
             if not is_local(path):
-                _upload(path, Path(fresh), number)
+                _upload(path, Path(fresh), number, before_named)
         except Exception:
-            discard_unfinished(path.parent, path.name)
+            if first and is_local(path):  # no other run's: one that has begun meanwhile may be writing under this name
+                places.discard(path.parent.glob(f"{fresh.name}*"))
+            else:
+                discard_unfinished(path.parent, path.name)
             raise
 
 
@@ -121,7 +127,7 @@ def _beside(path: epath.Path) -> Iterator[epath.Path]:
             yield epath.Path(scratch)
 
 
-def _upload(path: epath.Path, fresh: Path, number: int) -> None:
+def _upload(path: epath.Path, fresh: Path, number: int, before_named: Callable[[], object]) -> None:
     """A checkpoint of which every process has its part in a local folder to a bucket."""
     import jax
 
@@ -129,6 +135,7 @@ def _upload(path: epath.Path, fresh: Path, number: int) -> None:
     for what, stage in (
         ("room", lambda: first and places.make_room(path)),
         ("uploaded", lambda: places.upload(path, fresh)),
+        ("named", lambda: first and before_named()),
         ("finished", lambda: first and places.finish(path, fresh)),
     ):
         failure = None

@@ -24,8 +24,26 @@ log = logging.getLogger("ifvit")
 OWNER = "owner"  # a file in a run's folder that names the attempt which may write there: the newest one
 
 
+TAKEN_OVER = "another run has begun to write here"
+
+
 class TakenOver(Exception):
     """Another run was started on this run's folder."""
+
+
+def take(folder: epath.Path) -> str:
+    """Lets a new attempt write to a run's folder, and none from before, and returns the new one's name.
+
+    What an earlier attempt is writing gets no name any more.
+    """
+    owner = uuid.uuid4().hex
+
+    def write(file: Path) -> None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(owner, encoding="utf-8")
+
+    write_beside(folder / OWNER, write)
+    return owner
 
 
 class Saver:
@@ -50,25 +68,27 @@ class Saver:
         self.blocked = 0.0  # seconds that training has waited for saving since the caller last set it to 0
         self.last: str | None = None  # name of the newest checkpoint that is whole
         self.taken_over = False  # another run writes to this folder now
-        self._owner = uuid.uuid4().hex
-        write_beside(folder / OWNER, self._own)
+        self._owner = take(folder)
         self._thread = ThreadPoolExecutor(1)
         self._pending: tuple[str, Future] | None = None
         self._saved = list(_already_there(folder, module, steps_per_epoch))
         checkpoint.discard_unfinished(folder, f"{module}_*")  # a run that died may have left them
         self._check_best()
 
-    def _own(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(self._owner, encoding="utf-8")
+    def _is_owner(self) -> bool:
+        with contextlib.suppress(OSError):  # the folder is gone or cannot be read: then the write itself fails
+            return (self.folder / OWNER).read_text(encoding="utf-8") == self._owner
+        return True
 
     def _still_ours(self) -> bool:
         """Whether no other run was started on this folder after this one. The first process looks for all."""
-        owner = self._owner
-        if jax.process_index() == 0:
-            with contextlib.suppress(OSError):  # the folder is gone or cannot be read: then the write itself fails
-                owner = (self.folder / OWNER).read_text(encoding="utf-8")
-        return exchange("owner", "" if owner == self._owner else owner, checkpoint.BARRIER_MS)[0] == ""
+        ours = jax.process_index() > 0 or self._is_owner()
+        return exchange("owner", "" if ours else "another", checkpoint.BARRIER_MS)[0] == ""
+
+    def _check_owner(self) -> None:
+        """The one that has begun meanwhile may have deleted parts of what was being written."""
+        if not self._is_owner():  # no TakenOver, of which the other processes would not know: the next save tells all
+            raise RuntimeError(TAKEN_OVER)
 
     def start(
         self, saved: Saved, state: dict, metadata: dict, aligner: dict | None, template: dict | None = None
@@ -105,9 +125,9 @@ class Saver:
 
     def _write(self, saved: Saved, state: dict, metadata: dict, *beside: dict | None) -> None:
         if not self._still_ours():
-            raise TakenOver("another run has begun to write here")
+            raise TakenOver(TAKEN_OVER)
         checkpoint.discard_unfinished(self.folder, f"{self.module}_*")  # a write that failed may have left them
-        checkpoint.save(self.folder / saved.name, self.module, state, metadata, *beside)
+        checkpoint.save(self.folder / saved.name, self.module, state, metadata, *beside, before_named=self._check_owner)
         self.whole()
         self._saved = [s for s in self._saved if s.name != saved.name] + [saved]
         if jax.process_index() == 0:

@@ -17,7 +17,7 @@ from ifvit.config import Config
 from ifvit.errors import UserError
 from ifvit.training.policy import Saved, doomed, ranked
 from ifvit.training.run_folder import candidates, move_away, set_aside, step_of_name
-from ifvit.training.saver import OWNER, Saver
+from ifvit.training.saver import OWNER, TAKEN_OVER, Saver, take
 
 STEPS = 4  # an epoch
 
@@ -349,10 +349,10 @@ def test_the_state_may_be_gone_as_soon_as_the_save_has_begun(saver, folder):
 def test_a_save_waits_for_the_one_before_and_that_is_counted(saver, folder, monkeypatch):
     go, order, write = threading.Event(), [], checkpoint.save
 
-    def slow(path, *rest):
+    def slow(path, *rest, **more):
         go.wait(10)
         order.append(path.name)
-        write(path, *rest)
+        write(path, *rest, **more)
 
     monkeypatch.setattr(checkpoint, "save", slow)
     run = saver(keep_last=2)
@@ -423,6 +423,32 @@ def test_a_write_that_fails_leaves_the_one_of_its_name(saver, folder, monkeypatc
     refuse(monkeypatch, handlers.MetadataHandler, "finalize")
     assert not save(run, final(2, 0.6))
     assert whole(folder) == ["m_best", "m_ckpt"] and step_in(folder / "m_ckpt") == 4
+
+
+@pytest.mark.parametrize("theirs", ["what this one writes", "another under its name"])
+def test_what_is_written_when_another_run_begins_gets_no_name(saver, folder, monkeypatch, warnings, theirs):
+    """The other one clears up, and so it may have deleted parts of it."""
+    run = saver()
+    save(run, epoch(1))
+    finalize, begun = handlers.MetadataHandler.finalize, threading.Event()
+
+    def another_begins(*args):
+        finalize(*args)
+        if not begun.is_set():
+            begun.set()
+            take(folder)
+            if theirs.startswith("another"):
+                make(folder, "m_epoch_2", "m_epoch_2.orbax-checkpoint-tmp-copy")
+
+    monkeypatch.setattr(handlers.MetadataHandler, "finalize", another_begins)
+    assert not save(run, epoch(2)) and not run.taken_over and begun.is_set()
+    assert len(warnings()) == 1 and f"m_epoch_2 could not be written ({TAKEN_OVER})" in warnings()[0]
+    if theirs.startswith("another"):
+        assert there(folder) == ["m_epoch_1", "m_epoch_2", "m_epoch_2.orbax-checkpoint-tmp-copy"]
+        assert (folder / "m_epoch_2/content").read_text() == "m_epoch_2"
+    else:
+        assert there(folder) == ["m_epoch_1"]
+    assert not save(run, epoch(3)) and run.taken_over
 
 
 def test_what_is_half_deleted_does_not_look_like_a_checkpoint(saver, folder, monkeypatch, warnings):

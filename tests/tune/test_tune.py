@@ -4,22 +4,28 @@ import contextlib
 import csv
 import dataclasses
 import json
+import threading
 import time
 import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from etils import epath
 from ray.tune.experiment import Trial as Tried
 
 from cluster import placement
 from cluster.host import PREEMPTED, ClusterError, Host
 from ifvit import checkpoint, cli, commands
+from ifvit.checkpoint import handlers
 from ifvit.config import DenseConfig, MatchConfig, Traced, keys_with, preset
 from ifvit.errors import Failure, Interrupted, UserError
 from ifvit.fields import COMMON, HOST, OWN, PROGRAM, SCALAR, SWEEP, use_of
 from ifvit.training.dense import dense_program
+from ifvit.training.policy import Saved
+from ifvit.training.saver import Saver
 from tune import record, results, space, sweep, trial
 from tune.__main__ import LESS_IS_BETTER, Args
 from tune.campaign import with_module1
@@ -635,6 +641,43 @@ def test_a_trial_that_is_stopped_ends_where_it_stands():
     loop.next()
     loop.end()
     assert ends == [PREEMPTED]
+
+
+def test_what_a_trial_takes_from_another_is_not_replaced_by_what_its_process_of_before_was_writing(
+    tmp_path, monkeypatch
+):
+    """Tune stops a trial that is to take another's parameters while its own checkpoint is on its way to the disk."""
+    run = lambda number: Saver(epath.Path(record.folder_of(tmp_path, number)), "dense_reg", BASE["dense"], 2, True)
+    state = lambda value: {"params": {"w": jnp.full(3, value)}}
+    metadata = {"epoch": 1, "step": 2, "value": 0.5, "config": {}}
+    save = lambda saver, value: saver.start(Saved("dense_reg_epoch_1", 2, 1, 0.5), state(value), metadata, None)
+    theirs, before = run(1), run(0)
+    save(theirs, 1.0)
+    assert theirs.settle()
+    finalize, written, go = handlers.MetadataHandler.finalize, threading.Event(), threading.Event()
+
+    def slow(*args):
+        finalize(*args)
+        written.set()
+        go.wait(60)
+
+    monkeypatch.setattr(handlers.MetadataHandler, "finalize", slow)
+    save(before, 0.0)
+    assert written.wait(60)
+    tuned = trial.Trial.__new__(trial.Trial)
+    tuned._plan, tuned._loop, tuned._values = (
+        SimpleNamespace(module="dense", folder=tmp_path, base=BASE["dense"]),
+        None,
+        {},
+    )
+    monkeypatch.setattr(trial.Trial, "trial_name", "0")
+    noted = {"path": str(theirs.folder / "dense_reg_epoch_1"), "last": {"epoch": 1}}
+    (tmp_path / "run.json").write_text(json.dumps(noted))
+    tuned.load_checkpoint(str(tmp_path))
+    go.set()
+    assert not before.settle()
+    assert checkpoint.load(tuned._resume).state["params"]["w"][0] == 1
+    assert record.folder_of(tmp_path, 0) == Path(tuned._resume).parent
 
 
 @pytest.mark.parametrize(
