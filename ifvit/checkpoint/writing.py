@@ -135,7 +135,7 @@ def _upload(path: epath.Path, fresh: Path, number: int, before_named: Callable[[
     for what, stage in (
         ("room", lambda: first and places.make_room(path)),
         ("uploaded", lambda: places.upload(path, fresh)),
-        ("named", lambda: first and before_named()),
+        ("checked", lambda: first and before_named()),
         ("finished", lambda: first and places.finish(path, fresh)),
     ):
         failure = None
