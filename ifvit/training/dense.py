@@ -217,10 +217,13 @@ def with_init(params: dict, stats: dict, config: DenseConfig) -> tuple[dict, dic
     """Parameters and BatchNorm's statistics; where `init` names a trained Module 1, its own, all of them.
 
     UserError where its network is another one: what of the configurations differs is named, else the first array.
-    With AUTO the parameters are those of before then, as where no weights came with the package.
+    With AUTO the parameters are those of before then, as where no weights came with the package, which is said.
     """
     auto = config.init == AUTO
-    if not config.init or (auto and (config.loftr_ckpt or not checkpoint.packaged().is_file())):
+    if not config.init or (auto and config.loftr_ckpt):
+        return params, stats
+    if auto and not checkpoint.packaged().is_file():
+        print("Module 1 starts from nothing, since no weights came with the package", flush=True)
         return params, stats
     found = checkpoint.load(checkpoint.PRETRAINED if auto else config.init, "dense_reg", checkpoint.NETWORK)
     checkpoint.check_ours(found.path, found.metadata)

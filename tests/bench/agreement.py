@@ -8,6 +8,7 @@ errors at a threshold that the others tell, and how well it is calibrated when f
     python tests/bench/agreement.py --checkpoint CKPT --roots DIR [DIR …]
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from scipy.optimize import minimize
 
 from ifvit import cli
 from ifvit.data.pairs import Pair
-from ifvit.data.prepare import prepare
+from ifvit.data.prepare import PrintSet, prepare
 from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.paths import cache_dir
@@ -76,6 +77,19 @@ def drawn(prints, args: Args) -> list[Pair]:
     return [Pair(*p, True) for p in genuine] + [Pair(*p, False) for p in impostor]
 
 
+def scored(scorer: Scorer, args) -> Iterator[tuple[str, str, PrintSet, list[Pair], dict[str, np.ndarray]]]:
+    """Of each database its root, its name, its prints, the pairs that are drawn, and their `features`."""
+    of = features(scorer)
+    for root in args.roots:
+        prints = prepare(
+            read_roots([root]), scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True
+        )
+        for name in sorted({p.database for p in prints.prints}):
+            mine = prints.subset([p for p in prints.prints if p.database == name])
+            pairs = drawn(mine.prints, args)
+            yield root, name, mine, pairs, score_pairs(of, scorer.registers[1], mine, pairs, args.batch_size)
+
+
 def scores(f: dict) -> dict[str, np.ndarray]:
     """What is compared: the higher, the more one finger."""
     return {
@@ -111,17 +125,9 @@ def logistic(databases: list[dict]) -> np.ndarray:
 def main(args: Args) -> None:
     use_cpu_cores()
     cli.use_compilation_cache(cache_dir() / "compiled")
-    scorer = Scorer.from_checkpoint(args.checkpoint)
-    of, databases = features(scorer), {}
-    for root in args.roots:
-        prints = prepare(
-            read_roots([root]), scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True
-        )
-        for name in sorted({p.database for p in prints.prints}):
-            mine = prints.subset([p for p in prints.prints if p.database == name])
-            pairs = drawn(mine.prints, args)
-            databases[name] = score_pairs(of, scorer.registers[1], mine, pairs, args.batch_size)
-            databases[name]["genuine"] = np.array([p.genuine for p in pairs])
+    databases = {}
+    for _, name, _, pairs, found in scored(Scorer.from_checkpoint(args.checkpoint), args):
+        databases[name] = found | {"genuine": np.array([p.genuine for p in pairs])}
     report(databases)
 
 

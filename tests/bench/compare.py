@@ -11,16 +11,13 @@ from pathlib import Path
 
 import numpy as np
 import tyro
-from agreement import drawn, features
+from agreement import scored
 
 from ifvit import cli
-from ifvit.data.prepare import prepare
-from ifvit.data.sources import read_roots
 from ifvit.devices.sharding import use_cpu_cores
 from ifvit.paths import cache_dir
 from ifvit.scoring import intervals, rates
 from ifvit.scoring.scorer import Scorer
-from ifvit.scoring.scores import score_pairs
 
 SCORES = ((3, "agreement of the ridges"), (4, "number of matches"))  # columns of `measured`, and their names
 
@@ -38,20 +35,13 @@ class Args:
 
 def measured(scorer: Scorer, args) -> dict[str, np.ndarray]:
     """Of each database a row a pair: whether it is genuine, its two fingers, and SCORES."""
-    of, found = features(scorer), {}
-    for root in args.roots:
-        prints = prepare(
-            read_roots([root]), scorer.config.canvas_size, scorer.config.max_broken, cache_dir(), apart=True
+    found = {}
+    for root, name, prints, pairs, scores in scored(scorer, args):
+        numbers = {identity: n for n, identity in enumerate(dict.fromkeys(p.identity for p in prints.prints))}
+        fingers = [[numbers[prints.prints[i].identity] for i in pair[:2]] for pair in pairs]
+        found[f"{Path(root).name}/{name}"] = np.column_stack(
+            [[p.genuine for p in pairs], fingers, scores["agreement"], scores["matches"]]
         )
-        for database in sorted({p.database for p in prints.prints}):
-            mine = prints.subset([p for p in prints.prints if p.database == database])
-            pairs = drawn(mine.prints, args)
-            numbers = {identity: n for n, identity in enumerate(dict.fromkeys(p.identity for p in mine.prints))}
-            fingers = [[numbers[mine.prints[i].identity] for i in pair[:2]] for pair in pairs]
-            scores = score_pairs(of, scorer.registers[1], mine, pairs, args.batch_size)
-            found[f"{Path(root).name}/{database}"] = np.column_stack(
-                [[p.genuine for p in pairs], fingers, scores["agreement"], scores["matches"]]
-            )
     return found
 
 
