@@ -22,6 +22,7 @@ from ifvit.pixels.agreement import (
     registered,
     same_ridges,
 )
+from ifvit.pixels.enhancement import along_ridges
 from ifvit.pixels.geometry import IDENTITY, RobustFit, apply_similarity, cell_centres, robust_modes, robust_similarity
 from ifvit.pixels.views import Views, normalise, plain_prints, plain_views
 
@@ -81,8 +82,13 @@ def prepared(
     if check:
         fine = checked_config(config)
         x, found["ridges_inside"] = plain_prints(prints["canvas"], prints["mask"], fine, degrees)
-        found["ridges"] = normalise(x, found["ridges_inside"], fine)[..., 0]
+        found["ridges"] = clear_ridges(x, found["ridges_inside"], fine)
     return found
+
+
+def clear_ridges(images: Float[Array, "B S S"], masks: Bool[Array, "B S S"], config: Settings) -> Float[Array, "B S S"]:
+    """What the check looks at: noise and gaps, which no two impressions share, are smoothed out along the ridges."""
+    return along_ridges(normalise(images, masks, config)[..., 0], masks, RIDGE * config.input_ppi / CANVAS_PPI)
 
 
 def paired(one: dict[str, Array], other: dict[str, Array]) -> dict[str, Array]:
@@ -173,7 +179,7 @@ def checked_registration(
         ridges0, mask0, ridges1, mask1 = (batch[f"{k}{n}"] for n in (0, 1) for k in ("ridges", "ridges_inside"))
     else:
         image0, mask0, image1, mask1 = plain_views(batch, fine)
-        ridges0, ridges1 = (normalise(i, m, fine)[..., 0] for i, m in ((image0, mask0), (image1, mask1)))
+        ridges0, ridges1 = clear_ridges(image0, mask0, fine), clear_ridges(image1, mask1, fine)
     similarities = at_ppi(modes.similarity, config, fine)
     p0, p1 = (points_at_ppi(p, config, fine) for p in (points0, points1))
     starts = jax.vmap(jax.vmap(from_residuals, (0, None, None, 0, None)), (0, 0, 0, 0, None))(
