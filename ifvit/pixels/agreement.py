@@ -1,8 +1,9 @@
 """Do the ridges of two prints agree, once one is laid on the other?
 
-Local normalised cross-correlation over the overlap chooses among the similarities that the matches allow. Block
-matching (each window's best shift, smoothed over its neighbours) then lets the skin stretch. All of it is done at
-CHECK_PPI, where windows, shifts and smoothing are fixed shares of a ridge, whatever the networks see.
+Each similarity that the matches allow is bent as far as they tell, and local normalised cross-correlation over the
+overlap chooses among them. Block matching (each window's best shift, smoothed over its neighbours) then lets the skin
+stretch further. All of it is done at CHECK_PPI, where windows, shifts and smoothing are fixed shares of a ridge,
+whatever the networks see.
 """
 
 import math
@@ -20,12 +21,14 @@ from ifvit.pixels.geometry import apply_similarity, blur, exact, grid_points, in
 CHECK_PPI = 350.0  # here a ridge is 6.3 px wide: enough to see a shift of a sixth of it
 CELL = 8  # px: a window is two cells a side, 2.5 ridges, and there is one at every corner that four cells share
 REACH = 2  # px a window is moved by at most in one round: more than half a ridge would find the next one
-ROUNDS = 3
+ROUNDS = 6
 GAIN = 0.01  # of the score: what betters it by less is no deformation
 STIFF = 2.0  # cells: the Gaussian that a deformation is smoothed with
 SEEN = 0.5  # share of a window that both prints cover, for the window to count
 FEW = 20.0  # windows: an overlap of so many can reach half of the full score
-NEAR = 0.625  # cells of the network: matches that lie as near to their similarity support it
+GROWN = 3  # times matches near to what their neighbours say are taken for inliers too
+TAKEN = 1.25  # cells of the network: as near as this
+NEAR = 0.5  # cells: matches that lie as near to the bent similarity support it
 REGISTERED = 0.093  # score; tests/bench/agreement.py tells who passes
 TURNED = 0.131  # score at any of eight turns that is believed: none of 1,000 impostor pairs reaches it
 FAINT = 0.01  # a score of so much, and one of 0, are told apart by a factor of two
@@ -187,18 +190,35 @@ def smoothed(field: Float[Array, "W W 2"], weight: Float[Array, "W W"]) -> Float
     return jnp.moveaxis(blur(jnp.moveaxis(field * weight[..., None], -1, 0), STIFF) / total, 0, -1)
 
 
+@exact
 def from_residuals(
-    similarity: Float[Array, "4"], p: Float[Array, "N 2"], q: Float[Array, "N 2"], inliers: Bool[Array, " N"], side: int
-) -> Float[Array, "side side 2"]:
-    """The smooth deformation that matches p → q leave to their similarity: what block matching starts from.
+    similarity: Float[Array, "4"],
+    p: Float[Array, "N 2"],
+    q: Float[Array, "N 2"],
+    inliers: Bool[Array, " N"],
+    valid: Bool[Array, " N"],
+    side: int,
+    cell: float,
+) -> tuple[Float[Array, "side side 2"], Bool[Array, " N"]]:
+    """The smooth deformation that matches p → q leave to their similarity, and which of them support it.
 
-    A Gaussian mean of their residuals about each window's centre (Nadaraya–Watson), as if two more matches had none.
+    A Gaussian mean of residuals about each window's centre (Nadaraya–Watson), as if two more matches had none. The
+    similarity's inliers begin it. Where skin is bent by more than they allow, `valid` matches that lie near to what it
+    says there are taken in, and it says more. A cell of the network is `cell` px wide.
     """
-    centres = jnp.asarray(grid_points(side)) * CELL + CELL - 0.5
     residual = apply_similarity(similarity, p) - q
-    near = jnp.exp(-0.5 * ((centres[:, None] - q[None]) ** 2).sum(-1) / (1.5 * STIFF * CELL) ** 2) * inliers
-    with jax.default_matmul_precision("highest"):
-        return (near @ residual / (near.sum(-1, keepdims=True) + 2.0)).reshape(side, side, 2)
+
+    def mean(at, taken):
+        near = jnp.exp(-0.5 * ((at[:, None] - q[None]) ** 2).sum(-1) / (1.5 * STIFF * CELL) ** 2) * taken
+        return near @ residual / (near.sum(-1, keepdims=True) + 2.0)
+
+    def off(taken):
+        return jnp.linalg.norm(residual - mean(q, taken), axis=-1)
+
+    for _ in range(GROWN):
+        inliers = valid & (off(inliers) < TAKEN * cell)
+    centres = jnp.asarray(grid_points(side)) * CELL + CELL - 0.5
+    return mean(centres, inliers).reshape(side, side, 2), inliers & (off(inliers) < NEAR * cell)
 
 
 def warp(
@@ -231,41 +251,43 @@ def check(
 ) -> Agreement:
     """One pair of locally normalised prints: the candidate whose ridges agree best, and how they agree once deformed.
 
-    A candidate starts with a deformation (`from_residuals`, or 0). What block matching adds is kept where the
-    ridges agree better for it. Only the `possible` candidates are looked at; where none is, nothing overlaps.
+    A candidate starts with a deformation (`from_residuals`, or 0). Of what block matching adds, round by round, the
+    best is kept, where the ridges agree better for it. Only the `possible` candidates are looked at; where none is,
+    nothing overlaps.
     """
     m1 = mask1.astype(jnp.float32) * possible.any()
 
-    def shares(both):
-        return window_sums(both) / (2 * CELL) ** 2 > SEEN
-
-    def candidate(similarity, start):
-        a, covered = warp(image0, mask0, similarity, start)
+    def laid(similarity, field):
+        warped, covered = warp(image0, mask0, similarity, field)
         both = covered * m1
-        top, shift = best_shifts(a, image1, both)
-        return mean_agreement(top, shares(both)), correlation(a, image1, both), shares(both), both.sum(), top, shift
+        windows = correlation(warped, image1, both)
+        use = window_sums(both) / (2 * CELL) ** 2 > SEEN
+        return mean_agreement(windows, use), (field, windows, use, both.sum()), (warped, both)
 
-    scores, *found = jax.vmap(candidate)(similarities, starts)
-    k = jnp.where(possible, scores, -1.0).argmax()
-    similarity, start, flat, use, common, top, shift = (x[k] for x in (similarities, starts, *found))
-    field = start
-    for n in range(ROUNDS):
+    k = jnp.where(possible, jax.vmap(lambda *x: laid(*x)[0])(similarities, starts), -1.0).argmax()
+    similarity = similarities[k]
+    before, start, pixels = laid(similarity, starts[k])
+
+    def taken(better, new, old):
+        return jax.tree.map(lambda n, o: jnp.where(better, n, o), new, old)
+
+    def once_more(state, _):
+        (field, _, use, _), (warped, both), best, after = state
+        top, shift = best_shifts(warped, image1, both)
         field = smoothed(field + shift, jnp.clip(top, 0.0, 1.0) ** 2 * use + 1e-4)
-        a, covered = warp(image0, mask0, similarity, field)
-        if n + 1 < ROUNDS:
-            top, shift = best_shifts(a, image1, covered * m1)
-    both = covered * m1
-    bent, use_bent = correlation(a, image1, both), shares(both)
-    before, after = mean_agreement(flat, use), mean_agreement(bent, use_bent)
+        score, found, pixels = laid(similarity, field)
+        return (found, pixels, taken(score > after, found, best), jnp.maximum(score, after)), None
+
+    (_, _, best, after), _ = jax.lax.scan(once_more, (start, pixels, start, before), length=ROUNDS)
     better = after > before + GAIN
-    use = jnp.where(better, use_bent, use)
+    field, windows, use, common = taken(better, best, start)
     smaller = jnp.minimum(mask0.sum() * (similarity[0] ** 2 + similarity[1] ** 2), mask1.sum())
     return Agreement(
         jnp.where(better, after, before),
         use.sum(),
-        jnp.where(better, both.sum(), common) / jnp.maximum(smaller, 1.0),
+        common / jnp.maximum(smaller, 1.0),
         k,
-        jnp.where(better, field, start),
-        jnp.where(use, jnp.where(better, bent, flat), 0.0),
+        field,
+        jnp.where(use, windows, 0.0),
         before,
     )

@@ -12,7 +12,6 @@ from ifvit.models.matching import Matches, mutual_matches
 from ifvit.models.networks import Network
 from ifvit.pixels.agreement import (
     CELL,
-    NEAR,
     at_ppi,
     check,
     checked_config,
@@ -23,7 +22,7 @@ from ifvit.pixels.agreement import (
     same_ridges,
 )
 from ifvit.pixels.enhancement import along_ridges
-from ifvit.pixels.geometry import IDENTITY, RobustFit, apply_similarity, cell_centres, robust_modes, robust_similarity
+from ifvit.pixels.geometry import IDENTITY, RobustFit, cell_centres, robust_modes, robust_similarity
 from ifvit.pixels.views import Views, normalise, plain_prints, plain_views
 
 
@@ -182,8 +181,16 @@ def checked_registration(
         ridges0, ridges1 = clear_ridges(image0, mask0, fine), clear_ridges(image1, mask1, fine)
     similarities = at_ppi(modes.similarity, config, fine)
     p0, p1 = (points_at_ppi(p, config, fine) for p in (points0, points1))
-    starts = jax.vmap(jax.vmap(from_residuals, (0, None, None, 0, None)), (0, 0, 0, 0, None))(
-        similarities, p0, p1, modes.inliers, fine.image_size // CELL - 1
+    starts, support = jax.vmap(
+        jax.vmap(from_residuals, (0, None, None, 0, None, None, None)), (0, 0, 0, 0, 0, None, None)
+    )(
+        similarities,
+        p0,
+        p1,
+        modes.inliers,
+        matches.valid,
+        fine.image_size // CELL - 1,
+        STRIDE * fine.input_ppi / config.input_ppi,
     )
     possible = modes.count >= config.min_matches
     agreed = jax.vmap(check)(ridges0, mask0, ridges1, mask1, similarities, possible, starts)
@@ -191,8 +198,7 @@ def checked_registration(
     count = of_chosen(modes.count, agreed.chosen)
     some = count >= config.min_matches
     similarity = jnp.where(some[:, None], of_chosen(modes.similarity, agreed.chosen), jnp.asarray(IDENTITY))
-    off = jnp.linalg.norm(apply_similarity(similarity, points0) - points1, axis=-1)
-    near = (of_chosen(modes.inliers, agreed.chosen) & (off < NEAR * STRIDE)).sum(-1)
+    near = of_chosen(support, agreed.chosen).sum(-1) * some
     score = same_ridges(agreed.score, near, agreed.windows, config.input_ppi)
     checked = CheckedRegistration(
         similarity,

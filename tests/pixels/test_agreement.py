@@ -110,12 +110,35 @@ def test_a_known_deformation_is_found_to_within_a_pixel_across_the_ridges(genuin
     assert genuine.score > genuine.before + 0.1
 
 
+def started(p, q, inliers, valid=None):
+    valid = np.ones(len(q), bool) if valid is None else valid
+    p, q = (jnp.asarray(v, jnp.float32) for v in (p, q))
+    found = from_residuals(jnp.array([1.0, 0, 0, 0]), p, q, jnp.asarray(inliers), jnp.asarray(valid), 19, 8.0)
+    return [np.asarray(v) for v in found]
+
+
 def test_matches_off_their_similarity_by_one_vector_start_from_a_deformation_by_that():
     """Far from all of them it fades: as if two matches more had no residual."""
-    q = jnp.asarray(np.random.default_rng(0).uniform(0, 60, (40, 2)), jnp.float32)
-    start = from_residuals(jnp.array([1.0, 0, 0, 0]), q + jnp.array([3.0, -1.0]), q, jnp.ones(40, bool), 19)
+    q = np.random.default_rng(0).uniform(0, 60, (40, 2))
+    start, support = started(q + (3.0, -1.0), q, np.ones(40, bool))
     np.testing.assert_allclose(start[3, 3], (3, -1), rtol=0.2)
     assert np.abs(start[18, 18]).max() < 0.05
+    assert support.mean() > 0.9
+
+
+def test_a_deformation_grows_to_where_the_similarity_has_no_inliers():
+    """Skin that is stretched more and more: near one side the matches are inliers, at the other 16 px off."""
+    rng = np.random.default_rng(0)
+    q = rng.uniform(0, SIZE, (250, 2))
+    stretched = q + np.stack([q[:, 0] / 10, 0 * q[:, 0]], 1)
+    inliers = q[:, 0] < 80
+    wild = rng.random(250) < 0.2
+    p = np.where(wild[:, None], rng.uniform(0, SIZE, (250, 2)), stretched)
+    start, support = started(p, q, inliers & ~wild)
+    np.testing.assert_allclose(start[9, 16], (13.6, 0), atol=2.5)  # where q is (135.5, 79.5)
+    assert support[~wild].mean() > 0.8 and support[wild].mean() < 0.1
+    _, unseen = started(p, q, inliers & ~wild, valid=q[:, 0] < 80)
+    assert not unseen[q[:, 0] >= 80].any()
 
 
 def test_a_deformation_that_betters_nothing_is_left_out():
