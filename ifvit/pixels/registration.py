@@ -73,21 +73,25 @@ def prepared(
     With `check` there are `ridges` and `ridges_inside` at CHECK_PPI too.
     """
     image, inside = plain_prints(prints["canvas"], prints["mask"], config, degrees)
+    normal = normalise(image, inside, config)
     found = {"image": image, "inside": inside}
     if aligner is not None:
         params, stats = aligner_state
-        normal = normalise(image, inside, config)
         found["features"], _ = aligner.apply(params, stats, normal, train=False, method="features")
     if check:
         fine = checked_config(config)
-        x, found["ridges_inside"] = plain_prints(prints["canvas"], prints["mask"], fine, degrees)
-        found["ridges"] = clear_ridges(x, found["ridges_inside"], fine)
+        if (fine.input_ppi, fine.image_size) != (config.input_ppi, config.image_size):
+            image, inside = plain_prints(prints["canvas"], prints["mask"], fine, degrees)
+            normal = normalise(image, inside, fine)
+        found["ridges"], found["ridges_inside"] = clear_ridges(normal, inside, fine), inside
     return found
 
 
-def clear_ridges(images: Float[Array, "B S S"], masks: Bool[Array, "B S S"], config: Settings) -> Float[Array, "B S S"]:
+def clear_ridges(
+    normal: Float[Array, "B S S 1"], masks: Bool[Array, "B S S"], config: Settings
+) -> Float[Array, "B S S"]:
     """What the check looks at: noise and gaps, which no two impressions share, are smoothed out along the ridges."""
-    return along_ridges(normalise(images, masks, config)[..., 0], masks, RIDGE * config.input_ppi / CANVAS_PPI)
+    return along_ridges(normal[..., 0], masks, RIDGE * config.input_ppi / CANVAS_PPI)
 
 
 def paired(one: dict[str, Array], other: dict[str, Array]) -> dict[str, Array]:
@@ -178,7 +182,7 @@ def checked_registration(
         ridges0, mask0, ridges1, mask1 = (batch[f"{k}{n}"] for n in (0, 1) for k in ("ridges", "ridges_inside"))
     else:
         image0, mask0, image1, mask1 = plain_views(batch, fine)
-        ridges0, ridges1 = clear_ridges(image0, mask0, fine), clear_ridges(image1, mask1, fine)
+        ridges0, ridges1 = (clear_ridges(normalise(i, m, fine), m, fine) for i, m in ((image0, mask0), (image1, mask1)))
     similarities = at_ppi(modes.similarity, config, fine)
     p0, p1 = (points_at_ppi(p, config, fine) for p in (points0, points1))
     starts, support = jax.vmap(
