@@ -84,7 +84,7 @@ def log_odds(
 def parts(score: float, overlap: float) -> dict[str, float]:
     """What the score (with the bias) and the overlap add to `log_odds`."""
     slope, of_overlap, bias = LOGISTIC
-    return {"log_ridges": slope * float(np.log(score + FAINT)) + bias, "overlap": of_overlap * overlap}
+    return {"log_clear": slope * float(np.log(score + FAINT)) + bias, "overlap": of_overlap * overlap}
 
 
 class Agreement(NamedTuple):

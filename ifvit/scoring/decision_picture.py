@@ -23,6 +23,7 @@ from ifvit.scoring.fit_pictures import overlay
 
 _GAP = 24  # px of the canvas, between the prints
 _LABELS = {
+    "log_clear": "agreement of the ridges",
     "log_ridges": "agreement of the ridges",
     "log_global": "global embedding",
     "log_local": "local embedding",

@@ -18,7 +18,8 @@ Scores = dict[str, np.ndarray]
 # What a fusion may weigh, of the scores of N pairs, by numpy or by jax.numpy. Cosines tell most between 0.95 and 1, and
 # there the logarithm looks.
 FEATURES: dict[str, Callable[[Scores, ModuleType], np.ndarray | jax.Array]] = {
-    "log_ridges": lambda s, xp: xp.log(s["ridges"] + FAINT),
+    "log_clear": lambda s, xp: xp.log(s["ridges"] + FAINT),
+    "log_ridges": lambda s, xp: xp.log(xp.interp(s["ridges"], CLEAR, AS_THEY_WERE) + FAINT),
     "overlap": lambda s, xp: s["overlap"],
     "log_global": lambda s, xp: -xp.log(1.001 - s["global"]),
     "log_local": lambda s, xp: -xp.log(1.001 - s["local"]),
@@ -27,6 +28,11 @@ FEATURES: dict[str, Callable[[Scores, ModuleType], np.ndarray | jax.Array]] = {
     "agreement": lambda s, xp: xp.log1p(s["agreement"]),
     "matches": lambda s, xp: xp.log1p(s["matches"]),
 }
+# The agreement of ridges, and of the same pairs before ridges were smoothed (`pixels.enhancement`): quantiles of
+# impostor and genuine pairs. Checkpoints of then weigh `log_ridges`, and so keep their thresholds, nearly.
+CLEAR = np.array([0, 0.05, 0.129, 0.148, 0.165, 0.36, 0.45, 0.53, 1], np.float32)
+AS_THEY_WERE = np.array([0, 0.04, 0.093, 0.105, 0.131, 0.26, 0.41, 0.5, 1], np.float32)
+OF_RIDGES = ("log_clear", "log_ridges")
 EARLIER = ("global", "local", "agreement", "matches")  # of checkpoints that name no features
 # Towards which a fit is drawn: the ridges' log-odds as they are, and nothing of the cosines, which must show their
 # worth.
@@ -52,7 +58,7 @@ class Fusion:
     @property
     def checked(self) -> bool:
         """Whether it is for pairs that are laid as their ridges agree best."""
-        return "log_ridges" in self.features
+        return any(name in self.features for name in OF_RIDGES)
 
     def log_odds(self, scores: Scores) -> Float[np.ndarray, " N"]:
         """The natural log-likelihood ratio: how much likelier these scores are of one finger than of two."""
@@ -65,7 +71,7 @@ class Fusion:
     def parts(self, scores: Scores) -> dict[str, Float[np.ndarray, " N"]]:
         """What each feature adds to `log_odds`; the bias belongs to the ridges, else to the first feature."""
         x = features(scores, self.features) * np.asarray(self.weights)
-        x[:, self.features.index("log_ridges") if self.checked else 0] += self.bias
+        x[:, next((n for n, name in enumerate(self.features) if name in OF_RIDGES), 0)] += self.bias
         return dict(zip(self.features, x.T))
 
     def traced_log_odds(self, scores: dict[str, jax.Array]) -> Float[jax.Array, " N"]:
@@ -140,7 +146,7 @@ def fit_fusion(
     weights = {"log_global": w_global, "log_local": w_local}
     for weight in ridges:  # one or none; written out, so that a checkpoint keeps its own LOGISTIC
         slope, of_overlap, constant = LOGISTIC
-        weights |= {"log_ridges": weight * slope, "overlap": weight * of_overlap}
+        weights |= {"log_clear": weight * slope, "overlap": weight * of_overlap}
         bias += weight * constant
     fusion = Fusion(tuple(map(float, weights.values())), float(bias), (), tuple(weights))
     return _with_impostors(fusion, scores, genuine)

@@ -76,7 +76,7 @@ def test_a_decision_of_module_2_shows_what_its_local_branch_saw(module2, generat
     size, roi = matcher.scorer.config.image_size, matcher.scorer.config.roi_size
     np.testing.assert_array_equal(corners[2] - corners[0], (roi, roi))
     assert (corners >= -0.5).all() and (corners <= size - 0.5).all()
-    assert set(parts) == {"log_ridges", "overlap", "log_global", "log_local"}
+    assert set(parts) == {"log_clear", "overlap", "log_global", "log_local"}
     assert sum(parts.values()) / np.log(10) == pytest.approx(found.llr, abs=1e-3)
     alone = Matcher("alone", replace(matcher.scorer, aligner=None))
     with pytest.raises(UserError, match="without Module 1"):

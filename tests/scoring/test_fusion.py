@@ -1,5 +1,6 @@
 """The fusion of Module 2's scores: what it weighs, how it holds to what is known, and what its ratio means."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -30,7 +31,7 @@ def test_ratios_that_are_right_stay_as_they_are():
     genuine, odds, rng = drawn(20_000)
     noise = 1.001 - np.exp(-rng.normal(2, 0.5, (2, len(odds)))).clip(0.01, 1)
     fusion = fit_fusion(scores(odds, *noise), genuine)
-    assert fusion.features == ("log_global", "log_local", "log_ridges", "overlap") and fusion.checked
+    assert fusion.features == ("log_global", "log_local", "log_clear", "overlap") and fusion.checked
     assert fusion.weights[2] == pytest.approx(SLOPE, rel=0.1) and max(fusion.weights[:2]) < 0.1
     np.testing.assert_allclose(fusion.log_odds(scores(odds, *noise)), odds, atol=1.5)
 
@@ -123,3 +124,15 @@ def test_the_least_cllr_is_that_of_the_best_calibration():
     assert rates.cllr(5 * odds[genuine] + 9, 5 * odds[~genuine] + 9) > 2 * right
     assert rates.min_cllr(np.array([2.0, 3.0]), np.array([0.0, 1.0])) == 0
     assert rates.min_cllr(np.ones(3), np.ones(5)) == pytest.approx(1)  # all equal: they tell nothing
+
+
+def test_a_fusion_of_ridges_that_were_not_smoothed_keeps_its_threshold():
+    """One impostor in a thousand had 0.131 then, and has 0.165 now."""
+    before = Fusion((6.0,), 13.0, (), ("log_ridges",))
+    ridges = np.linspace(0, 1, 101, dtype=np.float32)
+    odds = before.log_odds({"ridges": ridges})
+    assert before.checked and (np.diff(odds) > 0).all()
+    (at,) = before.log_odds({"ridges": np.array([0.165], np.float32)})
+    assert at == pytest.approx(6 * np.log(0.131 + 0.01) + 13, abs=1e-4)
+    np.testing.assert_allclose(before.traced_log_odds({"ridges": jnp.asarray(ridges)}), odds, atol=1e-4)
+    assert sum(before.parts({"ridges": ridges}).values()) == pytest.approx(odds)
