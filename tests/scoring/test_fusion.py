@@ -130,9 +130,10 @@ def test_a_fusion_of_ridges_that_were_not_smoothed_keeps_its_threshold():
     """One impostor in a thousand had 0.131 then, and has 0.165 now."""
     before = Fusion((6.0,), 13.0, (), ("log_ridges",))
     ridges = np.linspace(0, 1, 101, dtype=np.float32)
-    odds = before.log_odds({"ridges": ridges})
+    found = {"ridges": ridges, "global": 0 * ridges}
+    odds = before.log_odds(found)
     assert before.checked and (np.diff(odds) > 0).all()
-    (at,) = before.log_odds({"ridges": np.array([0.165], np.float32)})
+    (at,) = before.log_odds({"ridges": np.float32([0.165]), "global": np.zeros(1)})
     assert at == pytest.approx(6 * np.log(0.131 + 0.01) + 13, abs=1e-4)
     np.testing.assert_allclose(before.traced_log_odds({"ridges": jnp.asarray(ridges)}), odds, atol=1e-4)
-    assert sum(before.parts({"ridges": ridges}).values()) == pytest.approx(odds)
+    assert sum(before.parts(found).values()) == pytest.approx(odds)
