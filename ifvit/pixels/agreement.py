@@ -30,7 +30,7 @@ GROWN = 3  # times matches near to what their neighbours say are taken for inlie
 TAKEN = 1.25  # cells of the network: as near as this
 NEAR = 0.5  # cells: matches that lie as near to the bent similarity support it
 REGISTERED = 0.129  # score; tests/bench/agreement.py tells who passes
-TURNED = 0.165  # score at any of eight turns that is believed: none of 1,000 impostor pairs reaches it
+TURNED = 0.165  # score at any of eight turns that is believed: one impostor pair in a thousand reaches it as it lies
 FAINT = 0.01  # a score of so much, and one of 0, are told apart by a factor of two
 LOGISTIC = (6.46, 0.06, 12.32)  # of log(score + 0.01), of the overlap, and the bias, fitted there
 
