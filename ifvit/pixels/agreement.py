@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI
-from ifvit.pixels.geometry import apply_similarity, blur, exact, grid_points, invert_similarity, sample
+from ifvit.pixels.geometry import apply_similarity, blur, exact, fit_similarity, grid_points, invert_similarity, sample
 
 CHECK_PPI = 350.0  # here a ridge is 6.3 px wide: enough to see a shift of a sixth of it
 CELL = 8  # px: a window is two cells a side, 2.5 ridges, and there is one at every corner that four cells share
@@ -219,6 +219,21 @@ def from_residuals(
         inliers = valid & (off(inliers) < TAKEN * cell)
     centres = jnp.asarray(grid_points(side)) * CELL + CELL - 0.5
     return mean(centres, inliers).reshape(side, side, 2), inliers & (off(inliers) < NEAR * cell)
+
+
+@exact
+def refitted(
+    similarity: Float[Array, "4"], field: Float[Array, "W W 2"], correlation: Float[Array, "W W"]
+) -> tuple[Float[Array, "4"], Float[Array, "W W 2"]]:
+    """The similarity that is nearest to where both lay print 0, and what the deformation is then: no print moves.
+
+    Windows weigh as their ridges correlate. Where fewer than three do, both stay as they are.
+    """
+    centres = jnp.asarray(grid_points(field.shape[0])) * CELL + CELL - 0.5
+    lies = apply_similarity(invert_similarity(similarity), centres + field.reshape(-1, 2))
+    weights = jnp.maximum(correlation.reshape(-1), 0.0)
+    fitted = jnp.where((weights > 0).sum() >= 3, fit_similarity(lies, centres, weights), similarity)
+    return fitted, (apply_similarity(fitted, lies) - centres).reshape(field.shape)
 
 
 def warp(

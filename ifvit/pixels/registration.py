@@ -18,11 +18,18 @@ from ifvit.pixels.agreement import (
     confidence,
     from_residuals,
     points_at_ppi,
+    refitted,
     registered,
     same_ridges,
 )
 from ifvit.pixels.enhancement import along_ridges
-from ifvit.pixels.geometry import IDENTITY, RobustFit, cell_centres, robust_modes, robust_similarity
+from ifvit.pixels.geometry import (
+    IDENTITY,
+    RobustFit,
+    cell_centres,
+    robust_modes,
+    robust_similarity,
+)
 from ifvit.pixels.views import Views, normalise, plain_prints, plain_views
 
 
@@ -159,9 +166,11 @@ class CheckedRegistration(NamedTuple):
 
 
 def checked_registration(
-    aligner: Network, aligner_state: tuple, batch: dict, config: Settings
+    aligner: Network, aligner_state: tuple, batch: dict, config: Settings, refit: bool = True
 ) -> tuple[CheckedRegistration, Registration]:
     """Module 1 on pairs, checked by the ridges at CHECK_PPI; and the registration by matches alone.
+
+    With `refit` the similarity is the one nearest to where prints lie once bent, else that of the candidate.
 
     `batch` is one of canvases, or one of `paired` with what the check needs.
     """
@@ -202,6 +211,10 @@ def checked_registration(
     count = of_chosen(modes.count, agreed.chosen)
     some = count >= config.min_matches
     similarity = jnp.where(some[:, None], of_chosen(modes.similarity, agreed.chosen), jnp.asarray(IDENTITY))
+    field = agreed.field
+    if refit:
+        similarity, field = jax.vmap(refitted)(at_ppi(similarity, config, fine), field, agreed.correlation)
+        similarity = at_ppi(similarity, fine, config)
     near = of_chosen(support, agreed.chosen).sum(-1) * some
     score = same_ridges(agreed.score, near, agreed.windows, config.input_ppi)
     checked = CheckedRegistration(
@@ -212,7 +225,7 @@ def checked_registration(
         agreed.score,
         agreed.windows,
         agreed.overlap,
-        agreed.field,
+        field,
         count,
         matches,
         of_chosen(modes.inliers, agreed.chosen),
@@ -239,7 +252,7 @@ def best_turn(
 
     def at(degrees):
         one = prepared(aligner, aligner_state, prints[0], config, check=True, degrees=degrees)
-        found, _ = checked_registration(aligner, aligner_state, paired(one, other), config)
+        found, _ = checked_registration(aligner, aligner_state, paired(one, other), config, refit=False)
         a, b = found.similarity[:, 0], found.similarity[:, 1]
         return found.agreement, degrees + jnp.degrees(jnp.arctan2(b, a))
 

@@ -17,6 +17,7 @@ from ifvit.pixels.agreement import (
     correlation,
     dense_field,
     from_residuals,
+    refitted,
     registered,
     same_ridges,
     window_sums,
@@ -124,6 +125,20 @@ def test_matches_off_their_similarity_by_one_vector_start_from_a_deformation_by_
     np.testing.assert_allclose(start[3, 3], (3, -1), rtol=0.2)
     assert np.abs(start[18, 18]).max() < 0.05
     assert support.mean() > 0.9
+
+
+def test_the_similarity_is_fitted_to_where_prints_lie_and_none_moves():
+    """A deformation that is a shift of 3 px becomes the similarity's, and the rest is what it was."""
+    field = (np.random.default_rng(0).normal(0, 0.1, (19, 19, 2)) + (3.0, -1.0)).astype(np.float32)
+    t, found = refitted(jnp.asarray(POSE, jnp.float32), jnp.asarray(field), jnp.ones((19, 19)))
+    c = np.arange(1, 20) * CELL - 0.5
+    q = np.moveaxis(np.stack(np.meshgrid(c, c), -1), -1, 0)
+    before, after = ((q + np.moveaxis(np.asarray(f), -1, 0)) for f in (field, found))
+    np.testing.assert_allclose(moved(inverse(np.asarray(t)), *after), moved(inverse(POSE), *before), atol=1e-2)
+    np.testing.assert_allclose(t, (*POSE[:2], POSE[2] - 3.0, POSE[3] + 1.0), atol=0.3)
+    assert np.abs(np.asarray(found)).max() < 0.6
+    unseen = refitted(jnp.asarray(POSE, jnp.float32), jnp.asarray(field), jnp.zeros((19, 19)))
+    np.testing.assert_allclose(unseen[0], POSE, rtol=1e-6)
 
 
 def test_a_deformation_grows_to_where_the_similarity_has_no_inliers():
