@@ -1,5 +1,6 @@
 """Module 1 at work: from two views to matches, and the similarity that most of them agree on."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -23,13 +24,7 @@ from ifvit.pixels.agreement import (
     same_ridges,
 )
 from ifvit.pixels.enhancement import along_ridges
-from ifvit.pixels.geometry import (
-    IDENTITY,
-    RobustFit,
-    cell_centres,
-    robust_modes,
-    robust_similarity,
-)
+from ifvit.pixels.geometry import IDENTITY, RobustFit, cell_centres, robust_modes, robust_similarity
 from ifvit.pixels.views import Views, normalise, plain_prints, plain_views
 
 
@@ -170,9 +165,8 @@ def checked_registration(
 ) -> tuple[CheckedRegistration, Registration]:
     """Module 1 on pairs, checked by the ridges at CHECK_PPI; and the registration by matches alone.
 
-    With `refit` the similarity is the one nearest to where prints lie once bent, else that of the candidate.
-
-    `batch` is one of canvases, or one of `paired` with what the check needs.
+    `batch` is one of canvases, or one of `paired` with what the check needs. With `refit` the similarity is the one
+    nearest to where prints lie once bent, else that of the candidate.
     """
     log_conf = log_confidence(aligner, aligner_state, views_of(batch, config), config, batch)
     found = register(log_conf, config.image_size, config)
@@ -194,17 +188,11 @@ def checked_registration(
         ridges0, ridges1 = (clear_ridges(normalise(i, m, fine), m, fine) for i, m in ((image0, mask0), (image1, mask1)))
     similarities = at_ppi(modes.similarity, config, fine)
     p0, p1 = (points_at_ppi(p, config, fine) for p in (points0, points1))
-    starts, support = jax.vmap(
-        jax.vmap(from_residuals, (0, None, None, 0, None, None, None)), (0, 0, 0, 0, 0, None, None)
-    )(
-        similarities,
-        p0,
-        p1,
-        modes.inliers,
-        matches.valid,
-        fine.image_size // CELL - 1,
-        STRIDE * fine.input_ppi / config.input_ppi,
+    start = functools.partial(
+        from_residuals, side=fine.image_size // CELL - 1, cell=STRIDE * fine.input_ppi / config.input_ppi
     )
+    of_candidates = jax.vmap(start, (0, None, None, 0, None))
+    starts, support = jax.vmap(of_candidates)(similarities, p0, p1, modes.inliers, matches.valid)
     possible = modes.count >= config.min_matches
     agreed = jax.vmap(check)(ridges0, mask0, ridges1, mask1, similarities, possible, starts)
     of_chosen = jax.vmap(lambda x, k: x[k])
