@@ -73,17 +73,17 @@ class Args:
         cli.use_compilation_cache(cache_dir() / "compiled")
         scorer = Scorer.from_checkpoint(or_packaged(self.checkpoint, DEFAULT))
         scorer.registers  # noqa: B018 (refused before anything is written)
-        out = _folder(self.out)
         if not self.pairs:
-            found = self._pair(scorer, *pairs[0], out)
+            found = self._pair(scorer, *pairs[0], self.out)
             print(_sentence(found))
             return 0 if found.registered else NOT_REGISTERED
+        out = _folder(self.out)
         with whole(out / "registrations.csv") as part, part.open("w", newline="", encoding="utf-8") as file:
             rows = csv.writer(file)
             rows.writerow(COLUMNS)
             count = 0
             for n, (a, b, where) in enumerate(pairs, 1):
-                found = self._pair(scorer, a, b, where, _folder(out / str(n)))
+                found = self._pair(scorer, a, b, where, out / str(n))
                 count += found.registered
                 numbers = (f"{v:.4f}" for v in (found.confidence, found.agreement, found.overlap))
                 rows.writerow((n, a, b, int(found.registered), *numbers, len(found.xy_a)))
@@ -91,8 +91,8 @@ class Args:
         print(f"{count} of {len(pairs)} pairs registered; {out / 'registrations.csv'} has a line for each.")
         return 0
 
-    def _pair(self, scorer: "Scorer", a: str, b: str, where: str, out: Path) -> "Fit":
-        """Registers and writes one pair; the sentence of a user's mistake begins with its line in the list."""
+    def _pair(self, scorer: "Scorer", a: str, b: str, where: str, out: str | Path) -> "Fit":
+        """Registers and writes one pair, once both can be read; the sentence of a user's mistake begins with its line in the list."""
         from ifvit.data.single import on_canvas
         from ifvit.scoring.fit import fit
 
@@ -101,6 +101,7 @@ class Args:
             _same_scale(*prints)
         except UserError as e:
             raise UserError(f"{where}{e}") from None
+        out = _folder(out)
         prints[0], found = scorer.laid(*prints)
         found = fit(found, *(p.placement for p in prints), scorer.config)
         _write(out, found, a, b)

@@ -209,7 +209,7 @@ def test_a_print_whose_ridges_are_twice_as_wide_is_no_fit_but_a_wrong_resolution
     b = drawn(tmp_path / "b.png", period=18.0, radius=180, size=(400, 400))
     said = register(command, tmp_path, a, b)
     assert said.code == 2 and "px apart at 500 ppi and those of" in said.err, said
-    assert "--ppi auto" in said.err and not (tmp_path / "OUT/transform.json").exists()
+    assert "--ppi auto" in said.err and not (tmp_path / "OUT").exists()
 
 
 @pytest.mark.parametrize(
@@ -228,6 +228,7 @@ def test_mistakes_are_a_sentence_each(command, answer, tmp_path, words, told):
     drawn(tmp_path / "blank.png", blank=True)
     said = register(command, tmp_path, *words)
     assert said.code == 2 and told in said.err and said.err.count("\n") == 1, said
+    assert not (tmp_path / "OUT").exists()
 
 
 # --- which Module 1 -------------------------------------------------------------------------------
