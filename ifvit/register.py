@@ -92,7 +92,10 @@ class Args:
         return 0
 
     def _pair(self, scorer: "Scorer", a: str, b: str, where: str, out: str | Path) -> "Fit":
-        """Registers and writes one pair, once both can be read; the sentence of a user's mistake begins with its line in the list."""
+        """Registers one pair and writes it to OUT, which is made once both prints could be read.
+
+        The sentence of a user's mistake begins with its line in the list.
+        """
         from ifvit.data.single import on_canvas
         from ifvit.scoring.fit import fit
 
