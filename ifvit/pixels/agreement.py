@@ -154,24 +154,23 @@ def best_shifts(
 
     The shift is the mean of all under softmax(10 · correlation): finer than a pixel, and none where none is better.
     """
-    r = np.arange(-REACH, REACH + 1)
-    shifts = np.stack(np.meshgrid(r, r), -1).reshape(-1, 2)
+    side = 2 * REACH + 1
     size = a.shape[0]
     a, b = a * both, b * both
     n = window_sums(both)
     scale = jax.lax.rsqrt((window_sums(a * a) + 0.02 * n + 1e-3) * (window_sums(b * b) + 0.02 * n + 1e-3))
     wide = jnp.pad(a, REACH)
 
-    def one(carry, shift):
+    def one(i, carry):
         top, total, moved = carry
-        x = jax.lax.dynamic_slice(wide, (shift[1] + REACH, shift[0] + REACH), (size, size))
-        c = window_sums(x * b) * scale
+        y, x = jnp.divmod(i, side)
+        c = window_sums(jax.lax.dynamic_slice(wide, (y, x), (size, size)) * b) * scale
         w = jnp.exp(10.0 * c)  # correlations are at most about 1: no overflow
-        return (jnp.maximum(top, c), total + w, moved + w[..., None] * shift), None
+        return jnp.maximum(top, c), total + w, moved + w[..., None] * (jnp.stack([x, y]) - REACH)
 
     zeros = jnp.zeros_like(n)
     start = (zeros - 1.0, zeros, jnp.zeros((*n.shape, 2)))
-    (top, total, moved), _ = jax.lax.scan(one, start, jnp.asarray(shifts, jnp.int32))
+    top, total, moved = jax.lax.fori_loop(0, side**2, one, start)
     return top, moved / total[..., None]
 
 
@@ -207,18 +206,24 @@ def from_residuals(
     says there are taken in, and it says more. A cell of the network is `cell` px wide.
     """
     residual = apply_similarity(similarity, p) - q
+    values = jnp.append(residual, jnp.ones_like(residual[:, :1]), 1)
 
-    def mean(at, taken):
-        near = jnp.exp(-0.5 * ((at[:, None] - q[None]) ** 2).sum(-1) / (1.5 * STIFF * CELL) ** 2) * taken
-        return near @ residual / (near.sum(-1, keepdims=True) + 2.0)
+    def kernel(difference):
+        return jnp.exp(-0.5 * (difference / (1.5 * STIFF * CELL)) ** 2)
+
+    def mean(total):
+        return total[..., :2] / (total[..., 2:] + 2.0)
+
+    near = kernel(jnp.linalg.norm(q[:, None] - q[None], axis=-1))
 
     def off(taken):
-        return jnp.linalg.norm(residual - mean(q, taken), axis=-1)
+        return jnp.linalg.norm(residual - mean(near @ (values * taken[:, None])), axis=-1)
 
     for _ in range(GROWN):
         inliers = valid & (off(inliers) < TAKEN * cell)
-    centres = jnp.asarray(grid_points(side)) * CELL + CELL - 0.5
-    return mean(centres, inliers).reshape(side, side, 2), inliers & (off(inliers) < NEAR * cell)
+    x, y = (kernel(np.arange(1, side + 1)[:, None] * CELL - 0.5 - q[:, axis]) for axis in (0, 1))
+    field = mean(jnp.einsum("yn,xn,nk->yxk", y, x, values * inliers[:, None], optimize=True))
+    return field, inliers & (off(inliers) < NEAR * cell)
 
 
 @exact
@@ -279,21 +284,21 @@ def check(
         use = window_sums(both) / (2 * CELL) ** 2 > SEEN
         return mean_agreement(windows, use), (field, windows, use, both.sum()), (warped, both)
 
-    k = jnp.where(possible, jax.vmap(lambda *x: laid(*x)[0])(similarities, starts), -1.0).argmax()
-    similarity = similarities[k]
-    before, start, pixels = laid(similarity, starts[k])
-
     def taken(better, new, old):
         return jax.tree.map(lambda n, o: jnp.where(better, n, o), new, old)
 
-    def once_more(state, _):
-        (field, _, use, _), (warped, both), best, after = state
+    # loops in Python: as turns of `scan` and rows of `vmap` all of this took twice as long on a CPU
+    scores = jnp.stack([laid(*each)[0] for each in zip(similarities, starts)])
+    k = jnp.where(possible, scores, -1.0).argmax()
+    similarity = similarities[k]
+    before, start, (warped, both) = laid(similarity, starts[k])
+    after, best, found = before, start, start
+    for _ in range(ROUNDS):
+        field, _, use, _ = found
         top, shift = best_shifts(warped, image1, both)
         field = smoothed(field + shift, jnp.clip(top, 0.0, 1.0) ** 2 * use + 1e-4)
-        score, found, pixels = laid(similarity, field)
-        return (found, pixels, taken(score > after, found, best), jnp.maximum(score, after)), None
-
-    (_, _, best, after), _ = jax.lax.scan(once_more, (start, pixels, start, before), length=ROUNDS)
+        score, found, (warped, both) = laid(similarity, field)
+        best, after = taken(score > after, (found, score), (best, after))
     better = after > before + GAIN
     field, windows, use, common = taken(better, best, start)
     smaller = jnp.minimum(mask0.sum() * (similarity[0] ** 2 + similarity[1] ** 2), mask1.sum())
