@@ -238,7 +238,9 @@ class MatchConfig(Config):
     share_global_local: bool = True  # one transformer in both branches, or seeded alike and then apart
     seed_resnet: bool = host(False)  # start both branches' ResNets from Module 1's too
     # --- inputs of the branches
-    enhance: bool = True  # band-pass the aligned prints (paper: both enhanced)
+    deformed: bool = program(False)  # print 0 is warped by the registration's deformation, not by its similarity alone
+    enhance: bool = True  # the aligned prints, for the global branch (paper: for both): band-passed …
+    oriented: bool = program(False)  # … or smoothed along their ridges
     roi_size: int = number(90, 16, 1024)  # px at input_ppi, side of the local branch's window (paper)
     embedding_size: int = number(256, 2)  # of each branch (paper)
     embedding_grid: int = number(8, 1, 64)  # the head pools a branch's cells to this many a side

@@ -150,7 +150,7 @@ class Matcher:
             b,
             laid,
             self.scorer.config,
-            self.scorer.local_corners(prints, pair, laid.similarity),
+            self.scorer.local_corners(prints, pair, laid),
             self.scorer.parts(row),
             f"{Path(a.name).name} (a), {Path(b.name).name} (b): {found.decision}, score {found.score:.4f} "
             f"(threshold {found.threshold:.4f} at FMR {fmr:g})",

@@ -100,6 +100,8 @@ PRESETS = {
             calibration_pairs=1000,
             frame_shift=8,
             label_matches=12,
+            deformed=True,
+            oriented=True,
         ),
     ),
     "quick": (

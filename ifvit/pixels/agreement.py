@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI
@@ -175,12 +175,19 @@ def best_shifts(
 
 
 @exact
-def dense_field(field: Float[Array, "W W 2"], size: int) -> Float[Array, "S S 2"]:
-    """A field on windows' centres, at every pixel: bilinear, constant beyond the outermost."""
+def dense_field(field: Float[Array, "W W 2"], along: Num[np.ndarray, " S"]) -> Float[Array, "S S 2"]:
+    """A field on windows' centres, at all points whose x and y are among `along`, px: bilinear, constant beyond."""
     n = field.shape[0]
-    u = np.clip((np.arange(size) + 0.5) / CELL - 1.0, 0, n - 1)
+    u = np.clip((along + 0.5) / CELL - 1.0, 0, n - 1)
     weights = jnp.asarray(np.maximum(0, 1 - np.abs(u[:, None] - np.arange(n))), jnp.float32)
     return jnp.einsum("yi,ijc,xj->yxc", weights, field, weights, optimize=True)
+
+
+def bend(deformation: Float[Array, "B W W 2"], config: Settings) -> Float[Array, "B S S 2"]:
+    """How far a registration's deformation moves every pixel of the window of `config`, in px of that window."""
+    times, seen = CHECK_PPI / config.input_ppi, seen_of(deformation, config).image_size
+    along = (np.arange(config.image_size) - (config.image_size - 1) / 2) * times + (seen - 1) / 2
+    return jax.vmap(lambda field: dense_field(field, along))(deformation) / times
 
 
 def smoothed(field: Float[Array, "W W 2"], weight: Float[Array, "W W"]) -> Float[Array, "W W 2"]:
@@ -246,7 +253,7 @@ def warp(
 ) -> tuple[Float[Array, "S S"], Float[Array, "S S"]]:
     """Print 0 and its foreground (0 or 1, in blocks of half a cell) in the frame of print 1."""
     size, block = image.shape[0], CELL // 2
-    xy = jnp.asarray(grid_points(size)) + dense_field(field, size).reshape(-1, 2)
+    xy = jnp.asarray(grid_points(size)) + dense_field(field, np.arange(size)).reshape(-1, 2)
     xy = apply_similarity(invert_similarity(similarity), xy)
     coarse = xy.reshape(size, size, 2)[block // 2 :: block, block // 2 :: block].reshape(-1, 2)
     covered = (sample(mask.astype(jnp.float32), coarse, 0.0) > 0.5).astype(jnp.float32)

@@ -9,6 +9,8 @@ from ifvit.config import Settings
 from ifvit.constants import CANVAS_PPI, RIDGE
 from ifvit.models.matcher import Aligned
 from ifvit.models.networks import Network
+from ifvit.pixels.agreement import bend
+from ifvit.pixels.enhancement import along_ridges
 from ifvit.pixels.geometry import (
     IDENTITY,
     apply_similarity,
@@ -18,7 +20,7 @@ from ifvit.pixels.geometry import (
     ridge_overlap,
     sample,
 )
-from ifvit.pixels.registration import registration
+from ifvit.pixels.registration import checked_registration, drawn_views, registration
 from ifvit.pixels.views import Views, normalise
 
 
@@ -29,15 +31,19 @@ def align(
     mask1: Bool[Array, "B S S"],
     similarity: Float[Array, "B 4"],
     config: Settings,
+    deformation: Float[Array, "B W W 2"] | None = None,
 ) -> Aligned:
     """Print 0 is warped onto print 1; both branches see only what the two have in common.
 
     The global branch gets the overlap, enhanced when `config.enhance`; the local branch a window of
-    `roi_size` px of the original prints around the overlap's centre.
+    `roi_size` px of the original prints around the overlap's centre. A `deformation` is that of a registration, px at
+    CHECK_PPI, and heeded when `config.deformed`.
     """
-    size = image0.shape[1]
-    grid = jnp.asarray(grid_points(size))
-    back = apply_similarity(invert_similarity(similarity), jnp.broadcast_to(grid, (image0.shape[0], *grid.shape)))
+    batch, size = image0.shape[:2]
+    grid = jnp.broadcast_to(jnp.asarray(grid_points(size)), (batch, size * size, 2))
+    if config.deformed and deformation is not None:
+        grid += bend(deformation, config).reshape(grid.shape)
+    back = apply_similarity(invert_similarity(similarity), grid)
     warped = jax.vmap(lambda i, xy: sample(i, xy, i[0, 0]))(image0, back).reshape(image0.shape)
     moved = jax.vmap(lambda m, xy: sample(m, xy, 0.0))(mask0.astype(jnp.float32), back).reshape(image0.shape) > 0.5
 
@@ -45,7 +51,9 @@ def align(
     both = moved & mask1
     overlap = ridge_overlap(warped, image1, both, 1.5 * ridge)
     local0, local1 = normalise(warped, overlap, config)[..., 0], normalise(image1, overlap, config)[..., 0]
-    if config.enhance:
+    if config.enhance and config.oriented:
+        global0, global1 = (along_ridges(i, overlap, ridge) for i in (local0, local1))
+    elif config.enhance:
         global0, global1 = (normalise(enhance(i, ridge), overlap, config)[..., 0] for i in (local0, local1))
     else:
         global0, global1 = local0, local1
@@ -85,9 +93,14 @@ def aligned_pair(
 ) -> tuple[Aligned, Bool[Array, " B"], Int[Array, " B"]]:
     """Views -> inputs of Module 2, which pairs are aligned, and their registered matches.
 
-    `batch` is that of `registration`.
+    `batch` is that of `registration`. When `config.deformed` a pair is laid as its ridges agree best, and is aligned
+    where they are taken for the same.
     """
     image0, mask0, image1, mask1 = views
+    if aligner is not None and config.deformed:
+        checked, _ = checked_registration(aligner, aligner_state, drawn_views(views, config), config)
+        pair = align(image0, image1, mask0, mask1, checked.similarity, config, checked.deformation)
+        return pair, checked.registered, checked.count
     found = registration(aligner, aligner_state, views, config, batch)
     if found is None:
         batch = image0.shape[0]

@@ -24,7 +24,15 @@ from ifvit.pixels.agreement import (
     same_ridges,
 )
 from ifvit.pixels.enhancement import along_ridges
-from ifvit.pixels.geometry import IDENTITY, RobustFit, cell_centres, robust_modes, robust_similarity
+from ifvit.pixels.geometry import (
+    IDENTITY,
+    RobustFit,
+    cell_centres,
+    grid_points,
+    robust_modes,
+    robust_similarity,
+    sample,
+)
 from ifvit.pixels.views import Views, normalise, plain_prints, plain_views
 
 
@@ -134,6 +142,45 @@ def log_confidence(
     return log_conf
 
 
+def drawn_views(views: Views, config: Settings) -> dict[str, Array]:
+    """Views as training draws them, as a batch of `paired` with what the check needs, enlarged to CHECK_PPI."""
+    fine = checked_config(config)
+    points = points_at_ppi(jnp.asarray(grid_points(fine.image_size)), fine, config)
+    same = (fine.input_ppi, fine.image_size) == (config.input_ppi, config.image_size)
+
+    def enlarged(images, fill):
+        if same:
+            return images
+        found = jax.vmap(lambda x: sample(x.astype(jnp.float32), points, fill))(images)
+        return found.reshape(-1, fine.image_size, fine.image_size)
+
+    batch = {}
+    for n, image, mask in ((0, *views[:2]), (1, *views[2:])):
+        inside = enlarged(mask, 0.0) > 0.5
+        ridges = clear_ridges(normalise(enlarged(image, 1.0), inside, fine), inside, fine)
+        rows = {"image": image, "inside": mask, "ridges": ridges, "ridges_inside": inside}
+        batch |= {f"{k}{n}": v for k, v in rows.items()}
+    return batch
+
+
+def bent_by_matches(
+    similarities: Float[Array, "B K 4"],
+    points0: Float[Array, "B N 2"],
+    points1: Float[Array, "B N 2"],
+    inliers: Bool[Array, "B K N"],
+    valid: Bool[Array, "B N"],
+    config: Settings,
+) -> tuple[Float[Array, "B K W W 2"], Bool[Array, "B K N"]]:
+    """`from_residuals` at CHECK_PPI, of K similarities a pair and its matches, which are in px of the window."""
+    fine = checked_config(config)
+    start = functools.partial(
+        from_residuals, side=fine.image_size // CELL - 1, cell=STRIDE * fine.input_ppi / config.input_ppi
+    )
+    of_each = jax.vmap(jax.vmap(start, (0, None, None, 0, None)))
+    p0, p1 = (points_at_ppi(p, config, fine) for p in (points0, points1))
+    return of_each(at_ppi(similarities, config, fine), p0, p1, inliers, valid)
+
+
 # Confidence above which a mutual match may tell of a candidate: the ridges judge, so that weak matches do no harm.
 WEAK = 0.003
 CANDIDATES = 3  # similarities that the matches allow, whose ridges are looked at
@@ -187,19 +234,14 @@ def checked_registration(
         image0, mask0, image1, mask1 = plain_views(batch, fine)
         ridges0, ridges1 = (clear_ridges(normalise(i, m, fine), m, fine) for i, m in ((image0, mask0), (image1, mask1)))
     similarities = at_ppi(modes.similarity, config, fine)
-    p0, p1 = (points_at_ppi(p, config, fine) for p in (points0, points1))
-    start = functools.partial(
-        from_residuals, side=fine.image_size // CELL - 1, cell=STRIDE * fine.input_ppi / config.input_ppi
-    )
-    of_candidates = jax.vmap(start, (0, None, None, 0, None))
-    starts, support = jax.vmap(of_candidates)(similarities, p0, p1, modes.inliers, matches.valid)
+    starts, support = bent_by_matches(modes.similarity, points0, points1, modes.inliers, matches.valid, config)
     possible = modes.count >= config.min_matches
     agreed = jax.vmap(check)(ridges0, mask0, ridges1, mask1, similarities, possible, starts)
     of_chosen = jax.vmap(lambda x, k: x[k])
     count = of_chosen(modes.count, agreed.chosen)
     some = count >= config.min_matches
     similarity = jnp.where(some[:, None], of_chosen(modes.similarity, agreed.chosen), jnp.asarray(IDENTITY))
-    field = agreed.field
+    field = agreed.field * some[:, None, None, None]
     if refit:
         similarity, field = jax.vmap(refitted)(at_ppi(similarity, config, fine), field, agreed.correlation)
         similarity = at_ppi(similarity, fine, config)

@@ -256,17 +256,15 @@ class Scorer:
             name: float(x[0]) for name, x in self.fusion.parts({k: np.asarray(v)[None] for k, v in row.items()}).items()
         }
 
-    def local_corners(
-        self, prints: Prints, pair: Pair, similarity: Float[np.ndarray, "4"]
-    ) -> Float[np.ndarray, "4 2"] | None:
+    def local_corners(self, prints: Prints, pair: Pair, found: CheckedRegistration) -> Float[np.ndarray, "4 2"] | None:
         """Corners (x, y) of what the local branch sees of a pair, in px of print 1's window; None without one.
 
-        `similarity` is that of their registration.
+        `found` is their registration.
         """
         if not self._checked or not self.aligner:
             return None
         batch, _ = next(fixed_batches(prints, [pair], 1))
-        left, top = jax.device_get(self._local(similarity[None], batch))[0] - 0.5
+        left, top = jax.device_get(self._local(found.similarity[None], found.deformation[None], batch))[0] - 0.5
         right, bottom = left + self.config.roi_size, top + self.config.roi_size
         return np.array([[left, top], [right, top], [right, bottom], [left, bottom]], np.float64)
 
@@ -275,9 +273,9 @@ class Scorer:
         config = self.config
 
         @exact
-        def corner(similarity, batch):
+        def corner(similarity, deformation, batch):
             views = plain_views(batch, config)
-            pair = align(views.image0, views.image1, views.mask0, views.mask1, similarity, config)
+            pair = align(views.image0, views.image1, views.mask0, views.mask1, similarity, config, deformation)
             return roi_corner(pair.overlap, config.roi_size)
 
         return jax.jit(corner)

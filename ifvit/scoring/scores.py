@@ -106,7 +106,8 @@ def match_scores(
             if checked:
                 found, by_matches = looked or looked_at(aligner, aligner_state, batch, config, wide)
                 image0, mask0, image1, mask1 = views
-                pair, count = align(image0, image1, mask0, mask1, found.similarity, config), by_matches.count
+                pair = align(image0, image1, mask0, mask1, found.similarity, config, found.deformation)
+                count = by_matches.count
                 ridges = {"ridges": found.agreement, "overlap": found.overlap}
             else:
                 pair, _, count = aligned_pair(aligner, aligner_state, views, config, batch)

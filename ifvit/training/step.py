@@ -133,6 +133,8 @@ def match_step(net: Network, aligner: Network | None, config: Settings) -> Calla
         pair, aligned, count = aligned_pair(aligner, aligner_state, match_views(keys, batch, config), config)
         # A genuine pair that may lie wrong teaches nothing. Without Module 1 none is aligned, and all count.
         sure = count >= config.label_matches if aligner else jnp.ones_like(genuine)
+        if aligner and config.deformed:
+            sure &= aligned
         shift = frame_shifts(keys, config.frame_shift) if config.frame_shift else None
         e, stats = net.apply(params, batch_stats, pair, shift, train=True)
         # After alignment a cell of a genuine pair matches the cell at its own place. Failed alignments are left out.

@@ -102,7 +102,7 @@ def test_the_candidate_whose_ridges_agree_wins(genuine):
 
 def test_a_known_deformation_is_found_to_within_a_pixel_across_the_ridges(genuine):
     """Along a ridge nothing tells how far skin was stretched: the phase counts, a period of 6.3 px a turn."""
-    field = np.asarray(dense_field(jnp.asarray(genuine.field), SIZE))
+    field = np.asarray(dense_field(jnp.asarray(genuine.field), np.arange(SIZE)))
     x, y = moved(inverse(POSE), X + field[..., 0], Y + field[..., 1])
     off = phase(1, x, y) - phase(1, *moved(inverse(POSE), X + BEND[..., 0], Y + BEND[..., 1]))
     off = np.abs((off + np.pi) % (2 * np.pi) - np.pi) * PERIOD / (2 * np.pi)

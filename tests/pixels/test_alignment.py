@@ -1,13 +1,17 @@
 """Confidences become matches, matches a similarity, and print 0 comes to lie on print 1."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from ifvit.config import PRESETS, MatchConfig
-from ifvit.pixels.alignment import align, enhance
+from ifvit.models.networks import Network
+from ifvit.pixels.agreement import CELL, CHECK_PPI, bend, checked_config
+from ifvit.pixels.alignment import align, aligned_pair, enhance
 from ifvit.pixels.geometry import cell_centres, grid_points
-from ifvit.pixels.registration import register
+from ifvit.pixels.registration import drawn_views, register
+from ifvit.pixels.views import Views
 
 CONFIG = MatchConfig(**PRESETS["smoke"][1]).replace(
     image_size=128, match_threshold=0.2, alignment_samples=128, alignment_matches=128, min_matches=6
@@ -179,3 +183,108 @@ def test_enhancing_passes_ridges_and_drops_pores_and_shading():
         low, high = (np.exp(-2 * (np.pi * s * 6 / period) ** 2) for s in (0.5, 0.15))
         assert gains[name] == pytest.approx(high - low, abs=0.02)
     assert gains["ridge"] > 3 * gains["pores"] and gains["ridge"] > 3 * gains["shading"]
+
+
+# --- deformation ----------------------------------------------------------------------------------
+
+SEEN = checked_config(CONFIG)  # what deformations are told in: all of a canvas of 256 px
+WINDOWS = SEEN.image_size // CELL - 1
+
+
+def skin(q):
+    """How far print 0 is bent at points q of the window of print 1, px: up to 5, at most a tenth a px."""
+    return np.stack([5 * np.sin(q[:, 1] / 45), 4 * np.cos(q[:, 0] / 50)], axis=-1)
+
+
+def told():
+    """`skin` as a registration tells it: at the middle of each window at CHECK_PPI, in px there."""
+    times = CHECK_PPI / CONFIG.input_ppi
+    middles = grid_points(WINDOWS) * CELL + CELL - 0.5
+    here = (middles - (SEEN.image_size - 1) / 2) / times + 63.5
+    return (skin(here) * times).reshape(1, WINDOWS, WINDOWS, 2).astype(np.float32)
+
+
+def test_a_deformation_is_told_at_every_pixel_of_the_networks_window():
+    grid = np.asarray(grid_points(128), np.float64)
+    inner = (np.abs(grid - 63.5) < (SEEN.image_size / 2 - CELL) / (CHECK_PPI / CONFIG.input_ppi)).all(1)
+    found = np.asarray(quickly(lambda d: bend(d, CONFIG))(told())).reshape(-1, 2)
+    np.testing.assert_allclose(found[inner], skin(grid)[inner], atol=0.06)
+
+
+def test_bent_skin_comes_to_lie_in_its_place_where_the_deformation_is_heeded():
+    """Print 0 shows at t⁻¹(q + skin(q)) what print 1 shows at q."""
+    t = turned(20, 5, -3)
+    grid = np.asarray(grid_points(128), np.float64)
+    there = moved(t, grid)
+    source = there
+    for _ in range(20):
+        source = there - skin(source)
+    image0, image1 = finger(source).reshape(1, 128, 128), finger(grid).reshape(1, 128, 128)
+    full = np.ones((1, 128, 128), bool)
+    alike = []
+    for deformed in (False, True):
+        config = CONFIG.replace(deformed=deformed)
+        pair = jax.tree.map(
+            np.asarray,
+            quickly(lambda *a, c=config: align(*a[:5], c, a[5]))(image0, image1, full, full, t[None], told()),
+        )
+        inner = pair.overlap[0] & (np.hypot(*(np.mgrid[:128, :128] - 63.5)) < 40)
+        alike.append(np.corrcoef(pair.global0[0, ..., 0][inner], pair.global1[0, ..., 0][inner])[0, 1])
+    assert alike[0] < 0.7 and alike[1] > 0.97
+
+
+def test_training_lays_bent_skin_as_the_ridges_agree_and_takes_a_pair_of_other_ridges_for_unaligned():
+    """Both pairs have the same matches; print 1 of the second pair shows other ridges there."""
+    log_conf = np.full((2, 256, 256), np.log(1e-5), np.float32)
+    cell = np.round((CENTRES - skin(CENTRES) - 3.5) / 8).astype(int)  # about where its content lies in print 1
+    for i in np.flatnonzero(((cell >= 0) & (cell < SIDE)).all(1)):
+        log_conf[:, i, cell[i, 1] * SIDE + cell[i, 0]] = np.log(0.8)
+    aligner = Network(lambda key: None, lambda params, stats, *_, train, method: (jnp.asarray(log_conf), {}))
+    grid = np.asarray(grid_points(128), np.float64)
+    image0 = np.stack([ridges(grid - skin(grid)).reshape(128, 128)] * 2)
+    image1 = np.stack([ridges(grid).reshape(128, 128), ridges(grid[:, ::-1]).reshape(128, 128)])
+    full, inner = np.ones((2, 128, 128), bool), np.hypot(*(np.mgrid[:128, :128] - 63.5)) < 45
+
+    def alike(deformed):
+        config = CONFIG.replace(deformed=deformed)
+        run = quickly(lambda *v: aligned_pair(aligner, ({}, {}), Views(*v), config))
+        pair, sure, _ = jax.tree.map(np.asarray, run(image0, full, image1, full))
+        np.testing.assert_array_equal(sure, [True, not deformed])
+        return np.corrcoef(pair.global0[0, ..., 0][inner], pair.global1[0, ..., 0][inner])[0, 1]
+
+    assert alike(False) < 0.3 and alike(True) > 0.6
+
+
+def test_what_training_draws_is_enlarged_for_the_check_as_a_print_is_seen_there():
+    """A window of 128 px at 200 ppi shows, enlarged, the ridges that one at CHECK_PPI has of the same spots."""
+    times = CHECK_PPI / CONFIG.input_ppi
+    grid = np.asarray(grid_points(128), np.float64)
+    of_fine = (np.asarray(grid_points(SEEN.image_size), np.float64) - (SEEN.image_size - 1) / 2) / times + 63.5
+    image, full = ridges(grid).reshape(1, 128, 128), np.ones((1, 128, 128), bool)
+    found = quickly(lambda i, m: drawn_views(Views(i, m, i, m), CONFIG))(image, full)
+    expected = ridges(of_fine).reshape(SEEN.image_size, -1)
+    assert found["ridges_inside0"].all() and found["ridges1"].shape == (1, *expected.shape)
+    inner = np.s_[20:-20, 20:-20]
+    assert np.corrcoef(np.asarray(found["ridges0"][0])[inner].ravel(), expected[inner].ravel())[0, 1] > 0.95
+    np.testing.assert_allclose(found["image0"], image, atol=1e-6)
+
+
+def ridges(points):
+    """As `finger`, as far apart as ridges are at the networks' resolution."""
+    return finger(points * 9 / 3.6)
+
+
+def test_the_global_branch_sees_prints_smoothed_along_their_ridges_where_that_is_asked_for():
+    """Two impressions with noise of their own are more alike then than by the band-pass; the local one is as before."""
+    grid = np.asarray(grid_points(128), np.float64)
+    rng = np.random.default_rng(0)
+    image0, image1 = (np.stack([finger(grid).reshape(128, 128)] * 2) + rng.normal(0, 0.8, (2, 128, 128)) for _ in "01")
+    upright, full = np.stack([turned(0)] * 2), np.ones((2, 128, 128), bool)
+    found = {}
+    for oriented in (False, True):
+        config = CONFIG.replace(oriented=oriented)
+        run = quickly(lambda *a, c=config: align(*a, c))
+        found[oriented] = jax.tree.map(np.asarray, run(image0, image1, full, full, upright))
+    alike = {k: np.corrcoef(p.global0[p.overlap].ravel(), p.global1[p.overlap].ravel())[0, 1] for k, p in found.items()}
+    assert alike[True] > alike[False] + 0.1
+    np.testing.assert_array_equal(found[False].local0, found[True].local0)

@@ -8,6 +8,7 @@ import pytest
 from ifvit.config import PRESETS, MatchConfig
 from ifvit.models.matcher import Embeddings
 from ifvit.models.networks import Network
+from ifvit.training import step
 from ifvit.training.state import TrainState, optimizer
 from ifvit.training.step import frame_shifts, match_step
 
@@ -42,9 +43,9 @@ def step_of(config, aligner=True):
     batch |= dict(label0=np.array([0, 1, 0], np.int32), label1=np.array([0, 1, 1], np.int32))
     params = {"vectors": jnp.asarray(VECTORS)} | {f"arcface_{k}": jnp.eye(2) for k in ("global", "local")}
     tx = optimizer(config, 0.0)
-    step = match_step(Network(None, network), Network(None, module1) if aligner else None, config)
+    one_step = match_step(Network(None, network), Network(None, module1) if aligner else None, config)
     state = TrainState(params, {}, tx.init(params), jnp.int32(0))
-    _, metrics = jax.jit(step)(state, batch, jnp.float32(1e-3), ({}, {}))
+    _, metrics = jax.jit(one_step)(state, batch, jnp.float32(1e-3), ({}, {}))
     return {k: float(v) for k, v in metrics.items()}, given
 
 
@@ -77,6 +78,18 @@ def test_a_genuine_pair_of_few_matches_teaches_nothing_and_an_impostor_pair_does
     assert all_count["l_a"] == pytest.approx((first(0, 1, 2) + second(0, 1, 2)) / 2, rel=1e-3)
     assert sure_count["l_a"] == pytest.approx((first(0, 2) + second(0, 2)) / 2, rel=1e-3)
     assert sure_count["aligned"] == all_count["aligned"] == 1
+
+
+@pytest.mark.run
+def test_laid_as_the_ridges_agree_a_genuine_pair_that_does_not_register_teaches_nothing(monkeypatch):
+    """All have matches enough; of the second and the third pair the ridges are not the same."""
+    registered, matches = jnp.array([True, False, False]), jnp.full(3, 16)
+    monkeypatch.setattr(step, "aligned_pair", lambda *_: (None, registered, matches))
+    config = CONFIG.replace(label_matches=12, dense_loss="nll", embedding_margin=0.4)
+    by_matches, by_ridges = (step_of(config.replace(deformed=deformed))[0] for deformed in (False, True))
+    assert by_matches["l_e"] == pytest.approx((0.2 + 1.0 + 0.2) / 3, abs=1e-5)
+    assert by_ridges["l_e"] == pytest.approx((0.2 + 0.2) / 2, abs=1e-5)
+    assert by_ridges["aligned"] == by_matches["aligned"] == 0.5
 
 
 def test_without_module_1_all_pairs_count():
