@@ -196,18 +196,19 @@ def skin(q):
     return np.stack([5 * np.sin(q[:, 1] / 45), 4 * np.cos(q[:, 0] / 50)], axis=-1)
 
 
-def told():
-    """`skin` as a registration tells it: at the middle of each window at CHECK_PPI, in px there."""
+def told(windows=WINDOWS):
+    """`skin` as a registration tells it: at the middle of so many windows a side at CHECK_PPI, in px there."""
     times = CHECK_PPI / CONFIG.input_ppi
-    middles = grid_points(WINDOWS) * CELL + CELL - 0.5
-    here = (middles - (SEEN.image_size - 1) / 2) / times + 63.5
-    return (skin(here) * times).reshape(1, WINDOWS, WINDOWS, 2).astype(np.float32)
+    middles = grid_points(windows) * CELL + CELL - 0.5
+    here = (middles - ((windows + 1) * CELL - 1) / 2) / times + 63.5
+    return (skin(here) * times).reshape(1, windows, windows, 2).astype(np.float32)
 
 
-def test_a_deformation_is_told_at_every_pixel_of_the_networks_window():
+@pytest.mark.parametrize("more", [0, 8], ids=["its own", "a wider one"])
+def test_a_deformation_of_a_window_is_told_at_every_pixel_of_the_networks_window(more):
     grid = np.asarray(grid_points(128), np.float64)
     inner = (np.abs(grid - 63.5) < (SEEN.image_size / 2 - CELL) / (CHECK_PPI / CONFIG.input_ppi)).all(1)
-    found = np.asarray(quickly(lambda d: bend(d, CONFIG))(told())).reshape(-1, 2)
+    found = np.asarray(quickly(lambda d: bend(d, CONFIG))(told(WINDOWS + more))).reshape(-1, 2)
     np.testing.assert_allclose(found[inner], skin(grid)[inner], atol=0.06)
 
 
