@@ -119,6 +119,7 @@ SPACES: dict[str, Space] = {
             (0.75, 1, 1.25), "detail of the middle, or the local branch sees what the global one does", times=True
         ),
         "enhance": Choice((True, False), "ridges alone, or pores and intensities too"),
+        "oriented": Choice((True, False), "noise and gaps smoothed along the ridges, or kept", when=("enhance", True)),
         "share_global_local": Choice((True, False), "one transformer for both branches, or two that part"),
         "seed_resnet": Choice((True, False), "begins with Module 1's filters, or its own"),
         "global_weight": Range(0.2, 0.9, why="the branches' part in the fused cosine"),

@@ -169,7 +169,7 @@ def best_shifts(
         return jnp.maximum(top, c), total + w, moved + w[..., None] * (jnp.stack([x, y]) - REACH)
 
     zeros = jnp.zeros_like(n)
-    start = (zeros - 1.0, zeros, jnp.zeros((*n.shape, 2)))
+    start = (zeros - 1.0, zeros, jnp.stack([zeros, zeros], -1))
     top, total, moved = jax.lax.fori_loop(0, side**2, one, start)
     return top, moved / total[..., None]
 
