@@ -48,8 +48,8 @@ _FOUND_MATCH = dict(
     arcface_scale=18.0,
     global_weight=0.61,
 )
-# of Module 2 in every preset: what its heads need, of which the paper tells nothing
-_SOUND = dict(masked_pooling=True)
+# of Module 2 in every preset: what its heads need, and its inputs (docs/changing.md), of which the paper tells nothing
+_SOUND = dict(masked_pooling=True, deformed=True, oriented=True)
 _SMALL_MATCH = dict(_SMALL_NET, **_SOUND, seed_resnet=True, embedding_channels=16, match_threshold=0.05)
 # quick shows the pipeline at work: less rotation and corruption than in earnest, and so sooner something to see
 _QUICK = dict(image_size=160, synthetic_fingers=60, synthetic_impressions=6, noise=0.5, thickness=0.5, partial=0.3)
@@ -100,8 +100,6 @@ PRESETS = {
             calibration_pairs=1000,
             frame_shift=8,
             label_matches=12,
-            deformed=True,
-            oriented=True,
         ),
     ),
     "quick": (
