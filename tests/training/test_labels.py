@@ -13,7 +13,7 @@ from ifvit.training.state import TrainState, optimizer
 from ifvit.training.step import frame_shifts, match_step
 
 CONFIG = MatchConfig(**PRESETS["smoke"][1]).replace(
-    image_size=32, roi_size=16, canvas_size=64, batch_size=3, min_matches=2
+    image_size=32, roi_size=16, canvas_size=64, batch_size=3, min_matches=2, deformed=False
 )
 SURE, UNSURE, IMPOSTOR = range(3)  # pairs: 16 matches, 4 matches, 4 matches
 VECTORS = np.array([[[1.0, 0], [0.8, 0.6]], [[1, 0], [0, 1]], [[1, 0], [0.6, 0.8]]], np.float32)  # of both prints
