@@ -86,16 +86,18 @@ class Fusion:
     def threshold(self, fmr: float) -> float:
         """The lowest score that at most a share `fmr` of the impostors reaches: `score >= threshold` is a match.
 
-        Below `least_fmr` it is an estimate, no measurement. A score of ridges goes on from there as impostors of other
-        sensors thin out (`agreement.thinning`): few held-out fingers do not tell the tail. Of others that is taken as
-        exponential below one in the number of calibration pairs (fitted to the highest tenth of the log-odds).
+        Below `least_fmr` it is an estimate, no measurement. A score that is mostly of ridges goes on from there as
+        impostors of other sensors thin out (`agreement.thinning`): few held-out fingers do not tell the tail. The tail
+        of another is taken as exponential below one in the number of calibration pairs (fitted to the highest tenth of
+        the log-odds).
         """
         scores = np.asarray(self.impostor_scores)
         rank = fmr * len(scores)
-        if fmr < self.least_fmr < 1 and "log_clear" in self.features:
+        of_ridges = dict(zip(self.features, self.weights)).get("log_clear", 0.0)
+        if fmr < self.least_fmr < 1 and of_ridges > LOGISTIC[0] / 2:
             (there,) = _log_odds(np.array([threshold_at_fmr(scores, self.least_fmr)]))
-            steep = self.weights[self.features.index("log_clear")] * thinning()
-            return float(1 / (1 + np.exp(-(there + steep * np.log(self.least_fmr / max(fmr, 1e-9))))))
+            more = of_ridges * thinning() * np.log(self.least_fmr / max(fmr, 1e-9))
+            return float(1 / (1 + np.exp(-(there + more))))
         if rank >= 1:
             return threshold_at_fmr(scores, fmr)
         odds = _log_odds(scores)

@@ -124,6 +124,16 @@ def test_a_threshold_below_what_the_calibration_shows_goes_on_as_impostors_of_ot
     assert fusion.threshold(0.01) == rates.threshold_at_fmr(np.array(fusion.impostor_scores), 0.01)
 
 
+def test_a_threshold_of_a_score_that_hardly_heeds_the_ridges_rises_below_what_the_calibration_shows_too():
+    rng = np.random.default_rng(2)
+    impostors = tuple(np.sort(1 / (1 + np.exp(3 - rng.exponential(size=1000))))[::-1])
+    fusion = Fusion((0.01, 0.0, 1.0), 0.0, impostors, ("log_clear", "overlap", "log_local"))
+    rates_asked = (0.003, 0.001, 0.0003, 0.0001)
+    odds = [np.log(t / (1 - t)) for t in map(fusion.threshold, rates_asked)]
+    assert (np.diff(odds) > 0.3).all()
+    assert odds[3] == pytest.approx(-3 + np.log(10_000), abs=2)  # where one in 10,000 lies, as 100 of them tell
+
+
 def test_a_few_prints_that_are_alike_do_not_carry_a_threshold_off():
     """Of 1,000 impostors the two highest belong to one finger that two names have."""
     rng = np.random.default_rng(1)
