@@ -67,12 +67,6 @@ def threshold(fmr: float) -> float:
     return float(np.clip(scores[n] + slope * (np.log(fmr) - logs[n]), 0.0, 1.0))
 
 
-def thinning() -> float:
-    """By how much log(score + FAINT) rises where a share of impostors e times smaller reaches it, by REACHED."""
-    (more, low), (less, high) = REACHED[0], REACHED[-1]
-    return float(np.log((high + FAINT) / (low + FAINT)) / np.log(more / less))
-
-
 def confidence(score: Float[Array, " B"], overlap: Float[Array, " B"]) -> Float[Array, " B"]:
     """Probability that they are, with as many genuine pairs: σ(s log(score + 0.01) + o overlap + bias)."""
     return jax.nn.sigmoid(log_odds(score, overlap))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float
 
-from ifvit.pixels.agreement import FAINT, LOGISTIC, log_odds, thinning
+from ifvit.pixels.agreement import FAINT, LOGISTIC, log_odds
 from ifvit.scoring.rates import threshold_at_fmr
 
 AT_ONCE = 1 << 20  # pairs whose features are in memory together
@@ -86,21 +86,14 @@ class Fusion:
     def threshold(self, fmr: float) -> float:
         """The lowest score that at most a share `fmr` of the impostors reaches: `score >= threshold` is a match.
 
-        Below `least_fmr` it is an estimate, no measurement. A score that is mostly of ridges goes on from there as
-        impostors of other sensors thin out (`agreement.thinning`): few held-out fingers do not tell the tail. The tail
-        of another is taken as exponential below one in the number of calibration pairs (fitted to the highest tenth of
-        the log-odds).
+        Below `least_fmr` it is an estimate, no measurement. Below one in the number of calibration pairs the tail of
+        the log-odds is taken as exponential (fitted to its highest tenth).
         """
         scores = np.asarray(self.impostor_scores)
         rank = fmr * len(scores)
-        of_ridges = dict(zip(self.features, self.weights)).get("log_clear", 0.0)
-        if fmr < self.least_fmr < 1 and of_ridges > LOGISTIC[0] / 2:
-            (there,) = _log_odds(np.array([threshold_at_fmr(scores, self.least_fmr)]))
-            more = of_ridges * thinning() * np.log(self.least_fmr / max(fmr, 1e-9))
-            return float(1 / (1 + np.exp(-(there + more))))
         if rank >= 1:
             return threshold_at_fmr(scores, fmr)
-        odds = _log_odds(scores)
+        odds = np.log(np.clip(scores, 1e-12, 1 - 1e-12) / (1 - np.clip(scores, 1e-12, 1 - 1e-12)))
         tail = odds[: max(2, len(odds) // 10)]
         spread = max(float((tail - tail[-1]).mean()), 1e-3)
         return float(1 / (1 + np.exp(-(tail[-1] + spread * np.log(len(tail) / max(rank, 1e-9))))))
@@ -109,11 +102,6 @@ class Fusion:
     def least_fmr(self) -> float:
         """The lowest false match rate that the calibration pairs can show, by the rule of three."""
         return min(1.0, 3 / max(len(self.impostor_scores), 1))
-
-
-def _log_odds(probability: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-    p = np.clip(probability, 1e-12, 1 - 1e-12)
-    return np.log(p / (1 - p))
 
 
 def features(scores: Scores, names: tuple[str, ...]) -> Float[np.ndarray, "N F"]:
